@@ -1,0 +1,41 @@
+"""Moving bytes between ranks."""
+
+from .engine import Clock, CommError, CommTimeoutError, Engine, Work
+from .launch import Launch
+from .mesh import Mesh
+from .single import SingleEngine
+from .world import (
+    World,
+    init_distributed,
+    is_initialized,
+    rank,
+    shutdown,
+    synchronize,
+    use_world,
+    world,
+    world_size,
+)
+from .wrappers import Event, FabricEngine, RecordingEngine
+
+__all__ = [
+    "Clock",
+    "CommError",
+    "CommTimeoutError",
+    "Engine",
+    "Event",
+    "FabricEngine",
+    "Launch",
+    "Mesh",
+    "RecordingEngine",
+    "SingleEngine",
+    "Work",
+    "World",
+    "init_distributed",
+    "is_initialized",
+    "rank",
+    "shutdown",
+    "synchronize",
+    "use_world",
+    "world",
+    "world_size",
+]

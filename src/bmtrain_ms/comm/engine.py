@@ -1,0 +1,159 @@
+"""What a communication engine is: collectives over flat tensors, asynchronous, in the order in which they are issued.
+
+An engine is bound to one group of ranks; `subgroup` makes another. Every rank of the group must issue the same operations in the
+same order. All operations take and return lists of tensors: what is passed in one call travels as one collective.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Sequence
+
+from mindspore import Tensor
+
+from ..compat.runtime import is_float
+
+REDUCE_OPS = ("sum", "mean", "max", "min")
+
+
+class CommError(RuntimeError):
+    """A collective failed."""
+
+
+class CommTimeoutError(CommError):
+    """A collective did not finish in time: a rank is dead, stuck, or took another branch."""
+
+
+@dataclass
+class Clock:
+    """The training step, shared by all engines of a process so that errors can name it."""
+
+    step: int = 0
+
+
+class Work(ABC):
+    """A collective in flight.
+
+    `outputs` exist from the start and hold the result once `wait` has returned; until then they must not be read, and the inputs
+    must not be written.
+    """
+
+    outputs: list[Tensor]
+
+    @abstractmethod
+    def done(self) -> bool:
+        """Whether `wait` would return at once."""
+
+    @abstractmethod
+    def wait(self) -> list[Tensor]:
+        """Block until finished and return the outputs; may be called again.
+
+        Raises:
+            CommTimeoutError: not finished within the engine's time-out.
+            CommError: the collective failed.
+        """
+
+
+class Done(Work):
+    """A collective that was finished when it was issued."""
+
+    def __init__(self, outputs: list[Tensor]):
+        self.outputs = outputs
+
+    def done(self) -> bool:
+        return True
+
+    def wait(self) -> list[Tensor]:
+        return self.outputs
+
+
+class Engine(ABC):
+    """Collectives among the ranks of one group.
+
+    Attributes:
+        name: for messages: `single`, `mpi`, `hccl`, `mccl`.
+        rank: this process in the group, 0 <= rank < size.
+        size: how many ranks the group has.
+        clock: the training step, for messages.
+        lands_in_place: whether `all_gather` fills the `out` tensors that it is given.
+    """
+
+    name: str
+    rank: int
+    size: int
+    clock: Clock
+    lands_in_place: bool = False
+
+    @abstractmethod
+    def all_gather(self, tensors: Sequence[Tensor], out: Sequence[Tensor] | None = None, label: str = "") -> Work:
+        """Concatenate each tensor over the ranks along dim 0: (n, ...) -> (size*n, ...).
+
+        `out`: host tensors of the result's shape to land in, on engines with `lands_in_place`; otherwise new ones are made.
+        """
+
+    @abstractmethod
+    def reduce_scatter(self, tensors: Sequence[Tensor], op: str = "sum", label: str = "") -> Work:
+        """Reduce each tensor over the ranks and keep this rank's part of dim 0: (size*n, ...) -> (n, ...).
+
+        Floating-point sums are made in float32 (float64 for float64) in rank order and rounded once.
+        """
+
+    @abstractmethod
+    def all_reduce(self, tensors: Sequence[Tensor], op: str = "sum", label: str = "") -> Work:
+        """Reduce each tensor over the ranks, the same bits on every rank; shape kept."""
+
+    @abstractmethod
+    def broadcast(self, tensors: Sequence[Tensor], root: int = 0, label: str = "") -> Work:
+        """Rank `root`'s values on every rank; the others pass tensors of the same shapes and types."""
+
+    @abstractmethod
+    def all_to_all(self, tensors: Sequence[Tensor], label: str = "") -> Work:
+        """Part i of dim 0 goes to rank i: (size*n, ...) -> (size*n, ...), ordered by sender."""
+
+    @abstractmethod
+    def send(self, tensors: Sequence[Tensor], dst: int, label: str = "") -> Work:
+        """Send to rank `dst` of the group, which must `recv`."""
+
+    @abstractmethod
+    def recv(self, like: Sequence[Tensor], src: int, label: str = "") -> Work:
+        """Receive from rank `src` tensors shaped and typed as `like`."""
+
+    @abstractmethod
+    def barrier(self, label: str = "") -> Work:
+        """Finished when every rank has issued it; no outputs."""
+
+    @abstractmethod
+    def subgroup(self, ranks: Sequence[int]) -> Engine:
+        """An engine over some ranks of this group, renumbered in the order given; called by exactly those ranks."""
+
+    def close(self) -> None:
+        """Finish what is in flight and free the engine's threads and groups; a second call does nothing."""
+
+    # Checks shared by all engines: errors, and their text, do not depend on the engine in use.
+
+    def _check_op(self, op: str, tensors: Sequence[Tensor]) -> None:
+        if op not in REDUCE_OPS:
+            raise ValueError(f"unknown reduction {op!r}; choose one of {', '.join(REDUCE_OPS)}")
+        if op == "mean" and not all(is_float(x) for x in tensors):
+            raise ValueError("the mean of integer tensors is not an integer; use sum, or convert to a float type")
+
+    def _check_peer(self, peer: int, what: str) -> None:
+        if not 0 <= peer < self.size:
+            raise ValueError(f"{what}={peer} is not a rank of this group of {self.size} (0..{self.size - 1})")
+
+    def _check_divisible(self, tensors: Sequence[Tensor], what: str) -> None:
+        for x in tensors:
+            if not x.shape or x.shape[0] % self.size:
+                raise ValueError(
+                    f"{what} splits dim 0 over {self.size} ranks, which a tensor of shape {tuple(x.shape)} does not allow; "
+                    f"pad dim 0 to a multiple of {self.size}"
+                )
+
+    def _check_subgroup(self, ranks: Sequence[int]) -> None:
+        for rank in ranks:
+            self._check_peer(rank, "rank")
+        if len(set(ranks)) != len(ranks):
+            raise ValueError(f"a rank appears twice in the sub-group {list(ranks)}")
+        if self.rank not in ranks:
+            raise ValueError(f"rank {self.rank} is not in the sub-group {list(ranks)}: only its members create it")

@@ -1,0 +1,106 @@
+"""Ascend ranks over HCCL: the thinnest layer over `mindspore.communication.comm_func`.
+
+No Ascend device is available to this project's tests. The calls are checked against the signatures of the installed MindSpore
+with a stand-in that records them (`tests/unit/test_hccl.py`); that is all that is known about this file.
+Transfers run on the device's own streams, so the time-out is HCCL's: set `HCCL_EXEC_TIMEOUT` and `HCCL_CONNECT_TIMEOUT`.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Sequence
+
+from mindspore import Tensor
+
+from .engine import Clock, Engine, Work
+
+
+class _Handles(Work):
+    def __init__(self, outputs: list[Tensor], handles: list[Any]):
+        self.outputs, self._handles = outputs, [handle for handle in handles if handle is not None]
+
+    def done(self) -> bool:
+        return not self._handles  # HCCL offers no query
+
+    def wait(self) -> list[Tensor]:
+        for handle in self._handles:
+            handle.wait()  # the compute stream waits, not the host
+        self._handles = []
+        return self.outputs
+
+
+class HcclEngine(Engine):
+    """Ranks of an HCCL group.
+
+    Sums are made by HCCL in the tensors' own type and in its own order; a mean divides before it sums, as 16-bit sums overflow.
+    """
+
+    name = "hccl"
+
+    def __init__(self, group: str, rank: int, size: int, clock: Clock | None = None, comm_func: Any = None):
+        """
+        Args:
+            group: an HCCL group name, `hccl_world_group` for all ranks.
+            rank, size: of this process in it.
+            clock: the training step, for messages.
+            comm_func: stands in for `mindspore.communication.comm_func` in tests.
+        """
+        if comm_func is None:
+            from mindspore.communication import comm_func
+        self._group, self.rank, self.size = group, rank, size
+        self.clock, self._comm = clock or Clock(), comm_func
+
+    def all_gather(self, tensors: Sequence[Tensor], out: Sequence[Tensor] | None = None, label: str = "") -> Work:
+        # comm_func stacks: (size, n, ...)
+        pairs = [self._comm.all_gather_into_tensor(x, group=self._group, async_op=True) for x in tensors]
+        joined = [y.reshape((-1, *x.shape[1:])) if len(y.shape) > len(x.shape) else y for x, (y, _) in zip(tensors, pairs)]
+        return _Handles(joined, [handle for _, handle in pairs])
+
+    def reduce_scatter(self, tensors: Sequence[Tensor], op: str = "sum", label: str = "") -> Work:
+        self._check_op(op, tensors)
+        self._check_divisible(tensors, "reduce_scatter")
+        kind, tensors = self._kind(op, tensors)
+        pairs = [self._comm.reduce_scatter_tensor(x, op=kind, group=self._group, async_op=True) for x in tensors]
+        return _Handles([y for y, _ in pairs], [handle for _, handle in pairs])
+
+    def all_reduce(self, tensors: Sequence[Tensor], op: str = "sum", label: str = "") -> Work:
+        self._check_op(op, tensors)
+        kind, tensors = self._kind(op, tensors)
+        pairs = [self._comm.all_reduce(x, op=kind, group=self._group, async_op=True) for x in tensors]
+        return _Handles([y for y, _ in pairs], [handle for _, handle in pairs])
+
+    def broadcast(self, tensors: Sequence[Tensor], root: int = 0, label: str = "") -> Work:
+        self._check_peer(root, "root")
+        return _Handles([self._comm.broadcast(x, src=root, group=self._group) for x in tensors], [])
+
+    def all_to_all(self, tensors: Sequence[Tensor], label: str = "") -> Work:
+        self._check_divisible(tensors, "all_to_all")
+        pairs = [
+            self._comm.all_to_all_single_with_output_shape(tuple(x.shape), x, group=self._group, async_op=True)
+            for x in tensors
+        ]
+        return _Handles([y for y, _ in pairs], [handle for _, handle in pairs])
+
+    def send(self, tensors: Sequence[Tensor], dst: int, label: str = "") -> Work:
+        self._check_peer(dst, "dst")
+        return _Handles([], [self._comm.isend(x, dst=dst, group=self._group) for x in tensors])
+
+    def recv(self, like: Sequence[Tensor], src: int, label: str = "") -> Work:
+        self._check_peer(src, "src")
+        pairs = [self._comm.irecv(x, src=src, group=self._group) for x in like]
+        return _Handles([y for y, _ in pairs], [handle for _, handle in pairs])
+
+    def barrier(self, label: str = "") -> Work:
+        self._comm.barrier(group=self._group)
+        return _Handles([], [])
+
+    def subgroup(self, ranks: Sequence[int]) -> Engine:
+        self._check_subgroup(ranks)
+        from mindspore.communication import create_group
+
+        name = f"{self._group}-" + "-".join(map(str, ranks))
+        create_group(name, list(ranks))
+        return HcclEngine(name, list(ranks).index(self.rank), len(ranks), self.clock, self._comm)
+
+    def _kind(self, op: str, tensors: Sequence[Tensor]) -> tuple[str, Sequence[Tensor]]:
+        """HCCL has no mean."""
+        return ("sum", [x * (1.0 / self.size) for x in tensors]) if op == "mean" else (op, tensors)

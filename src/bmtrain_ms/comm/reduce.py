@@ -1,0 +1,34 @@
+"""Reductions on the host in a fixed order, so that every rank and every run gets the same bits."""
+
+from __future__ import annotations
+
+import numpy as np
+
+_CHUNK = 1 << 16  # elements: keeps the accumulator in cache
+
+
+def accumulator_dtype(dtype: np.dtype) -> np.dtype:
+    """What sums of `dtype` are made in: float32 for floats up to 32 bits (bfloat16 too), otherwise the type itself."""
+    if dtype.kind == "f" and dtype.itemsize > 4:
+        return dtype
+    return dtype if dtype.kind in "iub" else np.dtype(np.float32)
+
+
+def reduce_rows(rows: np.ndarray, op: str, out: np.ndarray) -> None:
+    """`out[...] = op over rows`, taken in row order.
+
+    Args:
+        rows: (ranks, n).
+        op: `sum`, `mean` (of floats only), `max` or `min`.
+        out: (n,), of the dtype of `rows`.
+    """
+    kind = accumulator_dtype(rows.dtype)
+    combine = {"sum": np.add, "mean": np.add, "max": np.maximum, "min": np.minimum}[op]
+    for start in range(0, out.size, _CHUNK):
+        part = slice(start, min(start + _CHUNK, out.size))
+        total = rows[0, part].astype(kind)
+        for row in rows[1:]:
+            combine(total, row[part].astype(kind, copy=False), out=total)
+        if op == "mean":
+            total *= kind.type(1.0 / len(rows))
+        out[part] = total.astype(out.dtype)

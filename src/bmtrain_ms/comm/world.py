@@ -1,0 +1,211 @@
+"""The process-wide world: set once by `init_distributed`, read to fill defaults in public functions; everything else is passed."""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import os
+import random
+import sys
+import traceback
+from dataclasses import dataclass
+from typing import Any, Iterator
+
+import mindspore as ms
+import numpy as np
+
+from ..compat import runtime
+from .engine import Clock, Engine
+from .launch import Launch, detect
+from .mesh import Mesh
+from .single import SingleEngine
+
+
+@dataclass(frozen=True)
+class World:
+    """Where this process stands.
+
+    Attributes:
+        engine: collectives among the ranks over which parameters are sharded.
+        mesh: rank arithmetic.
+        seed: of initialisation and of all stateless randomness.
+        launch: launcher, local rank.
+        replicas: what a summed gradient is divided by: the number of data-parallel replicas.
+    """
+
+    engine: Engine
+    mesh: Mesh
+    seed: int = 0
+    launch: Launch = Launch()
+
+    @property
+    def replicas(self) -> int:
+        return self.mesh.dp
+
+
+_current: list[World] = []
+
+
+def world() -> World:
+    """The current world.
+
+    Raises:
+        RuntimeError: `init_distributed` has not been called.
+    """
+    if not _current:
+        raise RuntimeError("bmtrain_ms is not initialised: call bmtrain_ms.init_distributed() before building the model")
+    return _current[-1]
+
+
+def is_initialized() -> bool:
+    """Whether `init_distributed` has been called."""
+    return bool(_current)
+
+
+def rank() -> int:
+    """This process's global rank; 0 before initialisation (BMTrain: `rank`)."""
+    return _current[-1].mesh.rank if _current else 0
+
+
+def world_size() -> int:
+    """How many ranks there are; 1 before initialisation (BMTrain: `world_size`)."""
+    return _current[-1].mesh.world if _current else 1
+
+
+def synchronize() -> None:
+    """Wait until every rank has come here (BMTrain: `synchronize`)."""
+    world().engine.barrier("synchronize").wait()
+
+
+@contextlib.contextmanager
+def use_world(temporary: World) -> Iterator[World]:
+    """Make `temporary` the current world inside a `with` block: tests run several worlds in one process."""
+    _current.append(temporary)
+    try:
+        yield temporary
+    finally:
+        _current.pop()
+
+
+def init_distributed(
+    seed: int = 0,
+    tp_size: int = 1,
+    pipe_size: int = -1,
+    *,
+    engine: Engine | None = None,
+    device: str | None = None,
+    timeout: float = 600.0,
+) -> World:
+    """Join the other ranks and choose the settings that suit this device (BMTrain: `init_distributed`).
+
+    The launcher is recognised by its variables: `mpiexec` on CPU gives the *mpi* engine, `msrun` gives *hccl* on Ascend and *mccl*
+    on CPU, no launcher gives one rank. Python's, NumPy's and MindSpore's generators get the same seed on every rank.
+    On CPU each rank gets its share of the cores, and operations run synchronously (`compat.runtime.configure_cpu`).
+
+    Args:
+        seed: of initialisation and of all randomness.
+        tp_size: tensor-parallel size; only 1 so far.
+        pipe_size: pipeline stages; -1 (off) or 1 so far.
+        engine: use this one instead of the launcher's.
+        device: `CPU` or `Ascend`; default: what MindSpore is set to.
+        timeout: seconds until a collective gives up (mpi engine; HCCL has its own variables).
+
+    Raises:
+        RuntimeError: called twice, or the launcher does not fit the device.
+        ValueError: a parallel size that is not available.
+    """
+    if _current:
+        raise RuntimeError("init_distributed was called before; call bmtrain_ms.shutdown() first to start over")
+    if tp_size != 1 or pipe_size not in (-1, 1):
+        raise ValueError(
+            f"tp_size={tp_size}, pipe_size={pipe_size}: tensor and pipeline parallel layers are not part of this release; "
+            "use tp_size=1, pipe_size=-1 (ZeRO shards over all ranks)"
+        )
+    if timeout <= 0:
+        raise ValueError(f"timeout must be a positive number of seconds, not {timeout}")
+    launch = detect()
+    target = device or runtime.device_target()
+    if engine is None:
+        engine = _make_engine(launch, target, timeout)
+    elif target == "CPU":
+        _configure_cpu(launch)
+    for seed_it in (random.seed, np.random.seed, ms.set_seed):
+        seed_it(seed)
+    made = World(engine, Mesh(engine.size, engine.rank), seed, launch)
+    _current.append(made)
+    return made
+
+
+def shutdown() -> None:
+    """Finish what is in flight and forget the world; does nothing when there is none. Called at exit."""
+    while _current:
+        _current.pop().engine.close()
+
+
+atexit.register(shutdown)
+
+
+def _make_engine(launch: Launch, target: str, timeout: float) -> Engine:
+    if target == "Ascend":
+        runtime.configure_ascend(launch.local_rank)
+        if launch.kind == "msrun":
+            from mindspore.communication import get_group_size, get_rank, init
+
+            from .hccl import HcclEngine
+
+            init("hccl")
+            return HcclEngine("hccl_world_group", get_rank(), get_group_size())
+        if launch.kind == "mpi":
+            raise RuntimeError("Ascend ranks are started with msrun (bmtrain-ms launch --with msrun), not with mpiexec")
+        return SingleEngine(host=False)
+    if target != "CPU":
+        raise RuntimeError(f"device target {target!r} is not supported; use CPU or Ascend")
+    _configure_cpu(launch)
+    if launch.kind == "msrun":
+        from mindspore.communication import get_group_size, get_rank, init
+
+        from .mccl import McclEngine
+
+        init()
+        return McclEngine(get_rank(), get_group_size())
+    if launch.kind == "mpi" and launch.size > 1:
+        return _make_mpi_engine(timeout)
+    return SingleEngine()
+
+
+def _make_mpi_engine(timeout: float) -> Engine:
+    try:
+        from mpi4py import MPI
+    except ImportError as error:
+        raise RuntimeError(
+            "this process was started by mpiexec, but mpi4py cannot be imported; pip install 'bmtrain-ms[cpu]'"
+        ) from error
+
+    from .mpi import MpiEngine
+
+    mpi_world = MPI.COMM_WORLD
+    _abort_on_uncaught(MPI)
+    return MpiEngine(mpi_world.Dup(), Clock(), timeout)
+
+
+def _configure_cpu(launch: Launch) -> None:
+    """Each rank of a host gets its share of the cores; more ranks than cores share one each."""
+    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
+    share = max(1, len(cores) // launch.local_size)
+    if launch.local_size > 1 and hasattr(os, "sched_setaffinity"):
+        start = launch.local_rank * share % len(cores)
+        os.sched_setaffinity(0, cores[start : start + share])
+    runtime.configure_cpu(share)
+
+
+def _abort_on_uncaught(MPI: Any) -> None:
+    """A rank that dies ends the job with its traceback: the others would wait for it until the time-out."""
+    mine = MPI.COMM_WORLD.Get_rank()
+
+    def hook(kind: type[BaseException], error: BaseException, where: Any) -> None:
+        text = "".join(traceback.format_exception(kind, error, where))
+        sys.stderr.write("".join(f"[rank {mine}] {line}\n" for line in text.splitlines()))
+        sys.stderr.flush()
+        MPI.COMM_WORLD.Abort(1)
+
+    sys.excepthook = hook

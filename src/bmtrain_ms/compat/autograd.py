@@ -1,0 +1,133 @@
+"""Differentiable functions of our own, on MindSpore's functional autograd (PyNative).
+
+`custom_op` is what `torch.autograd.Function` is in PyTorch; 2.5 has no such thing, but a Cell with a `bprop` method is treated
+that way by the executor. The cells made here carry nothing else (1 µs to make, a real `nn.Cell` takes 50–300 µs).
+Parameters among the inputs get their gradient like any other input.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Callable, Sequence
+
+import wrapt
+from mindspore import Parameter, Tensor, nn, ops
+from mindspore._c_expression import Cell_
+from mindspore.ops.composite.base import _Grad
+
+from .executor import GRAD_TAKES_HAS_AUX, PyNativeExecutor, executor, no_grad, recording
+
+__all__ = ["backward_hooks", "custom_op", "no_grad", "recording", "vjp"]
+
+Tensors = tuple[Tensor, ...]
+
+# Called with the exception, or None, each time an outermost backward pass has ended.
+backward_hooks: list[Callable[[BaseException | None], None]] = []
+
+_original_grad: list[Any] = []
+_depth = [0]  # backward passes under way: recomputation nests them
+_grad_by_position = _Grad(get_by_position=True, sens_param=True)
+
+
+class _Op(nn.Cell):
+    """The least that the executor needs to see of a Cell with its own `bprop`."""
+
+    def __init__(self, backward: Callable[[Tensors], Sequence[Tensor | None]] | None):
+        Cell_.__init__(self, "")
+        vars(self)["_backward"] = backward
+
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(name)
+
+    def __del__(self) -> None:
+        """nn.Cell's looks for state that is not here."""
+
+    def bprop(self, *args: Any) -> tuple:
+        """args: the inputs, the output, the gradient of the output."""
+        grads = args[-1]
+        inputs = args[:-2]
+        grads = self._backward(tuple(grads) if isinstance(grads, (tuple, list)) else (grads,))
+        return tuple(ops.zeros_like(x) if g is None else g for x, g in zip(inputs, grads))
+
+
+def custom_op(
+    forward: Callable[..., Tensors], backward: Callable[[Tensors], Sequence[Tensor | None]], *inputs: Tensor
+) -> Tensors:
+    """Run `forward(*inputs)` unrecorded and make `backward` its derivative.
+
+    Args:
+        forward: tensors -> tuple of floating-point tensors; may return an input itself.
+        backward: gradients of the outputs -> one gradient per input; `None` stands for zero. Called at most once.
+        inputs: tensors or Parameters; where none needs a gradient, `backward` is never called.
+
+    Returns:
+        The outputs of `forward`, as a tuple.
+    """
+    if not recording():
+        return forward(*inputs)
+    with no_grad():
+        outputs = forward(*inputs)
+    recorded = executor.call_custom_bprop(_Op(backward), outputs, *inputs)
+    return outputs if recorded is None else recorded  # 2.5 marks the outputs in place
+
+
+def vjp(function: Callable[..., Tensors], inputs: Sequence[Tensor], cotangents: Tensors) -> Tensors:
+    """Run `function(*inputs)` recorded and pull `cotangents` back through it at once.
+
+    Usable inside the backward of a `custom_op`: this is what recomputation is made of.
+
+    Returns:
+        One gradient per input, zeros where an input was not used.
+    """
+    cell = _Op(None)
+    detached = [_detach(x) for x in inputs]
+    executor.set_grad_flag(True)
+    executor.new_graph(cell, *detached)
+    outputs = function(*detached)
+    # A one-element tuple and its element are different outputs to the executor; the cotangent must match.
+    if len(outputs) == 1:
+        outputs, cotangents = outputs[0], cotangents[0]
+    executor.end_graph(cell, outputs, *detached)
+    aux = (False,) if GRAD_TAKES_HAS_AUX else ()
+    grads = executor.grad(cell, _grad_by_position, None, tuple(range(len(detached))), *aux, *detached, cotangents)
+    return tuple(grads) if isinstance(grads, (tuple, list)) else (grads,)
+
+
+def _detach(x: Tensor) -> Tensor:
+    """`x` without its history. A detached Parameter confuses the 2.5 executor: take its value first."""
+    with no_grad():
+        return ops.stop_gradient(x * 1 if isinstance(x, Parameter) else x)
+
+
+def original_grad() -> Any:
+    """MindSpore's own `_PyNativeExecutor.grad`, patched or not."""
+    return _original_grad[0] if _original_grad else vars(PyNativeExecutor)["grad"]
+
+
+def install() -> None:
+    """Watch for the end of backward passes; idempotent."""
+    if not _original_grad:
+        _original_grad.append(vars(PyNativeExecutor)["grad"])
+        wrapt.wrap_function_wrapper(PyNativeExecutor, "grad", _watch)
+
+
+def uninstall() -> None:
+    """Stop watching; idempotent."""
+    if _original_grad:
+        PyNativeExecutor.grad = _original_grad.pop()
+
+
+def _watch(wrapped: Any, instance: Any, args: tuple, kwargs: dict) -> Any:
+    _depth[0] += 1
+    error: BaseException | None = None
+    try:
+        return wrapped(*args, **kwargs)
+    except BaseException as caught:
+        error = caught
+        raise
+    finally:
+        _depth[0] -= 1
+        if _depth[0] == 0:
+            if error is not None:
+                executor.clear_res()  # otherwise 2.10 refuses the next, healthy, backward pass
+            for hook in tuple(backward_hooks):
+                hook(error)
