@@ -1,3 +1,4 @@
 from . import compat
 compat.install()
 from .comm import *
+from .zero import *

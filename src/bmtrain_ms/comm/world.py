@@ -21,7 +21,7 @@ from .mesh import Mesh
 from .single import SingleEngine
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class World:
     """Where this process stands.
 
@@ -30,17 +30,22 @@ class World:
         mesh: rank arithmetic.
         seed: of initialisation and of all stateless randomness.
         launch: launcher, local rank.
-        replicas: what a summed gradient is divided by: the number of data-parallel replicas.
+        prefetch: how many groups of parameters are gathered ahead.
     """
 
     engine: Engine
     mesh: Mesh
     seed: int = 0
     launch: Launch = Launch()
+    prefetch: int = 1
 
-    @property
-    def replicas(self) -> int:
-        return self.mesh.dp
+    # A copied or unpickled parameter belongs to the world of the process that it is in.
+
+    def __deepcopy__(self, memo: dict) -> World:
+        return self
+
+    def __reduce__(self) -> tuple:
+        return world, ()
 
 
 _current: list[World] = []
@@ -92,6 +97,7 @@ def init_distributed(
     tp_size: int = 1,
     pipe_size: int = -1,
     *,
+    prefetch: int = 1,
     engine: Engine | None = None,
     device: str | None = None,
     timeout: float = 600.0,
@@ -106,6 +112,7 @@ def init_distributed(
         seed: of initialisation and of all randomness.
         tp_size: tensor-parallel size; only 1 so far.
         pipe_size: pipeline stages; -1 (off) or 1 so far.
+        prefetch: gather this many groups ahead of the one that computes; 0 turns overlap off.
         engine: use this one instead of the launcher's.
         device: `CPU` or `Ascend`; default: what MindSpore is set to.
         timeout: seconds until a collective gives up (mpi engine; HCCL has its own variables).
@@ -121,6 +128,8 @@ def init_distributed(
             f"tp_size={tp_size}, pipe_size={pipe_size}: tensor and pipeline parallel layers are not part of this release; "
             "use tp_size=1, pipe_size=-1 (ZeRO shards over all ranks)"
         )
+    if prefetch < 0:
+        raise ValueError(f"prefetch must be 0 (off) or more, not {prefetch}")
     if timeout <= 0:
         raise ValueError(f"timeout must be a positive number of seconds, not {timeout}")
     launch = detect()
@@ -131,7 +140,7 @@ def init_distributed(
         _configure_cpu(launch)
     for seed_it in (random.seed, np.random.seed, ms.set_seed):
         seed_it(seed)
-    made = World(engine, Mesh(engine.size, engine.rank), seed, launch)
+    made = World(engine, Mesh(engine.size, engine.rank), seed, launch, prefetch)
     _current.append(made)
     return made
 

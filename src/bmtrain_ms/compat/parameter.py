@@ -68,6 +68,11 @@ def user_class(obj: Parameter) -> type:
     return next(cls for cls in type(obj).__mro__ if cls not in generated)
 
 
+def adopt(cls: type, data: Tensor) -> Any:
+    """What `cls.__new__` returns, made without a copy: the new parameter shares memory with `data`."""
+    return _build(cls, data, 4)
+
+
 def _new(wrapped: Any, instance: Any, args: tuple, kwargs: dict) -> Any:
     cls, data = args[0], args[1] if len(args) > 1 else kwargs.get("default_input")
     if data is None or _upstream_combines(data):

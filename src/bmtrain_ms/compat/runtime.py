@@ -26,6 +26,12 @@ def host_array(tensor: Tensor) -> np.ndarray:
     return np.ascontiguousarray(tensor.asnumpy())
 
 
+def address(tensor: Tensor) -> int | None:
+    """Where the tensor's values start, if views share memory with what they view; None on 2.5, where a view of host memory is a
+    copy (and where asking for the address of a tensor that no operation has read yet logs an error)."""
+    return int(tensor._data_ptr()) if hasattr(Tensor, "untyped_storage") else None
+
+
 def from_host(array: np.ndarray) -> Tensor:
     """A tensor that shares memory with the contiguous `array` and keeps it alive."""
     return Tensor.from_numpy(array)

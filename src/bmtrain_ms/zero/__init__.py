@@ -1,0 +1,26 @@
+"""Sharded parameters: ZeRO-2 and ZeRO-3 (Rajbhandari et al., "ZeRO: memory optimizations toward training trillion parameter
+models", 2020)."""
+
+from . import init
+from .block import Block, CheckpointBlock, TransformerBlockList
+from .context import ZeroContext, context_of
+from .group import ParamGroup, ShardState
+from .init import ParameterInitializer, init_parameters
+from .module import DistributedModule
+from .param import DistributedParameter, empty
+
+__all__ = [
+    "Block",
+    "CheckpointBlock",
+    "DistributedModule",
+    "DistributedParameter",
+    "ParamGroup",
+    "ParameterInitializer",
+    "ShardState",
+    "TransformerBlockList",
+    "ZeroContext",
+    "context_of",
+    "empty",
+    "init",
+    "init_parameters",
+]

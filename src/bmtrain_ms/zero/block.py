@@ -1,0 +1,367 @@
+"""Blocks: the unit of gathering, recomputation and reduction.
+
+A call of a Block is made of differentiable functions of our own (`compat.autograd.custom_op`), so that autograd itself calls us at
+the right moments, and gradients are right by construction: *gather* is a function from shards to full tensors, and its derivative
+is *reduce*. While the inner module runs, its parameters are hidden behind the full tensors (instance attributes win over a Cell's
+parameter table); it need not know about any of this.
+
+With checkpointing the whole call is one such function. Its backward gathers once, recomputes and differentiates. Without, there
+are two: the gather before the inner module, and an identity behind it whose backward gathers again into the memory that the
+recorded graph reads (`Gathered.park`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any, Iterator, Sequence
+
+from mindspore import Tensor, nn, ops
+
+from ..compat.autograd import custom_op, recording, vjp
+from ..compat.runtime import device_target, is_float
+from .context import ZeroContext, context_of
+from .group import Gathered, ParamGroup
+from .param import DistributedParameter
+from .pipeline import Phase
+from .tree import Rebuild, flatten
+
+
+class Block(nn.Cell):
+    """ZeRO around a module: gathers its parameters for the call and lets go of them afterwards (BMTrain: `Block`).
+
+    Transparent: parameters keep their names, attributes are the inner module's. Arguments and results may be anything; tensors in
+    tuples, lists and dicts at any depth receive gradients. A list or tuple as result becomes a tuple, as in BMTrain.
+
+    Args:
+        inner_module: a Cell all of whose parameters are `DistributedParameter`.
+        use_checkpoint: recompute the forward pass in backward instead of keeping its activations.
+        zero_level: 3 gathers again for backward; 2 keeps the gathered parameters from forward to backward.
+
+    Raises:
+        TypeError: `inner_module` is not a Cell.
+        ValueError: a parameter is not a `DistributedParameter`, there is none, a Block is inside, or `zero_level` is not 2 or 3.
+    """
+
+    def __init__(self, inner_module: nn.Cell, use_checkpoint: bool = True, zero_level: int = 3):
+        super().__init__(auto_prefix=False)
+        if not isinstance(inner_module, nn.Cell):
+            raise TypeError(f"Block wraps a Cell, not a {type(inner_module).__name__}")
+        if zero_level not in (2, 3):
+            raise ValueError(f"zero_level must be 2 or 3, not {zero_level}")
+        slots = _find_slots(inner_module)
+        own = vars(self)  # not Cell attributes: the inner module must not appear as a child with a name of its own
+        own["inner"], own["use_checkpoint"], own["zero_level"] = inner_module, bool(use_checkpoint), zero_level
+        own["_slots"], own["_group"] = slots, None
+        # Sharing the tables makes the Block look like the inner module to every walk over parameters and cells.
+        own["_params"], own["_cells"] = inner_module._params, inner_module._cells
+        self.training = inner_module.training
+        for parameter, _ in slots:
+            parameter.in_block = True
+
+    def __getattr__(self, name: str) -> Any:
+        inner = vars(self).get("inner")
+        if inner is None:
+            return super().__getattr__(name)
+        return getattr(inner, name)
+
+    def set_train(self, mode: bool = True) -> Block:
+        """As Cell.set_train, for the inner module too."""
+        self.inner.set_train(mode)
+        super().set_train(mode)
+        return self
+
+    def __repr__(self) -> str:
+        return f"Block({self.inner!r})"
+
+    def __len__(self) -> int:
+        return len(self.inner)
+
+    def construct(self, *args: Any, **kwargs: Any) -> Any:
+        leaves, rebuild = flatten((args, kwargs))
+        call = _Call(self, context_of(self.group.world), leaves, rebuild)
+        if not recording():
+            return call.evaluate()
+        self._refuse_replaying_dropout()
+        return call.checkpointed() if self.use_checkpoint else call.kept()
+
+    @property
+    def group(self) -> ParamGroup:
+        """The parameters; made at the first call, when they have their final names."""
+        if self._group is None:
+            params = [parameter for parameter, _ in self._slots]
+            vars(self)["_group"] = ParamGroup(params, _common_prefix([p.name for p in params]))
+        return self._group
+
+    @contextlib.contextmanager
+    def substituted(self, tensors: Sequence[Tensor]) -> Iterator[None]:
+        """Hide the parameters behind full tensors."""
+        for (_, places), tensor in zip(self._slots, tensors):
+            for cell, name in places:
+                vars(cell)[name] = tensor
+        try:
+            yield
+        finally:
+            for _, places in self._slots:
+                for cell, name in places:
+                    vars(cell).pop(name, None)
+
+    def _refuse_replaying_dropout(self) -> None:
+        """MindSpore's generators do not replay on CPU: recomputation would draw another mask, and gradients would be wrong."""
+        if not (self.use_checkpoint and self.training and device_target() == "CPU"):
+            return
+        for name, cell in self.inner.cells_and_names():
+            if isinstance(cell, nn.Dropout) and (getattr(cell, "p", 0) or 1 - getattr(cell, "keep_prob", 1)):
+                raise ValueError(
+                    f"{name or 'the module'} is a mindspore.nn.Dropout in a checkpointed Block; on CPU it cannot draw the same mask "
+                    "twice. Use bmtrain_ms.nn.Dropout, or Block(use_checkpoint=False)"
+                )
+
+
+CheckpointBlock = Block
+
+
+class _Call:
+    """One call of a Block: its arguments, and what its backward must remember."""
+
+    def __init__(self, block: Block, context: ZeroContext, leaves: list[Any], rebuild: Rebuild):
+        self.block, self.group, self.pipeline = block, block.group, context.pipeline
+        self.reducer, self.draws = context.reducer, context.draws
+        self.leaves, self.rebuild = leaves, rebuild
+        self.differentiable = [i for i, x in enumerate(leaves) if is_float(x)]
+        self.trainable = self.group.trainable()
+
+    # The three ways to run #
+
+    def evaluate(self) -> Any:
+        """Not recorded: gather, run, release."""
+        gathered = self.pipeline.enter(self.group, Phase.EVAL)
+        try:
+            return self._result(self._run(self._inputs(), gathered.tensors()))
+        finally:
+            self.pipeline.leave(gathered)
+
+    def checkpointed(self) -> Any:
+        """One function of (inputs, shards) that recomputes in its backward."""
+        keep = self.block.zero_level == 2
+        result = _Result()
+        self.first_draw = self.draws.count
+        kept: list[Gathered] = []
+
+        def forward(*inputs_and_shards: Tensor) -> tuple[Tensor, ...]:
+            gathered = self.pipeline.enter(self.group, Phase.FORWARD)
+            try:
+                out = result.take(self._run(inputs_and_shards[: len(self.differentiable)], gathered.tensors()))
+            except BaseException:
+                self.pipeline.leave(gathered)
+                raise
+            self.pipeline.leave(gathered, keep=keep)
+            kept.append(gathered)
+            return out
+
+        def backward(grads: tuple[Tensor, ...]) -> list[Tensor]:
+            gathered = kept[0] if keep else self.pipeline.enter(self.group, Phase.BACKWARD)
+            weights = gathered.tensors()
+            inputs = self._inputs()
+            pulled = vjp(lambda *xs: self._recompute(xs, weights), [*inputs, *(weights[i] for i in self.trainable)], grads)
+            weight_grads = pulled[len(inputs) :]
+            shards = self.reducer.reduce(self.group, self.trainable, weight_grads) if self.trainable else []
+            del weights, weight_grads
+            self.pipeline.leave(gathered)
+            return [*pulled[: len(inputs)], *shards]
+
+        self.reducer.expect(self.group, self.trainable)
+        return result.restore(custom_op(forward, backward, *self._inputs(), *self._shards()))
+
+    def kept(self) -> Any:
+        """Recorded by autograd as it runs; only the gathered memory is let go of in between."""
+        result = _Result()
+        gathered = self.pipeline.enter(self.group, Phase.FORWARD)
+        try:
+            weights = list(gathered.tensors())
+            inputs = self._before(gathered, weights)
+            out = self._behind(gathered, result.take(self._run(inputs, weights)))
+        except BaseException:
+            self.pipeline.leave(gathered)
+            raise
+        stays = self.block.zero_level == 2 or any(gathered.owns(x) for x in out)
+        if stays:
+            self.pipeline.leave(gathered, keep=True)
+        else:
+            self.pipeline.park(gathered)
+        return result.restore(out)
+
+    # Pieces #
+
+    def _before(self, gathered: Gathered, weights: list[Tensor]) -> list[Tensor]:
+        """Make full tensors functions of the shards; the last thing that backward reaches. Replaces entries of `weights`."""
+        inputs = self._inputs()
+        if not self.trainable:  # nothing to reduce, but something to release: an identity on the inputs
+            def leave(grads: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+                self.pipeline.leave(gathered)
+                return grads
+
+            return list(custom_op(lambda *xs: xs, leave, *inputs)) if inputs else inputs
+
+        def reduce(grads: tuple[Tensor, ...]) -> list[Tensor]:
+            shards = self.reducer.reduce(self.group, self.trainable, grads)
+            self.pipeline.leave(gathered)
+            return shards
+
+        self.reducer.expect(self.group, self.trainable)
+        full = tuple(weights[i] for i in self.trainable)
+        for i, tensor in zip(self.trainable, custom_op(lambda *_: full, reduce, *self._shards())):
+            weights[i] = tensor
+        return inputs
+
+    def _behind(self, gathered: Gathered, outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """An identity; the first thing that backward reaches."""
+
+        def gather_again(grads: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            if self.block.zero_level == 3:
+                self.pipeline.enter(self.group, Phase.BACKWARD, parked=gathered)
+            return grads
+
+        return custom_op(lambda *xs: xs, gather_again, *outputs) if outputs else outputs
+
+    def _inputs(self) -> list[Tensor]:
+        return [self.leaves[i] for i in self.differentiable]
+
+    def _shards(self) -> list[DistributedParameter]:
+        return [self.group.params[i] for i in self.trainable]
+
+    def _run(self, inputs: Sequence[Tensor], weights: Sequence[Tensor]) -> Any:
+        leaves = list(self.leaves)
+        for i, x in zip(self.differentiable, inputs):
+            leaves[i] = x
+        args, kwargs = self.rebuild(iter(leaves))
+        with self.block.substituted(weights):
+            return self.block.inner(*args, **kwargs)
+
+    def _recompute(self, inputs_and_weights: tuple[Tensor, ...], weights: list[Tensor]) -> tuple[Tensor, ...]:
+        inputs, trained = (
+            inputs_and_weights[: len(self.differentiable)],
+            inputs_and_weights[len(self.differentiable) :],
+        )
+        full = list(weights)
+        for i, tensor in zip(self.trainable, trained):
+            full[i] = tensor
+        after, self.draws.count = self.draws.count, self.first_draw
+        try:
+            return _Result().take(self._run(inputs, full))
+        finally:
+            self.draws.count = after
+
+    @staticmethod
+    def _result(out: Any) -> Any:
+        return tuple(out) if isinstance(out, list) else out
+
+
+class _Result:
+    """Separates a result's floating-point tensors, which autograd handles, from the rest of it."""
+
+    def take(self, out: Any) -> tuple[Tensor, ...]:
+        """Remember the structure of `out`; return its floating-point tensors."""
+        self._leaves, self._rebuild = flatten(_Call._result(out))
+        self._places = [i for i, x in enumerate(self._leaves) if is_float(x)]
+        return tuple(self._leaves[i] for i in self._places)
+
+    def restore(self, tensors: Sequence[Tensor]) -> Any:
+        """The same structure around `tensors`."""
+        for i, x in zip(self._places, tensors):
+            self._leaves[i] = x
+        return self._rebuild(iter(self._leaves))
+
+
+def _find_slots(module: nn.Cell) -> list[tuple[DistributedParameter, list[tuple[nn.Cell, str]]]]:
+    """Each parameter once, with every (cell, attribute) that holds it: tied parameters have several."""
+    slots: dict[int, tuple[DistributedParameter, list[tuple[nn.Cell, str]]]] = {}
+    for path, cell in module.cells_and_names():
+        if isinstance(cell, Block):
+            raise ValueError(f"there is a Block inside the Block already ({path or 'the module itself'}): wrap only one of them")
+        for name, parameter in cell._params.items():
+            if parameter is None:
+                continue
+            if not isinstance(parameter, DistributedParameter):
+                raise ValueError(
+                    f"parameter {path + '.' if path else ''}{name} is a {type(parameter).__name__}; all parameters in a Block must be "
+                    "DistributedParameter (use bmtrain_ms.nn layers, or make it a buffer)"
+                )
+            slots.setdefault(id(parameter), (parameter, []))[1].append((cell, name))
+    if not slots:
+        raise ValueError(f"{type(module).__name__} has no parameters: there is nothing to gather, call it directly")
+    return list(slots.values())
+
+
+def _common_prefix(names: list[str]) -> str:
+    """`layers.3` for `layers.3.a.weight`, `layers.3.b.weight`."""
+    parts = [name.split(".") for name in names]
+    shared: list[str] = []
+    for column in zip(*(p[:-1] for p in parts)):
+        if len(set(column)) > 1:
+            break
+        shared.append(column[0])
+    return ".".join(shared) or names[0]
+
+
+class TransformerBlockList(nn.Cell):
+    """A chain of Blocks (BMTrain: `TransformerBlockList`).
+
+    Args:
+        modules: Cells, which are wrapped in `Block`, or Blocks; any iterable. The same Cell twice shares its parameters.
+        num_hidden: how many leading arguments are hidden states, each replaced by the outputs of the block before.
+
+    `list(h_1, ..., h_n, *others, return_hidden_states=False, **kwargs)`: the other arguments go unchanged to every block. The
+    result is the last block's output: a tensor for `num_hidden=1`, else a tuple. With `return_hidden_states` a stacked tensor for
+    each hidden state follows, (len(list), *hidden.shape), of the *inputs* of the blocks. May also be iterated, indexed and sliced.
+
+    Raises:
+        AssertionError: the same Block twice (as BMTrain).
+        ValueError: no modules, or fewer arguments than hidden states.
+    """
+
+    def __init__(self, modules: Any, num_hidden: int = 1):
+        super().__init__()
+        blocks: list[Block] = []
+        for module in modules:
+            block = module if isinstance(module, Block) else Block(module)
+            if any(block is other for other in blocks):
+                raise AssertionError("the same Block appears twice in the list; pass its inner module twice to share parameters")
+            blocks.append(block)
+        if not blocks:
+            raise ValueError("a TransformerBlockList needs at least one module")
+        self.num_hidden = num_hidden
+        named: set[int] = set()
+        for i, block in enumerate(blocks):
+            if id(block.inner) not in named:
+                block.update_parameters_name(f"{i}.")
+            named.add(id(block.inner))
+            self._cells[str(i)] = block
+
+    def __len__(self) -> int:
+        return len(self._cells)
+
+    def __iter__(self) -> Iterator[Block]:
+        return iter(self._cells.values())
+
+    def __getitem__(self, index: int | str | slice) -> Any:
+        if isinstance(index, str):
+            return self._cells[index]
+        return list(self._cells.values())[index]
+
+    def construct(self, *args: Any, return_hidden_states: bool = False, **kwargs: Any) -> Any:
+        if len(args) < self.num_hidden:
+            raise ValueError(f"{self.num_hidden} hidden states are expected as the first arguments, {len(args)} were given")
+        hidden, others = args[: self.num_hidden], args[self.num_hidden :]
+        seen: list[tuple[Tensor, ...]] = []
+        for block in self:
+            seen.append(hidden)
+            out = block(*hidden, *others, **kwargs)
+            hidden = out if isinstance(out, tuple) else (out,)
+            if len(hidden) != self.num_hidden:
+                raise ValueError(f"a block returned {len(hidden)} tensors for {self.num_hidden} hidden states")
+        if return_hidden_states:
+            hidden += tuple(ops.stack(list(states)) for states in zip(*seen))
+        return hidden[0] if len(hidden) == 1 else hidden
+
+
+__all__ = ["Block", "CheckpointBlock", "TransformerBlockList"]

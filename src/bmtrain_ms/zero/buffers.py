@@ -1,0 +1,79 @@
+"""Host memory for gathered parameters, recycled as soon as nothing refers to it.
+
+Copying into fresh pages is two to three times slower than into used ones, so buffers are kept. A buffer is handed out again only
+when no array, tensor, view or autograd graph refers to it any more: NumPy's reference count says so, and nobody has to.
+"""
+
+from __future__ import annotations
+
+import mmap
+import sys
+
+import numpy as np
+
+_ALIGN = 64  # bytes between the tensors of one buffer
+
+
+class HostBuffer:
+    """Anonymous memory whose pages can be given back to the system while its address stays valid."""
+
+    def __init__(self, nbytes: int):
+        flags = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_ANONYMOUS") else {}
+        self._map = mmap.mmap(-1, max(nbytes, 1), **flags)
+        self.bytes = np.frombuffer(self._map, np.uint8)
+        self._unused = sys.getrefcount(self.bytes)
+
+    def in_use(self) -> bool:
+        """Whether anything views this memory."""
+        return sys.getrefcount(self.bytes) > self._unused
+
+    def drop_pages(self) -> None:
+        """Give the memory back; what is read before it is written again is undefined (zero on Linux)."""
+        if hasattr(mmap, "MADV_DONTNEED"):
+            self._map.madvise(mmap.MADV_DONTNEED)
+
+    def address_range(self) -> tuple[int, int]:
+        """First address and the one after the last."""
+        start = self.bytes.__array_interface__["data"][0]
+        return start, start + self.bytes.nbytes
+
+
+class BufferPool:
+    """Buffers by size."""
+
+    def __init__(self, spare: int):
+        """`spare`: how many unused buffers of one size to keep."""
+        self._spare = spare
+        self._buffers: dict[int, list[HostBuffer]] = {}
+
+    def acquire(self, nbytes: int) -> HostBuffer:
+        """A buffer that nothing else refers to. It comes back by itself when the last view of it is gone."""
+        buffers = self._buffers.setdefault(nbytes, [])
+        for buffer in buffers:
+            # the loop variable, the list and the argument do not count: only views of `bytes` do
+            if not buffer.in_use():
+                buffers.remove(buffer)
+                buffers.append(buffer)
+                return buffer
+        made = HostBuffer(nbytes)
+        buffers.append(made)
+        return made
+
+    def trim(self) -> None:
+        """Forget unused buffers beyond the spare ones, and the ones that somebody holds on to."""
+        for nbytes, buffers in list(self._buffers.items()):
+            unused = [buffer for buffer in buffers if not buffer.in_use()]
+            self._buffers[nbytes] = unused[-self._spare :] if self._spare else []
+
+    def sizes(self) -> dict[int, int]:
+        """Buffer size in bytes -> how many there are, used or not."""
+        return {nbytes: len(buffers) for nbytes, buffers in self._buffers.items() if buffers}
+
+
+def layout(sizes: list[int]) -> tuple[list[int], int]:
+    """Aligned offsets for pieces of the given sizes in bytes, and the total."""
+    offsets, end = [], 0
+    for size in sizes:
+        offsets.append(end)
+        end += -(-size // _ALIGN) * _ALIGN
+    return offsets, end

@@ -1,0 +1,162 @@
+"""A parameter of which each rank stores a shard. See [Note: vocabulary] in `zero/group.py`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Callable
+
+import mindspore as ms
+import numpy as np
+from mindspore import Parameter, Tensor
+
+from ..comm import World, world
+from ..compat.autograd import custom_op, recording
+from ..compat.parameter import adopt
+from ..compat.runtime import from_host, host_array, is_float, numpy_dtype
+from .context import context_of
+from .group import Gathered, ParamGroup, element_count
+
+
+@dataclass(frozen=True)
+class Empty:
+    """Shape and dtype of a full tensor that is never made; see `empty`."""
+
+    shape: tuple[int, ...]
+    dtype: Any = ms.float32
+
+
+def empty(*shape: int, dtype: Any = ms.float32) -> Empty:
+    """Describe a parameter without allocating it: `DistributedParameter(empty(4096, 4096), init_method=...)`.
+
+    The shard starts as zeros; `init_parameters` or `load` fills it.
+    """
+    return Empty(tuple(int(n) for n in shape), dtype)
+
+
+class DistributedParameter(Parameter):
+    """A parameter of which this rank stores only its shard (BMTrain: `DistributedParameter`).
+
+    As a tensor it *is* the shard: flat, `shard_length` elements, what optimizers update. Layers see the full tensor: inside a
+    `Block` gathered for the duration of the call, in a `DistributedModule` at each access.
+
+    Args:
+        data: the full values (tensor or array; the same on every rank), or `empty(...)`.
+        requires_grad: whether to differentiate; may be toggled later.
+        init_method: a `ParameterInitializer`, used by `init_parameters`.
+        group: name of a parameter group (`grouped_parameters`).
+        name: unique in the model; by default the Cell it is assigned to names it.
+        in_world: the ranks that share it; default: the current world.
+
+    Attributes:
+        full_shape, numel: of the full tensor.
+        shard_length: ceil(numel / ranks); equal on every rank, padded with zeros.
+
+    Raises:
+        RuntimeError: `init_distributed` has not been called.
+        ValueError: `data` has no elements or is not of a floating-point type.
+    """
+
+    def __new__(cls, data: Any, *args: Any, in_world: World | None = None, **kwargs: Any) -> DistributedParameter:
+        shard_length = -(-element_count(data.shape) // (in_world or world()).engine.size)
+        return adopt(cls, from_host(np.zeros(shard_length, numpy_dtype(_dtype_of(data)))))
+
+    def __init__(
+        self,
+        data: Empty | Tensor | np.ndarray,
+        requires_grad: bool = True,
+        init_method: Any = None,
+        group: str | None = None,
+        *,
+        name: str | None = None,
+        in_world: World | None = None,
+    ):
+        super().__init__(self, name=name, requires_grad=requires_grad)
+        self.world = in_world or world()
+        self.full_shape = tuple(int(n) for n in data.shape)
+        self.numel = element_count(self.full_shape)
+        if not self.numel:
+            raise ValueError(f"a parameter of shape {self.full_shape} has no elements; leave it out of the model")
+        if not is_float(self):
+            raise ValueError(f"a parameter must be of a floating-point type, not {self.dtype}; keep integers in a buffer")
+        self.shard_length = -(-self.numel // self.world.engine.size)
+        self.init_method, self.group = init_method, group
+        self.in_block = False
+        self.has_hooks = False
+        self._alone: ParamGroup | None = None
+        if not isinstance(data, Empty):
+            self.copy_full(data)
+
+    @property
+    def owned(self) -> tuple[int, int]:
+        """First and one past the last element of the flattened full tensor that this rank owns; may be empty."""
+        start = min(self.world.engine.rank * self.shard_length, self.numel)
+        return start, min(start + self.shard_length, self.numel)
+
+    # BMTrain's names for the same things #
+
+    @property
+    def _original_shape(self) -> tuple[int, ...]:
+        return self.full_shape
+
+    @property
+    def _start_partition(self) -> int:
+        return self.owned[0]
+
+    @property
+    def _end_partition(self) -> int:
+        return self.owned[1]
+
+    def set_shard(self, shard: Tensor) -> None:
+        """Adopt `shard`, (shard_length,) of this parameter's dtype, without a copy. Padding must be zero."""
+        if tuple(shard.shape) != (self.shard_length,) or shard.dtype != self.dtype:
+            raise ValueError(
+                f"the shard of {self.name} is ({self.shard_length},) {self.dtype}, not {tuple(shard.shape)} {shard.dtype}"
+            )
+        self.set_data(shard, slice_shape=True)
+
+    def copy_full(self, full: Tensor | np.ndarray) -> None:
+        """Take this rank's shard out of full values (BMTrain: `_copy_data`).
+
+        Raises:
+            ValueError: the shape differs from `full_shape`.
+        """
+        values = host_array(full) if isinstance(full, Tensor) else np.asarray(full)
+        if isinstance(full, Tensor) and full.has_init:
+            values = host_array(full.init_data())
+        if tuple(full.shape) != self.full_shape:
+            raise ValueError(f"parameter {self.name} has full shape {self.full_shape}, the values {tuple(full.shape)}")
+        start, stop = self.owned
+        shard = np.zeros(self.shard_length, numpy_dtype(self.dtype))
+        shard[: stop - start] = values.reshape(-1)[start:stop].astype(shard.dtype)
+        self.set_shard(from_host(shard))
+
+    def gather(self) -> Tensor:
+        """The full tensor, gathered now, on all ranks together; its gradient is reduced to this rank's shard of the mean.
+
+        Every call gathers again (BMTrain: the same). The copy lives as long as somebody refers to it.
+        """
+        if self._alone is None:
+            self._alone = ParamGroup([self], self.name)
+        group, context = self._alone, context_of(self.world)
+        gathered = Gathered(group, context.pool, context.pipeline.meter)
+
+        def take(*_: Tensor) -> tuple[Tensor, ...]:
+            full = tuple(gathered.tensors())
+            gathered.release()
+            return full
+
+        if not (recording() and self.requires_grad):
+            return take()[0]
+        context.reducer.expect(group, [0])
+        return custom_op(take, lambda grads: context.reducer.reduce(group, [0], grads), self)[0]
+
+    def register_hook(self, hook: Callable) -> Any:
+        """As MindSpore's; the gradient that the hook sees is this rank's shard of the mean."""
+        self.has_hooks = True
+        return super().register_hook(hook)
+
+
+def _dtype_of(data: Any) -> Any:
+    if isinstance(data, (Empty, Tensor)):
+        return data.dtype
+    return from_host(np.zeros(1, np.asarray(data).dtype)).dtype

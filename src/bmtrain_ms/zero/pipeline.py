@@ -1,0 +1,132 @@
+"""When groups are gathered: on time at the latest, and one group ahead where the order is known.
+
+The order is learnt while it happens: after group A came group B last time, so while A computes, B is gathered. A wrong guess costs
+a gather, never a result: what was gathered for nothing is dropped before anything else is gathered. The guesses depend only on
+the order of calls, which is the same on every rank, so all ranks issue the same collectives.
+
+[Note: sequences]
+A sequence starts at the first call after a backward pass, and whenever evaluation and training alternate. The first group of a
+sequence is never gathered ahead: between sequences the parameters may change.
+"""
+
+from __future__ import annotations
+
+from enum import Enum, auto
+
+from .buffers import BufferPool
+from .group import Gathered, Meter, ParamGroup, ShardState
+
+
+class Phase(Enum):
+    """FORWARD: recorded.  BACKWARD: recomputation and differentiation.  EVAL: a forward pass that is not recorded."""
+
+    FORWARD = auto()
+    BACKWARD = auto()
+    EVAL = auto()
+
+
+Visit = tuple[Phase, ParamGroup]
+
+
+class GatherPipeline:
+    """Decides which groups are FULL; at most `1 + prefetch` of them, besides those that ZeRO-2 keeps."""
+
+    def __init__(self, pool: BufferPool, prefetch: int):
+        if prefetch < 0:
+            raise ValueError(f"prefetch must be 0 (off) or more, not {prefetch}")
+        self.pool, self.prefetch, self.meter = pool, prefetch, Meter()
+        self._next: dict[Visit, Visit] = {}
+        self._first: set[Visit] = set()
+        self._last: Visit | None = None
+        self._ahead: list[tuple[Visit, Gathered]] = []
+        self._kept: list[Gathered] = []
+
+    def enter(self, group: ParamGroup, phase: Phase, parked: Gathered | None = None) -> Gathered:
+        """Have the group FULL and start on what comes next.
+
+        `parked`: gather into this copy, whose memory a graph refers to.
+        """
+        visit = (phase, group)
+        self._learn(visit)
+        gathered = self._take_ahead(visit, parked)
+        gathered.tensors()
+        self._gather_ahead(visit, running=group)
+        return gathered
+
+    def leave(self, gathered: Gathered, keep: bool = False) -> None:
+        """The call is over.
+
+        `keep`: ZeRO-2 needs the copy again in backward; it is released there, or at the end of the pass.
+        """
+        if keep:
+            self._kept.append(gathered)
+            return
+        if gathered in self._kept:
+            self._kept.remove(gathered)
+        gathered.release()
+        self._after_release()
+
+    def park(self, gathered: Gathered) -> None:
+        """The call is over, but the graph refers to the copy's memory, which is filled again before backward."""
+        self._kept.append(gathered)
+        if gathered.park():
+            self._after_release()
+
+    def end_sequence(self) -> None:
+        """See [Note: sequences]. Whatever is still FULL is released."""
+        for _, gathered in self._ahead:
+            gathered.release()
+        for gathered in self._kept:
+            gathered.release()
+        self._ahead, self._kept, self._last = [], [], None
+        self.pool.trim()
+
+    def _learn(self, visit: Visit) -> None:
+        if self._last is not None and (self._last[0] is Phase.EVAL) != (visit[0] is Phase.EVAL):
+            self._drop_ahead()
+            self._last = None
+        if self._last is None:
+            self._first.add(visit)
+        else:
+            self._next[self._last] = visit
+        self._last = visit
+
+    def _take_ahead(self, visit: Visit, parked: Gathered | None) -> Gathered:
+        if self._ahead:
+            expected, gathered = self._ahead[0]
+            if expected == visit and parked in (None, gathered):
+                self._ahead.pop(0)
+                return gathered
+            self._drop_ahead()  # another order than last time
+        return parked or Gathered(visit[1], self.pool, self.meter)
+
+    def _drop_ahead(self) -> None:
+        for _, gathered in self._ahead:
+            if gathered in self._kept:
+                gathered.park()
+            else:
+                gathered.release()
+        self._ahead = []
+
+    def _after_release(self) -> None:
+        if self._last is not None:
+            self._gather_ahead(self._last, running=None)
+
+    def _gather_ahead(self, visit: Visit, running: ParamGroup | None) -> None:
+        for depth in range(self.prefetch):
+            previous, visit = visit, self._next.get(visit)
+            if visit is None or visit in self._first:
+                return
+            if depth < len(self._ahead):
+                continue
+            phase, group = visit
+            if phase is not previous[0] and depth > 0:
+                return  # the forward pass that leads to this backward visit is still ahead
+            if group is running:
+                return  # its own copy is still FULL: gathered ahead when that is released
+            parked = phase is Phase.BACKWARD and group.parked
+            gathered = parked[-1] if parked else Gathered(group, self.pool, self.meter)
+            if gathered.state is ShardState.FULL:
+                return
+            gathered.issue()
+            self._ahead.append((visit, gathered))

@@ -1,0 +1,61 @@
+"""Counter-based randomness: the value of element i depends on a key and on i, never on what was drawn before.
+
+So a rank can draw exactly its slice of a parameter, any number of ranks draw the same full tensor, and a recomputed forward pass
+draws the same dropout mask. The generator is Philox4x64 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Iterator
+
+import numpy as np
+
+CHUNK = 1 << 14  # elements; a multiple of the 4 words that one counter value yields
+
+
+def key_of(seed: int, *parts: object) -> np.ndarray:
+    """Two 64-bit words from the run's seed and whatever names the thing that is drawn."""
+    digest = hashlib.blake2b(repr((seed, *parts)).encode(), digest_size=16).digest()
+    return np.frombuffer(digest, np.uint64)
+
+
+def chunks(key: np.ndarray, start: int, stop: int) -> Iterator[tuple[int, np.ndarray, slice]]:
+    """The 64-bit words of elements [start, stop), in whole chunks.
+
+    Yields:
+        (index of the chunk's first element, its CHUNK words, which of them lie in the range). Callers transform the whole chunk
+        and slice afterwards: vectorised functions may round an element differently at another position in an array.
+    """
+    for chunk in range(start // CHUNK, -(-stop // CHUNK)):
+        first = chunk * CHUNK
+        words = np.random.Philox(key=key, counter=first // 4).random_raw(CHUNK)
+        yield first, words, slice(max(start - first, 0), min(stop - first, CHUNK))
+
+
+def uniform(words: np.ndarray) -> np.ndarray:
+    """64-bit words -> float64 in [0, 1), 53 bits."""
+    return (words >> np.uint64(11)) * 2.0**-53
+
+
+def normal(words: np.ndarray) -> np.ndarray:
+    """64-bit words -> standard normal float64, one per word (Box-Muller on its two halves); |value| < 6.8."""
+    radius = ((words >> np.uint64(32)) + 0.5) * 2.0**-32
+    angle = (words & np.uint64(0xFFFFFFFF)) * (2.0 * np.pi * 2.0**-32)
+    return np.sqrt(-2.0 * np.log(radius)) * np.cos(angle)
+
+
+class Draws:
+    """Numbers the random draws of a forward pass, so that recomputation can repeat them.
+
+    A draw's key is (seed, rank, step, number of the draw within the step).
+    """
+
+    def __init__(self, seed: int, rank: int):
+        self._seed, self._rank = seed, rank
+        self.count = 0
+
+    def next_key(self, step: int) -> np.ndarray:
+        """The key of the next draw."""
+        self.count += 1
+        return key_of(self._seed, "draw", self._rank, step, self.count)
