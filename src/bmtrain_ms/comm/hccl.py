@@ -7,6 +7,7 @@ Transfers run on the device's own streams, so the time-out is HCCL's: set `HCCL_
 
 from __future__ import annotations
 
+import hashlib
 from typing import Any, Sequence
 
 from mindspore import Tensor
@@ -36,18 +37,28 @@ class HcclEngine(Engine):
 
     name = "hccl"
 
-    def __init__(self, group: str, rank: int, size: int, clock: Clock | None = None, comm_func: Any = None):
+    def __init__(
+        self,
+        group: str,
+        rank: int,
+        size: int,
+        clock: Clock | None = None,
+        comm_func: Any = None,
+        ranks: Sequence[int] | None = None,
+    ):
         """
         Args:
             group: an HCCL group name, `hccl_world_group` for all ranks.
             rank, size: of this process in it.
             clock: the training step, for messages.
             comm_func: stands in for `mindspore.communication.comm_func` in tests.
+            ranks: the members' global ranks, in ascending order; by default `size` ranks from 0.
         """
         if comm_func is None:
             from mindspore.communication import comm_func
         self._group, self.rank, self.size = group, rank, size
         self.clock, self._comm = clock or Clock(), comm_func
+        self._ranks = list(range(size) if ranks is None else ranks)  # comm_func's src and dst are global ranks
 
     def all_gather(self, tensors: Sequence[Tensor], out: Sequence[Tensor] | None = None, label: str = "") -> Work:
         # comm_func stacks: (size, n, ...)
@@ -70,7 +81,7 @@ class HcclEngine(Engine):
 
     def broadcast(self, tensors: Sequence[Tensor], root: int = 0, label: str = "") -> Work:
         self._check_peer(root, "root")
-        return _Handles([self._comm.broadcast(x, src=root, group=self._group) for x in tensors], [])
+        return _Handles([self._comm.broadcast(x, src=self._ranks[root], group=self._group) for x in tensors], [])
 
     def all_to_all(self, tensors: Sequence[Tensor], label: str = "") -> Work:
         self._check_divisible(tensors, "all_to_all")
@@ -82,11 +93,11 @@ class HcclEngine(Engine):
 
     def send(self, tensors: Sequence[Tensor], dst: int, label: str = "") -> Work:
         self._check_peer(dst, "dst")
-        return _Handles([], [self._comm.isend(x, dst=dst, group=self._group) for x in tensors])
+        return _Handles([], [self._comm.isend(x, dst=self._ranks[dst], group=self._group) for x in tensors])
 
     def recv(self, like: Sequence[Tensor], src: int, label: str = "") -> Work:
         self._check_peer(src, "src")
-        pairs = [self._comm.irecv(x, src=src, group=self._group) for x in like]
+        pairs = [self._comm.irecv(x, src=self._ranks[src], group=self._group) for x in like]
         return _Handles([y for y, _ in pairs], [handle for _, handle in pairs])
 
     def barrier(self, label: str = "") -> Work:
@@ -95,11 +106,15 @@ class HcclEngine(Engine):
 
     def subgroup(self, ranks: Sequence[int]) -> Engine:
         self._check_subgroup(ranks)
+        if list(ranks) != sorted(ranks):
+            raise ValueError(f"HCCL numbers the ranks of a group in ascending order; sort the sub-group {list(ranks)}")
         from mindspore.communication import create_group
 
-        name = f"{self._group}-" + "-".join(map(str, ranks))
-        create_group(name, list(ranks))
-        return HcclEngine(name, list(ranks).index(self.rank), len(ranks), self.clock, self._comm)
+        members = [self._ranks[rank] for rank in ranks]
+        digest = hashlib.sha256(str(members).encode()).hexdigest()[:16]
+        name = f"bmtrain_ms-{len(members)}-{digest}"  # HCCL takes at most 127 characters
+        create_group(name, members)
+        return HcclEngine(name, list(ranks).index(self.rank), len(members), self.clock, self._comm, members)
 
     def _kind(self, op: str, tensors: Sequence[Tensor]) -> tuple[str, Sequence[Tensor]]:
         """HCCL has no mean."""

@@ -17,7 +17,7 @@ import numpy as np
 from mindspore import Tensor
 
 from ..compat.runtime import from_host, host_array, numpy_dtype
-from .engine import Clock, CommTimeoutError, Engine, Work
+from .engine import Clock, CommError, CommTimeoutError, Engine, Work
 from .reduce import reduce_rows
 
 Stages = Generator[list, None, None]  # yields the MPI requests of one stage; resumed when they are complete
@@ -65,18 +65,22 @@ class CommThread:
 
     def __init__(self) -> None:
         self._queue: queue.SimpleQueue[tuple[_Job | None, bool]] = queue.SimpleQueue()
+        self._closed = False
         self._failure: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="bmtrain_ms-comm", daemon=True)
         self._thread.start()
 
     def submit(self, job: _Job, ordered: bool) -> _Job:
         """Hand over a job; `ordered` ones start only when the one before has finished."""
+        if self._closed:
+            raise CommError(f"{job.what}: the engine is closed")
         self._queue.put((job, ordered))
         return job
 
     def close(self) -> None:
         """Finish what is queued, then end the thread."""
-        if self._thread.is_alive():
+        if not self._closed:
+            self._closed = True
             self._queue.put((None, False))
             self._thread.join()
 
@@ -164,11 +168,11 @@ class MpiEngine(Engine):
             comm: an mpi4py communicator that nobody else uses.
             clock: the training step, for messages.
             timeout: seconds that an operation may take after its turn has come.
-            thread: shared by the engines of a process.
+            thread: the one of the engine that this is a sub-group of; it ends with that engine.
         """
         self._comm, self.clock, self._timeout = comm, clock or Clock(), timeout
         self.rank, self.size = comm.Get_rank(), comm.Get_size()
-        self._thread = thread or CommThread()
+        self._thread, self._owns_thread = thread or CommThread(), thread is None
         self._scratch: dict[int, np.ndarray] = {}  # touched by the thread only, and by one ordered job at a time
 
     # Collectives #
@@ -274,7 +278,8 @@ class MpiEngine(Engine):
         return MpiEngine(made[0], self.clock, self._timeout, self._thread)
 
     def close(self) -> None:
-        self._thread.close()
+        if self._owns_thread:
+            self._thread.close()
 
     # Implementation #
 
@@ -327,4 +332,3 @@ def _aligned(nbytes: int) -> int:
 def _pad(x: np.ndarray, multiple: int) -> np.ndarray:
     missing = -x.size % multiple
     return x if not missing else np.concatenate([x, np.zeros(missing, x.dtype)])
-

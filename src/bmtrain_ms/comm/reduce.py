@@ -11,7 +11,7 @@ def accumulator_dtype(dtype: np.dtype) -> np.dtype:
     """What sums of `dtype` are made in: float32 for floats up to 32 bits (bfloat16 too), otherwise the type itself."""
     if dtype.kind == "f" and dtype.itemsize > 4:
         return dtype
-    return dtype if dtype.kind in "iub" else np.dtype(np.float32)
+    return dtype if dtype.kind in "iubc" else np.dtype(np.float32)
 
 
 def reduce_rows(rows: np.ndarray, op: str, out: np.ndarray) -> None:
@@ -24,11 +24,12 @@ def reduce_rows(rows: np.ndarray, op: str, out: np.ndarray) -> None:
     """
     kind = accumulator_dtype(rows.dtype)
     combine = {"sum": np.add, "mean": np.add, "max": np.maximum, "min": np.minimum}[op]
-    for start in range(0, out.size, _CHUNK):
-        part = slice(start, min(start + _CHUNK, out.size))
-        total = rows[0, part].astype(kind)
-        for row in rows[1:]:
-            combine(total, row[part].astype(kind, copy=False), out=total)
-        if op == "mean":
-            total *= kind.type(1.0 / len(rows))
-        out[part] = total.astype(out.dtype)
+    with np.errstate(all="ignore"):  # inf and nan are answers: a loss scaler looks for them
+        for start in range(0, out.size, _CHUNK):
+            part = slice(start, min(start + _CHUNK, out.size))
+            total = rows[0, part].astype(kind)
+            for row in rows[1:]:
+                combine(total, row[part].astype(kind, copy=False), out=total)
+            if op == "mean":
+                total *= kind.type(1.0 / len(rows))
+            out[part] = total.astype(out.dtype)

@@ -49,6 +49,7 @@ class World:
 
 
 _current: list[World] = []
+_cores: list[int] = []  # what this process may use, before the first world took its share
 
 
 def world() -> World:
@@ -132,6 +133,8 @@ def init_distributed(
         raise ValueError(f"prefetch must be 0 (off) or more, not {prefetch}")
     if timeout <= 0:
         raise ValueError(f"timeout must be a positive number of seconds, not {timeout}")
+    if os.environ.get("MS_ROLE") == "MS_SCHED":
+        _serve_as_scheduler()
     launch = detect()
     target = device or runtime.device_target()
     if engine is None:
@@ -152,6 +155,14 @@ def shutdown() -> None:
 
 
 atexit.register(shutdown)
+
+
+def _serve_as_scheduler() -> None:
+    """`msrun` runs the script once more as its scheduler, which brings the ranks together. Does not return."""
+    from mindspore.communication import init
+
+    init()  # ends the process itself when the ranks have left
+    raise SystemExit(0)
 
 
 def _make_engine(launch: Launch, target: str, timeout: float) -> Engine:
@@ -199,11 +210,12 @@ def _make_mpi_engine(timeout: float) -> Engine:
 
 def _configure_cpu(launch: Launch) -> None:
     """Each rank of a host gets its share of the cores; more ranks than cores share one each."""
-    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
-    share = max(1, len(cores) // launch.local_size)
+    if not _cores:
+        _cores.extend(sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1))
+    share = max(1, len(_cores) // launch.local_size)
     if launch.local_size > 1 and hasattr(os, "sched_setaffinity"):
-        start = launch.local_rank * share % len(cores)
-        os.sched_setaffinity(0, cores[start : start + share])
+        start = launch.local_rank * share % len(_cores)
+        os.sched_setaffinity(0, _cores[start : start + share])
     runtime.configure_cpu(share)
 
 

@@ -1,0 +1,5 @@
+"""Text generation."""
+
+from .sampling import choose, generate
+
+__all__ = ["choose", "generate"]

@@ -1,0 +1,125 @@
+"""Generating tokens with a key-value cache, on sharded parameters."""
+
+from __future__ import annotations
+
+from typing import Any, Callable, Optional, Sequence
+
+import mindspore as ms
+import numpy as np
+from mindspore import Tensor
+
+from ...comm import world
+from ...compat.autograd import no_grad
+from ...compat.runtime import from_host, host_array
+from ...zero.random import key_of, uniform
+
+
+def choose(
+    logits: np.ndarray, draws: np.ndarray, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0
+) -> np.ndarray:
+    """Pick a token per row.
+
+    Args:
+        logits: (rows, vocab) float.
+        draws: (rows,) in [0, 1), what decides; unused for temperature 0.
+        temperature: 0 is greedy.
+        top_k: only the k most likely tokens; 0: all.
+        top_p: only the most likely tokens that together have this probability (Holtzman et al., 2020); at least one.
+
+    Returns:
+        (rows,) int32.
+    """
+    if temperature == 0.0:
+        return logits.argmax(-1).astype(np.int32)
+    scaled = logits.astype(np.float64) / temperature
+    order = np.argsort(-scaled, axis=-1, kind="stable")
+    probabilities = np.exp(np.take_along_axis(scaled, order, -1) - scaled.max(-1, keepdims=True))
+    if top_k:
+        probabilities[:, top_k:] = 0.0
+    probabilities /= probabilities.sum(-1, keepdims=True)
+    before = np.cumsum(probabilities, -1) - probabilities
+    probabilities[before >= top_p] = 0.0
+    probabilities[:, 0] = np.maximum(probabilities[:, 0], np.finfo(np.float64).tiny)
+    cumulative = np.cumsum(probabilities, -1)
+    picked = (cumulative <= draws[:, None] * cumulative[:, -1:]).sum(-1)
+    last = (probabilities > 0).sum(-1) - 1  # rounding must not pick a token that was ruled out
+    return np.take_along_axis(order, np.minimum(picked, last)[:, None], -1)[:, 0].astype(np.int32)
+
+
+def generate(
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    *,
+    temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    eos_id: Optional[int] = None,
+    seed: int = 0,
+    on_token: Optional[Callable[[np.ndarray], None]] = None,
+) -> list[list[int]]:
+    """Continue each prompt. All ranks call it together, with as many new tokens; their prompts may differ.
+
+    Prompts of different lengths are padded on the left; what is padded is not looked at. The result does not depend on the number
+    of ranks, nor on the other prompts' lengths beyond rounding.
+
+    Args:
+        model: called as `Llama` is.
+        prompts: token ids, at least one each.
+        max_new_tokens: at most so many; fewer where `eos_id` comes, which is kept.
+        temperature, top_k, top_p: see `choose`; temperature 0, the default, is greedy.
+        seed: of the sampling.
+        on_token: called with the (batch,) tokens of every step.
+
+    Returns:
+        The new tokens of each prompt.
+
+    Raises:
+        ValueError: an empty prompt, or a setting out of range.
+    """
+    if not prompts or not all(len(prompt) for prompt in prompts):
+        raise ValueError("every prompt needs at least one token; begin with the tokenizer's start token")
+    if temperature < 0 or top_k < 0 or not 0 < top_p <= 1 or max_new_tokens < 1:
+        raise ValueError(
+            f"need temperature >= 0, top_k >= 0, 0 < top_p <= 1, max_new_tokens >= 1, not {temperature}, {top_k}, {top_p}, "
+            f"{max_new_tokens}"
+        )
+    engine = world().engine
+    longest = max(len(prompt) for prompt in prompts)
+    ids = np.zeros((len(prompts), longest), np.int32)
+    real = np.zeros((len(prompts), longest), bool)
+    for i, prompt in enumerate(prompts):
+        ids[i, longest - len(prompt) :] = prompt
+        real[i, longest - len(prompt) :] = True
+    padded = not real.all()
+    results: list[list[int]] = [[] for _ in prompts]
+    done = np.zeros(len(prompts), bool)
+    past: Any = None
+    training = model.training
+    model.set_train(False)
+    try:
+        for step in range(max_new_tokens):
+            with no_grad():
+                padding = from_host(real) if padded else None
+                logits, past = model(from_host(ids), padding, past, use_cache=True)
+            last = host_array(logits[:, -1].astype(ms.float32))
+            words = np.random.Philox(key=key_of(seed, "sample", step)).random_raw(-(-len(prompts) // 4) * 4)
+            ids = choose(last, uniform(words[: len(prompts)]), temperature, top_k, top_p)[:, None]
+            real = np.concatenate([real, np.ones((len(prompts), 1), bool)], 1)
+            if on_token is not None:
+                on_token(ids[:, 0])
+            for i, token in enumerate(ids[:, 0].tolist()):
+                if not done[i]:
+                    results[i].append(token)
+                    done[i] = token == eos_id
+            if eos_id is not None and _all_ranks(engine, bool(done.all())):
+                break
+    finally:
+        model.set_train(training)
+    return results
+
+
+def _all_ranks(engine: Any, mine: bool) -> bool:
+    """Whether it is true on every rank: a rank that stops alone would leave the others waiting in a gather."""
+    flag: Tensor = from_host(np.array([mine], np.float32))
+    return bool(host_array(engine.all_reduce([flag], "min", "generation done").wait()[0])[0])

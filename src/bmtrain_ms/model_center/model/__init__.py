@@ -1,0 +1,5 @@
+"""Models."""
+
+from .llama import Llama, LlamaConfig
+
+__all__ = ["Llama", "LlamaConfig"]

@@ -1,0 +1,43 @@
+"""Dropout that can be repeated."""
+
+from __future__ import annotations
+
+import numpy as np
+from mindspore import Tensor, nn
+
+from ..comm import world
+from ..compat.autograd import custom_op
+from ..compat.runtime import from_host, numpy_dtype
+from ..zero import context_of
+from ..zero.random import chunks, uniform
+
+
+class Dropout(nn.Cell):
+    """Zeroes elements with probability `p` in training and scales the rest by 1 / (1 - p) (Srivastava et al., 2014).
+
+    The mask is drawn from a counter-based generator keyed by the run's seed, the rank, the step and the number of the draw in the
+    step. So a recomputed forward pass, and a resumed run, draw the same mask; MindSpore's own dropout does neither on CPU.
+
+    Raises:
+        ValueError: p is not in [0, 1).
+    """
+
+    def __init__(self, p: float = 0.5):
+        super().__init__()
+        if not 0.0 <= p < 1.0:
+            raise ValueError(f"dropout probability must be in [0, 1), not {p}")
+        self.p = p
+
+    def construct(self, x: Tensor) -> Tensor:
+        """Any shape; the same shape and dtype."""
+        if not self.training or self.p == 0.0:
+            return x
+        here = world()
+        key = context_of(here).draws.next_key(here.engine.clock.step)
+        size = int(np.prod(x.shape))
+        mask = np.empty(size, numpy_dtype(x.dtype))
+        for first, words, inside in chunks(key, 0, size):
+            kept = uniform(words)[inside] >= self.p
+            mask[first : first + kept.size] = kept.astype(np.float32) / (1.0 - self.p)
+        mask_tensor = from_host(mask.reshape(x.shape))
+        return custom_op(lambda x: (x * mask_tensor,), lambda grads: (grads[0] * mask_tensor,), x)[0]

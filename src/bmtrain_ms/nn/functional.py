@@ -1,0 +1,274 @@
+"""The operations that a transformer spends its time in, each with its own derivative.
+
+Written with few, large, contiguous operations. On CPU a broadcast or a reduction over the last dim costs 10 to 30 times an
+element-wise operation on equal shapes (measured in `docs/decisions.md`), so there row sums and row scalings are matrix products
+with ones; on other devices they are what they look like. Norms, softmax, angles and the loss are computed in float32 whatever the
+dtype of the tensors.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import mindspore as ms
+import numpy as np
+from mindspore import Tensor, ops
+
+from ..compat.autograd import custom_op
+from ..compat.runtime import device_target, from_host, host_array
+
+_matmul = ops.MatMul()
+_matmul_t = ops.MatMul(transpose_b=True)
+_batch_matmul = ops.BatchMatMul()
+_batch_matmul_t = ops.BatchMatMul(transpose_b=True)
+_batch_t_matmul = ops.BatchMatMul(transpose_a=True)
+_softmax = ops.Softmax(-1)
+_gather = ops.Gather()
+_segment_sum = ops.UnsortedSegmentSum()
+_fused_loss = ops.SparseSoftmaxCrossEntropyWithLogits()
+_fused_loss_grad = ops.SparseSoftmaxCrossEntropyWithLogits(is_grad=True)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x (..., in), weight (out, in), bias (out,) -> (..., out), in the dtype of the inputs."""
+    flat = x.reshape(-1, x.shape[-1]) if x.ndim != 2 else x
+    y = _matmul_t(flat, weight)
+    if bias is not None:
+        y = ops.bias_add(y, bias)
+    return y.reshape(*x.shape[:-1], weight.shape[0]) if x.ndim != 2 else y
+
+
+def embedding(ids: Tensor, table: Tensor) -> Tensor:
+    """ids (...) of int, table (vocab, dim) -> (..., dim). Gradients of equal ids are summed in float32, in order."""
+    vocab, dim = table.shape
+
+    def forward(table: Tensor) -> tuple[Tensor]:
+        return (_gather(table, ids, 0),)
+
+    def backward(grads: tuple[Tensor, ...]) -> tuple[Tensor]:
+        rows = grads[0].reshape(-1, dim).astype(ms.float32)
+        return (_segment_sum(rows, ids.reshape(-1), vocab).astype(table.dtype),)
+
+    return custom_op(forward, backward, table)[0]
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) * weight over the last dim (Zhang and Sennrich, 2019); x (..., dim), weight (dim,)."""
+    dim, shape = x.shape[-1], x.shape
+    saved: list[Tensor] = []
+
+    def forward(x: Tensor, weight: Tensor) -> tuple[Tensor]:
+        x32 = x.reshape(-1, dim).astype(ms.float32)
+        scale = _rows(1.0 / ops.sqrt(_row_sum(x32 * x32) * (1.0 / dim) + eps), dim)
+        normed = x32 * scale
+        gain = _columns(weight.astype(ms.float32), x32.shape[0])
+        saved.extend((scale, normed, gain))
+        return ((normed * gain).astype(x.dtype).reshape(shape),)
+
+    def backward(grads: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+        scale, normed, gain = saved
+        grad = grads[0].reshape(-1, dim).astype(ms.float32)
+        weight_grad = _column_sum(grad * normed)
+        grad = grad * gain
+        along = _rows(_row_sum(grad * normed) * (1.0 / dim), dim)
+        return (scale * (grad - normed * along)).astype(x.dtype).reshape(shape), weight_grad.astype(weight.dtype)
+
+    return custom_op(forward, backward, x, weight)[0]
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """(x - mean) / sqrt(var + eps) * weight + bias over the last dim (Ba et al., 2016); x (..., dim), weight and bias (dim,)."""
+    dim, shape = x.shape[-1], x.shape
+    saved: list[Tensor] = []
+
+    def forward(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor]:
+        x32 = x.reshape(-1, dim).astype(ms.float32)
+        centred = x32 - _rows(_row_sum(x32) * (1.0 / dim), dim)
+        scale = _rows(1.0 / ops.sqrt(_row_sum(centred * centred) * (1.0 / dim) + eps), dim)
+        normed = centred * scale
+        gain = _columns(weight.astype(ms.float32), x32.shape[0])
+        saved.extend((scale, normed, gain))
+        out = normed * gain + _columns(bias.astype(ms.float32), x32.shape[0])
+        return (out.astype(x.dtype).reshape(shape),)
+
+    def backward(grads: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:
+        scale, normed, gain = saved
+        grad = grads[0].reshape(-1, dim).astype(ms.float32)
+        weight_grad, bias_grad = _column_sum(grad * normed), _column_sum(grad)
+        grad = grad * gain
+        along = _rows(_row_sum(grad * normed) * (1.0 / dim), dim)
+        mean = _rows(_row_sum(grad) * (1.0 / dim), dim)
+        x_grad = scale * (grad - mean - normed * along)
+        return x_grad.astype(x.dtype).reshape(shape), weight_grad.astype(weight.dtype), bias_grad.astype(bias.dtype)
+
+    return custom_op(forward, backward, x, weight, bias)[0]
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) * up (Shazeer, "GLU variants improve transformer", 2020); equal shapes."""
+    saved: list[Tensor] = []
+
+    def forward(gate: Tensor, up: Tensor) -> tuple[Tensor]:
+        gate32 = gate.astype(ms.float32)
+        sigmoid = ops.sigmoid(gate32)
+        silu = gate32 * sigmoid
+        saved.extend((sigmoid, silu))
+        return ((silu * up.astype(ms.float32)).astype(up.dtype),)
+
+    def backward(grads: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+        sigmoid, silu = saved
+        grad = grads[0].astype(ms.float32)
+        slope = sigmoid + silu - silu * sigmoid  # silu' = s (1 + x (1 - s))
+        return (grad * up.astype(ms.float32) * slope).astype(gate.dtype), (grad * silu).astype(up.dtype)
+
+    return custom_op(forward, backward, gate, up)[0]
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary position embedding (Su et al., 2021), halves paired as in HF Llama.
+
+    Args:
+        x: (rows, dim_head).
+        cos, sin: (rows, dim_head), float32, both halves equal.
+    """
+    turn = _quarter_turn(x.shape[-1])
+
+    def forward(x: Tensor) -> tuple[Tensor]:
+        x32 = x.astype(ms.float32)
+        return ((x32 * cos + _matmul(x32, turn) * sin).astype(x.dtype),)
+
+    def backward(grads: tuple[Tensor, ...]) -> tuple[Tensor]:
+        grad = grads[0].astype(ms.float32)
+        return ((grad * cos + _matmul_t(grad * sin, turn)).astype(x.dtype),)
+
+    return custom_op(forward, backward, x)[0]
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """softmax(q kᵀ / sqrt(dim) + mask) v, softmax in float32.
+
+    Grouped queries (Ainslie et al., 2023) need no repeated keys: the queries of one group are more rows of the same product.
+
+    Args:
+        q: (batch, kv heads, queries of the group, dim).
+        k, v: (batch, kv heads, keys, dim).
+        mask: float32, added to the scores: broadcastable to (batch, kv heads, queries, keys); on CPU give it that shape.
+
+    Returns:
+        As `q`.
+    """
+    scale = 1.0 / math.sqrt(q.shape[-1])
+    saved: list[Tensor] = []
+
+    def forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor]:
+        scores = _batch_matmul_t(q * scale, k).astype(ms.float32)
+        weights = _softmax(scores if mask is None else scores + mask).astype(q.dtype)
+        saved.append(weights)
+        return (_batch_matmul(weights, v),)
+
+    def backward(grads: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:
+        (weights,), (grad,) = saved, grads
+        v_grad = _batch_t_matmul(weights, grad)
+        weights32 = weights.astype(ms.float32)
+        slope = weights32 * _batch_matmul_t(grad, v).astype(ms.float32)
+        keys = slope.shape[-1]
+        total = _rows(_row_sum(slope.reshape(-1, keys)), keys).reshape(slope.shape)
+        scores_grad = ((slope - weights32 * total) * scale).astype(q.dtype)
+        return _batch_matmul(scores_grad, k), _batch_t_matmul(scores_grad, q), v_grad
+
+    return custom_op(forward, backward, q, k, v)[0]
+
+
+def cross_entropy(logits: Tensor, targets: Tensor, ignore_index: int = -100) -> Tensor:
+    """Mean of -log softmax(logits)[target] over the rows whose target is not `ignore_index`; float32, 0 when there is none.
+
+    Args:
+        logits: (rows, classes), any float dtype; the loss is computed in float32.
+        targets: (rows,) of int32 or int64.
+
+    Raises:
+        ValueError: shapes do not fit, or a target is outside [0, classes).
+    """
+    if logits.ndim != 2 or tuple(targets.shape) != (logits.shape[0],):
+        raise ValueError(
+            f"cross_entropy takes logits (rows, classes) and targets (rows,), not {tuple(logits.shape)} and {tuple(targets.shape)}"
+        )
+    if device_target() != "CPU":
+        return ops.cross_entropy(logits.astype(ms.float32), targets, ignore_index=ignore_index)
+    chosen = host_array(targets)
+    valid = np.flatnonzero(chosen != ignore_index)
+    if valid.size and not 0 <= chosen[valid].min() <= chosen[valid].max() < logits.shape[1]:
+        raise ValueError(
+            f"targets lie in [{chosen[valid].min()}, {chosen[valid].max()}], the logits have {logits.shape[1]} classes"
+        )
+    if not valid.size:
+        return (logits * 0.0).sum().astype(ms.float32)
+    if valid.size < chosen.size:
+        logits = embedding(from_host(valid.astype(np.int32)), logits)
+    labels = from_host(chosen[valid].astype(np.int32))
+
+    def forward(logits: Tensor) -> tuple[Tensor]:
+        return (_fused_loss(logits.astype(ms.float32), labels),)
+
+    def backward(grads: tuple[Tensor, ...]) -> tuple[Tensor]:
+        slope = _fused_loss_grad(logits.astype(ms.float32), labels)
+        return ((slope * grads[0]).astype(logits.dtype),)
+
+    return custom_op(forward, backward, logits)[0]
+
+
+@functools.lru_cache(maxsize=8)
+def causal_mask(batch: int, heads: int, queries: int, keys: int, repeats: int = 1) -> Tensor:
+    """0 where a query may look, a large negative number where it may not; the last query sees all keys.
+
+    Returns:
+        (batch, heads, repeats * queries, keys) on CPU, (1, 1, repeats * queries, keys) elsewhere; float32. Shared: do not write.
+    """
+    allowed = np.tril(np.ones((queries, keys), bool), keys - queries)
+    mask = np.where(np.tile(allowed, (repeats, 1)), 0.0, -1e30).astype(np.float32)[None, None]
+    if device_target() == "CPU":
+        mask = np.ascontiguousarray(np.broadcast_to(mask, (batch, heads, *mask.shape[2:])))
+    return from_host(mask) if device_target() == "CPU" else Tensor(mask)
+
+
+# Row sums and scalings, see the module's docstring #
+
+
+def _row_sum(x: Tensor) -> Tensor:
+    """(rows, n) -> (rows, 1)."""
+    if device_target() == "CPU":
+        return _matmul(x, _ones(x.shape[1], 1))
+    return x.sum(-1, keepdims=True)
+
+
+def _column_sum(x: Tensor) -> Tensor:
+    """(rows, n) -> (n,)."""
+    if device_target() == "CPU":
+        return _matmul(_ones(1, x.shape[0]), x).reshape(-1)
+    return x.sum(0)
+
+
+def _rows(x: Tensor, n: int) -> Tensor:
+    """(rows, 1) -> (rows, n) on CPU, elsewhere left to broadcasting."""
+    return _matmul(x, _ones(1, n)) if device_target() == "CPU" else x
+
+
+def _columns(x: Tensor, rows: int) -> Tensor:
+    """(n,) -> (rows, n) on CPU, elsewhere left to broadcasting."""
+    return _matmul(_ones(rows, 1), x.reshape(1, -1)) if device_target() == "CPU" else x
+
+
+@functools.lru_cache(maxsize=64)
+def _ones(rows: int, columns: int) -> Tensor:
+    return from_host(np.ones((rows, columns), np.float32))
+
+
+@functools.lru_cache(maxsize=8)
+def _quarter_turn(dim: int) -> Tensor:
+    """The matrix R with x R = (-second half, first half); its products are exact."""
+    half = dim // 2
+    turn = np.zeros((dim, dim), np.float32)
+    turn[half:, :half] = -np.eye(half)
+    turn[:half, half:] = np.eye(half)
+    return Tensor(turn)

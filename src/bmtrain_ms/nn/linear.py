@@ -1,0 +1,41 @@
+"""Linear layer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import mindspore as ms
+from mindspore import Tensor
+
+from ..zero import DistributedModule, DistributedParameter, ParameterInitializer, empty, init
+from . import functional
+
+
+class Linear(DistributedModule):
+    """y = x Wᵀ + b (BMTrain: `nn.Linear`).
+
+    Args:
+        in_features, out_features: sizes of the last dim of x and y.
+        bias: whether there is one; starts at zero.
+        dtype: of the parameters; x must have the same.
+        init_std: of the normal distribution that W starts with; None: xavier normal.
+    """
+
+    def __init__(
+        self, in_features: int, out_features: int, bias: bool = True, dtype: Any = ms.float32, init_std: float | None = None
+    ):
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        if init_std is None:
+            method = ParameterInitializer(init.xavier_normal_)
+        else:
+            method = ParameterInitializer(init.normal_, std=init_std)
+        self.weight = DistributedParameter(empty(out_features, in_features, dtype=dtype), init_method=method)
+        self.bias = None
+        if bias:
+            zeros = ParameterInitializer(init.zeros_)
+            self.bias = DistributedParameter(empty(out_features, dtype=dtype), init_method=zeros)
+
+    def construct(self, x: Tensor) -> Tensor:
+        """x (..., in_features) -> (..., out_features)."""
+        return functional.linear(x, self.weight, self.bias)
