@@ -7,7 +7,8 @@ from . import compat
 
 compat.install()
 
-from . import comm, zero
+from . import checkpoint, comm, data, loss, lr_scheduler, model_center, nn, optim, train, zero
+from .checkpoint import load, save
 from .comm import init_distributed, is_initialized, rank, shutdown, synchronize, world_size
 from .zero import (
     Block,
@@ -30,16 +31,26 @@ __all__ = [
     "DistributedParameter",
     "ParameterInitializer",
     "TransformerBlockList",
+    "checkpoint",
     "comm",
     "compat",
+    "data",
     "empty",
     "init",
     "init_distributed",
     "init_parameters",
     "is_initialized",
+    "load",
+    "loss",
+    "lr_scheduler",
+    "model_center",
+    "nn",
+    "optim",
     "rank",
+    "save",
     "shutdown",
     "synchronize",
+    "train",
     "world_size",
     "zero",
 ]

@@ -60,7 +60,9 @@ class WarmupLRScheduler:
         """Continue where `state` was taken."""
         own = set(self.state_dict())
         if set(state) != own:
-            raise ValueError(f"this is not the state of a {type(self).__name__}: it has {sorted(state)}, expected {sorted(own)}")
+            raise ValueError(
+                f"this is not the state of a {type(self).__name__}: it has {sorted(state)}, expected {sorted(own)}"
+            )
         vars(self).update(state)
         self._apply()
 

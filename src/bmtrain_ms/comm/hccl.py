@@ -63,7 +63,9 @@ class HcclEngine(Engine):
     def all_gather(self, tensors: Sequence[Tensor], out: Sequence[Tensor] | None = None, label: str = "") -> Work:
         # comm_func stacks: (size, n, ...)
         pairs = [self._comm.all_gather_into_tensor(x, group=self._group, async_op=True) for x in tensors]
-        joined = [y.reshape((-1, *x.shape[1:])) if len(y.shape) > len(x.shape) else y for x, (y, _) in zip(tensors, pairs)]
+        joined = [
+            y.reshape((-1, *x.shape[1:])) if len(y.shape) > len(x.shape) else y for x, (y, _) in zip(tensors, pairs)
+        ]
         return _Handles(joined, [handle for _, handle in pairs])
 
     def reduce_scatter(self, tensors: Sequence[Tensor], op: str = "sum", label: str = "") -> Work:

@@ -8,7 +8,7 @@ The patch can go when `type(MyParameter(t))` derives from `MyParameter` on an un
 `_get_parameter_new_args(data, count)` adopts the caller's tensor without a copy only if `count == 4`, the reference count that
 CPython 3.11 shows inside `__new__` for a temporary passed without keywords (with `name=` it shows 5, and upstream copies).
 Frames that a wrapper adds change the count. So `install()` measures on this interpreter how many references the wrapper adds to
-a temporary, with and without keywords, and the wrapper subtracts them: what copied still copies, what did not still does not.
+a temporary in each style of call, and the wrapper subtracts them: what copied still copies, what did not still does not.
 """
 
 from __future__ import annotations
@@ -26,8 +26,10 @@ _TARGET = "mindspore.common.parameter"
 _PATCHED = ("__new__", "_get_base_class", "__deepcopy__", "__reduce_ex__")
 
 _originals: dict[str, Any] = {}
-_combined: dict[tuple[type, type], type] = {}  # (user class, tensor class) -> class of the instances; by class, never by name
-_added_references = {False: 0, True: 0}  # called with keywords? -> see [Note: no-copy path]
+_combined: dict[
+    tuple[type, type], type
+] = {}  # (user class, tensor class) -> class of the instances; by class, never by name
+_added_references: dict[str, int] = {}  # by `_style` of the call; see [Note: no-copy path]
 
 
 def is_installed() -> bool:
@@ -45,9 +47,9 @@ def install() -> None:
     wrapt.wrap_function_wrapper(_TARGET, "Parameter.__deepcopy__", _deepcopy)
     wrapt.wrap_function_wrapper(_TARGET, "Parameter.__reduce_ex__", _reduce_ex)
     Parameter._get_base_class = classmethod(_get_base_class)
-    _added_references.update({False: 0, True: 0})
+    _added_references.update(dict.fromkeys(upstream, 0))
     patched = _count_references_to_temporaries()
-    _added_references.update({keywords: patched[keywords] - upstream[keywords] for keywords in patched})
+    _added_references.update({style: patched[style] - upstream[style] for style in patched})
 
 
 def uninstall() -> None:
@@ -77,7 +79,12 @@ def _new(wrapped: Any, instance: Any, args: tuple, kwargs: dict) -> Any:
     cls, data = args[0], args[1] if len(args) > 1 else kwargs.get("default_input")
     if data is None or _upstream_combines(data):
         return wrapped(*args, **kwargs)  # its own error, or a branch that is right for subclasses already
-    return _build(cls, data, sys.getrefcount(data) - _added_references[bool(kwargs)])
+    return _build(cls, data, sys.getrefcount(data) - _added_references[_style(kwargs)])
+
+
+def _style(kwargs: dict) -> str:
+    """What decides how many references a call holds to the data."""
+    return "data by keyword" if "default_input" in kwargs else "keywords" if kwargs else "positional"
 
 
 def _upstream_combines(data: Any) -> bool:
@@ -147,9 +154,10 @@ def _rebuild(cls: type, data: Tensor, name: str, requires_grad: bool, layerwise:
     return obj
 
 
-def _count_references_to_temporaries() -> dict[bool, int]:
-    """What `_get_parameter_new_args` is told for a temporary, without and with keywords."""
+def _count_references_to_temporaries() -> dict[str, int]:
+    """What `_get_parameter_new_args` is told for a temporary, by style of the call."""
     seen = []
+    descriptor = vars(Parameter)["_get_parameter_new_args"]
     original_args = Parameter._get_parameter_new_args
 
     def observe(data: Any, count: int, init_param: bool = True) -> Any:
@@ -160,6 +168,7 @@ def _count_references_to_temporaries() -> dict[bool, int]:
     try:
         Parameter(Tensor([0.0]))
         Parameter(Tensor([0.0]), name="temporary")
+        Parameter(default_input=Tensor([0.0]))
     finally:
-        Parameter._get_parameter_new_args = staticmethod(original_args)
-    return {False: seen[0], True: seen[1]}
+        Parameter._get_parameter_new_args = descriptor
+    return dict(zip(("positional", "keywords", "data by keyword"), seen))

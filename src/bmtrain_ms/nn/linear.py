@@ -22,7 +22,12 @@ class Linear(DistributedModule):
     """
 
     def __init__(
-        self, in_features: int, out_features: int, bias: bool = True, dtype: Any = ms.float32, init_std: float | None = None
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        dtype: Any = ms.float32,
+        init_std: float | None = None,
     ):
         super().__init__()
         self.in_features, self.out_features = in_features, out_features

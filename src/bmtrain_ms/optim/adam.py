@@ -107,7 +107,9 @@ class _State:
     def __init__(self, p: Parameter):
         self._p, self.step = p, 0
         self._moments = tuple(from_host(np.zeros(tuple(p.shape), np.float32)) for _ in range(2))
-        self._master: Tensor | None = None  # made at the first step: the parameter may be loaded or initialised until then
+        self._master: Tensor | None = (
+            None  # made at the first step: the parameter may be loaded or initialised until then
+        )
 
     def tensors(self) -> dict[str, Tensor]:
         named = dict(zip(("exp_avg", "exp_avg_sq"), self._moments))

@@ -207,5 +207,3 @@ class OptimManager:
 
 def _scalar(x: float) -> Tensor:
     return from_host(np.array([x], np.float32))
-
-

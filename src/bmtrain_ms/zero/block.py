@@ -162,7 +162,9 @@ class _Call:
             gathered = kept[0] if keep else self.pipeline.enter(self.group, Phase.BACKWARD)
             weights = gathered.tensors()
             inputs = self._inputs()
-            pulled = vjp(lambda *xs: self._recompute(xs, weights), [*inputs, *(weights[i] for i in self.trainable)], grads)
+            pulled = vjp(
+                lambda *xs: self._recompute(xs, weights), [*inputs, *(weights[i] for i in self.trainable)], grads
+            )
             weight_grads = pulled[len(inputs) :]
             shards = self.reducer.reduce(self.group, self.trainable, weight_grads) if self.trainable else []
             del weights, weight_grads
@@ -196,6 +198,7 @@ class _Call:
         """Make full tensors functions of the shards; the last thing that backward reaches. Replaces entries of `weights`."""
         inputs = self._inputs()
         if not self.trainable:  # nothing to reduce, but something to release: an identity on the inputs
+
             def leave(grads: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
                 self.pipeline.leave(gathered)
                 return grads
@@ -277,7 +280,9 @@ def _find_slots(module: nn.Cell) -> list[tuple[DistributedParameter, list[tuple[
     slots: dict[int, tuple[DistributedParameter, list[tuple[nn.Cell, str]]]] = {}
     for path, cell in module.cells_and_names():
         if isinstance(cell, Block):
-            raise ValueError(f"there is a Block inside the Block already ({path or 'the module itself'}): wrap only one of them")
+            raise ValueError(
+                f"there is a Block inside the Block already ({path or 'the module itself'}): wrap only one of them"
+            )
         for name, parameter in cell._params.items():
             if parameter is None:
                 continue
@@ -325,7 +330,9 @@ class TransformerBlockList(nn.Cell):
         for module in modules:
             block = module if isinstance(module, Block) else Block(module)
             if any(block is other for other in blocks):
-                raise AssertionError("the same Block appears twice in the list; pass its inner module twice to share parameters")
+                raise AssertionError(
+                    "the same Block appears twice in the list; pass its inner module twice to share parameters"
+                )
             blocks.append(block)
         if not blocks:
             raise ValueError("a TransformerBlockList needs at least one module")
@@ -350,7 +357,9 @@ class TransformerBlockList(nn.Cell):
 
     def construct(self, *args: Any, return_hidden_states: bool = False, **kwargs: Any) -> Any:
         if len(args) < self.num_hidden:
-            raise ValueError(f"{self.num_hidden} hidden states are expected as the first arguments, {len(args)} were given")
+            raise ValueError(
+                f"{self.num_hidden} hidden states are expected as the first arguments, {len(args)} were given"
+            )
         hidden, others = args[: self.num_hidden], args[self.num_hidden :]
         seen: list[tuple[Tensor, ...]] = []
         for block in self:

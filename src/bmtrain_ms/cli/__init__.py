@@ -1,0 +1,1 @@
+"""The `bmtrain-ms` command."""

@@ -1,0 +1,162 @@
+"""`bmtrain-ms demo`: the whole way from text to a model that writes, on CPU ranks."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .launch import LaunchError, launch
+
+_LENGTH = 128
+_VOCAB = 2048
+_PROMPTS = ("The ", "A class definition", "When an exception")
+
+
+@dataclass(frozen=True)
+class DemoOptions:
+    """What the command line says; see `bmtrain-ms demo --help`."""
+
+    ranks: int
+    steps: int
+    batch: int
+    text: Path | None
+    out: Path
+    resume: bool
+    fp16: bool
+    loss_scale: float | None
+    zero: int
+    prefetch: int
+    seed: int
+
+
+def demo(options: DemoOptions) -> int:
+    """Start the ranks, or be one of them; returns an exit code.
+
+    Raises:
+        LaunchError: options that do not fit together, or ranks that cannot be started.
+    """
+    _check(options)
+    if options.ranks > 1 and "BMTRAIN_MS_DEMO" not in os.environ:
+        os.environ["BMTRAIN_MS_DEMO"] = "rank"
+        return launch([str(Path(__file__).with_name("__main__.py")), *sys.argv[1:]], options.ranks)
+    _run(options)
+    return 0
+
+
+def _check(options: DemoOptions) -> None:
+    if options.batch % options.ranks:
+        raise LaunchError(f"--batch {options.batch} is not a multiple of --ranks {options.ranks}")
+    if options.fp16 and options.loss_scale is None:
+        raise LaunchError("--fp16 needs --loss-scale (try 1024): without it small gradients become zero")
+    if options.loss_scale is not None and options.loss_scale <= 0:
+        raise LaunchError(f"--loss-scale must be positive, not {options.loss_scale}")
+    if options.prefetch < 0:
+        raise LaunchError(f"--prefetch must be 0 or more, not {options.prefetch}")
+    if options.text is not None and not options.text.is_file():
+        raise LaunchError(f"--text {options.text} does not exist")
+    if options.resume and not (options.out / "checkpoint.safetensors").exists():
+        raise LaunchError(f"--resume: there is no checkpoint.safetensors in {options.out}; run without --resume first")
+
+
+def _run(options: DemoOptions) -> None:
+    started = time.time()
+    import bmtrain_ms as bms
+
+    world = bms.init_distributed(seed=options.seed, prefetch=options.prefetch)
+    chief = world.engine.rank == 0
+    say = print if chief else _silent
+    out = options.out
+    if chief:
+        out.mkdir(parents=True, exist_ok=True)
+        if not options.resume:
+            (out / "log.jsonl").unlink(missing_ok=True)
+    tokenizer, train, held_out = _prepare(options, chief)
+    entropy = bms.data.unigram_entropy(held_out)
+    say(
+        f"{world.engine.size} rank(s), ZeRO-{options.zero}, {len(train):,} training and {len(held_out):,} held-out tokens, "
+        f"vocabulary {tokenizer.get_vocab_size()}"
+    )
+
+    checkpoint = out / "checkpoint.safetensors"
+    curve: dict[int, float] = {}
+    trainer = _trainer(options, train, tokenizer.get_vocab_size())
+    if options.resume:
+        trainer.resume(checkpoint)
+        say(f"resumed at step {trainer.done}")
+    else:
+        curve[0] = trainer.evaluate(held_out, _LENGTH)
+        trainer.fit(until=max(1, options.steps * 3 // 4))
+        curve[trainer.done] = before = trainer.evaluate(held_out, _LENGTH)
+        trainer.save(checkpoint)
+        # Go on as a new process would: with a new model and optimizer, from the file.
+        trainer = _trainer(options, train, tokenizer.get_vocab_size())
+        trainer.resume(checkpoint)
+        again = trainer.evaluate(held_out, _LENGTH)
+        say(f"saved and resumed at step {trainer.done}: held-out loss {before:.6f} before, {again:.6f} after")
+    trainer.fit()
+    curve[trainer.done] = final = trainer.evaluate(held_out, _LENGTH)
+    trainer.save(checkpoint)
+    say(f"held-out loss {final:.4f} nats per token; unigram entropy of the same text {entropy:.4f}")
+    _write_samples(trainer.model, tokenizer, options.seed, say)
+    if chief:
+        bms.train.plot_log(out / "log.jsonl", out / "loss.png", curve, entropy)
+        say(f"log.jsonl, loss.png, checkpoint.safetensors, tokenizer.json and config.json are in {out}")
+        say(f"{time.time() - started:.0f} s in all")
+
+
+def _silent(*args: Any) -> None:
+    """Ranks other than 0 print nothing."""
+
+
+def _prepare(options: DemoOptions, chief: bool) -> tuple[Any, Any, Any]:
+    """Tokenizer, training tokens, held-out tokens. Rank 0 trains the tokenizer, all read its file."""
+    from tokenizers import Tokenizer
+
+    import bmtrain_ms as bms
+
+    documents = bms.data.python_documentation() if options.text is None else bms.data.read_text(options.text)
+    training, held_out = bms.data.split_held_out(documents)
+    path = options.out / "tokenizer.json"
+    if chief and not options.resume:
+        bms.data.train_tokenizer(training, _VOCAB).save(str(path))
+    bms.synchronize()
+    tokenizer = Tokenizer.from_file(str(path))
+    return tokenizer, bms.data.encode(tokenizer, training), bms.data.encode(tokenizer, held_out)
+
+
+def _trainer(options: DemoOptions, tokens: Any, vocab_size: int) -> Any:
+    import bmtrain_ms as bms
+    from bmtrain_ms.model_center.model import Llama, LlamaConfig
+
+    config = LlamaConfig(
+        vocab_size=vocab_size,
+        dim_model=192,
+        num_heads=4,
+        num_heads_kv=2,
+        dim_ff=512,
+        num_layers=4,
+        half=options.fp16,
+        zero_level=options.zero,
+    )
+    if bms.rank() == 0:
+        config.to_json_file(options.out / "config.json")
+    model = Llama(config)
+    bms.init_parameters(model)
+    sampler = bms.data.TokenSampler(tokens, _LENGTH, options.batch, options.seed)
+    settings = bms.train.TrainSettings(
+        steps=options.steps, lr=3e-3, loss_scale=options.loss_scale, log=options.out / "log.jsonl"
+    )
+    return bms.train.Trainer(model, sampler, settings)
+
+
+def _write_samples(model: Any, tokenizer: Any, seed: int, say: Any) -> None:
+    from bmtrain_ms.model_center.generation import generate
+
+    prompts = [tokenizer.encode(text).ids for text in _PROMPTS]
+    written = generate(model, prompts, 48, temperature=0.8, top_k=50, top_p=0.95, seed=seed)
+    for prompt, tokens in zip(_PROMPTS, written):
+        say(f"> {prompt}|{tokenizer.decode(tokens)}\n")

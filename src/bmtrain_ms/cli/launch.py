@@ -1,0 +1,88 @@
+"""Starting ranks: `mpiexec` on CPU, `msrun` on Ascend; signals reach every process, and none is left behind."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from types import FrameType
+from typing import Sequence
+
+
+class LaunchError(RuntimeError):
+    """The ranks cannot be started."""
+
+
+def launch(script: Sequence[str], ranks: int, launcher: str = "auto") -> int:
+    """Run a Python script with its arguments on `ranks` processes of this host and wait for them.
+
+    SIGTERM and SIGINT are passed on to the whole process group (`msrun` alone would orphan its workers).
+
+    Returns:
+        The launcher's exit code; 128 + signal when a signal ended it.
+
+    Raises:
+        LaunchError: the launcher is not installed, or the script does not exist.
+    """
+    if not Path(script[0]).is_file():
+        raise LaunchError(f"{script[0]} does not exist")
+    if launcher == "auto":
+        launcher = "msrun" if has_ascend() else "mpi"
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    env = dict(os.environ)
+    env.setdefault("OMP_NUM_THREADS", str(max(1, cores // ranks)))
+    env.setdefault("BMTRAIN_MS_LOCAL_SIZE", str(ranks))
+    command = _mpi_command(script, ranks) if launcher == "mpi" else _msrun_command(script, ranks)
+    process = subprocess.Popen(command, env=env, start_new_session=True)
+
+    def pass_on(signum: int, frame: FrameType | None) -> None:
+        os.killpg(process.pid, signum)
+
+    before = {signum: signal.signal(signum, pass_on) for signum in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        code = process.wait()
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+        _end_group(process.pid)
+    return 128 - code if code < 0 else code
+
+
+def has_ascend() -> bool:
+    """Whether this host has Ascend devices."""
+    return any(Path("/dev").glob("davinci[0-9]*"))
+
+
+def _mpi_command(script: Sequence[str], ranks: int) -> list[str]:
+    # `python -m mpi4py` ends the job when a rank raises or exits with an error, whatever the script does
+    return [_tool("mpiexec"), "-n", str(ranks), sys.executable, "-m", "mpi4py", *script]
+
+
+def _msrun_command(script: Sequence[str], ranks: int) -> list[str]:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    counts = [f"--worker_num={ranks}", f"--local_worker_num={ranks}"]
+    where = ["--master_addr=127.0.0.1", f"--master_port={port}", "--join=True", "--log_dir=msrun_log"]
+    return [_tool("msrun"), *counts, *where, *script]
+
+
+def _tool(name: str) -> str:
+    beside = Path(sys.executable).with_name(name)  # the one of this environment
+    found = str(beside) if beside.exists() else shutil.which(name)
+    if found is None:
+        remedy = "pip install 'bmtrain-ms[cpu]'" if name == "mpiexec" else "it comes with MindSpore"
+        raise LaunchError(f"{name} was not found; {remedy}")
+    return found
+
+
+def _end_group(group: int) -> None:
+    """Kill what the launcher left behind."""
+    try:
+        os.killpg(group, signal.SIGKILL)
+    except ProcessLookupError:
+        return  # nothing left

@@ -1,0 +1,80 @@
+"""Argument parsing; each command lives in its own module and is imported when it is used."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+from typing import Sequence
+
+# MindSpore's C++ log writes warnings about its own internals; errors stay. Must be set before MindSpore is imported.
+os.environ.setdefault("GLOG_v", "3")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; returns the process's exit code."""
+    arguments = _parser().parse_args(argv)
+    try:
+        if arguments.command == "launch":
+            from .launch import launch
+
+            return launch([arguments.script, *arguments.arguments], arguments.ranks, arguments.launcher)
+        from .demo import DemoOptions, demo
+
+        values = {name: value for name, value in vars(arguments).items() if name != "command"}
+        return demo(DemoOptions(**values))
+    except _user_errors() as error:
+        sys.stderr.write(f"bmtrain-ms: {error}\n")
+        return 2
+
+
+def _user_errors() -> tuple[type[BaseException], ...]:
+    from .launch import LaunchError
+
+    return (LaunchError,)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="bmtrain-ms", description="Train large language models with ZeRO on MindSpore."
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    launch = commands.add_parser("launch", help="start a script on N ranks", description="Start a script on N ranks.")
+    launch.add_argument("-n", "--ranks", type=_positive, required=True, help="how many processes")
+    launch.add_argument(
+        "--with",
+        dest="launcher",
+        choices=("auto", "mpi", "msrun"),
+        default="auto",
+        help="auto: msrun where there are Ascend devices, mpiexec elsewhere",
+    )
+    launch.add_argument("script", help="a Python script")
+    launch.add_argument("arguments", nargs=argparse.REMAINDER, help="passed on to it")
+
+    demo = commands.add_parser(
+        "demo",
+        help="train a small Llama on text",
+        description="Train a BPE tokenizer and a small Llama on the help texts that every Python ships, with ZeRO-3 on CPU "
+        "ranks; evaluate, save, resume, plot the loss and generate text.",
+    )
+    demo.add_argument("--ranks", type=_positive, default=2, help="processes; results do not depend on it (default 2)")
+    demo.add_argument("--steps", type=_positive, default=160, help="training steps (default 160)")
+    demo.add_argument("--batch", type=_positive, default=16, help="windows per step over all ranks (default 16)")
+    demo.add_argument("--text", type=Path, default=None, help="train on this UTF-8 file instead")
+    demo.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder for results (default runs/demo)")
+    demo.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
+    demo.add_argument("--fp16", action="store_true", help="float16 parameters with float32 masters; needs --loss-scale")
+    demo.add_argument("--loss-scale", type=float, default=None, help="switch dynamic loss scaling on, from this scale")
+    demo.add_argument("--zero", type=int, choices=(2, 3), default=3, help="ZeRO level (default 3)")
+    demo.add_argument("--prefetch", type=int, default=1, help="blocks gathered ahead; 0 turns overlap off (default 1)")
+    demo.add_argument("--seed", type=int, default=0, help="of initialisation, data order and sampling (default 0)")
+    return parser
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, not {value}")
+    return value

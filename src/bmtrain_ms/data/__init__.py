@@ -1,0 +1,14 @@
+"""Text to batches, without MindSpore."""
+
+from .sampling import TokenSampler, unigram_entropy
+from .text import encode, python_documentation, read_text, split_held_out, train_tokenizer
+
+__all__ = [
+    "TokenSampler",
+    "encode",
+    "python_documentation",
+    "read_text",
+    "split_held_out",
+    "train_tokenizer",
+    "unigram_entropy",
+]

@@ -1,0 +1,62 @@
+"""Which tokens a rank reads at which step."""
+
+from __future__ import annotations
+
+import functools
+
+import numpy as np
+
+
+class TokenSampler:
+    """Windows of a token array, shuffled anew in each epoch. A batch is a pure function of the step, so there is no state to save.
+
+    The global batch does not depend on the number of ranks: rank r of n reads the r-th n-th of it.
+
+    Args:
+        tokens: one long array of token ids.
+        length: tokens per window; targets are the inputs shifted by one.
+        global_batch: windows per step over all ranks.
+        seed: of the shuffling.
+
+    Raises:
+        ValueError: fewer tokens than one global batch needs.
+    """
+
+    def __init__(self, tokens: np.ndarray, length: int, global_batch: int, seed: int = 0):
+        self._tokens, self._length, self.global_batch, self._seed = tokens, length, global_batch, seed
+        self.windows = (len(tokens) - 1) // length
+        if length < 1 or global_batch < 1 or self.windows < global_batch:
+            raise ValueError(
+                f"{len(tokens)} tokens make {max(0, self.windows)} windows of {length}, a step needs {global_batch}; "
+                "use more text, a shorter length or a smaller batch"
+            )
+
+    def batch(self, step: int, rank: int = 0, ranks: int = 1) -> tuple[np.ndarray, np.ndarray]:
+        """Inputs and targets of one rank at one step, counted from 0: int32, (global_batch / ranks, length) each.
+
+        Raises:
+            ValueError: the global batch is not a multiple of the number of ranks.
+        """
+        if self.global_batch % ranks:
+            raise ValueError(f"a global batch of {self.global_batch} cannot be split evenly over {ranks} ranks")
+        share = self.global_batch // ranks
+        first = step * self.global_batch + rank * share
+        chosen = [self._window(i) for i in range(first, first + share)]
+        rows = np.stack([self._tokens[w * self._length : (w + 1) * self._length + 1] for w in chosen])
+        return np.ascontiguousarray(rows[:, :-1], np.int32), np.ascontiguousarray(rows[:, 1:], np.int32)
+
+    def _window(self, sample: int) -> int:
+        epoch, place = divmod(sample, self.windows)
+        return int(_order(self._seed, epoch, self.windows)[place])
+
+
+@functools.lru_cache(maxsize=4)
+def _order(seed: int, epoch: int, windows: int) -> np.ndarray:
+    return np.random.Generator(np.random.Philox(key=[seed, epoch])).permutation(windows)
+
+
+def unigram_entropy(tokens: np.ndarray) -> float:
+    """Nats per token that the best model without context would lose on these tokens."""
+    counts = np.bincount(tokens)
+    p = counts[counts > 0] / len(tokens)
+    return float(-(p * np.log(p)).sum())
