@@ -8,7 +8,6 @@ from typing import Any, Callable, Iterator
 os.environ.setdefault("GLOG_v", "3")  # MindSpore's C++ warnings
 
 import pytest
-
 from tests.helpers.ranks import RankPool
 
 

@@ -1,7 +1,7 @@
 """Learning-rate schedules (BMTrain: `lr_scheduler`).
 
-n is the number of steps done, s the peak rate, w the warm-up length, e the end. During warm-up (n < w) the rate is s * n / w, except
-for Noam. Construction and every `step` write the rate into all parameter groups of the optimizer.
+n is the number of steps done, s the peak rate, w the warm-up length, e the end. During warm-up (n < w) the rate is s * n / w
+(for Noam s / sqrt(w) * n / w). Construction and every `step` write the rate into all parameter groups of the optimizer.
 """
 
 from __future__ import annotations
@@ -60,9 +60,7 @@ class WarmupLRScheduler:
         """Continue where `state` was taken."""
         own = set(self.state_dict())
         if set(state) != own:
-            raise ValueError(
-                f"this is not the state of a {type(self).__name__}: it has {sorted(state)}, expected {sorted(own)}"
-            )
+            raise ValueError(f"this is not the state of a {type(self).__name__}: it has {sorted(state)}, expected {sorted(own)}")
         vars(self).update(state)
         self._apply()
 
@@ -107,9 +105,7 @@ class Cosine(WarmupLRScheduler):
 class Exponential(WarmupLRScheduler):
     """s * gamma^(n - w)."""
 
-    def __init__(
-        self, optimizer: Any, start_lr: float, warmup_iter: int, end_iter: int, num_iter: int = 0, gamma: float = 0.95
-    ):
+    def __init__(self, optimizer: Any, start_lr: float, warmup_iter: int, end_iter: int, num_iter: int = 0, gamma: float = 0.95):
         self.gamma = gamma
         super().__init__(optimizer, start_lr, warmup_iter, end_iter, num_iter)
 

@@ -58,13 +58,9 @@ class Trainer:
     def __init__(self, model: nn.Cell, sampler: TokenSampler, settings: TrainSettings):
         self.model, self.sampler, self.settings = model, sampler, settings
         self.done = 0  # steps
-        optimizer = AdamOptimizer(
-            model.trainable_params(), settings.lr, settings.betas, weight_decay=settings.weight_decay
-        )
+        optimizer = AdamOptimizer(model.trainable_params(), settings.lr, settings.betas, weight_decay=settings.weight_decay)
         self.manager = OptimManager(loss_scale=settings.loss_scale)
-        self.manager.add_optimizer(
-            optimizer, Cosine(optimizer, settings.lr, min(settings.warmup, settings.steps), settings.steps)
-        )
+        self.manager.add_optimizer(optimizer, Cosine(optimizer, settings.lr, min(settings.warmup, settings.steps), settings.steps))
         self._optimizer = optimizer
         self._engine = world().engine
 
@@ -77,9 +73,7 @@ class Trainer:
         until = self.settings.steps if until is None else min(until, self.settings.steps)
         self.model.set_train(True)
         chief = self._engine.rank == 0
-        with tqdm(
-            total=self.settings.steps, initial=self.done, disable=not chief, desc="train", mininterval=1.0
-        ) as bar:
+        with tqdm(total=self.settings.steps, initial=self.done, disable=not chief, desc="train", mininterval=1.0) as bar:
             while self.done < until:
                 record = self.train_step()
                 if chief:

@@ -1,7 +1,7 @@
 """Real ranks for tests: groups of processes that stay alive between tests, because importing MindSpore takes seconds.
 
-`RankPool(n).run(function, **kwargs)` runs a module-level `function(world, **kwargs)` on n MPI ranks and returns their results in rank
-order. Run as a module (`python -m tests.helpers.ranks ADDRESS`) this file is one rank.
+`RankPool(n).run(function, **kwargs)` runs a module-level `function(world, **kwargs)` on n MPI ranks and returns their results in
+rank order. Run as a module (`python -m tests.helpers.ranks ADDRESS`) this file is one rank.
 """
 
 from __future__ import annotations

@@ -73,9 +73,7 @@ def plan(
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     header = struct.pack("<Q", len(text)) + text
-    infos = {
-        name: TensorInfo(dtype, tuple(shape), len(header) + spans[name]) for name, (dtype, shape) in tensors.items()
-    }
+    infos = {name: TensorInfo(dtype, tuple(shape), len(header) + spans[name]) for name, (dtype, shape) in tensors.items()}
     return header, infos, len(header) + end
 
 
@@ -92,7 +90,7 @@ class AtomicFile:
     def write(self, position: int, data: np.ndarray) -> None:
         """Write the array's bytes at a position of the file."""
         self._file.seek(position)
-        self._file.write(memoryview(np.ascontiguousarray(data).reshape(-1).view(np.uint8)))
+        self._file.write(np.ascontiguousarray(data).reshape(-1).view(np.uint8).data)
 
     def commit(self) -> None:
         """Bring everything to the disk, then give the file its name."""
@@ -124,7 +122,7 @@ class Reader:
         try:
             with safe_open(str(self.path), framework="np") as checked:  # offsets, overlaps, sizes, dtypes
                 self.metadata: dict[str, str] = dict(checked.metadata() or {})
-            self._map = np.memmap(self.path, np.uint8, "r")
+            self._map = np.memmap(str(self.path), np.uint8, "r")
         except FileNotFoundError as error:
             raise CheckpointError(f"{self.path} does not exist (or is not visible from this host)") from error
         except (OSError, ValueError, SafetensorError) as error:
@@ -155,7 +153,5 @@ class Reader:
     def __enter__(self) -> Reader:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None) -> None:
         self.close()

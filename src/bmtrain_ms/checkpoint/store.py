@@ -196,9 +196,7 @@ def _compare(reader: Reader, entries: Mapping[str, Entry], strict: bool) -> Load
     if shapes:
         problems.append(f"{len(shapes)} shapes differ: " + _first(shapes))
     if strict and result.missing:
-        problems.append(
-            f"{len(result.missing)} missing in the file: " + _first(_with_hints(result.missing, result.unexpected))
-        )
+        problems.append(f"{len(result.missing)} missing in the file: " + _first(_with_hints(result.missing, result.unexpected)))
     if strict and result.unexpected:
         problems.append(f"{len(result.unexpected)} unexpected in the file: " + _first(result.unexpected))
     if problems:
@@ -208,9 +206,7 @@ def _compare(reader: Reader, entries: Mapping[str, Entry], strict: bool) -> Load
 
 def _with_hints(names: Sequence[str], candidates: Sequence[str]) -> list[str]:
     hints = [difflib.get_close_matches(name, candidates, 1) for name in names[:10]]
-    return [f"{name} (did you mean {hint[0]}?)" if hint else name for name, hint in zip(names, hints)] + list(
-        names[10:]
-    )
+    return [f"{name} (did you mean {hint[0]}?)" if hint else name for name, hint in zip(names, hints)] + list(names[10:])
 
 
 def _first(items: Sequence[str]) -> str:

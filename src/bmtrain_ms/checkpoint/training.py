@@ -49,9 +49,7 @@ def load_training(file_name: str | Path, model: nn.Cell, manager: OptimManager) 
         raise CheckpointError(f"{file_name} holds weights only; load it with bmtrain_ms.load(model, ...)")
     state = json.loads(metadata["bmtrain_ms"])
     if state["version"] > _VERSION:
-        raise CheckpointError(
-            f"{file_name} has format version {state['version']}, this bmtrain_ms reads up to {_VERSION}; upgrade"
-        )
+        raise CheckpointError(f"{file_name} has format version {state['version']}, this bmtrain_ms reads up to {_VERSION}; upgrade")
     manager.load_state_dict(state["manager"])
     here.engine.clock.step = state["clock"]
     return state["extra"]
@@ -62,9 +60,7 @@ def _entries(model: nn.Cell, manager: OptimManager) -> dict[str, Entry]:
     for i, optimizer in enumerate(manager.optimizers):
         for p in optimizer.parameters:
             if not isinstance(p, DistributedParameter):
-                raise CheckpointError(
-                    f"parameter {p.name} is not a DistributedParameter: its optimizer state cannot be saved"
-                )
+                raise CheckpointError(f"parameter {p.name} is not a DistributedParameter: its optimizer state cannot be saved")
             for name, tensor in optimizer.state_of(p).items():
                 entries[f"optimizer.{i}.{name}.{p.name}"] = companion_entry(p, tensor)
     return entries

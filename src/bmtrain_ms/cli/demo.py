@@ -147,9 +147,7 @@ def _trainer(options: DemoOptions, tokens: Any, vocab_size: int) -> Any:
     model = Llama(config)
     bms.init_parameters(model)
     sampler = bms.data.TokenSampler(tokens, _LENGTH, options.batch, options.seed)
-    settings = bms.train.TrainSettings(
-        steps=options.steps, lr=3e-3, loss_scale=options.loss_scale, log=options.out / "log.jsonl"
-    )
+    settings = bms.train.TrainSettings(steps=options.steps, lr=3e-3, loss_scale=options.loss_scale, log=options.out / "log.jsonl")
     return bms.train.Trainer(model, sampler, settings)
 
 

@@ -36,9 +36,7 @@ def _user_errors() -> tuple[type[BaseException], ...]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="bmtrain-ms", description="Train large language models with ZeRO on MindSpore."
-    )
+    parser = argparse.ArgumentParser(prog="bmtrain-ms", description="Train large language models with ZeRO on MindSpore.")
     commands = parser.add_subparsers(dest="command", required=True)
 
     launch = commands.add_parser("launch", help="start a script on N ranks", description="Start a script on N ranks.")

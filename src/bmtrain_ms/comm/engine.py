@@ -127,7 +127,7 @@ class Engine(ABC):
     def subgroup(self, ranks: Sequence[int]) -> Engine:
         """An engine over some ranks of this group, renumbered in the order given; called by exactly those ranks."""
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027  (most engines have nothing to close)
         """Finish what is in flight and free the engine's threads and groups; a second call does nothing."""
 
     # Checks shared by all engines: errors, and their text, do not depend on the engine in use.

@@ -63,9 +63,7 @@ class HcclEngine(Engine):
     def all_gather(self, tensors: Sequence[Tensor], out: Sequence[Tensor] | None = None, label: str = "") -> Work:
         # comm_func stacks: (size, n, ...)
         pairs = [self._comm.all_gather_into_tensor(x, group=self._group, async_op=True) for x in tensors]
-        joined = [
-            y.reshape((-1, *x.shape[1:])) if len(y.shape) > len(x.shape) else y for x, (y, _) in zip(tensors, pairs)
-        ]
+        joined = [y.reshape((-1, *x.shape[1:])) if len(y.shape) > len(x.shape) else y for x, (y, _) in zip(tensors, pairs)]
         return _Handles(joined, [handle for _, handle in pairs])
 
     def reduce_scatter(self, tensors: Sequence[Tensor], op: str = "sum", label: str = "") -> Work:
@@ -88,8 +86,7 @@ class HcclEngine(Engine):
     def all_to_all(self, tensors: Sequence[Tensor], label: str = "") -> Work:
         self._check_divisible(tensors, "all_to_all")
         pairs = [
-            self._comm.all_to_all_single_with_output_shape(tuple(x.shape), x, group=self._group, async_op=True)
-            for x in tensors
+            self._comm.all_to_all_single_with_output_shape(tuple(x.shape), x, group=self._group, async_op=True) for x in tensors
         ]
         return _Handles([y for y, _ in pairs], [handle for _, handle in pairs])
 

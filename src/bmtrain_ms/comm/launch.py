@@ -31,9 +31,7 @@ def detect(env: Mapping[str, str] = os.environ) -> Launch:
         RuntimeError: the variables contradict each other, or this process is msrun's scheduler.
     """
     if env.get("MS_ROLE") == "MS_SCHED":
-        raise RuntimeError(
-            "this process is msrun's scheduler, not a rank: init_distributed must run in the workers only"
-        )
+        raise RuntimeError("this process is msrun's scheduler, not a rank: init_distributed must run in the workers only")
     if env.get("MS_ROLE") == "MS_WORKER":
         size = int(env.get("MS_WORKER_NUM", "1"))
         rank = int(env.get("RANK_ID", env.get("MS_NODE_ID", "0")))
@@ -44,9 +42,7 @@ def detect(env: Mapping[str, str] = os.environ) -> Launch:
         if rank in env:
             total = int(env.get(size, "1"))
             mine = int(env[rank])
-            launch = Launch(
-                "mpi", mine, total, int(env.get(local_rank, env[rank])), int(env.get(local_size, str(total)))
-            )
+            launch = Launch("mpi", mine, total, int(env.get(local_rank, env[rank])), int(env.get(local_size, str(total))))
             return _checked(launch)
     return Launch()
 

@@ -8,7 +8,7 @@ import os
 import random
 import sys
 import traceback
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Iterator
 
 import mindspore as ms
@@ -36,7 +36,7 @@ class World:
     engine: Engine
     mesh: Mesh
     seed: int = 0
-    launch: Launch = Launch()
+    launch: Launch = field(default_factory=Launch)
     prefetch: int = 1
 
     # A copied or unpickled parameter belongs to the world of the process that it is in.
@@ -59,9 +59,7 @@ def world() -> World:
         RuntimeError: `init_distributed` has not been called.
     """
     if not _current:
-        raise RuntimeError(
-            "bmtrain_ms is not initialised: call bmtrain_ms.init_distributed() before building the model"
-        )
+        raise RuntimeError("bmtrain_ms is not initialised: call bmtrain_ms.init_distributed() before building the model")
     return _current[-1]
 
 
@@ -213,9 +211,7 @@ def _make_mpi_engine(timeout: float) -> Engine:
 def _configure_cpu(launch: Launch) -> None:
     """Each rank of a host gets its share of the cores; more ranks than cores share one each."""
     if not _cores:
-        _cores.extend(
-            sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
-        )
+        _cores.extend(sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1))
     share = max(1, len(_cores) // launch.local_size)
     if launch.local_size > 1 and hasattr(os, "sched_setaffinity"):
         start = launch.local_rank * share % len(_cores)

@@ -7,7 +7,8 @@ What is done, why, and when it can go:
 
 * `Parameter.__new__`, `Parameter._get_base_class` name the class `Parameter` literally, so an instance of a subclass comes out
   as a plain `Parameter` (2.5 – 2.10); `__deepcopy__` and `__reduce_ex__` do the same for copies. See `compat.parameter`.
-* `_PyNativeExecutor.grad` has no public "backward has ended" event. See `compat.autograd`.
+* `_PyNativeExecutor.grad` has no public "backward has ended" event, and a failed forward pass (`_pynative_forward_run`) leaves
+  the executor recording. See `compat.autograd`.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from typing import Any, Callable, Sequence
 import wrapt
 from mindspore import Parameter, Tensor, nn, ops
 from mindspore._c_expression import Cell_
-from mindspore.ops.composite.base import _Grad
+from mindspore.ops.composite import base as _composite
 
 from .executor import GRAD_TAKES_HAS_AUX, PyNativeExecutor, executor, no_grad, recording
 
@@ -23,8 +23,10 @@ Tensors = tuple[Tensor, ...]
 # Called with the exception, or None, each time an outermost backward pass has ended.
 backward_hooks: list[Callable[[BaseException | None], None]] = []
 
-_original_grad: list[Any] = []
+_originals: list[tuple[Any, str, Any]] = []  # (owner, name, MindSpore's own function)
 _depth = [0]  # backward passes under way: recomputation nests them
+_forwards = [0]  # recorded forward passes of `value_and_grad` under way
+_Grad = _composite._Grad
 _grad_by_position = _Grad(get_by_position=True, sens_param=True)
 
 
@@ -33,7 +35,7 @@ class _Op(nn.Cell):
 
     def __init__(self, backward: Callable[[Tensors], Sequence[Tensor | None]] | None):
         Cell_.__init__(self, "")
-        vars(self)["_backward"] = backward
+        self.__dict__["_backward"] = backward
 
     def __getattr__(self, name: str) -> Any:
         raise AttributeError(name)
@@ -49,9 +51,7 @@ class _Op(nn.Cell):
         return tuple(ops.zeros_like(x) if g is None else g for x, g in zip(inputs, grads))
 
 
-def custom_op(
-    forward: Callable[..., Tensors], backward: Callable[[Tensors], Sequence[Tensor | None]], *inputs: Tensor
-) -> Tensors:
+def custom_op(forward: Callable[..., Tensors], backward: Callable[[Tensors], Sequence[Tensor | None]], *inputs: Tensor) -> Tensors:
     """Run `forward(*inputs)` unrecorded and make `backward` its derivative.
 
     Args:
@@ -100,20 +100,39 @@ def _detach(x: Tensor) -> Tensor:
 
 def original_grad() -> Any:
     """MindSpore's own `_PyNativeExecutor.grad`, patched or not."""
-    return _original_grad[0] if _original_grad else vars(PyNativeExecutor)["grad"]
+    return _originals[0][2] if _originals else vars(PyNativeExecutor)["grad"]
 
 
 def install() -> None:
-    """Watch for the end of backward passes; idempotent."""
-    if not _original_grad:
-        _original_grad.append(vars(PyNativeExecutor)["grad"])
-        wrapt.wrap_function_wrapper(PyNativeExecutor, "grad", _watch)
+    """Watch for the end of backward passes, and for failed forward passes; idempotent."""
+    if _originals:
+        return
+    forward = "_pynative_forward_run"  # 2.5: a method of two classes; 2.10: a function
+    owners = [owner for owner in (_composite, _composite.GradOperation, _Grad) if forward in vars(owner)]
+    wrappers = [(PyNativeExecutor, "grad", _watch), *((owner, forward, _clear_after_failure) for owner in owners)]
+    for owner, name, wrapper in wrappers:
+        _originals.append((owner, name, vars(owner)[name]))
+        wrapt.wrap_function_wrapper(owner, name, wrapper)
 
 
 def uninstall() -> None:
     """Stop watching; idempotent."""
-    if _original_grad:
-        PyNativeExecutor.grad = _original_grad.pop()
+    while _originals:
+        setattr(*_originals.pop())
+
+
+def _clear_after_failure(wrapped: Any, instance: Any, args: tuple, kwargs: dict) -> Any:
+    """Upstream goes on recording after an exception in forward; on 2.5 the next backward of a `custom_op` then crashes."""
+    _forwards[0] += 1
+    failed = True
+    try:
+        outputs = wrapped(*args, **kwargs)
+        failed = False
+        return outputs
+    finally:
+        _forwards[0] -= 1
+        if failed and _forwards[0] == 0 and _depth[0] == 0:
+            executor.clear_res()
 
 
 def _watch(wrapped: Any, instance: Any, args: tuple, kwargs: dict) -> Any:
@@ -131,3 +150,4 @@ def _watch(wrapped: Any, instance: Any, args: tuple, kwargs: dict) -> Any:
                 executor.clear_res()  # otherwise 2.10 refuses the next, healthy, backward pass
             for hook in tuple(backward_hooks):
                 hook(error)
+        del error  # its traceback holds this frame

@@ -10,7 +10,7 @@ except ImportError:  # 2.5
     from mindspore.common import api as _api
 
 PyNativeExecutor = _api._PyNativeExecutor
-executor: PyNativeExecutor = _api._pynative_executor
+executor = _api._pynative_executor
 no_grad = _api._no_grad
 GRAD_TAKES_HAS_AUX = "has_aux" in inspect.signature(PyNativeExecutor.grad).parameters
 

@@ -26,9 +26,7 @@ _TARGET = "mindspore.common.parameter"
 _PATCHED = ("__new__", "_get_base_class", "__deepcopy__", "__reduce_ex__")
 
 _originals: dict[str, Any] = {}
-_combined: dict[
-    tuple[type, type], type
-] = {}  # (user class, tensor class) -> class of the instances; by class, never by name
+_combined: dict[tuple[type, type], type] = {}  # (user class, tensor class) -> class of the instances; by class, never by name
 _added_references: dict[str, int] = {}  # by `_style` of the call; see [Note: no-copy path]
 
 
@@ -140,7 +138,7 @@ def _reduce_ex(wrapped: Any, instance: Any, args: tuple, kwargs: dict) -> Any:
     return _rebuild, (cls, data, instance.name, instance.requires_grad, instance.layerwise_parallel, state)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _upstream_attributes() -> frozenset[str]:
     """Names in the `__dict__` of a plain Parameter: MindSpore's own state, which is rebuilt and not copied."""
     return frozenset(vars(Parameter(Tensor([0.0]), name="plain")))

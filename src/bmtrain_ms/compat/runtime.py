@@ -37,7 +37,7 @@ def from_host(array: np.ndarray) -> Tensor:
     return Tensor.from_numpy(array)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def numpy_dtype(dtype: Any) -> np.dtype:
     """NumPy's name for a MindSpore type; bfloat16 is MindSpore's own extension type."""
     if dtype == ms.bfloat16:

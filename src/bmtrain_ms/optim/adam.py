@@ -37,16 +37,12 @@ class AdamOptimizer:
         weight_decay: float = 0.0,
     ):
         if lr < 0 or eps < 0 or weight_decay < 0 or not all(0 <= beta < 1 for beta in betas):
-            raise ValueError(
-                f"need lr, eps, weight_decay >= 0 and 0 <= betas < 1, not {lr}, {eps}, {weight_decay}, {betas}"
-            )
+            raise ValueError(f"need lr, eps, weight_decay >= 0 and 0 <= betas < 1, not {lr}, {eps}, {weight_decay}, {betas}")
         defaults = {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay}
         entries = list(params)
         if entries and not isinstance(entries[0], dict):
             entries = [{"params": entries}]
-        self.param_groups: list[dict[str, Any]] = [
-            {**defaults, **entry, "params": list(entry["params"])} for entry in entries
-        ]
+        self.param_groups: list[dict[str, Any]] = [{**defaults, **entry, "params": list(entry["params"])} for entry in entries]
         if not self.parameters:
             raise ValueError("the optimizer got no parameters; is everything frozen?")
         if len({id(p) for p in self.parameters}) < len(self.parameters):
@@ -107,12 +103,10 @@ class _State:
     def __init__(self, p: Parameter):
         self._p, self.step = p, 0
         self._moments = tuple(from_host(np.zeros(tuple(p.shape), np.float32)) for _ in range(2))
-        self._master: Tensor | None = (
-            None  # made at the first step: the parameter may be loaded or initialised until then
-        )
+        self._master: Tensor | None = None  # made at the first step: the parameter may be loaded or initialised until then
 
     def tensors(self) -> dict[str, Tensor]:
-        named = dict(zip(("exp_avg", "exp_avg_sq"), self._moments))
+        named: dict[str, Tensor] = {"exp_avg": self._moments[0], "exp_avg_sq": self._moments[1]}
         if self._p.dtype != ms.float32:
             named["master"] = self._ensure_master()
         return named

@@ -49,14 +49,16 @@ class Block(nn.Cell):
         if zero_level not in (2, 3):
             raise ValueError(f"zero_level must be 2 or 3, not {zero_level}")
         slots = _find_slots(inner_module)
-        own = vars(self)  # not Cell attributes: the inner module must not appear as a child with a name of its own
+        own = self.__dict__  # not Cell attributes: the inner module must not appear as a child with a name of its own
         own["inner"], own["use_checkpoint"], own["zero_level"] = inner_module, bool(use_checkpoint), zero_level
         own["_slots"], own["_group"] = slots, None
         # Sharing the tables makes the Block look like the inner module to every walk over parameters and cells.
         own["_params"], own["_cells"] = inner_module._params, inner_module._cells
         self.training = inner_module.training
-        for parameter, _ in slots:
-            parameter.in_block = True
+        own["_dropouts"] = [(name, c) for name, c in inner_module.cells_and_names() if isinstance(c, nn.Dropout)]
+        for _, places in slots:
+            for cell, _ in places:
+                cell.__dict__["_in_block"] = True
 
     def __getattr__(self, name: str) -> Any:
         inner = vars(self).get("inner")
@@ -87,10 +89,11 @@ class Block(nn.Cell):
     @property
     def group(self) -> ParamGroup:
         """The parameters; made at the first call, when they have their final names."""
-        if self._group is None:
+        group = self._group
+        if group is None:
             params = [parameter for parameter, _ in self._slots]
-            vars(self)["_group"] = ParamGroup(params, _common_prefix([p.name for p in params]))
-        return self._group
+            group = self.__dict__["_group"] = ParamGroup(params, _common_prefix([p.name for p in params]))
+        return group
 
     @contextlib.contextmanager
     def substituted(self, tensors: Sequence[Tensor]) -> Iterator[None]:
@@ -109,11 +112,11 @@ class Block(nn.Cell):
         """MindSpore's generators do not replay on CPU: recomputation would draw another mask, and gradients would be wrong."""
         if not (self.use_checkpoint and self.training and device_target() == "CPU"):
             return
-        for name, cell in self.inner.cells_and_names():
-            if isinstance(cell, nn.Dropout) and (getattr(cell, "p", 0) or 1 - getattr(cell, "keep_prob", 1)):
+        for name, dropout in self._dropouts:
+            if dropout.p:
                 raise ValueError(
-                    f"{name or 'the module'} is a mindspore.nn.Dropout in a checkpointed Block; on CPU it cannot draw the same mask "
-                    "twice. Use bmtrain_ms.nn.Dropout, or Block(use_checkpoint=False)"
+                    f"{name or 'the module'} is a mindspore.nn.Dropout in a checkpointed Block; on CPU it cannot draw the same "
+                    "mask twice. Use bmtrain_ms.nn.Dropout, or Block(use_checkpoint=False)"
                 )
 
 
@@ -160,16 +163,11 @@ class _Call:
 
         def backward(grads: tuple[Tensor, ...]) -> list[Tensor]:
             gathered = kept[0] if keep else self.pipeline.enter(self.group, Phase.BACKWARD)
-            weights = gathered.tensors()
-            inputs = self._inputs()
-            pulled = vjp(
-                lambda *xs: self._recompute(xs, weights), [*inputs, *(weights[i] for i in self.trainable)], grads
-            )
-            weight_grads = pulled[len(inputs) :]
-            shards = self.reducer.reduce(self.group, self.trainable, weight_grads) if self.trainable else []
-            del weights, weight_grads
+            pulled = self._pull(gathered, grads)
+            here = len(self.differentiable)
+            shards = self.reducer.reduce(self.group, self.trainable, pulled[here:]) if self.trainable else []
             self.pipeline.leave(gathered)
-            return [*pulled[: len(inputs)], *shards]
+            return [*pulled[:here], *shards]
 
         self.reducer.expect(self.group, self.trainable)
         return result.restore(custom_op(forward, backward, *self._inputs(), *self._shards()))
@@ -240,17 +238,19 @@ class _Call:
         with self.block.substituted(weights):
             return self.block.inner(*args, **kwargs)
 
-    def _recompute(self, inputs_and_weights: tuple[Tensor, ...], weights: list[Tensor]) -> tuple[Tensor, ...]:
-        inputs, trained = (
-            inputs_and_weights[: len(self.differentiable)],
-            inputs_and_weights[len(self.differentiable) :],
-        )
-        full = list(weights)
-        for i, tensor in zip(self.trainable, trained):
-            full[i] = tensor
+    def _pull(self, gathered: Gathered, grads: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Recompute, and differentiate with respect to inputs and trainable full tensors."""
+        weights, here = gathered.tensors(), len(self.differentiable)
+
+        def recompute(*inputs_and_weights: Tensor) -> tuple[Tensor, ...]:
+            full = list(weights)
+            for i, tensor in zip(self.trainable, inputs_and_weights[here:]):
+                full[i] = tensor
+            return _Result().take(self._run(inputs_and_weights[:here], full))
+
         after, self.draws.count = self.draws.count, self.first_draw
         try:
-            return _Result().take(self._run(inputs, full))
+            return vjp(recompute, [*self._inputs(), *(weights[i] for i in self.trainable)], grads)
         finally:
             self.draws.count = after
 
@@ -280,16 +280,14 @@ def _find_slots(module: nn.Cell) -> list[tuple[DistributedParameter, list[tuple[
     slots: dict[int, tuple[DistributedParameter, list[tuple[nn.Cell, str]]]] = {}
     for path, cell in module.cells_and_names():
         if isinstance(cell, Block):
-            raise ValueError(
-                f"there is a Block inside the Block already ({path or 'the module itself'}): wrap only one of them"
-            )
+            raise ValueError(f"there is a Block inside the Block already ({path or 'the module itself'}): wrap only one of them")
         for name, parameter in cell._params.items():
             if parameter is None:
                 continue
             if not isinstance(parameter, DistributedParameter):
                 raise ValueError(
-                    f"parameter {path + '.' if path else ''}{name} is a {type(parameter).__name__}; all parameters in a Block must be "
-                    "DistributedParameter (use bmtrain_ms.nn layers, or make it a buffer)"
+                    f"parameter {path + '.' if path else ''}{name} is a {type(parameter).__name__}; all parameters in a Block "
+                    "must be DistributedParameter (use bmtrain_ms.nn layers, or keep constants in a Tensor)"
                 )
             slots.setdefault(id(parameter), (parameter, []))[1].append((cell, name))
     if not slots:
@@ -330,9 +328,7 @@ class TransformerBlockList(nn.Cell):
         for module in modules:
             block = module if isinstance(module, Block) else Block(module)
             if any(block is other for other in blocks):
-                raise AssertionError(
-                    "the same Block appears twice in the list; pass its inner module twice to share parameters"
-                )
+                raise AssertionError("the same Block appears twice in the list; pass its inner module twice to share parameters")
             blocks.append(block)
         if not blocks:
             raise ValueError("a TransformerBlockList needs at least one module")
@@ -357,9 +353,7 @@ class TransformerBlockList(nn.Cell):
 
     def construct(self, *args: Any, return_hidden_states: bool = False, **kwargs: Any) -> Any:
         if len(args) < self.num_hidden:
-            raise ValueError(
-                f"{self.num_hidden} hidden states are expected as the first arguments, {len(args)} were given"
-            )
+            raise ValueError(f"{self.num_hidden} hidden states are expected as the first arguments, {len(args)} were given")
         hidden, others = args[: self.num_hidden], args[self.num_hidden :]
         seen: list[tuple[Tensor, ...]] = []
         for block in self:

@@ -80,9 +80,7 @@ def kaiming_normal_(words: np.ndarray, shape: tuple[int, ...], gain: float = mat
 def _fans(shape: tuple[int, ...]) -> tuple[int, int]:
     """(fan_in, fan_out) of a weight (out, in, *receptive field)."""
     if len(shape) < 2:
-        raise ValueError(
-            f"fan in and fan out need a weight of at least two dims, not shape {shape}; use normal_ or uniform_"
-        )
+        raise ValueError(f"fan in and fan out need a weight of at least two dims, not shape {shape}; use normal_ or uniform_")
     field = math.prod(shape[2:])
     return shape[1] * field, shape[0] * field
 

@@ -19,7 +19,7 @@ class DistributedModule(nn.Cell):
 
     def __getattr__(self, name: str) -> Any:
         value = super().__getattr__(name)
-        if isinstance(value, DistributedParameter) and not value.in_block:
+        if isinstance(value, DistributedParameter) and not self.__dict__.get("_in_block"):
             return value.gather()
         return value
 

@@ -77,12 +77,9 @@ class DistributedParameter(Parameter):
         if not self.numel:
             raise ValueError(f"a parameter of shape {self.full_shape} has no elements; leave it out of the model")
         if not is_float(self):
-            raise ValueError(
-                f"a parameter must be of a floating-point type, not {self.dtype}; keep integers in a buffer"
-            )
+            raise ValueError(f"a parameter must be of a floating-point type, not {self.dtype}; keep integers in a buffer")
         self.shard_length = -(-self.numel // self.world.engine.size)
         self.init_method, self.group = init_method, group
-        self.in_block = False
         self.has_hooks = False
         self._alone: ParamGroup | None = None
         if not isinstance(data, Empty):

@@ -114,9 +114,10 @@ class GatherPipeline:
 
     def _gather_ahead(self, visit: Visit, running: ParamGroup | None) -> None:
         for depth in range(self.prefetch):
-            previous, visit = visit, self._next.get(visit)
-            if visit is None or visit in self._first:
+            previous, following = visit, self._next.get(visit)
+            if following is None or following in self._first:
                 return
+            visit = following
             if depth < len(self._ahead):
                 continue
             phase, group = visit

@@ -14,9 +14,7 @@ from ...compat.runtime import from_host, host_array
 from ...zero.random import key_of, uniform
 
 
-def choose(
-    logits: np.ndarray, draws: np.ndarray, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0
-) -> np.ndarray:
+def choose(logits: np.ndarray, draws: np.ndarray, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0) -> np.ndarray:
     """Pick a token per row.
 
     Args:

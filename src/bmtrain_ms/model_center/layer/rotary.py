@@ -42,7 +42,6 @@ def _tables(dim: int, base: float, offset: int, batch: int, length: int, heads: 
     shape = (batch, length, heads, dim)
     make = from_host if device_target() == "CPU" else Tensor
     cos, sin = (
-        make(np.ascontiguousarray(np.broadcast_to(f(angles), shape), np.float32).reshape(-1, dim))
-        for f in (np.cos, np.sin)
+        make(np.ascontiguousarray(np.broadcast_to(f(angles), shape), np.float32).reshape(-1, dim)) for f in (np.cos, np.sin)
     )
     return cos, sin

@@ -45,9 +45,7 @@ class LlamaConfig:
         set_field(self, "num_heads_kv", self.num_heads_kv or self.num_heads)
         if not self.dim_head:
             if self.dim_model % self.num_heads:
-                raise ValueError(
-                    f"dim_model={self.dim_model} is not a multiple of num_heads={self.num_heads}; set dim_head"
-                )
+                raise ValueError(f"dim_model={self.dim_model} is not a multiple of num_heads={self.num_heads}; set dim_head")
             set_field(self, "dim_head", self.dim_model // self.num_heads)
         for name in ("vocab_size", "dim_model", "num_heads", "dim_ff", "num_layers"):
             if getattr(self, name) < 1:
