@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
-import bmtrain_ms as bms
 import mindspore as ms
 import numpy as np
+from mindspore import Parameter, Tensor, nn, ops
+
+import bmtrain_ms as bms
 from bmtrain_ms.comm import RecordingEngine, World, use_world
 from bmtrain_ms.nn.functional import cross_entropy
 from bmtrain_ms.optim import AdamOptimizer, OptimManager
 from bmtrain_ms.zero import context_of
-from mindspore import Parameter, Tensor, nn, ops
 
 WIDTH, INNER, CLASSES, ROWS = 7, 5, 11, 24  # odd on purpose; ROWS divides by 1, 2, 3 and 4 ranks
 

@@ -1,0 +1,243 @@
+"""Which collectives a step issues, in which order, and how much gathered memory is alive: exact lists."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+
+import mindspore as ms
+import numpy as np
+import pytest
+from mindspore import Tensor, nn
+
+import bmtrain_ms as bms
+from bmtrain_ms.comm import Mesh, RecordingEngine, SingleEngine, World, use_world
+from bmtrain_ms.zero import context_of
+from tests.helpers.models import WIDTH, Residual
+
+GATHER, REDUCE = "all_gather", "reduce_scatter"
+
+
+@contextmanager
+def recording_world(single_world, prefetch=1):
+    world = World(RecordingEngine(SingleEngine()), Mesh(1, 0), prefetch=prefetch)
+    with use_world(world):
+        yield world
+
+
+class Chain(nn.Cell):
+    def __init__(self, layers, use_checkpoint=True, zero_level=3, width=WIDTH):
+        super().__init__()
+        self.layers = bms.TransformerBlockList(bms.Block(Residual(width=width), use_checkpoint, zero_level) for _ in range(layers))
+
+    def construct(self, x):
+        return (self.layers(x) ** 2).mean()
+
+
+def one_step(model, x):
+    return ms.value_and_grad(model, None, model.trainable_params())(x)
+
+
+def x_of(width=WIDTH):
+    return Tensor(np.random.RandomState(0).randn(4, width).astype(np.float32))
+
+
+def test_zero3_two_gathers_and_one_reduce_per_block(single_world):
+    for use_checkpoint in (True, False):
+        with recording_world(single_world, prefetch=0) as world:
+            model = Chain(3, use_checkpoint)
+            for _ in range(2):
+                world.engine.events.clear()
+                one_step(model, x_of())
+                assert world.engine.calls() == [
+                    (GATHER, "layers.0"),
+                    (GATHER, "layers.1"),
+                    (GATHER, "layers.2"),
+                    (GATHER, "layers.2"),
+                    (REDUCE, "layers.2"),
+                    (GATHER, "layers.1"),
+                    (REDUCE, "layers.1"),
+                    (GATHER, "layers.0"),
+                    (REDUCE, "layers.0"),
+                ]
+
+
+def test_zero3_with_prefetch_gathers_the_next_block_before_it_is_needed(single_world):
+    for use_checkpoint in (True, False):
+        with recording_world(single_world, prefetch=1) as world:
+            model = Chain(3, use_checkpoint)
+            one_step(model, x_of())  # learns the order
+            world.engine.events.clear()
+            one_step(model, x_of())
+            assert world.engine.calls() == [
+                (GATHER, "layers.0"),
+                (GATHER, "layers.1"),
+                (GATHER, "layers.2"),
+                (GATHER, "layers.2"),
+                (GATHER, "layers.1"),
+                (REDUCE, "layers.2"),
+                (GATHER, "layers.0"),
+                (REDUCE, "layers.1"),
+                (REDUCE, "layers.0"),
+            ]
+
+
+def test_zero2_one_gather_and_one_reduce_per_block(single_world):
+    for use_checkpoint in (True, False):
+        with recording_world(single_world) as world:
+            model = Chain(3, use_checkpoint, zero_level=2)
+            for _ in range(2):
+                world.engine.events.clear()
+                one_step(model, x_of())
+                assert world.engine.calls() == [
+                    *((GATHER, f"layers.{i}") for i in (0, 1, 2)),
+                    *((REDUCE, f"layers.{i}") for i in (2, 1, 0)),
+                ]
+            assert context_of(world).pipeline.meter.current == 0  # dropped before the optimizer's step
+
+
+def test_evaluation_gathers_once_per_block(single_world):
+    with recording_world(single_world) as world:
+        model = Chain(3)
+        for _ in range(3):
+            world.engine.events.clear()
+            model(x_of())
+            assert world.engine.calls() == [(GATHER, f"layers.{i}") for i in (0, 1, 2)]
+
+
+def test_a_group_travels_in_one_collective(single_world):
+    with recording_world(single_world) as world:
+        model = Chain(1)
+        one_step(model, x_of())
+        assert [event.tensors for event in world.engine.events] == [6, 6, 6]
+
+
+@pytest.mark.parametrize("prefetch", [0, 1, 2])
+@pytest.mark.parametrize("use_checkpoint", [True, False])
+def test_gathered_bytes_never_exceed_one_plus_prefetch_blocks(single_world, prefetch, use_checkpoint):
+    with recording_world(single_world, prefetch) as world:
+        model = Chain(8, use_checkpoint)
+        block = sum(p.numel * 4 for p in model.layers[0].get_parameters())
+        pipeline = context_of(world).pipeline
+        for _ in range(3):
+            one_step(model, x_of())
+        assert pipeline.meter.peak == (1 + prefetch) * block
+        assert pipeline.meter.current == 0
+
+
+@pytest.mark.parametrize("use_checkpoint", [True, False])
+def test_resident_memory_of_gathered_blocks_is_bounded(single_world, use_checkpoint):
+    """Not only by our own accounts: pages of 8 blocks of 8 MiB, gathered one at a time, must not stay."""
+    width = 1024
+
+    class Wide(nn.Cell):
+        def __init__(self):
+            super().__init__()
+            self.big = bms.nn.Linear(width, 2 * width, bias=False)
+            self.small = bms.nn.Linear(2 * width, 1, bias=False)
+
+        def construct(self, x):
+            return x + self.small(self.big(x)).mean()
+
+    def resident():
+        with open("/proc/self/statm") as file:
+            return int(file.read().split()[1]) * 4096 / 2**20
+
+    with recording_world(single_world, prefetch=0):
+        model = bms.TransformerBlockList(bms.Block(Wide(), use_checkpoint) for _ in range(8))
+        x = x_of(width)
+        seen = []
+
+        class Spy(nn.Cell):
+            def construct(self, x):
+                x = model(x)
+                seen.append(resident())
+                return x.mean()
+
+        run = ms.value_and_grad(Spy(), None, model.trainable_params()[-1:])
+        run(x)
+        before = resident()
+        run(x)
+        assert seen[-1] - before < 2.5 * 8  # one block gathered, and slack; eight would be 64
+
+
+def test_changed_order_is_noticed_and_costs_only_a_gather(single_world):
+    with recording_world(single_world) as world:
+        blocks = [bms.Block(Residual()) for _ in range(3)]
+        for i, block in enumerate(blocks):
+            block.update_parameters_name(f"{i}.")
+        params = [p for block in blocks for p in block.trainable_params()]
+
+        def run(order):
+            def forward(x):
+                for i in order:
+                    x = blocks[i](x)
+                return (x**2).mean()
+
+            world.engine.events.clear()
+            value, grads = ms.value_and_grad(forward, None, params)(x_of())
+            return value.asnumpy(), [g.asnumpy() for g in grads], world.engine.calls()
+
+        for block in blocks:
+            bms.init_parameters(block)
+        run((0, 1, 2))
+        value, grads, calls = run((0, 2, 1))
+        gathers = [label for op, label in calls if op == GATHER]
+        #  wanted:     0       2       1      | 1       2       0
+        #  for nothing:   1       2       2      0       1
+        assert gathers == ["0", "1", "2", "2", "1", "2", "1", "0", "2", "1", "0"]
+        assert [c for c in calls if c[0] == REDUCE] == [(REDUCE, "1"), (REDUCE, "2"), (REDUCE, "0")]
+        again = run((0, 2, 1))
+        np.testing.assert_array_equal(again[0], value)
+        for a, b in zip(again[1], grads):
+            np.testing.assert_array_equal(a, b)
+        assert len(again[2]) == 9  # learnt
+        assert context_of(world).pipeline.meter.peak <= 2 * sum(p.numel * 4 for p in blocks[0].get_parameters())
+
+
+def test_nothing_is_gathered_ahead_across_an_update(single_world):
+    """The first block of a sequence is gathered when it is called: the parameters may have changed since the last one."""
+    with recording_world(single_world) as world:
+        model = Chain(2)
+        bms.init_parameters(model)
+        for _ in range(2):
+            one_step(model, x_of())
+        before = model(x_of()).asnumpy()
+        world.engine.events.clear()
+        for p in model.get_parameters():
+            p.copy_full(p.gather().asnumpy() * 2)
+        assert not np.array_equal(model(x_of()).asnumpy(), before)
+        doubled = model(x_of()).asnumpy()
+        np.testing.assert_array_equal(model(x_of()).asnumpy(), doubled)
+
+
+def test_buffers_are_recycled(single_world):
+    for use_checkpoint, expected in ((True, 2), (False, None)):
+        with recording_world(single_world) as world:
+            model = Chain(8, use_checkpoint)
+            for _ in range(3):
+                one_step(model, x_of())
+            counts = list(context_of(world).pool.sizes().values())
+            assert counts == [2] if expected else counts[0] <= 3, counts
+
+
+def test_a_view_that_somebody_keeps_is_not_overwritten(single_world):
+    with recording_world(single_world):
+        blocks = [bms.Block(Residual()) for _ in range(4)]
+        for i, block in enumerate(blocks):
+            block.update_parameters_name(f"{i}.")
+            bms.init_parameters(block)
+
+        class Leak(nn.Cell):
+            def __init__(self):
+                super().__init__()
+                self.dense = blocks[0].inner.a
+
+            def construct(self, x):
+                return x * 1.0, self.dense.weight
+
+        leak = bms.Block(Leak())
+        expected = leak.dense.parameter("weight").asnumpy().copy()
+        _, kept = leak(x_of())
+        for block in blocks:
+            block(x_of())
+        np.testing.assert_array_equal(kept.asnumpy().reshape(-1), expected)
