@@ -122,17 +122,16 @@ def uninstall() -> None:
 
 
 def _clear_after_failure(wrapped: Any, instance: Any, args: tuple, kwargs: dict) -> Any:
-    """Upstream goes on recording after an exception in forward; on 2.5 the next backward of a `custom_op` then crashes."""
+    """Upstream goes on recording after an exception in forward; the next backward of a `custom_op` then crashes 2.5."""
     _forwards[0] += 1
-    failed = True
     try:
-        outputs = wrapped(*args, **kwargs)
-        failed = False
-        return outputs
+        return wrapped(*args, **kwargs)
+    except BaseException:
+        if _forwards[0] == 1 and _depth[0] == 0:
+            executor.clear_res()
+        raise
     finally:
         _forwards[0] -= 1
-        if failed and _forwards[0] == 0 and _depth[0] == 0:
-            executor.clear_res()
 
 
 def _watch(wrapped: Any, instance: Any, args: tuple, kwargs: dict) -> Any:

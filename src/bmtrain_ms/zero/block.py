@@ -18,6 +18,7 @@ from typing import Any, Iterator, Sequence
 from mindspore import Tensor, nn, ops
 
 from ..compat.autograd import custom_op, recording, vjp
+from ..compat.cells import child_table, parameter_table, share_tables
 from ..compat.runtime import device_target, is_float
 from .context import ZeroContext, context_of
 from .group import Gathered, ParamGroup
@@ -52,8 +53,7 @@ class Block(nn.Cell):
         own = self.__dict__  # not Cell attributes: the inner module must not appear as a child with a name of its own
         own["inner"], own["use_checkpoint"], own["zero_level"] = inner_module, bool(use_checkpoint), zero_level
         own["_slots"], own["_group"] = slots, None
-        # Sharing the tables makes the Block look like the inner module to every walk over parameters and cells.
-        own["_params"], own["_cells"] = inner_module._params, inner_module._cells
+        share_tables(self, with_cell=inner_module)
         self.training = inner_module.training
         own["_dropouts"] = [(name, c) for name, c in inner_module.cells_and_names() if isinstance(c, nn.Dropout)]
         for _, places in slots:
@@ -281,7 +281,7 @@ def _find_slots(module: nn.Cell) -> list[tuple[DistributedParameter, list[tuple[
     for path, cell in module.cells_and_names():
         if isinstance(cell, Block):
             raise ValueError(f"there is a Block inside the Block already ({path or 'the module itself'}): wrap only one of them")
-        for name, parameter in cell._params.items():
+        for name, parameter in parameter_table(cell).items():
             if parameter is None:
                 continue
             if not isinstance(parameter, DistributedParameter):
@@ -338,18 +338,18 @@ class TransformerBlockList(nn.Cell):
             if id(block.inner) not in named:
                 block.update_parameters_name(f"{i}.")
             named.add(id(block.inner))
-            self._cells[str(i)] = block
+            child_table(self)[str(i)] = block
 
     def __len__(self) -> int:
-        return len(self._cells)
+        return len(child_table(self))
 
     def __iter__(self) -> Iterator[Block]:
-        return iter(self._cells.values())
+        return iter(child_table(self).values())
 
     def __getitem__(self, index: int | str | slice) -> Any:
         if isinstance(index, str):
-            return self._cells[index]
-        return list(self._cells.values())[index]
+            return child_table(self)[index]
+        return list(child_table(self).values())[index]
 
     def construct(self, *args: Any, return_hidden_states: bool = False, **kwargs: Any) -> Any:
         if len(args) < self.num_hidden:

@@ -6,6 +6,7 @@ from typing import Any
 
 from mindspore import nn
 
+from ..compat.cells import parameter_table
 from .param import DistributedParameter
 
 
@@ -25,4 +26,4 @@ class DistributedModule(nn.Cell):
 
     def parameter(self, name: str) -> DistributedParameter:
         """The parameter itself, e.g. to freeze it: `layer.parameter("weight").requires_grad = False`."""
-        return self._params[name]
+        return parameter_table(self)[name]
