@@ -58,8 +58,8 @@ def _parser() -> argparse.ArgumentParser:
         "ranks; evaluate, save, resume, plot the loss and generate text.",
     )
     demo.add_argument("--ranks", type=_positive, default=2, help="processes; results do not depend on it (default 2)")
-    demo.add_argument("--steps", type=_positive, default=160, help="training steps (default 160)")
-    demo.add_argument("--batch", type=_positive, default=16, help="windows per step over all ranks (default 16)")
+    demo.add_argument("--steps", type=_positive, default=360, help="training steps (default 360)")
+    demo.add_argument("--batch", type=_positive, default=8, help="windows per step over all ranks (default 8)")
     demo.add_argument("--text", type=Path, default=None, help="train on this UTF-8 file instead")
     demo.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder for results (default runs/demo)")
     demo.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import Any, Sequence
 
@@ -34,14 +35,24 @@ def read_text(path: str | Path) -> list[str]:
 
 
 def split_held_out(documents: Sequence[str], fraction: float = 0.1) -> tuple[list[str], list[str]]:
-    """(training, held-out) documents: spread evenly over the text, about `fraction` of them held out."""
-    period = max(2, round(1.0 / fraction))
-    held_out = [doc for i, doc in enumerate(documents) if i % period == period - 1]
-    if not held_out:  # fewer documents than the period: cut the last one
+    """(training, held-out) documents, each in the order given; about `fraction` of the characters are held out.
+
+    Which ones depends on their text only. A document larger than what is wanted is not held out; where that leaves none, the end
+    of the last document is.
+    """
+    wanted = fraction * sum(map(len, documents))
+    chosen: set[int] = set()
+    size = 0
+    for i in sorted(range(len(documents)), key=lambda i: hashlib.blake2b(documents[i].encode()).digest()):
+        if size + len(documents[i]) <= wanted:
+            chosen.add(i)
+            size += len(documents[i])
+    if not chosen:
         last = documents[-1]
-        cut = int(len(last) * (1 - fraction))
+        cut = len(last) - max(1, min(int(wanted), len(last) - 1))
         return [*documents[:-1], last[:cut]], [last[cut:]]
-    return [doc for i, doc in enumerate(documents) if i % period != period - 1], held_out
+    training = [document for i, document in enumerate(documents) if i not in chosen]
+    return training, [document for i, document in enumerate(documents) if i in chosen]
 
 
 def train_tokenizer(documents: Sequence[str], vocab_size: int) -> Any:

@@ -66,12 +66,6 @@ class Block(nn.Cell):
             return super().__getattr__(name)
         return getattr(inner, name)
 
-    def set_train(self, mode: bool = True) -> Block:
-        """As Cell.set_train, for the inner module too."""
-        self.inner.set_train(mode)
-        super().set_train(mode)
-        return self
-
     def __repr__(self) -> str:
         return f"Block({self.inner!r})"
 
@@ -79,6 +73,8 @@ class Block(nn.Cell):
         return len(self.inner)
 
     def construct(self, *args: Any, **kwargs: Any) -> Any:
+        if self.inner.training != self.training:
+            self.inner.training = self.training  # set_train on a parent sees the Block and the children, not the inner module
         leaves, rebuild = flatten((args, kwargs))
         call = _Call(self, context_of(self.group.world), leaves, rebuild)
         if not recording():
