@@ -98,8 +98,10 @@ class Cosine(WarmupLRScheduler):
     """s * (1 + cos(pi * (n - w) / (e - w))) / 2, 0 from e on."""
 
     def get_lr_decay(self, num_iter: int) -> float:
-        progress = (num_iter - self.warmup_iter) / max(1, self.end_iter - self.warmup_iter)
-        return self.start_lr * 0.5 * (1.0 + math.cos(math.pi * min(1.0, progress)))
+        if num_iter >= self.end_iter:
+            return 0.0
+        progress = (num_iter - self.warmup_iter) / (self.end_iter - self.warmup_iter)
+        return self.start_lr * 0.5 * (1.0 + math.cos(math.pi * progress))
 
 
 class Exponential(WarmupLRScheduler):

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import os
-import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -40,11 +39,24 @@ def demo(options: DemoOptions) -> int:
         LaunchError: options that do not fit together, or ranks that cannot be started.
     """
     _check(options)
-    if options.ranks > 1 and "BMTRAIN_MS_DEMO" not in os.environ:
+    if "BMTRAIN_MS_DEMO" not in os.environ:
         os.environ["BMTRAIN_MS_DEMO"] = "rank"
-        return launch([str(Path(__file__).with_name("__main__.py")), *sys.argv[1:]], options.ranks)
+        return launch([str(Path(__file__).with_name("__main__.py")), *_arguments(options)], options.ranks)
     _run(options)
     return 0
+
+
+def _arguments(options: DemoOptions) -> list[str]:
+    """The command line that says the same."""
+    words = ["demo"]
+    for field in fields(options):
+        value = getattr(options, field.name)
+        name = "--" + field.name.replace("_", "-")
+        if value is True:
+            words.append(name)
+        elif value is not None and value is not False:
+            words += [name, str(value)]
+    return words
 
 
 def _check(options: DemoOptions) -> None:

@@ -34,9 +34,13 @@ def launch(script: Sequence[str], ranks: int, launcher: str = "auto") -> int:
         launcher = "msrun" if has_ascend() else "mpi"
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     env = dict(os.environ)
+    env.setdefault("GLOG_v", "3")  # MindSpore's C++ log: errors only
     env.setdefault("OMP_NUM_THREADS", str(max(1, cores // ranks)))
     env.setdefault("BMTRAIN_MS_LOCAL_SIZE", str(ranks))
-    command = _mpi_command(script, ranks) if launcher == "mpi" else _msrun_command(script, ranks)
+    if launcher == "msrun":
+        command = _msrun_command(script, ranks)
+    else:
+        command = _mpi_command(script, ranks) if ranks > 1 else [sys.executable, *script]  # one rank needs no MPI
     process = subprocess.Popen(command, env=env, start_new_session=True)
 
     def pass_on(signum: int, frame: FrameType | None) -> None:

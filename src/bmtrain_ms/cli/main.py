@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from pathlib import Path
 from typing import Sequence
-
-# MindSpore's C++ log writes warnings about its own internals; errors stay. Must be set before MindSpore is imported.
-os.environ.setdefault("GLOG_v", "3")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

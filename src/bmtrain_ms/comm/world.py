@@ -119,7 +119,7 @@ def init_distributed(
         timeout: seconds until a collective gives up (mpi engine; HCCL has its own variables).
 
     Raises:
-        RuntimeError: called twice, or the launcher does not fit the device.
+        RuntimeError: called twice, after an operation on CPU, or the launcher does not fit the device.
         ValueError: a parallel size that is not available.
     """
     if _current:

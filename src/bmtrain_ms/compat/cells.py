@@ -18,5 +18,7 @@ def child_table(cell: nn.Cell) -> dict[str, Any]:
 
 
 def share_tables(cell: nn.Cell, with_cell: nn.Cell) -> None:
-    """Let `cell` have the parameters and children of `with_cell`: to every walk over them it looks like that cell."""
-    cell.__dict__["_params"], cell.__dict__["_cells"] = with_cell._params, with_cell._cells
+    """Let `cell` have the parameters, children and buffers of `with_cell`: to every walk over them it looks like that cell."""
+    for table in ("_params", "_cells", "_buffers"):  # buffers since 2.7
+        if hasattr(with_cell, table):
+            cell.__dict__[table] = getattr(with_cell, table)

@@ -9,6 +9,7 @@ from typing import Any
 import mindspore as ms
 import numpy as np
 from mindspore import Tensor
+from mindspore._c_expression import DeviceContextManager, RuntimeConf
 
 FLOATS = (ms.float16, ms.bfloat16, ms.float32, ms.float64)
 
@@ -55,7 +56,16 @@ def configure_cpu(threads: int) -> None:
 
     Asynchronous dispatch, the default, hands every operation to threads that spin while they wait: measured 24 ms against
     1,116 ms for eight 512x256x256 matmuls with their gradients on one core (2.5), 29 against 168 ms (2.10).
+
+    Raises:
+        RuntimeError: an operation has run before, asynchronously; MindSpore ignores the switch from then on.
     """
+    started = DeviceContextManager.get_instance().get_device_context("CPU")
+    if started is not None and started.initialized() and not RuntimeConf.get_instance().is_launch_blocking():
+        raise RuntimeError(
+            "init_distributed must come before the first MindSpore operation of the process: CPU ranks run operations "
+            "synchronously, and MindSpore cannot change to that later"
+        )
     ms.set_context(mode=ms.PYNATIVE_MODE)
     ms.set_device("CPU")
     ms.runtime.launch_blocking()

@@ -209,13 +209,24 @@ def cross_entropy(logits: Tensor, targets: Tensor, ignore_index: int = -100) -> 
     labels = from_host(chosen[valid].astype(np.int32))
 
     def forward(logits: Tensor) -> tuple[Tensor]:
-        return (_fused_loss(logits.astype(ms.float32), labels),)
+        loss = _fused_loss(logits.astype(ms.float32), labels)
+        if not math.isfinite(host_array(loss).item()):  # the operation takes the logarithm of a softmax that may have become 0
+            loss = _log_sum_exp_loss(logits, labels)
+        return (loss,)
 
     def backward(grads: tuple[Tensor, ...]) -> tuple[Tensor]:
         slope = _fused_loss_grad(logits.astype(ms.float32), labels)
         return ((slope * grads[0]).astype(logits.dtype),)
 
     return custom_op(forward, backward, logits)[0]
+
+
+def _log_sum_exp_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    wide = host_array(logits.astype(ms.float32)).astype(np.float64)
+    with np.errstate(invalid="ignore"):  # logits that are not finite give a loss that is not
+        wide -= wide.max(-1, keepdims=True)
+        losses = np.log(np.exp(wide).sum(-1)) - wide[np.arange(len(wide)), host_array(labels)]
+    return from_host(np.array(losses.mean(), np.float32))
 
 
 @functools.lru_cache(maxsize=8)
