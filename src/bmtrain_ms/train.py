@@ -112,21 +112,26 @@ class Trainer:
             "memory_mib": memory_mib(),
         }
 
-    def evaluate(self, tokens: np.ndarray, length: int) -> float:
-        """Mean loss per token, in nats, over all whole windows of `tokens`; the same on every rank, for any number of ranks."""
+    def evaluate(self, tokens: np.ndarray, length: int, rows: int = 8) -> float:
+        """Mean loss per token, in nats, over all whole windows of `tokens`; the same on every rank, for any number of ranks.
+
+        `rows`: windows per call of the model.
+        """
         windows = (len(tokens) - 1) // length
         if not windows:
             raise ValueError(f"{len(tokens)} held-out tokens do not fill one window of {length}")
-        size, rank = self._engine.size, self._engine.rank
-        rounds = -(-windows // size)
+        inputs = tokens[: windows * length].reshape(windows, length).astype(np.int32)
+        targets = tokens[1 : windows * length + 1].reshape(windows, length).astype(np.int32)
+        starts = range(0, windows, rows)
         total = 0.0
         self.model.set_train(False)
         with no_grad():
-            for i in range(rounds):  # every rank runs every round: the gathers are collective
-                window = min(i * size + rank, windows - 1)
-                row = tokens[window * length : (window + 1) * length + 1].astype(np.int32)
-                loss = self._loss(from_host(row[None, :-1].copy()), from_host(row[1:].copy()))
-                total += host_array(loss).item() if i * size + rank < windows else 0.0
+            for i in range(0, len(starts), self._engine.size):  # every rank runs every round: the gathers are collective
+                mine = i + self._engine.rank
+                part = slice(starts[min(mine, len(starts) - 1)], starts[min(mine, len(starts) - 1)] + rows)
+                loss = self._loss(from_host(inputs[part]), from_host(targets[part].reshape(-1)))
+                if mine < len(starts):
+                    total += host_array(loss).item() * len(inputs[part])
         self.model.set_train(True)
         sums = self._engine.all_reduce([from_host(np.array([total], np.float32))], label="evaluate").wait()
         return host_array(sums[0]).item() / windows

@@ -36,8 +36,9 @@ class AdamOptimizer:
         eps: float = 1e-8,
         weight_decay: float = 0.0,
     ):
-        if lr < 0 or eps < 0 or weight_decay < 0 or not all(0 <= beta < 1 for beta in betas):
-            raise ValueError(f"need lr, eps, weight_decay >= 0 and 0 <= betas < 1, not {lr}, {eps}, {weight_decay}, {betas}")
+        # eps = 0 would make 0 / 0 of a gradient that has always been zero, as that of the padding is
+        if lr < 0 or eps <= 0 or weight_decay < 0 or not all(0 <= beta < 1 for beta in betas):
+            raise ValueError(f"need lr, weight_decay >= 0, eps > 0 and 0 <= betas < 1, not {lr}, {weight_decay}, {eps}, {betas}")
         defaults = {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay}
         entries = list(params)
         if entries and not isinstance(entries[0], dict):
@@ -114,7 +115,7 @@ class _State:
     def update(self, group: dict[str, Any], grad: Tensor) -> None:
         self.step += 1
         target = self._p if self._p.dtype == ms.float32 else self._ensure_master()
-        beta1, beta2 = group["betas"]
+        beta1, beta2 = (float(np.float32(beta)) for beta in group["betas"])  # as the operation sees them: 1 - 0.999 differs by 5e-5
         # The fused operation knows no bias correction; it is folded into its rate, eps and decay:
         #   lr * m/c1 / (sqrt(v/c2) + eps) = (lr * sqrt(c2) / c1) * m / (sqrt(v) + eps * sqrt(c2))
         correction1, correction2 = 1.0 - beta1**self.step, math.sqrt(1.0 - beta2**self.step)

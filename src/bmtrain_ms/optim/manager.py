@@ -58,7 +58,15 @@ class OptimManager:
         self._grads: dict[int, Tensor] = {}  # id of parameter -> float32 shard of the scaled gradient
 
     def add_optimizer(self, optimizer: Any, lr_scheduler: Any = None) -> None:
-        """Another optimizer, which steps with the others, and the schedule that steps with it."""
+        """Another optimizer, which steps with the others, and the schedule that steps with it.
+
+        Raises:
+            ValueError: it shares a parameter with an optimizer added before.
+        """
+        known = {id(p) for other in self.optimizers for p in other.parameters}
+        shared = [p.name for p in optimizer.parameters if id(p) in known]
+        if shared:
+            raise ValueError(f"another optimizer has parameter {shared[0]} already: it would be updated twice")
         self.optimizers.append(optimizer)
         self.lr_schedulers.append(lr_scheduler)
 
@@ -82,6 +90,10 @@ class OptimManager:
 
         Returns:
             What `forward` returned; the loss is this rank's, unscaled.
+
+        Raises:
+            RuntimeError: there is no optimizer.
+            TypeError: `forward` did not return a loss of one element.
         """
         if not self.optimizers:
             raise RuntimeError("OptimManager.backward needs an optimizer: call add_optimizer first")
@@ -91,7 +103,10 @@ class OptimManager:
         def scaled() -> Tensor:
             out = forward(*args, **kwargs)
             returned.append(out)
-            loss = out[0] if isinstance(out, tuple) else out
+            loss = out[0] if isinstance(out, tuple) and out else out
+            if not isinstance(loss, Tensor) or loss.size != 1:
+                what = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+                raise TypeError(f"forward must return a scalar loss, or a tuple that starts with it, not {what}")
             return self.scale_loss(loss) if self.loss_scale_enabled else loss
 
         _, grads = ms.value_and_grad(scaled, None, params)()
@@ -182,8 +197,8 @@ class OptimManager:
     def _norm(self, grads: list[Tensor], p: float) -> float:
         """p-norm over all ranks; each element lives on exactly one rank. Not finite if any element is not."""
         if p == math.inf:
-            largest = [host_array(g.abs().max()).item() for g in grads]
-            # NaN must win, and max() would lose it
+            # the sum is 0, or NaN if an element is not finite: max() on CPU ignores NaN
+            largest = [host_array(g.abs().max() + (g * 0.0).sum()).item() for g in grads]
             mine = math.nan if any(math.isnan(x) for x in largest) else max(largest, default=0.0)
             gathered = host_array(self._world.engine.all_gather([_scalar(mine)], label="grad norm").wait()[0])
             return float(np.max(gathered))
