@@ -1,0 +1,118 @@
+"""Choosing tokens, and generating with a cache."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from mindspore import Tensor
+
+import bmtrain_ms as bms
+from bmtrain_ms.model_center.generation import choose, generate
+from bmtrain_ms.model_center.model import Llama, LlamaConfig
+
+SIZES = {"vocab_size": 37, "dim_model": 24, "num_heads": 4, "num_heads_kv": 2, "dim_ff": 40, "num_layers": 2}
+
+
+@pytest.fixture
+def model(single_world):
+    made = Llama(LlamaConfig(**SIZES, init_std=0.3))
+    bms.init_parameters(made)
+    return made
+
+
+def logits_of(*probabilities):
+    return np.log(np.array([probabilities]))
+
+
+def frequencies(logits, **how):
+    draws = (np.arange(1000) + 0.5) / 1000
+    picked = choose(np.repeat(logits, 1000, 0), draws, **how)
+    return (np.bincount(picked, minlength=logits.shape[1]) / 1000).round(3).tolist()
+
+
+def test_choose_follows_the_distribution():
+    logits = logits_of(0.1, 0.4, 0.2, 0.3)
+    assert frequencies(logits) == [0.1, 0.4, 0.2, 0.3]
+    assert frequencies(logits, temperature=0.0) == [0, 1, 0, 0]
+    assert frequencies(logits, top_k=1) == [0, 1, 0, 0]
+    assert frequencies(logits, top_k=2) == [0, 0.571, 0, 0.429]
+    assert frequencies(logits, top_p=0.39) == [0, 1, 0, 0]
+    assert frequencies(logits, top_p=0.41) == [0, 0.571, 0, 0.429]
+    assert frequencies(logits, top_p=1e-9) == [0, 1, 0, 0]
+    assert frequencies(logits, temperature=0.5) == [0.033, 0.534, 0.133, 0.3]
+    assert frequencies(logits, top_k=10) == [0.1, 0.4, 0.2, 0.3]
+
+
+def test_cached_logits_equal_uncached_ones(model):
+    ids = np.random.RandomState(0).randint(0, 37, (2, 9)).astype(np.int32)
+    whole = model(Tensor(ids)).asnumpy()
+    past, parts = None, []
+    for piece in (ids[:, :4], ids[:, 4:5], ids[:, 5:6], ids[:, 6:]):
+        logits, past = model(Tensor(np.ascontiguousarray(piece)), past_key_values=past, use_cache=True)
+        parts.append(logits.asnumpy())
+    np.testing.assert_allclose(np.concatenate(parts, 1), whole, atol=1e-5)
+
+
+def test_greedy_is_the_argmax_of_every_prefix(model):
+    prompt = [3, 1, 4]
+    expected = list(prompt)
+    for _ in range(6):
+        expected.append(int(model(Tensor(np.array([expected], np.int32))).asnumpy()[0, -1].argmax()))
+    assert generate(model, [prompt], 6) == [expected[3:]]
+
+
+def test_prompts_of_different_lengths_do_not_disturb_each_other(model):
+    prompts = [[3, 1, 4, 1, 5], [9], [2, 6]]
+    together = generate(model, prompts, 5)
+    assert together == [generate(model, [prompt], 5)[0] for prompt in prompts]
+
+
+def test_sampling_repeats_with_its_seed(model):
+    settings = {"temperature": 1.0, "top_k": 20, "top_p": 0.9}
+    first = generate(model, [[1, 2]], 12, seed=1, **settings)
+    assert first == generate(model, [[1, 2]], 12, seed=1, **settings)
+    assert first != generate(model, [[1, 2]], 12, seed=2, **settings)
+
+
+def test_end_token_stops_and_is_kept(model):
+    tokens = generate(model, [[3, 1, 4]], 8)[0]
+    end = tokens[2]
+    stop = tokens.index(end)
+    seen = []
+    assert generate(model, [[3, 1, 4]], 8, eos_id=end, on_token=lambda t: seen.append(t.tolist())) == [tokens[: stop + 1]]
+    assert len(seen) == stop + 1
+
+
+def test_training_mode_is_restored(model):
+    model.set_train(True)
+    generate(model, [[1]], 1)
+    assert model.training
+
+
+@pytest.mark.parametrize(
+    ("prompts", "settings", "message"),
+    [
+        ([], {}, "every prompt needs at least one token"),
+        ([[1], []], {}, "every prompt needs at least one token"),
+        ([[1]], {"temperature": -1.0}, "need temperature >= 0"),
+        ([[1]], {"top_p": 0.0}, "0 < top_p <= 1"),
+        ([[1]], {"top_k": -1}, "top_k >= 0"),
+    ],
+)
+def test_bad_settings(model, prompts, settings, message):
+    with pytest.raises(ValueError, match=message):
+        generate(model, prompts, 2, **settings)
+
+
+def generate_everywhere(world):
+    model = Llama(LlamaConfig(**SIZES, init_std=0.3))
+    bms.init_parameters(model)
+    mine = [[1, 2, 3]] if world.engine.rank == 0 else [[7]]
+    return generate(model, [[3, 1, 4]], 6), generate(model, mine, 8, eos_id=5)
+
+
+def test_ranks_generate_what_one_process_does(run_ranks, model):
+    alone = generate(model, [[3, 1, 4]], 6)
+    results = run_ranks(2, generate_everywhere)
+    assert [r[0] for r in results] == [alone, alone]
+    assert [r[1] for r in results] == [generate(model, [[1, 2, 3]], 8, eos_id=5), generate(model, [[7]], 8, eos_id=5)]
