@@ -8,6 +8,7 @@ from typing import Any, Callable, Iterator
 os.environ.setdefault("GLOG_v", "3")  # MindSpore's C++ warnings
 
 import pytest
+
 from tests.helpers.ranks import RankPool
 
 

@@ -163,6 +163,7 @@ def through_pickle(p: Parameter) -> Parameter:
 
 
 COPIES = [copy.deepcopy, clone, copy.copy, through_pickle]
+pytestmark = pytest.mark.usefixtures("single_world")
 
 
 @pytest.mark.parametrize("duplicate", COPIES)
@@ -228,7 +229,7 @@ def test_subclass_of_an_initializer_tensor():
     assert made.asnumpy().tolist() == [[1.0, 1.0], [1.0, 1.0]]
 
 
-@pytest.mark.parametrize("duplicate", COPIES)
+@pytest.mark.parametrize("duplicate", COPIES[:3])  # 2.10 pickles a tensor without data as zeros
 def test_uninitialised_subclass(duplicate: Callable[[Parameter], Parameter]):
     from mindspore.nn.utils import no_init_parameters
 
@@ -255,18 +256,14 @@ MAKERS: dict[str, Callable[[type, np.ndarray], Parameter]] = {
     "temporary, positional name": lambda cls, a: cls(from_host(a), "w"),
     "temporary, keyword name": lambda cls, a: cls(from_host(a), name="w"),
     "temporary, keyword data": lambda cls, a: cls(default_input=from_host(a)),
-    "referenced": lambda cls, a: _referenced(cls, a),
-    "referenced, keyword name": lambda cls, a: _referenced(cls, a, name="w"),
+    "temporary, starred": lambda cls, a: cls(*[from_host(a)]),
+    "referenced": lambda cls, a: (lambda t: [cls(t), t])(from_host(a))[0],
+    "referenced, positional name": lambda cls, a: (lambda t: [cls(t, "w"), t])(from_host(a))[0],
+    "referenced, keyword name": lambda cls, a: (lambda t: [cls(t, name="w"), t])(from_host(a))[0],
+    "referenced, keyword data": lambda cls, a: (lambda t: [cls(default_input=t), t])(from_host(a))[0],
     "another parameter": lambda cls, a: cls(Parameter(from_host(a), "other")),
 }
-SHARES = {"temporary", "temporary, positional name", "another parameter"}  # CPython 3.11, both verified releases
-
-
-def _referenced(cls: type, array: np.ndarray, **kwargs: Any) -> Parameter:
-    tensor = from_host(array)
-    made = cls(tensor, **kwargs)
-    assert tensor.shape == array.shape  # and so the reference lives on
-    return made
+SHARES = {"temporary", "temporary, positional name"}  # CPython 3.11, both verified releases
 
 
 @pytest.mark.parametrize("how", MAKERS)
@@ -385,7 +382,7 @@ def test_refused_inputs(kind: str, patch: str):
 
 
 def test_bool_is_refused_for_a_subclass_too():
-    with pytest.raises(ValueError, match="^Parameter data can not be `bool`$"):
+    with pytest.raises(ValueError, match=r"^Parameter data can not be `bool`$"):
         Plain(True)
 
 
@@ -395,11 +392,9 @@ def test_default_name(patch: str):
 
 def test_flags_survive_copies(patch: str):
     source = Parameter(ones(1), name="w", requires_grad=False, layerwise_parallel=True)
-    upstream_deepcopy_keeps = [source.requires_grad] if ms.__version__.startswith("2.5") else [False]
     made = copy.deepcopy(source)
-    assert (made.name, made.layerwise_parallel) == ("w", False)  # upstream loses this flag
-    # 2.5 loses this one too
-    assert made.requires_grad in (True, *upstream_deepcopy_keeps)
+    assert (made.name, made.layerwise_parallel) == ("w", False)  # upstream loses this one,
+    assert made.requires_grad is ms.__version__.startswith("2.5")  # 2.5 loses this one too
     for duplicate in (clone, copy.copy, through_pickle):
         made = duplicate(source)
         assert (made.name, made.requires_grad, made.layerwise_parallel) == ("w", False, True)
@@ -409,10 +404,12 @@ def test_set_data(patch: str):
     made = Parameter(ones(2), name="w")
     assert made.set_data(Tensor([3.0, 4.0], ms.float32)) is made
     assert made.asnumpy().tolist() == [3.0, 4.0]
+    made.set_data(7)
+    assert made.asnumpy().tolist() == 7.0
+    with pytest.raises(TypeError, match="Parameter data must be"):
+        made.set_data("x")
     made.set_data(Tensor([5.0], ms.float32), slice_shape=True)
     assert (made.shape, made.asnumpy().tolist()) == ((1,), [5.0])
-    with pytest.raises(ValueError, match="Can not change the shape of Parameter which has been initialized"):
-        made.set_data(Tensor([1.0, 2.0, 3.0], ms.float32))
 
 
 def test_set_data_shares_memory(patch: str):

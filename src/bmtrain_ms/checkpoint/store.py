@@ -6,6 +6,7 @@ Loading needs no communication: each rank reads its own byte ranges.
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 from dataclasses import dataclass
 from pathlib import Path
@@ -104,7 +105,7 @@ def load(model: nn.Cell, file_name: str | Path, strict: bool = True) -> LoadResu
     Raises:
         CheckpointError: unreadable, another shape, or (strict) other names; on every rank.
     """
-    return load_entries(file_name, model_entries(model), world(), strict)[0]
+    return load_entries(file_name, model_entries(model), world(), strict)
 
 
 def save_entries(path: str | Path, entries: Mapping[str, Entry], metadata: Mapping[str, str], here: World) -> None:
@@ -137,22 +138,37 @@ def save_entries(path: str | Path, entries: Mapping[str, Entry], metadata: Mappi
     _agree(engine, error, f"{path} cannot be written")
 
 
-def load_entries(
-    path: str | Path, entries: Mapping[str, Entry], here: World, strict: bool = True
-) -> tuple[LoadResult, dict[str, str]]:
-    """See `load`; for any tensors. Also returns the file's metadata."""
+def read_metadata(path: str | Path, here: World) -> dict[str, str]:
+    """The strings in a file's header; on every rank alike."""
     error: BaseException | None = None
-    result, metadata = LoadResult([], []), {}
+    metadata: dict[str, str] = {}
     try:
         with Reader(path) as reader:
-            result, metadata = _compare(reader, entries, strict), reader.metadata
-            for name, entry in entries.items():
-                if name in reader.tensors:
-                    entry.set(from_host(_read(reader, name, entry, here.engine)))
+            metadata = reader.metadata
     except (OSError, CheckpointError) as caught:
         error = caught
     _agree(here.engine, error, f"{path} cannot be loaded")
-    return result, metadata
+    return metadata
+
+
+def load_entries(path: str | Path, entries: Mapping[str, Entry], here: World, strict: bool = True) -> LoadResult:
+    """See `load`; for any tensors. Nothing is changed unless all ranks can read the file and it fits."""
+    error: BaseException | None = None
+    with contextlib.ExitStack() as stack:
+        try:
+            reader = stack.enter_context(Reader(path))
+            result = _compare(reader, entries, strict)
+        except (OSError, CheckpointError) as caught:
+            error = caught
+        _agree(here.engine, error, f"{path} cannot be loaded")
+        try:
+            for name, entry in entries.items():
+                if name in reader.tensors:
+                    entry.set(from_host(_read(reader, name, entry, here.engine)))
+        except (OSError, CheckpointError) as caught:
+            error = caught
+        _agree(here.engine, error, f"{path} cannot be loaded")
+    return result
 
 
 def _pieces(entry: Entry, engine: Engine, name: str) -> Any:
@@ -178,7 +194,10 @@ def _read(reader: Reader, name: str, entry: Entry, engine: Engine) -> np.ndarray
     start = min(engine.rank * entry.shard_length, entry.count)
     stop = min(start + entry.shard_length, entry.count)
     shard = np.zeros(entry.shard_length, dtype)
-    shard[: stop - start] = reader.read(name, start, stop).astype(dtype, copy=False)
+    step = max(1, PIECE // dtype.itemsize)
+    for begin in range(start, stop, step):
+        end = min(begin + step, stop)
+        shard[begin - start : end - start] = reader.read(name, begin, end)
     return shard
 
 

@@ -10,9 +10,9 @@ from mindspore import nn
 
 from ..comm import world
 from ..optim import OptimManager
-from ..zero import DistributedParameter
+from ..zero import DistributedParameter, context_of
 from .errors import CheckpointError
-from .store import Entry, companion_entry, load_entries, model_entries, save_entries
+from .store import Entry, companion_entry, load_entries, model_entries, read_metadata, save_entries
 
 _VERSION = 1
 
@@ -44,14 +44,16 @@ def load_training(file_name: str | Path, model: nn.Cell, manager: OptimManager) 
         CheckpointError: unreadable, of another model, or not a training state.
     """
     here = world()
-    _, metadata = load_entries(file_name, _entries(model, manager), here)
+    metadata = read_metadata(file_name, here)
     if "bmtrain_ms" not in metadata:
         raise CheckpointError(f"{file_name} holds weights only; load it with bmtrain_ms.load(model, ...)")
     state = json.loads(metadata["bmtrain_ms"])
     if state["version"] > _VERSION:
         raise CheckpointError(f"{file_name} has format version {state['version']}, this bmtrain_ms reads up to {_VERSION}; upgrade")
+    load_entries(file_name, _entries(model, manager), here)
     manager.load_state_dict(state["manager"])
     here.engine.clock.step = state["clock"]
+    context_of(here).draws.count = 0
     return state["extra"]
 
 

@@ -7,6 +7,7 @@ import contextlib
 import os
 import random
 import sys
+import time
 import traceback
 from dataclasses import dataclass, field
 from typing import Any, Iterator
@@ -47,6 +48,8 @@ class World:
     def __reduce__(self) -> tuple:
         return world, ()
 
+
+_LAST_WORDS = 1.0  # seconds: a launcher that is told to abort drops what it has not forwarded yet
 
 _current: list[World] = []
 _cores: list[int] = []  # what this process may use, before the first world took its share
@@ -226,7 +229,9 @@ def _abort_on_uncaught(MPI: Any) -> None:
     def hook(kind: type[BaseException], error: BaseException, where: Any) -> None:
         text = "".join(traceback.format_exception(kind, error, where))
         sys.stderr.write("".join(f"[rank {mine}] {line}\n" for line in text.splitlines()))
+        sys.stdout.flush()
         sys.stderr.flush()
+        time.sleep(_LAST_WORDS)
         MPI.COMM_WORLD.Abort(1)
 
     sys.excepthook = hook

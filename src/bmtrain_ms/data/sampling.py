@@ -19,15 +19,17 @@ class TokenSampler:
         seed: of the shuffling.
 
     Raises:
-        ValueError: fewer tokens than one global batch needs.
+        ValueError: a size below 1, or fewer tokens than one global batch needs.
     """
 
     def __init__(self, tokens: np.ndarray, length: int, global_batch: int, seed: int = 0):
+        if length < 1 or global_batch < 1:
+            raise ValueError(f"need length >= 1 and global_batch >= 1, not {length} and {global_batch}")
         self._tokens, self._length, self.global_batch, self._seed = tokens, length, global_batch, seed
-        self.windows = (len(tokens) - 1) // length
-        if length < 1 or global_batch < 1 or self.windows < global_batch:
+        self.windows = max(0, len(tokens) - 1) // length
+        if self.windows < global_batch:
             raise ValueError(
-                f"{len(tokens)} tokens make {max(0, self.windows)} windows of {length}, a step needs {global_batch}; "
+                f"{len(tokens)} tokens make {self.windows} windows of {length}, a step needs {global_batch}; "
                 "use more text, a shorter length or a smaller batch"
             )
 

@@ -12,6 +12,7 @@ from mindspore import Parameter, Tensor
 
 from ..comm import World, world
 from ..compat.runtime import from_host, host_array
+from ..zero import context_of
 
 
 class OptimManager:
@@ -142,8 +143,8 @@ class OptimManager:
         Returns:
             Whether the parameters were updated.
         """
-        clock = self._world.engine.clock
-        clock.step += 1
+        self._world.engine.clock.step += 1
+        context_of(self._world).draws.count = 0  # random draws are numbered within the step: a resumed run repeats them
         if self.loss_scale_enabled and not math.isfinite(self._norm(list(self._grads.values()), 2.0)):
             self._skip()
             return False

@@ -1,0 +1,190 @@
+"""Schedules by their formulas, at the edges, through a checkpoint. No MindSpore here."""
+
+from __future__ import annotations
+
+import json
+import math
+from types import SimpleNamespace
+from typing import Any, Callable
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from bmtrain_ms import lr_scheduler
+from bmtrain_ms.lr_scheduler import WSD, Cosine, Exponential, Linear, Noam, NoDecay, WarmupLRScheduler
+
+
+def optimizer(groups: int = 1) -> Any:
+    return SimpleNamespace(param_groups=[{"lr": -1.0} for _ in range(groups)])
+
+
+def rates(make: Callable[..., WarmupLRScheduler], s: float, w: int, e: int, steps: int, **settings: Any) -> list[float]:
+    """The rate in force before step 0, 1, ... `steps`."""
+    target = optimizer()
+    schedule = make(target, s, w, e, **settings)
+    seen = [target.param_groups[0]["lr"]]
+    for _ in range(steps):
+        schedule.step()
+        seen.append(target.param_groups[0]["lr"])
+    return seen
+
+
+# class, settings, rate at n >= w
+DECAYS: list[tuple[type, dict, Callable[[float, int, int, int], float]]] = [
+    (NoDecay, {}, lambda s, w, e, n: s),
+    (Noam, {}, lambda s, w, e, n: s / math.sqrt(n) if n else s),
+    (Linear, {}, lambda s, w, e, n: s * (e - n) / (e - w) if n < e else 0.0),
+    (Cosine, {}, lambda s, w, e, n: s * (1 + math.cos(math.pi * (n - w) / (e - w))) / 2 if n < e else 0.0),
+    (Exponential, {}, lambda s, w, e, n: s * 0.95 ** (n - w)),
+    (Exponential, {"gamma": 0.5}, lambda s, w, e, n: s * 0.5 ** (n - w)),
+]
+EVERY = pytest.mark.parametrize("make, settings, decay", DECAYS, ids=lambda x: getattr(x, "__name__", "") or str(x))
+
+
+@EVERY
+@given(s=st.floats(1e-6, 10.0), w=st.integers(0, 12), length=st.integers(0, 12))
+def test_formula(make, settings, decay, s, w, length):
+    """w = 0, e = w and n > e among them."""
+    e = w + length
+    peak = s / math.sqrt(w) if make is Noam and w else s
+    for n, rate in enumerate(rates(make, s, w, e, e + 5, **settings)):
+        expected = peak * n / w if n < w else decay(s, w, e, n)
+        # the cosine just before e is as small as the rounding of its terms
+        assert rate == pytest.approx(expected, rel=1e-12, abs=1e-15 * s), n
+        assert rate >= 0.0
+
+
+@given(
+    s=st.floats(1e-6, 10.0),
+    share=st.floats(0.0, 1.0),
+    w=st.integers(0, 6),
+    stable=st.integers(0, 6),
+    length=st.integers(0, 6),
+)
+def test_wsd_formula(s, share, w, stable, length):
+    decay, e, last = w + stable, w + stable + length, s * share
+    seen = rates(WSD, s, w, e, e + 5, decay_iter=decay, end_lr=last)
+    for n, rate in enumerate(seen):
+        if n < w:
+            expected = s * n / w
+        elif n < decay:
+            expected = s
+        else:
+            expected = last + (s - last) * (e - n) / (e - decay) if n < e else last
+        assert rate == pytest.approx(expected, rel=1e-12, abs=1e-15 * s), n
+
+
+def test_known_values():
+    """Written out by hand, so that the formulas above are not the only witness."""
+    assert rates(Linear, 1.0, 2, 6, 8) == [0.0, 0.5, 1.0, 0.75, 0.5, 0.25, 0.0, 0.0, 0.0]
+    assert rates(Cosine, 2.0, 0, 2, 4) == pytest.approx([2.0, 1.0, 0.0, 0.0, 0.0], abs=1e-15)
+    assert rates(Noam, 6.0, 4, 100, 9)[::3] == pytest.approx([0.0, 2.25, 6 / math.sqrt(6), 2.0])
+    assert rates(WSD, 1.0, 1, 5, 6, decay_iter=3, end_lr=0.5) == [0.0, 1.0, 1.0, 1.0, 0.75, 0.5, 0.5]
+    assert rates(NoDecay, 1.0, 0, 0, 2) == [1.0, 1.0, 1.0]
+
+
+def test_noam_at_zero_without_warmup():
+    assert rates(Noam, 3.0, 0, 0, 4) == pytest.approx([3.0, 3.0, 3 / math.sqrt(2), math.sqrt(3), 1.5])
+
+
+def test_cosine_does_not_rise_again():
+    seen = rates(Cosine, 1.0, 3, 10, 40)
+    assert all(later <= earlier for earlier, later in zip(seen[3:], seen[4:]))
+
+
+@EVERY
+def test_end_at_warmup(make, settings, decay):
+    """No division by e - w = 0; the decays that end are at their end."""
+    seen = rates(make, 1.0, 4, 4, 6, **settings)
+    assert seen[:4] == pytest.approx([(0.5 if make is Noam else 1.0) * n / 4 for n in range(4)])
+    assert (seen[4] == 0.0) == (make in (Linear, Cosine))
+    assert (seen[5] == 0.0) == (make in (Linear, Cosine))
+
+
+def test_the_optimizer_gets_every_rate_in_all_groups():
+    target = optimizer(3)
+    schedule = Linear(target, 0.5, 2, 10, num_iter=1)  # construction applies at once
+    assert [g["lr"] for g in target.param_groups] == [0.25] * 3 and schedule.current_lr == 0.25
+    schedule.step()
+    assert [g["lr"] for g in target.param_groups] == [0.5] * 3 and schedule.current_lr == 0.5
+    target.param_groups[0]["lr"] = 7.0
+    assert schedule.get_lr() == 0.5 and target.param_groups[0]["lr"] == 7.0  # asking changes nothing
+    schedule.step(8)
+    assert schedule.num_iter == 8 and target.param_groups[0]["lr"] == schedule.current_lr == 0.125
+    schedule.step(0)
+    assert target.param_groups[2]["lr"] == 0.0
+
+
+ALL = [(make, settings) for make, settings, _ in DECAYS] + [(WSD, {"decay_iter": 5, "end_lr": 0.125})]
+
+
+@pytest.mark.parametrize("make, settings", ALL, ids=lambda x: getattr(x, "__name__", "") or str(x))
+def test_state_round_trip(make, settings):
+    """Through JSON, into a schedule of other settings, which then goes on alike."""
+    schedule = make(optimizer(), 0.75, 3, 9, **settings)
+    for _ in range(4):
+        schedule.step()
+    state = json.loads(json.dumps(schedule.state_dict()))
+    assert state == {
+        "start_lr": 0.75,
+        "warmup_iter": 3,
+        "end_iter": 9,
+        "num_iter": 4,
+        **({"gamma": 0.95} if make is Exponential else {}),
+        **settings,
+    }
+    others = {"decay_iter": 2, "end_lr": 0.0} if make is WSD else {}
+    target = optimizer(2)
+    other = make(target, 9.0, 1, 2, **others)
+    other.load_state_dict(state)
+    assert other.optimizer is target
+    for _ in range(8):
+        assert [g["lr"] for g in target.param_groups] == [schedule.current_lr] * 2
+        assert other.current_lr == schedule.current_lr
+        schedule.step()
+        other.step()
+
+
+def test_state_of_another_class():
+    state = Exponential(optimizer(), 1.0, 0, 1).state_dict()
+    with pytest.raises(
+        ValueError, match=r"not the state of a Cosine: it has \['end_iter', 'gamma', .*expected \['end_iter', 'num_iter'"
+    ):
+        Cosine(optimizer(), 1.0, 0, 1).load_state_dict(state)
+    with pytest.raises(ValueError, match=r"not the state of a WSD"):
+        WSD(optimizer(), 1.0, 0, 1, decay_iter=0).load_state_dict(state)
+
+
+@pytest.mark.parametrize("w, e", [(-1, 5), (6, 5), (0, -1)])
+def test_bad_lengths(w, e):
+    target = optimizer()
+    with pytest.raises(ValueError, match=f"need 0 <= warmup_iter <= end_iter, not warmup_iter={w}, end_iter={e}"):
+        Cosine(target, 1.0, w, e)
+    assert target.param_groups[0]["lr"] == -1.0
+
+
+@pytest.mark.parametrize("decay", [1, 11])
+def test_bad_decay_start(decay):
+    with pytest.raises(ValueError, match=f"need warmup_iter <= decay_iter <= end_iter, not 2, {decay}, 10"):
+        WSD(optimizer(), 1.0, 2, 10, decay_iter=decay)
+
+
+def test_base_class_has_no_decay():
+    schedule = WarmupLRScheduler(optimizer(), 1.0, 2, 4)
+    schedule.step()
+    with pytest.raises(NotImplementedError, match="WarmupLRScheduler does not define get_lr_decay"):
+        schedule.step()
+
+
+def test_own_schedule():
+    class Halved(WarmupLRScheduler):
+        def get_lr_decay(self, num_iter: int) -> float:
+            return self.start_lr / 2
+
+    assert rates(Halved, 1.0, 2, 4, 3) == [0.0, 0.5, 0.5, 0.5]
+
+
+def test_every_schedule_is_tested():
+    defined = {c for c in vars(lr_scheduler).values() if isinstance(c, type) and issubclass(c, WarmupLRScheduler)}
+    assert defined == {make for make, _ in ALL} | {WarmupLRScheduler}
