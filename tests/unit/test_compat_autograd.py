@@ -357,6 +357,14 @@ def test_exception_beside_a_custom_op(where: str):
     healthy()
 
 
+def test_exception_in_vjp():
+    with pytest.raises(KeyError, match="in vjp"):
+        vjp(lambda a: fail("in vjp"), [vector(1)], (vector(1),))
+    assert not recording()
+    assert lists(vjp(lambda a: (multiply(a, a),), [vector(3)], (vector(1),))) == [[6.0]]
+    healthy()
+
+
 def test_exception_of_mindspore_in_forward():
     with pytest.raises(ValueError, match="MatMul"):
         gradients(lambda x: ops.matmul(x, vector(1, 2, 3)).sum(), vector(1))

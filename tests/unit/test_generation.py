@@ -96,12 +96,81 @@ def test_training_mode_is_restored(model):
         ([[1], []], {}, "every prompt needs at least one token"),
         ([[1]], {"temperature": -1.0}, "need temperature >= 0"),
         ([[1]], {"top_p": 0.0}, "0 < top_p <= 1"),
+        ([[1]], {"top_p": 1.1}, "0 < top_p <= 1"),
         ([[1]], {"top_k": -1}, "top_k >= 0"),
     ],
 )
 def test_bad_settings(model, prompts, settings, message):
     with pytest.raises(ValueError, match=message):
         generate(model, prompts, 2, **settings)
+
+
+def test_choose_at_the_ends():
+    """A draw of almost 1 picks the last token that is allowed, never one that was ruled out; huge logits do not overflow."""
+    logits = np.repeat(logits_of(0.1, 0.4, 0.2, 0.3), 2, 0)
+    draws = np.array([0.0, np.nextafter(1.0, 0.0)])
+    assert choose(logits, draws).tolist() == [1, 0]
+    assert choose(logits, draws, top_k=2).tolist() == [1, 3]
+    assert choose(logits, draws, top_p=0.8).tolist() == [1, 2]
+    far = np.array([[1e30, -1e30, 0.0], [-np.inf, 5.0, -np.inf]], np.float32)
+    assert choose(far, draws).tolist() == choose(far, draws, temperature=0.0).tolist() == [0, 1]
+    assert choose(far, draws, temperature=1e-3).dtype == np.int32
+
+
+def test_choose_combines_its_limits():
+    """top_p counts what top_k left: 0.4 / 0.9 and 0.3 / 0.9 make more than 0.75."""
+    logits = logits_of(0.1, 0.4, 0.2, 0.3)
+    assert frequencies(logits, top_k=3, top_p=0.75) == [0, 0.571, 0, 0.429]
+    np.testing.assert_allclose(frequencies(logits, top_p=0.75), [0, 4 / 9, 2 / 9, 3 / 9], atol=1e-3)
+
+
+def test_equal_logits_prefer_the_first():
+    assert choose(np.zeros((1, 4)), np.zeros(1), temperature=0.0).tolist() == [0]
+    assert frequencies(np.zeros((1, 4)), top_k=2) == [0.5, 0.5, 0, 0]
+
+
+def test_rows_are_chosen_apart():
+    logits = np.concatenate([logits_of(0.9, 0.1), logits_of(0.1, 0.9)])
+    assert choose(logits, np.array([0.5, 0.5])).tolist() == [0, 1]
+    assert choose(logits, np.array([0.95, 0.5])).tolist() == [1, 1]
+
+
+def test_end_tokens_stop_each_prompt_by_itself(model):
+    """All go on until the last one ends; what a finished prompt draws afterwards is dropped."""
+    prompts = [[3, 1, 4], [9], [2, 6]]
+    free = generate(model, prompts, 12, temperature=1.0, seed=3)
+    end = free[0][4]
+    cut = [row[: row.index(end) + 1] if end in row else row for row in free]
+    assert generate(model, prompts, 12, temperature=1.0, seed=3, eos_id=end) == cut
+    assert len({len(row) for row in cut}) > 1
+
+
+def test_half_models_generate(single_world):
+    model = Llama(LlamaConfig(**SIZES, init_std=0.3, half=True))
+    bms.init_parameters(model)
+    together = generate(model, [[3, 1, 4], [5]], 4)
+    assert [len(row) for row in together] == [4, 4]
+    assert generate(model, [[3, 1, 4]], 4) == together[:1]
+
+
+def test_evaluation_mode_is_kept_and_restored_after_an_error(model):
+    model.set_train(False)
+    generate(model, [[1]], 1)
+    assert not model.training
+    model.set_train(True)
+
+    def stop(tokens):
+        assert not model.training
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        generate(model, [[1]], 3, on_token=stop)
+    assert model.training
+
+
+def test_no_new_tokens(model):
+    with pytest.raises(ValueError, match=r"max_new_tokens >= 1, not 0\.0, 0, 1\.0, 0"):
+        generate(model, [[1]], 0)
 
 
 def generate_everywhere(world):

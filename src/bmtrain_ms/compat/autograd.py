@@ -82,7 +82,7 @@ def vjp(function: Callable[..., Tensors], inputs: Sequence[Tensor], cotangents: 
     detached = [_detach(x) for x in inputs]
     executor.set_grad_flag(True)
     executor.new_graph(cell, *detached)
-    outputs = function(*detached)
+    outputs = _clear_after_failure(function, None, tuple(detached), {})
     # A one-element tuple and its element are different outputs to the executor; the cotangent must match.
     if len(outputs) == 1:
         outputs, cotangents = outputs[0], cotangents[0]

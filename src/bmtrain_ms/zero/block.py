@@ -69,9 +69,6 @@ class Block(nn.Cell):
     def __repr__(self) -> str:
         return f"Block({self.inner!r})"
 
-    def __len__(self) -> int:
-        return len(self.inner)
-
     def construct(self, *args: Any, **kwargs: Any) -> Any:
         if self.inner.training != self.training:
             self.inner.training = self.training  # set_train on a parent sees the Block and the children, not the inner module

@@ -42,14 +42,20 @@ class LlamaConfig:
 
     def __post_init__(self) -> None:
         set_field = object.__setattr__
+        for name in ("vocab_size", "dim_model", "num_heads", "dim_ff", "num_layers"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
         set_field(self, "num_heads_kv", self.num_heads_kv or self.num_heads)
+        if self.num_heads_kv < 1 or self.num_heads % self.num_heads_kv:
+            raise ValueError(f"num_heads={self.num_heads} is not a multiple of num_heads_kv={self.num_heads_kv}")
         if not self.dim_head:
             if self.dim_model % self.num_heads:
                 raise ValueError(f"dim_model={self.dim_model} is not a multiple of num_heads={self.num_heads}; set dim_head")
             set_field(self, "dim_head", self.dim_model // self.num_heads)
-        for name in ("vocab_size", "dim_model", "num_heads", "dim_ff", "num_layers"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if self.dim_head < 1 or self.dim_head % 2:
+            raise ValueError(f"dim_head must be positive and even, not {self.dim_head}: rotary embedding turns pairs")
+        if self.zero_level not in (2, 3):
+            raise ValueError(f"zero_level must be 2 or 3, not {self.zero_level}")
 
     @property
     def dtype(self) -> Any:
