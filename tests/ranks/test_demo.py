@@ -81,7 +81,7 @@ def test_own_text_and_loss_scaling(tmp_path):
     [
         (["demo", "--batch", "7"], "--batch 7 is not a multiple of --ranks 2"),
         (["demo", "--fp16"], "--fp16 needs --loss-scale"),
-        (["demo", "--loss-scale", "-1"], "--loss-scale must be positive, not -1.0"),
+        (["demo", "--loss-scale", "-1"], "--loss-scale must be positive and finite, not -1.0"),
         (["demo", "--prefetch", "-1"], "--prefetch must be 0 or more, not -1"),
         (["demo", "--text", "/nonexistent.txt"], "--text /nonexistent.txt does not exist"),
         (["demo", "--resume", "--out", "/nonexistent"], "there is no checkpoint.safetensors in /nonexistent"),

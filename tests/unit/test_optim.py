@@ -553,6 +553,12 @@ def test_no_check_without_loss_scale():
     assert np.isnan(s.weight.asnumpy()).all()
 
 
+@pytest.mark.parametrize("bad", [0.0, -8.0, math.inf, math.nan])
+def test_bad_loss_scale(bad):
+    with pytest.raises(ValueError, match=f"loss_scale must be positive and finite, or None, not {bad}"):
+        OptimManager(loss_scale=bad)
+
+
 @pytest.mark.parametrize("bad", [{"loss_scale_factor": 1.0}, {"loss_scale_factor": -2.0}, {"loss_scale_steps": 0}], ids=str)
 def test_bad_growth(bad):
     with pytest.raises(ValueError, match="need a positive loss_scale_factor other than 1 and loss_scale_steps >= 1, not"):

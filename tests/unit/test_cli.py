@@ -1,0 +1,328 @@
+"""The commands without ranks: options, errors, which launcher with which words, exit codes. tests/ranks/test_demo.py runs them."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from importlib.metadata import entry_points
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from bmtrain_ms.cli import demo as demo_module
+from bmtrain_ms.cli import launch as launch_module
+from bmtrain_ms.cli.demo import DemoOptions
+from bmtrain_ms.cli.launch import LaunchError, has_ascend, launch
+from bmtrain_ms.cli.main import main
+
+
+def exit_code(*words: Any) -> int:
+    try:
+        return main([str(word) for word in words])
+    except SystemExit as error:  # argparse
+        return error.code
+
+
+@pytest.fixture
+def parent(monkeypatch):
+    """This process is not a rank of the demo, and is none afterwards."""
+    monkeypatch.setenv("BMTRAIN_MS_DEMO", "")
+    monkeypatch.delenv("BMTRAIN_MS_DEMO")
+
+
+@pytest.fixture
+def started(monkeypatch) -> list[tuple[list[str], int]]:
+    """What `demo` launched."""
+    calls: list[tuple[list[str], int]] = []
+    monkeypatch.setattr(demo_module, "launch", lambda script, ranks: (calls.append((script, ranks)), 7)[1])
+    return calls
+
+
+# Options #
+
+
+def test_demo_defaults(parent, started, monkeypatch):
+    assert exit_code("demo") == 7
+    (script, ranks), *others = started
+    assert ranks == 2 and not others
+    assert Path(script[0]).name == "__main__.py" and script[1] == "demo"
+
+
+ALL_OPTIONS = {
+    "ranks": 3,
+    "steps": 5,
+    "batch": 6,
+    "out": Path("some where"),
+    "resume": True,
+    "fp16": True,
+    "loss_scale": 512.5,
+    "zero": 2,
+    "prefetch": 0,
+    "seed": -4,
+}
+
+
+@pytest.mark.parametrize("options", [{}, ALL_OPTIONS, {"ranks": 1, "fp16": False, "loss_scale": 2.0}], ids=["none", "all", "some"])
+def test_the_ranks_get_the_options_of_the_user(parent, started, monkeypatch, tmp_path, options):
+    """What `demo` passes on says to the ranks what the user said to it."""
+    monkeypatch.chdir(tmp_path)
+    Path("some where").mkdir()
+    Path("some where/checkpoint.safetensors").touch()
+    Path("text.txt").touch()
+    words: list[Any] = ["demo", "--text", "text.txt"]
+    for name, value in options.items():
+        if value is not False:
+            words += ["--" + name.replace("_", "-"), *([] if value is True else [value])]
+    assert exit_code(*words) == 7
+    seen: list[DemoOptions] = []
+    monkeypatch.setattr(demo_module, "_run", seen.append)
+    assert os.environ["BMTRAIN_MS_DEMO"] == "rank"
+    assert exit_code(*started[0][0][1:]) == 0  # as one of the ranks
+    (options_of_rank,) = seen
+    for name, value in {**options, "text": Path("text.txt")}.items():
+        assert getattr(options_of_rank, name) == value, name
+
+
+@pytest.mark.parametrize(
+    "words, text",
+    [
+        ([], "the following arguments are required: command"),
+        (["train"], "invalid choice: 'train'"),
+        (["demo", "--ranks", "0"], "argument --ranks: must be at least 1, not 0"),
+        (["demo", "--batch", "-8"], "argument --batch: must be at least 1, not -8"),
+        (["demo", "--steps", "many"], "argument --steps: invalid _positive value: 'many'"),
+        (["demo", "--zero", "1"], "argument --zero: invalid choice: 1"),
+        (["launch", "script.py"], "the following arguments are required: -n/--ranks"),
+        (["launch", "-n", "2"], "the following arguments are required: script"),
+        (["launch", "-n", "2", "--with", "ssh", "script.py"], "argument --with: invalid choice: 'ssh'"),
+    ],
+    ids=lambda x: " ".join(x) if isinstance(x, list) else "",
+)
+def test_what_argparse_refuses(words, text, capsys):
+    assert exit_code(*words) == 2
+    assert text in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "words, text",
+    [
+        (["--batch", "8", "--ranks", "3"], "--batch 8 is not a multiple of --ranks 3"),
+        (["--fp16"], "--fp16 needs --loss-scale (try 1024): without it small gradients become zero"),
+        (["--loss-scale", "0"], "--loss-scale must be positive and finite, not 0.0"),
+        (["--loss-scale", "inf"], "--loss-scale must be positive and finite, not inf"),
+        (["--loss-scale", "nan"], "--loss-scale must be positive and finite, not nan"),
+        (["--prefetch", "-1"], "--prefetch must be 0 or more, not -1"),
+        (["--text", "missing.txt"], "--text missing.txt does not exist"),
+        (["--text", "."], "--text . does not exist"),
+        (["--resume", "--out", "empty"], "--resume: there is no checkpoint.safetensors in empty; run without --resume first"),
+    ],
+    ids=lambda x: " ".join(x) if isinstance(x, list) else "",
+)
+def test_what_demo_refuses(parent, started, words, text, capsys, tmp_path, monkeypatch):
+    """One line, before anything is started."""
+    monkeypatch.chdir(tmp_path)
+    assert exit_code("demo", *words) == 2
+    assert capsys.readouterr().err == f"bmtrain-ms: {text}\n"
+    assert not started and not list(tmp_path.iterdir())
+
+
+def test_help(capsys):
+    assert exit_code("--help") == 0 and exit_code("demo", "--help") == 0
+    out = capsys.readouterr().out
+    assert "usage: bmtrain-ms" in out and "--loss-scale" in out and "(default 2)" in out
+
+
+def test_the_command_is_installed():
+    found = entry_points()
+    scripts = found.select(group="console_scripts") if hasattr(found, "select") else found["console_scripts"]
+    assert [e.value for e in scripts if e.name == "bmtrain-ms"] == ["bmtrain_ms.cli.main:main"]
+
+
+# Which launcher #
+
+
+@pytest.fixture
+def spawned(monkeypatch) -> list[tuple[list[str], dict[str, str]]]:
+    """Command and environment of what `launch` started; nothing is."""
+    calls: list[tuple[list[str], dict[str, str]]] = []
+
+    def popen(command: list[str], env: dict[str, str], start_new_session: bool) -> Any:
+        assert start_new_session  # so that a signal reaches the whole group
+        calls.append((command, env))
+        return SimpleNamespace(pid=os.getpid(), wait=lambda: 5)
+
+    monkeypatch.setattr(launch_module.subprocess, "Popen", popen)
+    monkeypatch.setattr(launch_module, "_end_group", lambda group: None)
+    return calls
+
+
+@pytest.fixture
+def script(tmp_path) -> str:
+    (tmp_path / "train.py").touch()
+    return str(tmp_path / "train.py")
+
+
+def test_mpiexec_on_cpu(spawned, script, monkeypatch):
+    monkeypatch.setattr(launch_module, "has_ascend", lambda: False)
+    assert launch([script, "--a", "b"], 3) == 5
+    command, _ = spawned[0]
+    assert Path(command[0]).name == "mpiexec"
+    assert command[1:] == ["-n", "3", sys.executable, "-m", "mpi4py", script, "--a", "b"]
+
+
+def test_msrun_on_ascend(spawned, script, monkeypatch):
+    monkeypatch.setattr(launch_module, "has_ascend", lambda: True)
+    assert exit_code("launch", "-n", 4, script, "-n", "x") == 5
+    command, _ = spawned[0]
+    assert Path(command[0]).name == "msrun"
+    port = next(word for word in command if word.startswith("--master_port="))
+    assert 1024 <= int(port.split("=")[1]) < 65536
+    assert set(command[1:-3]) == {
+        "--worker_num=4",
+        "--local_worker_num=4",
+        "--master_addr=127.0.0.1",
+        port,
+        "--join=True",
+        "--log_dir=msrun_log",
+    }
+    assert command[-3:] == [script, "-n", "x"]
+
+
+@pytest.mark.parametrize("ascend", [False, True])
+def test_the_user_may_choose(spawned, script, monkeypatch, ascend):
+    monkeypatch.setattr(launch_module, "has_ascend", lambda: ascend)
+    exit_code("launch", "-n", 2, "--with", "mpi", script)
+    exit_code("launch", "-n", 2, "--with", "msrun", script)
+    assert [Path(command[0]).name for command, _ in spawned] == ["mpiexec", "msrun"]
+
+
+def test_one_rank_needs_no_launcher(spawned, script):
+    launch([script, "a"], 1, "mpi")
+    launch([script, "a"], 1, "msrun")
+    assert spawned[0][0] == [sys.executable, script, "a"]
+    assert Path(spawned[1][0][0]).name == "msrun"
+
+
+def test_environment_of_the_ranks(spawned, script, monkeypatch):
+    """Each rank gets its share of the cores, unless the user said something else."""
+    for name in ("GLOG_v", "OMP_NUM_THREADS", "BMTRAIN_MS_LOCAL_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)))
+    monkeypatch.setenv("OTHER", "kept")
+    for ranks in (1, 3, 16):
+        launch([script], ranks, "mpi")
+    assert [env["OMP_NUM_THREADS"] for _, env in spawned] == ["8", "2", "1"]
+    assert [env["BMTRAIN_MS_LOCAL_SIZE"] for _, env in spawned] == ["1", "3", "16"]
+    assert all(env["GLOG_v"] == "3" and env["OTHER"] == "kept" for _, env in spawned)
+    monkeypatch.setenv("OMP_NUM_THREADS", "5")
+    monkeypatch.setenv("GLOG_v", "0")
+    launch([script], 4, "mpi")
+    assert (spawned[-1][1]["OMP_NUM_THREADS"], spawned[-1][1]["GLOG_v"]) == ("5", "0")
+
+
+@pytest.mark.parametrize("devices, found", [([], False), (["davinci_manager"], False), (["davinci0"], True), (["davinci12"], True)])
+def test_has_ascend(monkeypatch, tmp_path, devices, found):
+    for name in devices:
+        (tmp_path / name).touch()
+    monkeypatch.setattr(launch_module, "Path", lambda path: tmp_path if path == "/dev" else Path(path))
+    assert has_ascend() is found
+
+
+@pytest.mark.parametrize(
+    "launcher, text",
+    [
+        ("mpi", r"mpiexec was not found; pip install 'bmtrain-ms\[cpu\]'"),
+        ("msrun", "msrun was not found; it comes with MindSpore"),
+    ],
+)
+def test_launcher_is_not_installed(script, monkeypatch, launcher, text):
+    monkeypatch.setattr(sys, "executable", "/nowhere/python")
+    monkeypatch.setattr(launch_module.shutil, "which", lambda name: None)
+    with pytest.raises(LaunchError, match=text):
+        launch([script], 2, launcher)
+
+
+def test_launcher_on_the_path(spawned, script, monkeypatch):
+    monkeypatch.setattr(sys, "executable", "/nowhere/python")
+    monkeypatch.setattr(launch_module.shutil, "which", lambda name: f"/opt/{name}")
+    launch([script], 2, "mpi")
+    assert spawned[0][0][0] == "/opt/mpiexec"
+
+
+def test_missing_script(capsys, tmp_path):
+    assert exit_code("launch", "-n", 2, tmp_path / "none.py") == 2
+    assert capsys.readouterr().err == f"bmtrain-ms: {tmp_path}/none.py does not exist\n"
+    assert exit_code("launch", "-n", 2, tmp_path) == 2  # a folder
+
+
+# Processes #
+
+
+def written(tmp_path: Path, body: str) -> str:
+    path = tmp_path / "script.py"
+    path.write_text("import os, signal, subprocess, sys, time\n" + textwrap.dedent(body))
+    return str(path)
+
+
+@pytest.mark.parametrize("body, code", [("", 0), ("sys.exit(3)", 3), ("os.kill(os.getpid(), signal.SIGKILL)", 137)])
+def test_exit_codes(tmp_path, body, code):
+    before = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)}
+    assert launch([written(tmp_path, body)], 1, "mpi") == code
+    assert {s: signal.getsignal(s) for s in before} == before  # the caller's handlers are back
+
+
+def alive(pid: int) -> bool:
+    """Zombies are not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def wait_until(condition: Any, seconds: float = 20.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def test_nothing_is_left_behind(tmp_path):
+    """A rank that ends leaves a process of its own; the launcher ends it."""
+    body = "print(subprocess.Popen(['sleep', '60']).pid, file=open(sys.argv[1], 'w'), flush=True)"
+    assert launch([written(tmp_path, body), str(tmp_path / "pid")], 1, "mpi") == 0
+    pid = int((tmp_path / "pid").read_text())
+    wait_until(lambda: not alive(pid))
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+def test_signals_are_passed_on_and_nothing_stays(tmp_path, signum):
+    """To a process that ignores them too: it is killed."""
+    body = """
+    child = subprocess.Popen([sys.executable, '-c', 'import signal, time\\n'
+                              'for s in (signal.SIGTERM, signal.SIGINT): signal.signal(s, signal.SIG_IGN)\\n'
+                              'print(1, flush=True); time.sleep(60)'], stdout=subprocess.PIPE)
+    child.stdout.readline()
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    with open(sys.argv[1] + '.new', 'w') as file:
+        file.write(f'{os.getpid()} {child.pid}')
+    os.rename(sys.argv[1] + '.new', sys.argv[1])
+    time.sleep(60)
+    """
+    program = "import sys; from bmtrain_ms.cli.launch import launch; sys.exit(launch(sys.argv[1:], 1, 'mpi'))"
+    pids = tmp_path / "pids"
+    launcher = subprocess.Popen([sys.executable, "-c", program, written(tmp_path, body), str(pids)])
+    try:
+        wait_until(pids.exists, 60)
+        ranks = [int(word) for word in pids.read_text().split()]
+        assert all(map(alive, ranks))
+        launcher.send_signal(signum)
+        assert launcher.wait(20) == 128 + signum
+        wait_until(lambda: not any(map(alive, ranks)))
+    finally:
+        launcher.kill()

@@ -1,0 +1,246 @@
+"""The training loop at one rank: steps, log, evaluation, errors, resuming."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from mindspore import Tensor
+
+import bmtrain_ms as bms
+from bmtrain_ms.data import TokenSampler
+from bmtrain_ms.model_center.model import Llama, LlamaConfig
+from bmtrain_ms.train import Trainer, TrainingError, TrainSettings, memory_mib, plot_log, read_log
+
+pytestmark = pytest.mark.usefixtures("single_world")
+
+VOCAB = 13
+TOKENS = np.tile(np.arange(VOCAB), 40).astype(np.int32)  # every token has one successor
+
+
+def trainer(steps: int = 6, half: bool = False, **settings: Any) -> Trainer:
+    model = Llama(LlamaConfig(VOCAB, 16, 2, dim_ff=12, num_layers=1, half=half, use_checkpoint=False))
+    bms.init_parameters(model)
+    settings = {"lr": 0.03, "warmup": 2, **settings}
+    return Trainer(model, TokenSampler(TOKENS, length=6, global_batch=4), TrainSettings(steps, **settings))
+
+
+def weights(t: Trainer) -> list[bytes]:
+    return [p.asnumpy().tobytes() for p in t.model.get_parameters()]
+
+
+def steady(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Without what differs from run to run."""
+    return [{k: v for k, v in r.items() if k not in ("seconds", "tokens_per_second", "memory_mib")} for r in records]
+
+
+def test_fit_trains_and_logs(tmp_path, capsys):
+    log = tmp_path / "log.jsonl"
+    t = trainer(steps=40, log=log)
+    t.fit()
+    records = read_log(log)
+    assert t.done == 40 and [r["step"] for r in records] == list(range(1, 41))
+    assert records[0]["loss"] == pytest.approx(math.log(VOCAB), abs=0.1) and records[-1]["loss"] < 0.1
+    rates = [0.0, 0.015, *(0.03 * (1 + math.cos(math.pi * n / 38)) / 2 for n in range(38))]
+    assert [r["lr"] for r in records] == pytest.approx(rates, rel=1e-12)
+    for r in records:
+        assert set(r) == set(
+            ["step", "loss", "lr", "grad_norm", "loss_scale", "skipped", "seconds", "tokens_per_second", "memory_mib"]
+        )
+        assert r["grad_norm"] > 0 and r["loss_scale"] == 1.0 and r["skipped"] is False
+        assert r["seconds"] > 0 and r["tokens_per_second"] == pytest.approx(24 / r["seconds"], rel=0.2)
+        assert 50 < r["memory_mib"] < 1 << 20
+    assert "40/40" in capsys.readouterr().err  # the progress bar
+
+
+def test_fit_in_parts_is_fit(tmp_path):
+    whole, parts = trainer(log=tmp_path / "whole"), trainer(log=tmp_path / "parts")
+    whole.fit()
+    for until, done in ((1, 1), (1, 1), (4, 4), (99, 6)):
+        parts.fit(until=until)
+        assert parts.done == done
+    assert weights(parts) == weights(whole)
+    assert steady(read_log(tmp_path / "parts")) == steady(read_log(tmp_path / "whole"))
+
+
+def test_no_log_without_a_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    trainer(steps=1).fit()
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_first_loss_is_that_of_the_first_batch():
+    t = trainer()
+    inputs, targets = t.sampler.batch(0)
+    logits = t.model(Tensor(inputs)).asnumpy().astype(np.float64)
+    rows = np.log(np.exp(logits).sum(-1)) - np.take_along_axis(logits, targets[..., None], -1)[..., 0]
+    assert t.train_step()["loss"] == pytest.approx(rows.mean(), rel=1e-6)
+
+
+def test_clipping_is_applied():
+    """With a tiny limit the first update of Adam, which knows no scale but eps, nearly vanishes against eps."""
+    records = []
+    for clip in (1.0, 1e-9):
+        t = trainer(clip=clip, warmup=0, weight_decay=0.0)
+        before = np.concatenate([p.asnumpy() for p in t.model.get_parameters()])
+        record = t.train_step()
+        moved = np.abs(np.concatenate([p.asnumpy() for p in t.model.get_parameters()]) - before).max()
+        records.append((record["grad_norm"], moved))
+    assert records[0][0] == records[1][0] > 1e-3  # before clipping
+    assert records[0][1] == pytest.approx(0.03, rel=1e-2) and records[1][1] < 0.005
+
+
+def test_settings_reach_the_optimizer():
+    t = trainer(betas=(0.5, 0.6), weight_decay=0.7, loss_scale=None)
+    (group,) = t.manager.optimizers[0].param_groups
+    assert (group["betas"], group["weight_decay"]) == ((0.5, 0.6), 0.7)
+    schedule = t.manager.lr_schedulers[0]
+    assert (schedule.start_lr, schedule.warmup_iter, schedule.end_iter) == (0.03, 2, 6)
+    assert trainer(steps=3, warmup=50).manager.lr_schedulers[0].warmup_iter == 3
+
+
+# Evaluation #
+
+
+@pytest.mark.parametrize("rows", [1, 3, 8, 100])
+def test_evaluate_is_the_mean_over_all_whole_windows(rows):
+    t = trainer()
+    tokens = np.random.default_rng(0).integers(0, VOCAB, 7 * 5 + 3)  # seven windows of 5, and a rest
+    ids, targets = tokens[:35].reshape(7, 5), tokens[1:36].reshape(7, 5)
+    logits = t.model(Tensor(ids.astype(np.int32))).asnumpy().astype(np.float64)
+    each = np.log(np.exp(logits).sum(-1)) - np.take_along_axis(logits, targets[..., None], -1)[..., 0]
+    assert t.evaluate(tokens, 5, rows) == pytest.approx(each.mean(), rel=1e-6)
+
+
+def test_evaluate_changes_nothing(single_world):
+    t = trainer()
+    t.fit(until=1)
+    before, clock = weights(t), single_world.engine.clock.step
+    first = t.evaluate(TOKENS[:50], 6)
+    assert t.evaluate(TOKENS[:50], 6) == first
+    assert weights(t) == before and single_world.engine.clock.step == clock and t.model.training
+
+
+@pytest.mark.parametrize("count", [0, 6])
+def test_too_little_to_evaluate(count):
+    with pytest.raises(ValueError, match=f"{count} held-out tokens do not fill one window of 6"):
+        trainer().evaluate(TOKENS[:count], 6)
+
+
+# What goes wrong #
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_loss_that_is_not_finite_ends_training(bad, tmp_path):
+    """With the parameters as they were, and a remedy."""
+    t = trainer(log=tmp_path / "log")
+    t.fit(until=2)
+    p = next(p for p in t.model.get_parameters() if p.name == "encoder.output_norm.weight")
+    values = p.asnumpy().copy()
+    values[0] = bad
+    p.copy_full(values)
+    before = weights(t)
+    text = r"loss nan, gradient norm nan at step 3; the parameters are as before this step\. Lower the learning rate, or set"
+    with pytest.raises(TrainingError, match=text):
+        t.fit()
+    assert weights(t) == before and t.done == 2 and len(read_log(tmp_path / "log")) == 2
+
+
+def test_a_gradient_that_is_not_finite_ends_training(monkeypatch):
+    t = trainer()
+    before = weights(t)
+    monkeypatch.setattr(t.manager, "clip_grad_norm", lambda *args: math.inf)
+    with pytest.raises(TrainingError, match=r"loss 2\.5\d+, gradient norm inf at step 1;"):
+        t.train_step()
+    assert weights(t) == before
+
+
+def test_with_a_loss_scale_the_step_is_skipped(tmp_path, capsys):
+    """2^20 times the gradient does not fit into float16; training goes on with less."""
+    t = trainer(steps=12, half=True, loss_scale=2.0**24, log=tmp_path / "log")
+    t.fit()
+    records = read_log(tmp_path / "log")
+    skipped = [r["skipped"] for r in records]
+    count = sum(skipped)
+    assert 0 < count < 12 and skipped == [True] * count + [False] * (12 - count)
+    assert [r["loss_scale"] for r in records] == [2.0 ** (24 - min(n, count)) for n in range(1, 13)]
+    assert [r["lr"] for r in records[: count + 1]] == [0.0] * (count + 1)  # the schedule waits
+    assert t.manager.skipped_steps == count and records[-1]["loss"] < records[0]["loss"]
+    assert capsys.readouterr().err.count("Gradient overflow: step skipped") == count
+
+
+# Resuming #
+
+
+@pytest.mark.parametrize("half", [False, True], ids=["fp32", "fp16"])
+def test_resume_is_bit_equal_and_mends_the_log(tmp_path, half):
+    """The checkpoint is older than the log: the lines behind it are written again."""
+    scale = 256.0 if half else None
+    t = trainer(half=half, loss_scale=scale, log=tmp_path / "log")
+    t.fit(until=3)
+    t.save(tmp_path / "checkpoint")
+    t.fit()
+    expected, final = steady(read_log(tmp_path / "log")), weights(t)
+    bms.shutdown()
+    bms.init_distributed(seed=0)
+    again = trainer(half=half, loss_scale=scale, log=tmp_path / "log")
+    again.resume(tmp_path / "checkpoint")
+    assert again.done == 3 and steady(read_log(tmp_path / "log")) == expected[:3]
+    again.fit()
+    assert weights(again) == final and steady(read_log(tmp_path / "log")) == expected
+
+
+def test_resume_to_more_steps(tmp_path):
+    """The schedule of the checkpoint ends where it said; its settings are part of the state."""
+    t = trainer(steps=2, log=tmp_path / "log")
+    t.fit()
+    t.save(tmp_path / "checkpoint")
+    more = trainer(steps=4, log=tmp_path / "log")
+    more.resume(tmp_path / "checkpoint")
+    more.fit()
+    assert [r["step"] for r in read_log(tmp_path / "log")] == [1, 2, 3, 4]
+
+
+def test_resume_without_a_log(tmp_path):
+    t = trainer(steps=2)
+    t.fit(until=1)
+    t.save(tmp_path / "checkpoint")
+    again = trainer(steps=2, log=tmp_path / "log")
+    again.resume(tmp_path / "checkpoint")
+    assert again.done == 1 and not (tmp_path / "log").exists()
+
+
+# Log and picture #
+
+
+def log_file(tmp_path: Path) -> Path:
+    path = tmp_path / "log.jsonl"
+    path.write_text("".join(json.dumps({"step": i, "loss": 3.0 / i}) + "\n" for i in range(1, 6)))
+    return path
+
+
+def test_plot(tmp_path):
+    pytest.importorskip("matplotlib")
+    assert plot_log(log_file(tmp_path), tmp_path / "loss.png", {0: 3.2, 5: 0.8}, 2.5) is True
+    content = (tmp_path / "loss.png").read_bytes()
+    assert content[:8] == b"\x89PNG\r\n\x1a\n" and content[-8:-4] == b"IEND"
+    assert (int.from_bytes(content[16:20], "big"), int.from_bytes(content[20:24], "big")) == (960, 540)
+
+
+def test_no_plot_without_matplotlib(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert plot_log(log_file(tmp_path), tmp_path / "loss.png", {}, 2.5) is False
+    assert capsys.readouterr().err == "no loss curve: matplotlib is not installed (pip install matplotlib)\n"
+    assert not (tmp_path / "loss.png").exists()
+
+
+def test_memory_is_this_process():
+    before = memory_mib()
+    ballast = np.ones(64 << 20, np.uint8)
+    assert 50 < memory_mib() - before < 80
+    del ballast
