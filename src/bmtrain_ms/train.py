@@ -60,7 +60,8 @@ class Trainer:
         self.done = 0  # steps
         optimizer = AdamOptimizer(model.trainable_params(), settings.lr, settings.betas, weight_decay=settings.weight_decay)
         self.manager = OptimManager(loss_scale=settings.loss_scale)
-        self.manager.add_optimizer(optimizer, Cosine(optimizer, settings.lr, min(settings.warmup, settings.steps), settings.steps))
+        self._schedule = Cosine(optimizer, settings.lr, min(settings.warmup, settings.steps), settings.steps)
+        self.manager.add_optimizer(optimizer, self._schedule)
         self._optimizer = optimizer
         self._engine = world().engine
 
@@ -118,7 +119,7 @@ class Trainer:
         `rows`: windows per call of the model.
         """
         windows = (len(tokens) - 1) // length
-        if not windows:
+        if windows < 1:
             raise ValueError(f"{len(tokens)} held-out tokens do not fill one window of {length}")
         inputs = tokens[: windows * length].reshape(windows, length).astype(np.int32)
         targets = tokens[1 : windows * length + 1].reshape(windows, length).astype(np.int32)
@@ -141,8 +142,13 @@ class Trainer:
         save_training(path, self.model, self.manager, {"step": self.done})
 
     def resume(self, path: str | Path) -> None:
-        """Go on from a checkpoint, at any number of ranks; the log loses the lines behind it."""
+        """Go on from a checkpoint, at any number of ranks; the log loses the lines behind it.
+
+        The schedule is that of this run's settings: with more `steps` than before it is stretched.
+        """
+        planned = self._schedule.state_dict()
         self.done = int(load_training(path, self.model, self.manager)["step"])
+        self._schedule.load_state_dict({**planned, "num_iter": self._schedule.num_iter})
         log = self.settings.log
         if self._engine.rank == 0 and log is not None and log.exists():
             kept = [line for line in read_log(log) if line["step"] <= self.done]

@@ -144,12 +144,15 @@ def test_a_failing_rank_ends_the_job_with_its_traceback(tmp_path):
 def test_sigterm_to_the_launcher_ends_every_rank(tmp_path):
     path = script(tmp_path, "open(sys.argv[1] + f'/{os.getpid()}', 'w').close(); time.sleep(120)")
     launcher = subprocess.Popen([sys.executable, "-m", "bmtrain_ms.cli", "launch", "-n", "2", str(path), str(tmp_path)])
-    deadline = time.monotonic() + 60
-    while len(ranks := [int(f.name) for f in tmp_path.iterdir() if f.name.isdigit()]) < 2:
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
-    launcher.send_signal(signal.SIGTERM)
-    assert launcher.wait(30) != 0
+    try:
+        deadline = time.monotonic() + 60
+        while len(ranks := [int(f.name) for f in tmp_path.iterdir() if f.name.isdigit()]) < 2:
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        launcher.send_signal(signal.SIGTERM)
+        assert launcher.wait(30) != 0
+    finally:
+        launcher.kill()
     for pid in ranks:
         with pytest.raises(ProcessLookupError):
             for _ in range(50):

@@ -64,8 +64,8 @@ def _check(options: DemoOptions) -> None:
         raise LaunchError(f"--batch {options.batch} is not a multiple of --ranks {options.ranks}")
     if options.fp16 and options.loss_scale is None:
         raise LaunchError("--fp16 needs --loss-scale (try 1024): without it small gradients become zero")
-    if options.loss_scale is not None and options.loss_scale <= 0:
-        raise LaunchError(f"--loss-scale must be positive, not {options.loss_scale}")
+    if options.loss_scale is not None and not 0 < options.loss_scale < float("inf"):
+        raise LaunchError(f"--loss-scale must be positive and finite, not {options.loss_scale}")
     if options.prefetch < 0:
         raise LaunchError(f"--prefetch must be 0 or more, not {options.prefetch}")
     if options.text is not None and not options.text.is_file():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import signal
@@ -44,7 +45,8 @@ def launch(script: Sequence[str], ranks: int, launcher: str = "auto") -> int:
     process = subprocess.Popen(command, env=env, start_new_session=True)
 
     def pass_on(signum: int, frame: FrameType | None) -> None:
-        os.killpg(process.pid, signum)
+        with contextlib.suppress(ProcessLookupError):  # it has just ended by itself
+            os.killpg(process.pid, signum)
 
     before = {signum: signal.signal(signum, pass_on) for signum in (signal.SIGTERM, signal.SIGINT)}
     try:

@@ -39,6 +39,8 @@ class OptimManager:
         *,
         in_world: World | None = None,
     ):
+        if loss_scale is not None and not 0 < loss_scale < math.inf:
+            raise ValueError(f"loss_scale must be positive and finite, or None, not {loss_scale}")
         if loss_scale_factor <= 0 or loss_scale_factor == 1 or loss_scale_steps < 1:
             raise ValueError(
                 f"need a positive loss_scale_factor other than 1 and loss_scale_steps >= 1, not {loss_scale_factor}, "
