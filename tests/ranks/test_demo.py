@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +14,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
+from bmtrain_ms.data import python_documentation
 
 pytestmark = pytest.mark.ranks
 
@@ -29,10 +32,18 @@ def losses(folder: Path):
 
 
 @pytest.fixture(scope="module")
-def demo(tmp_path_factory):
+def small(tmp_path_factory):
+    """Options for a short run: a tenth of the documentation, small batches."""
+    text = tmp_path_factory.mktemp("text") / "text.txt"
+    text.write_text("\n\n".join(python_documentation()[:16]), encoding="utf-8")
+    return ["--text", text, "--batch", 4]
+
+
+@pytest.fixture(scope="module")
+def demo(small, tmp_path_factory):
     """Six steps on two ranks."""
     folder = tmp_path_factory.mktemp("demo") / "out"
-    done = command("demo", "--steps", 6, "--out", folder)
+    done = command("demo", "--steps", 6, "--out", folder, *small)
     assert done.returncode == 0, done.stderr
     return folder, done
 
@@ -51,18 +62,19 @@ def test_demo_leaves_its_results(demo):
     assert "6/6" in done.stderr and "tok/s" in done.stderr  # the progress bar
 
 
-def test_resume_goes_on(demo):
-    folder, _ = demo
+def test_resume_goes_on(demo, small, tmp_path):
+    """In a copy: the other tests read the log of the first run."""
+    folder = shutil.copytree(demo[0], tmp_path / "out")
     first = losses(folder)
-    done = command("demo", "--steps", 8, "--out", folder, "--resume", "--ranks", 1)
+    done = command("demo", "--steps", 8, "--out", folder, "--resume", "--ranks", 1, *small)
     assert done.returncode == 0, done.stderr
     assert "resumed at step 6" in done.stdout
     assert losses(folder)[:6] == first and len(losses(folder)) == 8
 
 
-def test_one_rank_and_zero2_follow_the_same_curve(demo, tmp_path):
-    two = losses(demo[0])[:6]
-    done = command("demo", "--steps", 6, "--out", tmp_path, "--ranks", 1, "--zero", 2, "--prefetch", 0)
+def test_one_rank_and_zero2_follow_the_same_curve(demo, small, tmp_path):
+    two = losses(demo[0])
+    done = command("demo", "--steps", 6, "--out", tmp_path, "--ranks", 1, "--zero", 2, "--prefetch", 0, *small)
     assert done.returncode == 0, done.stderr
     np.testing.assert_allclose(losses(tmp_path), two, rtol=2e-5)
 
@@ -71,7 +83,7 @@ def test_own_text_and_loss_scaling(tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("\n\n".join(f"the {i} quick brown foxes jump over {i * 7} lazy dogs " * 6 for i in range(200)))
     out = tmp_path / "out"
-    done = command("demo", "--steps", 3, "--out", out, "--text", text, "--fp16", "--loss-scale", 1024)
+    done = command("demo", "--steps", 3, "--out", out, "--text", text, "--batch", 4, "--fp16", "--loss-scale", 1024)
     assert done.returncode == 0, done.stderr
     assert [json.loads(line)["loss_scale"] for line in (out / "log.jsonl").read_text().splitlines()] == [1024.0] * 3
 
@@ -107,20 +119,26 @@ def script(folder: Path, body: str) -> Path:
     return path
 
 
-def test_launch_passes_arguments_and_exit_codes_on(tmp_path):
+def test_launch_passes_arguments_on(tmp_path):
     path = script(
         tmp_path,
         """
         import bmtrain_ms as bms
-        world = bms.init_distributed()
-        print(f"{bms.rank()} of {bms.world_size()}: {sys.argv[1:]} on {len(os.sched_getaffinity(0))} core(s)", flush=True)
+        bms.init_distributed()
+        with open(f"{sys.argv[1]}/rank{bms.rank()}", "w") as file:
+            file.write(f"{bms.world_size()} {sys.argv[2:]}")
         bms.synchronize()
         """,
     )
-    done = command("launch", "-n", 2, path, "--a", "b")
+    done = command("launch", "-n", 2, path, tmp_path, "--a", "b c", "-n", "5")
     assert done.returncode == 0, done.stderr
-    lines = sorted(done.stdout.splitlines())
-    assert [line.split(" on ")[0] for line in lines] == [f"{i} of 2: ['--a', 'b']" for i in range(2)]
+    written = {f.name: f.read_text() for f in tmp_path.glob("rank*")}
+    assert written == {f"rank{i}": "2 ['--a', 'b c', '-n', '5']" for i in range(2)}
+
+
+def test_launch_passes_the_exit_code_on(tmp_path):
+    done = command("launch", "-n", 2, script(tmp_path, "sys.exit(7)"))
+    assert done.returncode == 7
 
 
 def test_a_failing_rank_ends_the_job_with_its_traceback(tmp_path):
