@@ -18,7 +18,7 @@ from pathlib import Path
 
 from tests.helpers.ranks import ROOT, mpiexec
 
-STEPS, WARM_UP, ROUNDS = 10, 3, 2
+STEPS, WARM_UP = 10, 3
 LENGTH, BATCH_PER_RANK, VOCAB = 128, 4, 2048
 
 # name -> (ranks, communicate, prefetch)
@@ -83,21 +83,21 @@ def measure(case: str, use_checkpoint: bool) -> dict[str, float]:
     return json.loads(line.removeprefix("RESULT "))
 
 
-def main() -> None:
+def main(rounds: int) -> None:
     """All cases, interleaved; prints Markdown."""
     import mindspore
     import numpy
 
-    print(
-        f"{time.strftime('%Y-%m-%d')}, {os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}, ", end=""
-    )
-    print(f"MindSpore {mindspore.__version__}, NumPy {numpy.__version__}. `python -m tests.benchmarks.demo_model`.\n")
+    machine = f"{os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}"
+    versions = f"MindSpore {mindspore.__version__}, NumPy {numpy.__version__}"
+    command = f"`python -m tests.benchmarks.demo_model --rounds {rounds}`"
+    print(f"{time.strftime('%Y-%m-%d')}, {machine}, {versions}. {command}.\n")
     for use_checkpoint in (True, False):
         results: dict[str, list[dict[str, float]]] = {case: [] for case in CASES}
-        for _ in range(ROUNDS):
+        for _ in range(rounds):
             for case in CASES:
                 results[case].append(measure(case, use_checkpoint))
-        medians = {case: {key: statistics.median(r[key] for r in rounds) for key in rounds[0]} for case, rounds in results.items()}
+        medians = {case: {key: statistics.median(r[key] for r in taken) for key in taken[0]} for case, taken in results.items()}
         compute = medians["2 ranks, compute only"]["step_ms"]
         parameters = medians["1 rank"]["parameters"] / 1e6
         print(f"### Checkpoint {'on' if use_checkpoint else 'off'}, {parameters:.2f} M parameters\n")
@@ -115,8 +115,9 @@ if __name__ == "__main__":
     parser.add_argument("case", nargs="?")
     parser.add_argument("start", nargs="?", type=float)
     parser.add_argument("checkpoint", nargs="?", type=int)
+    parser.add_argument("--rounds", type=int, default=3, help="launches per case")
     arguments = parser.parse_args()
     if arguments.mode == "rank":
         run_rank(arguments.case, arguments.start, bool(arguments.checkpoint))
     else:
-        main()
+        main(arguments.rounds)
