@@ -83,16 +83,16 @@ def measure(case: str, use_checkpoint: bool) -> dict[str, float]:
     return json.loads(line.removeprefix("RESULT "))
 
 
-def main(rounds: int) -> None:
+def main(rounds: int, checkpoint: str) -> None:
     """All cases, interleaved; prints Markdown."""
     import mindspore
     import numpy
 
     machine = f"{os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}"
     versions = f"MindSpore {mindspore.__version__}, NumPy {numpy.__version__}"
-    command = f"`python -m tests.benchmarks.demo_model --rounds {rounds}`"
+    command = f"`python -m tests.benchmarks.demo_model --rounds {rounds} --checkpoint {checkpoint}`"
     print(f"{time.strftime('%Y-%m-%d')}, {machine}, {versions}. {command}.\n")
-    for use_checkpoint in (True, False):
+    for use_checkpoint in {"on": (True,), "off": (False,), "both": (True, False)}[checkpoint]:
         results: dict[str, list[dict[str, float]]] = {case: [] for case in CASES}
         for _ in range(rounds):
             for case in CASES:
@@ -116,8 +116,9 @@ if __name__ == "__main__":
     parser.add_argument("start", nargs="?", type=float)
     parser.add_argument("checkpoint", nargs="?", type=int)
     parser.add_argument("--rounds", type=int, default=3, help="launches per case")
+    parser.add_argument("--checkpoint", dest="blocks", choices=("on", "off", "both"), default="both")
     arguments = parser.parse_args()
     if arguments.mode == "rank":
         run_rank(arguments.case, arguments.start, bool(arguments.checkpoint))
     else:
-        main(arguments.rounds)
+        main(arguments.rounds, arguments.blocks)
