@@ -236,6 +236,7 @@ def configured(monkeypatch: pytest.MonkeyPatch) -> list:
     monkeypatch.setattr(module, "_cores", [])
     monkeypatch.setattr(module.os, "sched_getaffinity", lambda pid: affinity)
     monkeypatch.setattr(runtime, "configure_cpu", lambda threads: calls.append(("threads", threads)))
+    monkeypatch.setattr(runtime, "first_operation", lambda: calls.append(("first operation",)))
     monkeypatch.setattr(runtime, "configure_ascend", lambda device: calls.append(("ascend", device)))
     monkeypatch.setattr(module.os, "sched_setaffinity", lambda pid, cores: calls.append(("cores", list(cores))))
     return calls
@@ -265,7 +266,7 @@ def test_cpu_under_msrun(communication: list, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("mindspore.ops.AllGather", lambda: None)  # asks the real job for its size
     made = bmtrain_ms.init_distributed(device="CPU")
     assert (made.engine.name, made.engine.rank, made.engine.size) == ("mccl", 3, 4)
-    assert communication == [("cores", [1]), ("threads", 1), ("init",)]
+    assert communication == [("cores", [1]), ("threads", 1), ("init",), ("first operation",)]  # init hangs after one
 
 
 def test_one_ascend_card_without_a_launcher(configured: list):

@@ -144,6 +144,8 @@ def init_distributed(
         engine = _make_engine(launch, target, timeout)
     elif target == "CPU":
         _configure_cpu(launch)
+    if target == "CPU":
+        runtime.first_operation()
     for seed_it in (random.seed, np.random.seed, ms.set_seed):
         seed_it(seed)
     made = World(engine, Mesh(engine.size, engine.rank), seed, launch, prefetch)

@@ -73,8 +73,14 @@ def configure_cpu(threads: int) -> None:
 
     with contextlib.suppress(RuntimeError):  # MindSpore takes it once per process; the first world's share stays
         op_tuning.threads_num(threads)
-    # On 2.5 a process whose first operation is a recorded one starts a thread that spins for ever beside training (measured: 0.28 s
-    # a step without it, 0.9 to 1.2 s with it). One unrecorded operation first keeps it from starting.
+
+
+def first_operation() -> None:
+    """Run one operation that nothing records, so that the process does not begin with a recorded one.
+
+    On 2.5 a process that does starts a thread that spins for ever beside training (measured: 0.28 s a step without it, 0.9 to
+    1.2 s with it). Under msrun it must come after `mindspore.communication.init`, which hangs once an operation has run.
+    """
     host_array(Tensor([1.0]) + 1.0)
 
 
