@@ -21,7 +21,7 @@ pytestmark = pytest.mark.ranks
 
 
 def command(*words, **options):
-    program = [sys.executable, "-m", "bmtrain_ms.cli", *map(str, words)]
+    program = [sys.executable, "-m", "bmtrain_ms_cli", *map(str, words)]
     return subprocess.run(program, capture_output=True, text=True, timeout=240, check=False, **options)
 
 
@@ -102,7 +102,7 @@ def test_own_text_and_loss_scaling(tmp_path):
     ],
 )
 def test_bad_input_is_told_and_ends_with_2(words, message, capsys, monkeypatch):
-    from bmtrain_ms.cli.main import main
+    from bmtrain_ms_cli.main import main
 
     monkeypatch.delenv("BMTRAIN_MS_DEMO", raising=False)
     try:
@@ -161,7 +161,7 @@ def test_a_failing_rank_ends_the_job_with_its_traceback(tmp_path):
 
 def test_sigterm_to_the_launcher_ends_every_rank(tmp_path):
     path = script(tmp_path, "open(sys.argv[1] + f'/{os.getpid()}', 'w').close(); time.sleep(120)")
-    launcher = subprocess.Popen([sys.executable, "-m", "bmtrain_ms.cli", "launch", "-n", "2", str(path), str(tmp_path)])
+    launcher = subprocess.Popen([sys.executable, "-m", "bmtrain_ms_cli", "launch", "-n", "2", str(path), str(tmp_path)])
     try:
         deadline = time.monotonic() + 60
         while len(ranks := [int(f.name) for f in tmp_path.iterdir() if f.name.isdigit()]) < 2:

@@ -15,11 +15,11 @@ from typing import Any
 
 import pytest
 
-from bmtrain_ms.cli import demo as demo_module
-from bmtrain_ms.cli import launch as launch_module
-from bmtrain_ms.cli.demo import DemoOptions
-from bmtrain_ms.cli.launch import LaunchError, has_ascend, launch
-from bmtrain_ms.cli.main import main
+from bmtrain_ms_cli import demo as demo_module
+from bmtrain_ms_cli import launch as launch_module
+from bmtrain_ms_cli.demo import DemoOptions
+from bmtrain_ms_cli.launch import LaunchError, has_ascend, launch
+from bmtrain_ms_cli.main import main
 
 
 def exit_code(*words: Any) -> int:
@@ -31,16 +31,21 @@ def exit_code(*words: Any) -> int:
 
 @pytest.fixture
 def parent(monkeypatch):
-    """This process is not a rank of the demo, and is none afterwards."""
-    monkeypatch.setenv("BMTRAIN_MS_DEMO", "")
-    monkeypatch.delenv("BMTRAIN_MS_DEMO")
+    """This process is not a rank of the demo."""
+    monkeypatch.delenv("BMTRAIN_MS_DEMO", raising=False)
 
 
 @pytest.fixture
 def started(monkeypatch) -> list[tuple[list[str], int]]:
     """What `demo` launched."""
     calls: list[tuple[list[str], int]] = []
-    monkeypatch.setattr(demo_module, "launch", lambda script, ranks: (calls.append((script, ranks)), 7)[1])
+
+    def launch(script: list[str], ranks: int, variables: dict[str, str]) -> int:
+        assert variables == {"BMTRAIN_MS_DEMO": "rank"}
+        calls.append((script, ranks))
+        return 7
+
+    monkeypatch.setattr(demo_module, "launch", launch)
     return calls
 
 
@@ -82,7 +87,8 @@ def test_the_ranks_get_the_options_of_the_user(parent, started, monkeypatch, tmp
     assert exit_code(*words) == 7
     seen: list[DemoOptions] = []
     monkeypatch.setattr(demo_module, "_run", seen.append)
-    assert os.environ["BMTRAIN_MS_DEMO"] == "rank"
+    assert "BMTRAIN_MS_DEMO" not in os.environ
+    monkeypatch.setenv("BMTRAIN_MS_DEMO", "rank")
     assert exit_code(*started[0][0][1:]) == 0  # as one of the ranks
     (options_of_rank,) = seen
     for name, value in {**options, "text": Path("text.txt")}.items():
@@ -141,7 +147,7 @@ def test_help(capsys):
 def test_the_command_is_installed():
     found = entry_points()
     scripts = found.select(group="console_scripts") if hasattr(found, "select") else found["console_scripts"]
-    assert [e.value for e in scripts if e.name == "bmtrain-ms"] == ["bmtrain_ms.cli.main:main"]
+    assert [e.value for e in scripts if e.name == "bmtrain-ms"] == ["bmtrain_ms_cli.main:main"]
 
 
 # Which launcher #
@@ -314,7 +320,7 @@ def test_signals_are_passed_on_and_nothing_stays(tmp_path, signum):
     os.rename(sys.argv[1] + '.new', sys.argv[1])
     time.sleep(60)
     """
-    program = "import sys; from bmtrain_ms.cli.launch import launch; sys.exit(launch(sys.argv[1:], 1, 'mpi'))"
+    program = "import sys; from bmtrain_ms_cli.launch import launch; sys.exit(launch(sys.argv[1:], 1, 'mpi'))"
     pids = tmp_path / "pids"
     launcher = subprocess.Popen([sys.executable, "-c", program, written(tmp_path, body), str(pids)])
     try:

@@ -11,17 +11,23 @@ import subprocess
 import sys
 from pathlib import Path
 from types import FrameType
-from typing import Sequence
+from typing import Mapping, Sequence
 
 
 class LaunchError(RuntimeError):
     """The ranks cannot be started."""
 
 
-def launch(script: Sequence[str], ranks: int, launcher: str = "auto") -> int:
+def launch(script: Sequence[str], ranks: int, launcher: str = "auto", variables: Mapping[str, str] | None = None) -> int:
     """Run a Python script with its arguments on `ranks` processes of this host and wait for them.
 
     SIGTERM and SIGINT are passed on to the whole process group (`msrun` alone would orphan its workers).
+
+    Args:
+        script: its path, then its arguments.
+        ranks: how many.
+        launcher: `mpi`, `msrun`, or `auto`: msrun where there are Ascend devices.
+        variables: more environment variables for the ranks.
 
     Returns:
         The launcher's exit code; 128 + signal when a signal ended it.
@@ -34,7 +40,7 @@ def launch(script: Sequence[str], ranks: int, launcher: str = "auto") -> int:
     if launcher == "auto":
         launcher = "msrun" if has_ascend() else "mpi"
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    env = dict(os.environ)
+    env = {**os.environ, **(variables or {})}
     env.setdefault("GLOG_v", "3")  # MindSpore's C++ log: errors only
     env.setdefault("OMP_NUM_THREADS", str(max(1, cores // ranks)))
     env.setdefault("BMTRAIN_MS_LOCAL_SIZE", str(ranks))

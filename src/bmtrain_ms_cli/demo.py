@@ -40,8 +40,8 @@ def demo(options: DemoOptions) -> int:
     """
     _check(options)
     if "BMTRAIN_MS_DEMO" not in os.environ:
-        os.environ["BMTRAIN_MS_DEMO"] = "rank"
-        return launch([str(Path(__file__).with_name("__main__.py")), *_arguments(options)], options.ranks)
+        script = [str(Path(__file__).with_name("__main__.py")), *_arguments(options)]
+        return launch(script, options.ranks, variables={"BMTRAIN_MS_DEMO": "rank"})
     _run(options)
     return 0
 

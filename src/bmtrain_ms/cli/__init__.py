@@ -1,1 +1,0 @@
-"""The `bmtrain-ms` command."""

@@ -1,0 +1,1 @@
+"""The `bmtrain-ms` command. A package of its own, so that it starts ranks without importing MindSpore first."""
