@@ -1,4 +1,4 @@
-"""CPU ranks over MPI (mpi4py), with a thread that drives all transfers.
+"""Ranks on several hosts, over MPI (mpi4py), with a thread that drives all transfers.
 
 The thread starts non-blocking MPI operations and polls them, sleeping in between: MPICH's own waiting spins, which would take
 the core away from a computing rank. Bytes go straight between the tensors' memory and MPI; a reduction is an all-to-all followed
@@ -11,41 +11,22 @@ import queue
 import threading
 import time
 from collections import deque
-from typing import Any, Generator, Sequence
+from typing import Any, Optional, Sequence
 
 import numpy as np
 from mindspore import Tensor
 
-from ..compat.runtime import from_host, host_array, numpy_dtype
 from .engine import Clock, CommError, CommTimeoutError, Engine, Work
-from .reduce import reduce_rows
-
-Stages = Generator[list, None, None]  # yields the MPI requests of one stage; resumed when they are complete
+from .host import HostEngine, Job, Rows, Stages, as_bytes
 
 _SHORTEST_SLEEP = 20e-6
 _LONGEST_SLEEP = 500e-6
-_SMALL = 1 << 15  # bytes: below, an all-reduce gathers everything; above, it reduces by parts
 
 
-class _Job(Work):
-    """One operation, from the call until its results are there."""
+class _Job(Job):
+    """`stages` yields the MPI requests of one stage, and is resumed when they are complete."""
 
-    def __init__(self, what: str, outputs: list[Tensor], stages: Stages, keep: Any, timeout: float):
-        self.what, self.outputs, self.stages, self.timeout = what, outputs, stages, timeout
-        self.keep = keep  # the inputs: MPI reads their memory
-        self.error: BaseException | None = None
-        self.requests: list = []
-        self.deadline = 0.0
-        self.finished = threading.Event()
-
-    def done(self) -> bool:
-        return self.finished.is_set()
-
-    def wait(self) -> list[Tensor]:
-        self.finished.wait()
-        if self.error is not None:
-            raise self.error
-        return self.outputs
+    requests: Sequence[Any] = ()
 
     def advance(self) -> bool:
         """Start the next stage; True when there is none."""
@@ -55,10 +36,6 @@ class _Job(Work):
         except StopIteration:
             return True
 
-    def finish(self, error: BaseException | None = None) -> None:
-        self.error, self.keep, self.requests = error, None, []
-        self.finished.set()
-
 
 class CommThread:
     """Runs jobs one after the other, except point-to-point ones, which run beside them so that two ranks can send at once."""
@@ -66,7 +43,7 @@ class CommThread:
     def __init__(self) -> None:
         self._queue: queue.SimpleQueue[tuple[_Job | None, bool]] = queue.SimpleQueue()
         self._closed = False
-        self._failure: BaseException | None = None
+        self._failure: Optional[BaseException] = None
         self._thread = threading.Thread(target=self._run, name="bmtrain_ms-comm", daemon=True)
         self._thread.start()
 
@@ -156,11 +133,10 @@ class CommThread:
             return True
 
 
-class MpiEngine(Engine):
+class MpiEngine(HostEngine):
     """Ranks of an MPI communicator."""
 
     name = "mpi"
-    lands_in_place = True
 
     def __init__(self, comm: Any, clock: Clock | None = None, timeout: float = 600.0, thread: CommThread | None = None):
         """
@@ -170,100 +146,10 @@ class MpiEngine(Engine):
             timeout: seconds that an operation may take after its turn has come.
             thread: the one of the engine that this is a sub-group of; it ends with that engine.
         """
+        super().__init__()
         self._comm, self.clock, self._timeout = comm, clock or Clock(), timeout
         self.rank, self.size = comm.Get_rank(), comm.Get_size()
         self._thread, self._owns_thread = thread or CommThread(), thread is None
-        self._scratch: dict[int, np.ndarray] = {}  # touched by the thread only, and by one ordered job at a time
-
-    # Collectives #
-
-    def all_gather(self, tensors: Sequence[Tensor], out: Sequence[Tensor] | None = None, label: str = "") -> Work:
-        sources = [host_array(x) for x in tensors]
-        if out is None:
-            out = [self._new((self.size * (x.shape[0] if x.shape else 1), *x.shape[1:]), x.dtype) for x in tensors]
-        targets = [host_array(y) for y in out]
-
-        def stages() -> Stages:
-            yield [self._comm.Iallgather(_bytes(x), _bytes(y)) for x, y in zip(sources, targets)]
-
-        return self._submit("all_gather", label, list(out), stages(), sources)
-
-    def reduce_scatter(self, tensors: Sequence[Tensor], op: str = "sum", label: str = "") -> Work:
-        self._check_op(op, tensors)
-        self._check_divisible(tensors, "reduce_scatter")
-        sources = [host_array(x) for x in tensors]
-        out = [self._new((x.shape[0] // self.size, *x.shape[1:]), x.dtype) for x in tensors]
-        targets = [host_array(y).reshape(-1) for y in out]
-        return self._submit("reduce_scatter", label, out, self._reduce_parts(sources, targets, op), sources)
-
-    def all_reduce(self, tensors: Sequence[Tensor], op: str = "sum", label: str = "") -> Work:
-        self._check_op(op, tensors)
-        sources = [host_array(x).reshape(-1) for x in tensors]
-        out = [self._new(tuple(x.shape), x.dtype) for x in tensors]
-        targets = [host_array(y).reshape(-1) for y in out]
-        if sum(x.nbytes for x in sources) <= _SMALL:
-            return self._submit("all_reduce", label, out, self._reduce_gathered(sources, targets, op), sources)
-        padded = [_pad(x, self.size) for x in sources]
-        parts = [np.empty(x.size // self.size, x.dtype) for x in padded]
-        wholes = [np.empty_like(x) for x in padded]
-
-        def stages() -> Stages:
-            yield from self._reduce_parts(padded, parts, op)
-            yield [self._comm.Iallgather(_bytes(x), _bytes(y)) for x, y in zip(parts, wholes)]
-            for whole, target in zip(wholes, targets):
-                target[...] = whole[: target.size]
-
-        return self._submit("all_reduce", label, out, stages(), sources)
-
-    def broadcast(self, tensors: Sequence[Tensor], root: int = 0, label: str = "") -> Work:
-        self._check_peer(root, "root")
-        out = list(tensors) if self.rank == root else [self._new(tuple(x.shape), x.dtype) for x in tensors]
-        arrays = [host_array(x) for x in out]
-
-        def stages() -> Stages:
-            yield [self._comm.Ibcast(_bytes(x), root=root) for x in arrays]
-
-        return self._submit("broadcast", label, out, stages(), arrays)
-
-    def all_to_all(self, tensors: Sequence[Tensor], label: str = "") -> Work:
-        self._check_divisible(tensors, "all_to_all")
-        sources = [host_array(x) for x in tensors]
-        out = [self._new(tuple(x.shape), x.dtype) for x in tensors]
-        targets = [host_array(y) for y in out]
-
-        def stages() -> Stages:
-            yield [self._comm.Ialltoall(_bytes(x), _bytes(y)) for x, y in zip(sources, targets)]
-
-        return self._submit("all_to_all", label, out, stages(), sources)
-
-    def barrier(self, label: str = "") -> Work:
-        def stages() -> Stages:
-            yield [self._comm.Ibarrier()]
-
-        return self._submit("barrier", label, [], stages(), None)
-
-    # Point to point #
-
-    def send(self, tensors: Sequence[Tensor], dst: int, label: str = "") -> Work:
-        self._check_peer(dst, "dst")
-        sources = [host_array(x) for x in tensors]
-
-        def stages() -> Stages:
-            yield [self._comm.Isend(_bytes(x), dest=dst, tag=i) for i, x in enumerate(sources)]
-
-        return self._submit(f"send to rank {dst}", label, [], stages(), sources, ordered=False)
-
-    def recv(self, like: Sequence[Tensor], src: int, label: str = "") -> Work:
-        self._check_peer(src, "src")
-        out = [self._new(tuple(x.shape), x.dtype) for x in like]
-        targets = [host_array(y) for y in out]
-
-        def stages() -> Stages:
-            yield [self._comm.Irecv(_bytes(y), source=src, tag=i) for i, y in enumerate(targets)]
-
-        return self._submit(f"recv from rank {src}", label, out, stages(), targets, ordered=False)
-
-    # Groups #
 
     def subgroup(self, ranks: Sequence[int]) -> Engine:
         self._check_subgroup(ranks)
@@ -274,61 +160,54 @@ class MpiEngine(Engine):
             made.append(self._comm.Create_group(group, tag=min(ranks)))
             yield []
 
-        self._submit(f"subgroup {list(ranks)}", "", [], stages(), None).wait()
+        self._submit(f"subgroup {list(ranks)}", "", [], stages(), []).wait()
         return MpiEngine(made[0], self.clock, self._timeout, self._thread)
 
     def close(self) -> None:
         if self._owns_thread:
             self._thread.close()
 
-    # Implementation #
+    # The transport #
 
-    def _submit(self, op: str, label: str, out: list[Tensor], stages: Stages, keep: Any, ordered: bool = True) -> Work:
-        name = f"{op} ({label})" if label else op
-        what = f"{name} at step {self.clock.step} on rank {self.rank} of {self.size}"
-        return self._thread.submit(_Job(what, out, stages, keep, self._timeout), ordered)
+    def _submit(
+        self,
+        op: str,
+        label: str,
+        out: list[Tensor],
+        stages: Stages,
+        arrays: Rows,
+        kind: str = "",
+        pair: tuple[int, int] | None = None,
+    ) -> Work:
+        job = _Job(self._what(op, label), out, stages, arrays, self._timeout)
+        return self._thread.submit(job, ordered=pair is None)
 
-    def _reduce_parts(self, sources: list[np.ndarray], targets: list[np.ndarray], op: str) -> Stages:
-        """Every rank receives its part from all, then reduces: sources (size*n, ...) -> targets (n,)."""
-        rows = self._rows(targets)
-        yield [self._comm.Ialltoall(_bytes(x), _bytes(y)) for x, y in zip(sources, rows)]
-        for row, target in zip(rows, targets):
-            reduce_rows(row, op, target)
+    def _gather(self, sources: Rows, targets: Rows) -> Stages:
+        yield [self._comm.Iallgather(_buffer(x), _buffer(y)) for x, y in zip(sources, targets)]
 
-    def _reduce_gathered(self, sources: list[np.ndarray], targets: list[np.ndarray], op: str) -> Stages:
-        rows = self._rows(targets)
-        yield [self._comm.Iallgather(_bytes(x), _bytes(y)) for x, y in zip(sources, rows)]
-        for row, target in zip(rows, targets):
-            reduce_rows(row, op, target)
+    def _exchange(self, sources: Rows, targets: Rows) -> Stages:
+        yield [self._comm.Ialltoall(_buffer(x), _buffer(y)) for x, y in zip(sources, targets)]
 
-    def _rows(self, targets: list[np.ndarray]) -> list[np.ndarray]:
-        """(size, n) of scratch for each target, reused from call to call: fresh pages cost as much as the transfer."""
-        total = sum(self.size * _aligned(x.nbytes) for x in targets)
-        buffer = self._scratch.get(0)
-        if buffer is None or buffer.nbytes < total:
-            buffer = self._scratch[0] = np.empty(total, np.uint8)
-        rows, start = [], 0
-        for x in targets:
-            rows.append(buffer[start : start + self.size * x.nbytes].view(x.dtype).reshape(self.size, x.size))
-            start += self.size * _aligned(x.nbytes)
+    def _parts(self, sources: Rows) -> Stages:
+        rows = self._scratch_like([(self.size, x.size // self.size, x.dtype) for x in sources])
+        yield from self._exchange(sources, rows)
         return rows
 
-    @staticmethod
-    def _new(shape: tuple[int, ...], dtype: Any) -> Tensor:
-        return from_host(np.empty(shape, numpy_dtype(dtype)))
+    def _broadcast(self, arrays: Rows, root: int) -> Stages:
+        yield [self._comm.Ibcast(_buffer(x), root=root) for x in arrays]
+
+    def _send(self, sources: Rows, dst: int) -> Stages:
+        yield [self._comm.Isend(_buffer(x), dest=dst, tag=i) for i, x in enumerate(sources)]
+
+    def _recv(self, targets: Rows, src: int) -> Stages:
+        yield [self._comm.Irecv(_buffer(y), source=src, tag=i) for i, y in enumerate(targets)]
+
+    def _meet(self) -> Stages:
+        yield [self._comm.Ibarrier()]
 
 
-def _bytes(x: np.ndarray) -> list:
+def _buffer(x: np.ndarray) -> list:
     """The MPI buffer specification of an array's raw bytes."""
     from mpi4py import MPI
 
-    return [x.reshape(-1).view(np.uint8), MPI.BYTE]
-
-
-def _aligned(nbytes: int) -> int:
-    return -(-nbytes // 64) * 64
-
-
-def _pad(x: np.ndarray, multiple: int) -> np.ndarray:
-    missing = -x.size % multiple
-    return x if not missing else np.concatenate([x, np.zeros(missing, x.dtype)])
+    return [as_bytes(x), MPI.BYTE]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Sequence, Union
+
 import numpy as np
 
 _CHUNK = 1 << 16  # elements: keeps the accumulator in cache
@@ -14,22 +16,28 @@ def accumulator_dtype(dtype: np.dtype) -> np.dtype:
     return dtype if dtype.kind in "iubc" else np.dtype(np.float32)
 
 
-def reduce_rows(rows: np.ndarray, op: str, out: np.ndarray) -> None:
+def reduce_rows(rows: Union[np.ndarray, Sequence[np.ndarray]], op: str, out: np.ndarray) -> None:
     """`out[...] = op over rows`, taken in row order.
 
     Args:
-        rows: (ranks, n).
+        rows: one (n,) array for each rank.
         op: `sum`, `mean` (of floats only), `max` or `min`.
-        out: (n,), of the dtype of `rows`.
+        out: (n,), of the dtype of the rows; shares no memory with them.
     """
-    kind = accumulator_dtype(rows.dtype)
+    kind = accumulator_dtype(out.dtype)
     combine = {"sum": np.add, "mean": np.add, "max": np.maximum, "min": np.minimum}[op]
     with np.errstate(all="ignore"):  # inf and nan are answers: a loss scaler looks for them
         for start in range(0, out.size, _CHUNK):
             part = slice(start, min(start + _CHUNK, out.size))
-            total = rows[0, part].astype(kind)
+            same = kind == out.dtype
+            total = out[part] if same else np.empty(part.stop - start, kind)
+            first = rows[0][part] if same else rows[0][part].astype(kind)
+            if len(rows) == 1:
+                total[...] = first
             for row in rows[1:]:
-                combine(total, row[part].astype(kind, copy=False), out=total)
+                combine(first, row[part].astype(kind, copy=False), out=total)
+                first = total
             if op == "mean":
                 total *= kind.type(1.0 / len(rows))
-            out[part] = total.astype(out.dtype)
+            if not same:
+                out[part] = total.astype(out.dtype)

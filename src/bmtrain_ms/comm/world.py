@@ -108,8 +108,9 @@ def init_distributed(
 ) -> World:
     """Join the other ranks and choose the settings that suit this device (BMTrain: `init_distributed`).
 
-    The launcher is recognised by its variables: `mpiexec` on CPU gives the *mpi* engine, `msrun` gives *hccl* on Ascend and *mccl*
-    on CPU, no launcher gives one rank. Python's, NumPy's and MindSpore's generators get the same seed on every rank.
+    The launcher is recognised by its variables: `mpiexec` on CPU gives the *node* engine, or *mpi* on several hosts; `msrun` gives
+    *hccl* on Ascend and *mccl* on CPU; no launcher gives one rank. Python's, NumPy's and MindSpore's generators get the same seed
+    on every rank.
     On CPU each rank gets its share of the cores, and operations run synchronously (`compat.runtime.configure_cpu`).
 
     Args:
@@ -206,11 +207,12 @@ def _make_mpi_engine(timeout: float) -> Engine:
             "this process was started by mpiexec, but mpi4py cannot be imported; pip install 'bmtrain-ms[cpu]'"
         ) from error
 
+    from . import node
     from .mpi import MpiEngine
 
     mpi_world = MPI.COMM_WORLD
     _abort_on_uncaught(MPI)
-    return MpiEngine(mpi_world.Dup(), Clock(), timeout)
+    return node.connect(mpi_world, Clock(), timeout) or MpiEngine(mpi_world.Dup(), Clock(), timeout)
 
 
 def _configure_cpu(launch: Launch) -> None:

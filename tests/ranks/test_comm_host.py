@@ -1,7 +1,9 @@
-"""The MPI engine on real ranks: every collective against NumPy, bit for bit."""
+"""The engines over host memory, `node` and `mpi`, on real ranks: every collective against NumPy, bit for bit."""
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import hashlib
 import time
 from typing import Any, Callable, Sequence
@@ -11,7 +13,8 @@ import numpy as np
 import pytest
 from mindspore import Tensor, ops
 
-from bmtrain_ms.comm import CommError, CommTimeoutError, Engine
+from bmtrain_ms.comm import Clock, CommError, CommTimeoutError, Engine, node
+from bmtrain_ms.comm.mpi import MpiEngine
 from bmtrain_ms.compat.runtime import from_host, host_array, numpy_dtype
 from tests.helpers.ranks import RankPool
 
@@ -63,12 +66,37 @@ def cases(count: int = 1) -> list[tuple]:
 
 
 def of_one(engine: Engine) -> Engine:
-    """The MPI engine of a group of one rank."""
+    """The same engine for a group of one rank."""
     from mpi4py import MPI
 
-    from bmtrain_ms.comm.mpi import MpiEngine
-
+    if engine.name == "node":
+        made = node.connect(MPI.COMM_SELF, engine.clock, 20)
+        assert made is not None
+        return made
     return MpiEngine(MPI.COMM_SELF.Dup(), engine.clock, 20)
+
+
+@functools.cache
+def over_mpi(size: int) -> MpiEngine:
+    """The engine for several hosts, on the ranks of this one."""
+    from mpi4py import MPI
+
+    assert MPI.COMM_WORLD.Get_size() == size
+    return MpiEngine(MPI.COMM_WORLD.Dup(), Clock(), 60)
+
+
+def with_engine(world: Any, kind: str, body: str, **kwargs: Any) -> Any:
+    """Run a function of this module in a world of that engine."""
+    if kind == "mpi":
+        world = dataclasses.replace(world, engine=over_mpi(world.engine.size))
+    assert world.engine.name == kind
+    return globals()[body](world, **kwargs)
+
+
+@pytest.fixture(params=["node", "mpi"])
+def on_ranks(request: pytest.FixtureRequest, run_ranks: Callable) -> Callable:
+    """`run_ranks` on each engine."""
+    return lambda size, body, **kwargs: run_ranks(size, with_engine, kind=request.param, body=body.__name__, **kwargs)
 
 
 def on(engine: Engine, body: Callable[[Engine], Any], alone: bool) -> Any:
@@ -170,8 +198,8 @@ def run_body(world: Any, name: str, alone: bool) -> Any:
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4])
 @pytest.mark.parametrize("name", BODIES)
-def test_against_numpy(run_ranks: Callable, name: str, size: int):
-    results = run_ranks(max(size, 2), run_body, name=name, alone=size == 1)
+def test_against_numpy(on_ranks: Callable, name: str, size: int):
+    results = on_ranks(max(size, 2), run_body, name=name, alone=size == 1)
     if size > 1:
         assert len(set(results)) == 1, "the ranks differ"
 
@@ -243,8 +271,8 @@ def take_views(world: Any) -> None:
 
 @pytest.mark.parametrize("body", [land_in_place, reuse_buffer, do_not_share_memory, take_views])
 @pytest.mark.parametrize("size", [2, 3])
-def test_memory(run_ranks: Callable, body: Callable, size: int):
-    run_ranks(size, body)
+def test_memory(on_ranks: Callable, body: Callable, size: int):
+    on_ranks(size, body)
 
 
 def overflow(world: Any) -> list:
@@ -253,9 +281,9 @@ def overflow(world: Any) -> list:
     return [host_array(w.wait()[0]).astype(np.float64).tolist() for w in work]
 
 
-def test_overflow_is_inf(run_ranks: Callable):
+def test_overflow_is_inf(on_ranks: Callable):
     """Warnings are errors in the ranks too."""
-    results = run_ranks(2, overflow)
+    results = on_ranks(2, overflow)
     inf, nan = np.inf, np.nan
     for rank, (total, part, mean) in enumerate(results):
         np.testing.assert_array_equal(total, [inf, -inf, inf, 2, nan, 10])
@@ -291,8 +319,8 @@ def compute_meanwhile(world: Any) -> float:
     return time.monotonic() - start
 
 
-def test_asynchronous_beside_computation(run_ranks: Callable):
-    assert all(0.5 <= seconds < 5 for seconds in run_ranks(2, compute_meanwhile))
+def test_asynchronous_beside_computation(on_ranks: Callable):
+    assert all(0.5 <= seconds < 5 for seconds in on_ranks(2, compute_meanwhile))
 
 
 def without_cpu(world: Any) -> float:
@@ -309,8 +337,8 @@ def without_cpu(world: Any) -> float:
     return time.process_time() - start
 
 
-def test_waiting_uses_little_cpu(run_ranks: Callable):
-    assert max(run_ranks(2, without_cpu)) < 0.25
+def test_waiting_uses_little_cpu(on_ranks: Callable):
+    assert max(on_ranks(2, without_cpu)) < 0.25
 
 
 def many_in_flight(world: Any) -> str:
@@ -340,8 +368,8 @@ def many_in_flight(world: Any) -> str:
 
 
 @pytest.mark.parametrize("size", [2, 3, 4])
-def test_many_in_flight(run_ranks: Callable, size: int):
-    assert run_ranks(size, many_in_flight) == ["ok"] * size
+def test_many_in_flight(on_ranks: Callable, size: int):
+    assert on_ranks(size, many_in_flight) == ["ok"] * size
 
 
 # Point to point #
@@ -404,13 +432,13 @@ def to_oneself(world: Any) -> None:
 
 
 @pytest.mark.parametrize("size", [2, 3, 4])
-def test_ring_does_not_deadlock(run_ranks: Callable, size: int):
-    run_ranks(size, ring, timeout=60)
+def test_ring_does_not_deadlock(on_ranks: Callable, size: int):
+    on_ranks(size, ring, timeout=60)
 
 
 @pytest.mark.parametrize("body", [messages_keep_their_order, messages_beside_collectives, to_oneself])
-def test_messages(run_ranks: Callable, body: Callable):
-    run_ranks(2, body, timeout=60)
+def test_messages(on_ranks: Callable, body: Callable):
+    on_ranks(2, body, timeout=60)
 
 
 # Sub-groups #
@@ -421,7 +449,7 @@ def pairs(world: Any) -> None:
     engine = world.engine
     mine = [0, 2] if engine.rank % 2 == 0 else [1, 3]
     group = engine.subgroup(mine)
-    assert (group.size, group.rank, group.name) == (2, mine.index(engine.rank), "mpi")
+    assert (group.size, group.rank, group.name) == (2, mine.index(engine.rank), engine.name)
     assert group.clock is engine.clock
     works = []
     for i in range(10):
@@ -475,8 +503,8 @@ def closing_a_subgroup(world: Any) -> None:
 
 
 @pytest.mark.parametrize("body", [pairs, nested, closing_a_subgroup])
-def test_subgroups(run_ranks: Callable, body: Callable):
-    run_ranks(4, body, timeout=60)
+def test_subgroups(on_ranks: Callable, body: Callable):
+    on_ranks(4, body, timeout=60)
 
 
 # Errors #
@@ -510,8 +538,8 @@ def errors(world: Any) -> dict[str, str]:
     return texts
 
 
-def test_errors(run_ranks: Callable):
-    per_rank = run_ranks(2, errors)
+def test_errors(on_ranks: Callable):
+    per_rank = on_ranks(2, errors)
     for rank, texts in enumerate(per_rank):
         assert texts == {
             "op": "unknown reduction 'product'; choose one of sum, mean, max, min",
@@ -547,20 +575,18 @@ def closed(world: Any) -> list[str]:
     return texts
 
 
-def test_closed_engine(run_ranks: Callable):
+def test_closed_engine(on_ranks: Callable):
     texts = ["barrier (too late) at step 0 on rank 0 of 1: the engine is closed"]
     texts.append("recv from rank 0 at step 0 on rank 0 of 1: the engine is closed")
-    assert run_ranks(2, closed) == [texts, texts]
+    assert on_ranks(2, closed) == [texts, texts]
 
 
-def late(world: Any) -> list:
+def late(world: Any, kind: str) -> list:
     """Rank 0 issues what rank 1 does not."""
     from mpi4py import MPI
 
-    from bmtrain_ms.comm import Clock
-    from bmtrain_ms.comm.mpi import MpiEngine
-
-    doomed = MpiEngine(MPI.COMM_WORLD.Dup(), Clock(step=41), timeout=1)
+    comm, clock = MPI.COMM_WORLD.Dup(), Clock(step=41)
+    doomed = MpiEngine(comm, clock, 1) if kind == "mpi" else node.connect(comm, clock, 1)
     x = tensor(0, (5,), ms.float32)
     doomed.barrier().wait()
     if world.engine.rank == 1:
@@ -587,16 +613,20 @@ def late(world: Any) -> list:
     return [texts, kinds, seconds, at_once]
 
 
-def test_time_out_names_operation_label_step_and_rank():
+@pytest.mark.parametrize(
+    "kind, who",
+    [
+        ("mpi", ". Another rank is dead, stuck, or did not issue this operation; look for the first error among the other ranks"),
+        ("node", ": rank 1 is dead, stuck, or did not issue this operation; look for the first error among the ranks"),
+    ],
+)
+def test_time_out_names_operation_label_step_and_rank(kind: str, who: str):
     pool = RankPool(2)
     try:
-        (texts, kinds, seconds, at_once), _ = pool.run(late, timeout=60)
+        (texts, kinds, seconds, at_once), _ = pool.run(late, timeout=60, kind=kind)
     finally:
         pool.kill()
-    text = (
-        "all_gather (block 3) at step 42 on rank 0 of 2 did not finish within 1 s. Another rank is dead, stuck, or did not "
-        "issue this operation; look for the first error among the other ranks, or raise init_distributed(timeout=...)"
-    )
+    text = f"all_gather (block 3) at step 42 on rank 0 of 2 did not finish within 1 s{who}, or raise init_distributed(timeout=...)"
     assert texts == [text] * 4
     assert kinds == [True, True]
     assert 1 <= seconds < 3

@@ -1,0 +1,222 @@
+"""Collectives over host memory, written once for every way of moving bytes between processes.
+
+A transport moves raw bytes (`_gather`, `_exchange`, `_parts`, ...); types, shapes, reductions and their fixed order live here. An
+operation is a generator, its *stages*: it runs on the transport's thread and yields whenever it must wait for other ranks.
+"""
+
+from __future__ import annotations
+
+import threading
+from abc import abstractmethod
+from typing import Any, Generator, Optional, Sequence
+
+import numpy as np
+from mindspore import Tensor
+
+from ..compat.runtime import from_host, host_array, numpy_dtype
+from .engine import Engine, Work
+from .reduce import reduce_rows
+
+Stages = Generator[Any, Any, Any]
+Rows = Sequence[np.ndarray]  # one flat array per rank, in rank order
+
+_SMALL = 1 << 15  # bytes: below, an all-reduce gathers everything; above, it reduces by parts
+
+
+class Job(Work):
+    """One operation, from the call until its results are there.
+
+    Attributes:
+        what: for messages: operation, label, step and rank.
+        stages: see the module's docstring.
+        keep: the inputs, whose memory others read.
+    """
+
+    def __init__(self, what: str, outputs: list[Tensor], stages: Stages, keep: Any, timeout: float):
+        self.what, self.outputs, self.stages, self.keep, self.timeout = what, outputs, stages, keep, timeout
+        self.error: Optional[BaseException] = None
+        self.deadline = 0.0
+        self._finished = threading.Event()
+
+    def done(self) -> bool:
+        return self._finished.is_set()
+
+    def wait(self) -> list[Tensor]:
+        self._finished.wait()
+        if self.error is not None:
+            raise self.error
+        return self.outputs
+
+    def finish(self, error: Optional[BaseException] = None) -> None:
+        """Called by the transport's thread, once."""
+        self.error, self.keep = error, None
+        self._finished.set()
+
+
+class HostEngine(Engine):
+    """An engine whose tensors live in host memory; subclasses move bytes."""
+
+    lands_in_place = True
+
+    def __init__(self) -> None:
+        self._scratch = np.empty(0, np.uint8)  # touched by the transport's thread only, and by one collective at a time
+
+    # Collectives #
+
+    def all_gather(self, tensors: Sequence[Tensor], out: Sequence[Tensor] | None = None, label: str = "") -> Work:
+        sources = [host_array(x) for x in tensors]
+        if out is None:
+            out = [self._new((self.size * (x.shape[0] if x.shape else 1), *x.shape[1:]), x.dtype) for x in tensors]
+        targets = [host_array(y) for y in out]
+        return self._submit("all_gather", label, list(out), self._gather(sources, targets), sources)
+
+    def reduce_scatter(self, tensors: Sequence[Tensor], op: str = "sum", label: str = "") -> Work:
+        self._check_op(op, tensors)
+        self._check_divisible(tensors, "reduce_scatter")
+        sources = [host_array(x) for x in tensors]
+        out = [self._new((x.shape[0] // self.size, *x.shape[1:]), x.dtype) for x in tensors]
+        targets = [host_array(y).reshape(-1) for y in out]
+        return self._submit("reduce_scatter", label, out, self._reduce_parts(sources, targets, op), sources, kind=op)
+
+    def all_reduce(self, tensors: Sequence[Tensor], op: str = "sum", label: str = "") -> Work:
+        self._check_op(op, tensors)
+        sources = [host_array(x).reshape(-1) for x in tensors]
+        out = [self._new(tuple(x.shape), x.dtype) for x in tensors]
+        targets = [host_array(y).reshape(-1) for y in out]
+        small = sum(x.nbytes for x in sources) <= _SMALL
+        reduce = self._reduce_gathered if small else self._reduce_by_parts
+        return self._submit("all_reduce", label, out, reduce(sources, targets, op), sources, kind=op)
+
+    def broadcast(self, tensors: Sequence[Tensor], root: int = 0, label: str = "") -> Work:
+        self._check_peer(root, "root")
+        out = list(tensors) if self.rank == root else [self._new(tuple(x.shape), x.dtype) for x in tensors]
+        arrays = [host_array(x) for x in out]
+        return self._submit("broadcast", label, out, self._broadcast(arrays, root), arrays, kind=f"from rank {root}")
+
+    def all_to_all(self, tensors: Sequence[Tensor], label: str = "") -> Work:
+        self._check_divisible(tensors, "all_to_all")
+        sources = [host_array(x) for x in tensors]
+        out = [self._new(tuple(x.shape), x.dtype) for x in tensors]
+        targets = [host_array(y) for y in out]
+        return self._submit("all_to_all", label, out, self._exchange(sources, targets), sources)
+
+    def barrier(self, label: str = "") -> Work:
+        return self._submit("barrier", label, [], self._meet(), [])
+
+    # Point to point #
+
+    def send(self, tensors: Sequence[Tensor], dst: int, label: str = "") -> Work:
+        self._check_peer(dst, "dst")
+        sources = [host_array(x) for x in tensors]
+        return self._submit(f"send to rank {dst}", label, [], self._send(sources, dst), sources, pair=(self.rank, dst))
+
+    def recv(self, like: Sequence[Tensor], src: int, label: str = "") -> Work:
+        self._check_peer(src, "src")
+        out = [self._new(tuple(x.shape), x.dtype) for x in like]
+        targets = [host_array(y) for y in out]
+        return self._submit(f"recv from rank {src}", label, out, self._recv(targets, src), targets, pair=(src, self.rank))
+
+    # What a transport does #
+
+    @abstractmethod
+    def _submit(
+        self,
+        op: str,
+        label: str,
+        out: list[Tensor],
+        stages: Stages,
+        arrays: Rows,
+        kind: str = "",
+        pair: tuple[int, int] | None = None,
+    ) -> Work:
+        """Start an operation on `arrays`; collectives of a group run in the order of the calls.
+
+        Args:
+            kind: what else must be the same on every rank.
+            pair: (sender, receiver) of a message, which runs beside them, so that two ranks can send at once.
+        """
+
+    @abstractmethod
+    def _gather(self, sources: Rows, targets: Rows) -> Stages:
+        """Every rank's source into every rank's target, (size * n), in rank order."""
+
+    @abstractmethod
+    def _exchange(self, sources: Rows, targets: Rows) -> Stages:
+        """Part i of my source to rank i; targets (size * n) ordered by sender."""
+
+    @abstractmethod
+    def _parts(self, sources: Rows) -> Stages:
+        """Returns, for each source, this rank's part of every rank's: `Rows`. They are valid until the next stage."""
+
+    @abstractmethod
+    def _broadcast(self, arrays: Rows, root: int) -> Stages:
+        """The root's arrays into the others'."""
+
+    @abstractmethod
+    def _send(self, sources: Rows, dst: int) -> Stages:
+        """To one rank."""
+
+    @abstractmethod
+    def _recv(self, targets: Rows, src: int) -> Stages:
+        """From one rank."""
+
+    @abstractmethod
+    def _meet(self) -> Stages:
+        """Wait for every rank."""
+
+    # Implementation #
+
+    def _reduce_parts(self, sources: Rows, targets: Rows, op: str) -> Stages:
+        parts = yield from self._parts(sources)
+        for rows, target in zip(parts, targets):
+            reduce_rows(rows, op, target)
+
+    def _reduce_gathered(self, sources: Rows, targets: Rows, op: str) -> Stages:
+        gathered = [np.empty((self.size, x.size), x.dtype) for x in targets]
+        yield from self._gather(sources, gathered)
+        for rows, target in zip(gathered, targets):
+            reduce_rows(rows, op, target)
+
+    def _reduce_by_parts(self, sources: Rows, targets: Rows, op: str) -> Stages:
+        padded = [_pad(x, self.size) for x in sources]
+        parts = [np.empty(x.size // self.size, x.dtype) for x in padded]
+        wholes = [np.empty_like(x) for x in padded]
+        yield from self._reduce_parts(padded, parts, op)
+        yield from self._gather(parts, wholes)
+        for whole, target in zip(wholes, targets):
+            target[...] = whole[: target.size]
+
+    def _scratch_like(self, wanted: Sequence[tuple[int, int, np.dtype]]) -> list[np.ndarray]:
+        """(rows, n) arrays, whose memory is reused from call to call: fresh pages cost as much as the transfer."""
+        total = sum(_aligned(rows * n * dtype.itemsize) for rows, n, dtype in wanted)
+        if self._scratch.nbytes < total:
+            self._scratch = np.empty(total, np.uint8)
+        made, start = [], 0
+        for rows, n, dtype in wanted:
+            nbytes = rows * n * dtype.itemsize
+            made.append(self._scratch[start : start + nbytes].view(dtype).reshape(rows, n))
+            start += _aligned(nbytes)
+        return made
+
+    def _what(self, op: str, label: str) -> str:
+        """For messages."""
+        name = f"{op} ({label})" if label else op
+        return f"{name} at step {self.clock.step} on rank {self.rank} of {self.size}"
+
+    @staticmethod
+    def _new(shape: tuple[int, ...], dtype: Any) -> Tensor:
+        return from_host(np.empty(shape, numpy_dtype(dtype)))
+
+
+def as_bytes(x: np.ndarray) -> np.ndarray:
+    """The array's memory."""
+    return x.reshape(-1).view(np.uint8)
+
+
+def _aligned(nbytes: int) -> int:
+    return -(-nbytes // 64) * 64
+
+
+def _pad(x: np.ndarray, multiple: int) -> np.ndarray:
+    missing = -x.size % multiple
+    return x if not missing else np.concatenate([x, np.zeros(missing, x.dtype)])
