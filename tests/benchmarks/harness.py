@@ -9,6 +9,7 @@ import resource
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -101,7 +102,7 @@ def peak_mib() -> float:
 
 def report(value: Any) -> None:
     """What a rank found, for `launch`."""
-    print("RESULT " + json.dumps(value), flush=True)
+    (Path(os.environ["BENCHMARK_RESULTS"]) / f"{os.getpid()}.json").write_text(json.dumps(value))
 
 
 def launch(
@@ -113,10 +114,12 @@ def launch(
     command = [python, "-m", module, "rank", *arguments]
     if ranks > 1:
         command = [mpiexec(), "-n", str(ranks), *command]
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=timeout)
-    if done.returncode:
-        raise SystemExit(f"{' '.join(command)} ended with {done.returncode}\n{done.stdout}\n{done.stderr[-4000:]}")
-    return [json.loads(line.removeprefix("RESULT ")) for line in done.stdout.splitlines() if line.startswith("RESULT ")]
+    with tempfile.TemporaryDirectory() as folder:
+        env["BENCHMARK_RESULTS"] = folder
+        done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=timeout)
+        if done.returncode:
+            raise SystemExit(f"{' '.join(command)} ended with {done.returncode}\n{done.stdout}\n{done.stderr[-4000:]}")
+        return [json.loads(path.read_text()) for path in Path(folder).iterdir()]
 
 
 def interleaved(

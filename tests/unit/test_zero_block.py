@@ -14,7 +14,7 @@ from mindspore import Parameter, Tensor, nn, ops
 import bmtrain_ms as bms
 from bmtrain_ms.compat.autograd import backward_hooks, no_grad
 from bmtrain_ms.zero import context_of
-from tests.helpers.models import WIDTH, Dense, Residual
+from tests.helpers.models import INNER, WIDTH, Dense, Residual
 
 MODES = pytest.mark.parametrize(
     ("use_checkpoint", "zero_level"), [(True, 3), (False, 3), (True, 2), (False, 2)], ids=["ckpt3", "keep3", "ckpt2", "keep2"]
@@ -424,3 +424,17 @@ def test_what_a_parameter_refuses():
 
 def test_the_engine_registers_one_hook_only():
     assert len(backward_hooks) == 1
+
+
+def test_a_parameter_replaced_after_wrapping_is_refused(single_world):
+    block = bms.Block(Residual())
+    bms.init_parameters(block)
+    x = Tensor(np.ones((2, WIDTH), np.float32))
+    block(x)
+    block.a.weight = bms.DistributedParameter(bms.empty(INNER, WIDTH))
+    text = (
+        r"^parameter a\.weight of Dense\.weight was replaced after the Block was made, on rank 0: the Block would go on with the old "
+        r"one\. Write values into the parameter \(copy_full, set_shard\), or replace it before wrapping$"
+    )
+    with pytest.raises(ValueError, match=text):
+        block(x)

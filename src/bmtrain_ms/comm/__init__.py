@@ -1,6 +1,6 @@
 """Moving bytes between ranks."""
 
-from .engine import Clock, CommError, CommTimeoutError, Engine, Work
+from .engine import Clock, CommError, CommTimeoutError, Engine, Label, Work
 from .launch import Launch
 from .mesh import Mesh
 from .single import SingleEngine
@@ -24,6 +24,7 @@ __all__ = [
     "Engine",
     "Event",
     "FabricEngine",
+    "Label",
     "Launch",
     "Mesh",
     "RecordingEngine",

@@ -32,6 +32,20 @@ class Clock:
     step: int = 0
 
 
+class Label(str):
+    """What an operation is for, with lines that must be the same on every rank: the names and shapes of what travels.
+
+    Engines that compare operations before they start (`node`, `mpi`) name the first line that differs.
+    """
+
+    detail: tuple[str, ...]
+
+    def __new__(cls, text: str, detail: Sequence[str] = ()) -> Label:
+        made = super().__new__(cls, text)
+        made.detail = tuple(detail)
+        return made
+
+
 class Work(ABC):
     """A collective in flight.
 

@@ -6,6 +6,7 @@ operation is a generator, its *stages*: it runs on the transport's thread and yi
 
 from __future__ import annotations
 
+import hashlib
 import threading
 from abc import abstractmethod
 from typing import Any, Generator, Optional, Sequence
@@ -20,6 +21,7 @@ from .reduce import reduce_rows
 Stages = Generator[Any, Any, Any]
 Rows = Sequence[np.ndarray]  # one flat array per rank, in rank order
 
+LARGEST_SIGNATURE = 1 << 15  # characters
 _SMALL = 1 << 15  # bytes: below, an all-reduce gathers everything; above, it reduces by parts
 
 
@@ -108,13 +110,13 @@ class HostEngine(Engine):
     def send(self, tensors: Sequence[Tensor], dst: int, label: str = "") -> Work:
         self._check_peer(dst, "dst")
         sources = [host_array(x) for x in tensors]
-        return self._submit(f"send to rank {dst}", label, [], self._send(sources, dst), sources, pair=(self.rank, dst))
+        return self._submit("send", label, [], self._send(sources, dst), sources, pair=(self.rank, dst))
 
     def recv(self, like: Sequence[Tensor], src: int, label: str = "") -> Work:
         self._check_peer(src, "src")
         out = [self._new(tuple(x.shape), x.dtype) for x in like]
         targets = [host_array(y) for y in out]
-        return self._submit(f"recv from rank {src}", label, out, self._recv(targets, src), targets, pair=(src, self.rank))
+        return self._submit("recv", label, out, self._recv(targets, src), targets, pair=(src, self.rank))
 
     # What a transport does #
 
@@ -198,14 +200,43 @@ class HostEngine(Engine):
             start += _aligned(nbytes)
         return made
 
-    def _what(self, op: str, label: str) -> str:
+    def _what(self, op: str, label: str, pair: tuple[int, int] | None) -> str:
         """For messages."""
-        name = f"{op} ({label})" if label else op
+        name = op if pair is None else f"send to rank {pair[1]}" if op == "send" else f"recv from rank {pair[0]}"
+        name += f" ({label})" if label else ""
         return f"{name} at step {self.clock.step} on rank {self.rank} of {self.size}"
 
     @staticmethod
     def _new(shape: tuple[int, ...], dtype: Any) -> Tensor:
         return from_host(np.empty(shape, numpy_dtype(dtype)))
+
+
+def signature_of(op: str, kind: str, label: str, arrays: Rows) -> str:
+    """What must agree between ranks: the operation, then one line for each tensor."""
+    first = " ".join(filter(None, (op, kind))) + (f" ({label})" if label else "")
+    sizes = "tensors of " + ", ".join(f"{x.size} {x.dtype}" for x in arrays)
+    detail = getattr(label, "detail", ())
+    text = "\n".join([first, *detail, sizes])
+    if len(text) <= LARGEST_SIGNATURE:
+        return text
+    digest = hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+    return f"{text[:LARGEST_SIGNATURE]}\n... (digest of all: {digest})"
+
+
+def disagreement(mine: str, theirs: str, peer: int) -> str:
+    """What differs between two signatures: lines of text, the first of which names the operation."""
+    here, there = mine.splitlines(), theirs.splitlines()
+    advice = "Every rank must issue the same operations in the same order: look for a branch that only some ranks take"
+    if here[0] != there[0]:
+        return f"rank {peer} issued {there[0]} instead. {advice}"
+    alike = "The models must be built alike on every rank"
+    mine_only, theirs_only = here[len(there) - 1 : -1], there[len(here) - 1 : -1]
+    for a, b in zip(here[1:-1], there[1:-1]):
+        if a != b:
+            return f"rank {peer} has {b} where this rank has {a}. {alike}"
+    if mine_only or theirs_only:
+        return f"only {'this rank' if mine_only else f'rank {peer}'} has {(mine_only or theirs_only)[0]}. {alike}"
+    return f"rank {peer} has {there[-1]} where this rank has {here[-1]}. {alike}"
 
 
 def as_bytes(x: np.ndarray) -> np.ndarray:

@@ -7,6 +7,7 @@ by a sum in rank order on this host (`comm.reduce`), because MPI has no fixed or
 
 from __future__ import annotations
 
+import hashlib
 import queue
 import threading
 import time
@@ -17,7 +18,7 @@ import numpy as np
 from mindspore import Tensor
 
 from .engine import Clock, CommError, CommTimeoutError, Engine, Work
-from .host import HostEngine, Job, Rows, Stages, as_bytes
+from .host import LARGEST_SIGNATURE, HostEngine, Job, Rows, Stages, as_bytes, disagreement, signature_of
 
 _SHORTEST_SLEEP = 20e-6
 _LONGEST_SLEEP = 500e-6
@@ -160,7 +161,8 @@ class MpiEngine(HostEngine):
             made.append(self._comm.Create_group(group, tag=min(ranks)))
             yield []
 
-        self._submit(f"subgroup {list(ranks)}", "", [], stages(), []).wait()
+        job = _Job(self._what(f"subgroup {list(ranks)}", "", None), [], stages(), None, self._timeout)
+        self._thread.submit(job, ordered=True).wait()
         return MpiEngine(made[0], self.clock, self._timeout, self._thread)
 
     def close(self) -> None:
@@ -179,8 +181,25 @@ class MpiEngine(HostEngine):
         kind: str = "",
         pair: tuple[int, int] | None = None,
     ) -> Work:
-        job = _Job(self._what(op, label), out, stages, arrays, self._timeout)
-        return self._thread.submit(job, ordered=pair is None)
+        what = self._what(op, label, pair)
+        if pair is None:
+            stages = self._compared(what, signature_of(op, kind, label, arrays), stages)
+        return self._thread.submit(_Job(what, out, stages, arrays, self._timeout), ordered=pair is None)
+
+    def _compared(self, what: str, signature: str, stages: Stages) -> Stages:
+        """First see that all ranks issue the same operation: MPI would hang, crash, or mix up the data."""
+        text = signature.encode()
+        digest = np.frombuffer(hashlib.blake2b(text, digest_size=16).digest(), np.uint8)
+        digests = np.empty((self.size, 16), np.uint8)
+        yield [self._comm.Iallgather(_buffer(digest), _buffer(digests))]
+        if (digests != digest).any():
+            mine = np.zeros(4 * LARGEST_SIGNATURE + 64, np.uint8)
+            mine[: len(text)] = np.frombuffer(text, np.uint8)
+            texts = np.empty((self.size, mine.size), np.uint8)
+            yield [self._comm.Iallgather(_buffer(mine), _buffer(texts))]
+            rank = int(np.flatnonzero((digests != digest).any(1))[0])
+            raise CommError(f"{what}: {disagreement(signature, texts[rank].tobytes().rstrip(bytes(1)).decode(), rank)}")
+        yield from stages
 
     def _gather(self, sources: Rows, targets: Rows) -> Stages:
         yield [self._comm.Iallgather(_buffer(x), _buffer(y)) for x, y in zip(sources, targets)]

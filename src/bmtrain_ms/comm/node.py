@@ -10,7 +10,6 @@ sockets, which the others notice at once.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import secrets
@@ -27,12 +26,12 @@ import numpy as np
 from mindspore import Tensor
 
 from .engine import Clock, CommError, CommTimeoutError, Engine, Work
-from .host import HostEngine, Job, Rows, Stages, as_bytes
+from .host import LARGEST_SIGNATURE, HostEngine, Job, Rows, Stages, as_bytes, disagreement, signature_of
 from .pull import Piece, address_of, allow_siblings, pull
 
 Key = tuple[str, int]  # (group or pair of ranks, number of the operation there)
-_LARGEST_MESSAGE = 1 << 17  # bytes; a packet must fit into the socket's buffer, 208 KiB by default
-_LARGEST_DETAIL = 1 << 15  # characters of an operation's description that are told to others
+_LARGEST_MESSAGE = 1 << 17  # bytes; a packet must fit into the socket's buffer, 208 KiB by default ...
+_MOST_TENSORS = 1 << 12  # ... with the addresses of this many, and a signature
 
 
 class _Job(Job):
@@ -164,7 +163,7 @@ class NodeThread:
             except BaseException as error:
                 if self._failure is None:
                     self._failure = error  # a group with a lost operation cannot be used again
-                    self._send_all(["fail", f"{error}"[:_LARGEST_DETAIL]])
+                    self._send_all(["fail", f"{error}"[:LARGEST_SIGNATURE]])
                 job.finish(error)
             line.popleft()
             self._done.pop(job.key, None)
@@ -233,12 +232,9 @@ class NodeThread:
         if rank == self.rank:
             self._own.append(message)
             return
-        packet = json.dumps(message).encode()
-        if len(packet) > _LARGEST_MESSAGE:
-            raise CommError(f"{message[1]}: too many tensors for one operation; split it ({len(packet)} bytes of addresses)")
         peer = self.peers[rank]
         if not peer.gone:
-            peer.outbox.append(packet)
+            peer.outbox.append(json.dumps(message).encode())
             self._flush(peer)
 
     def _flush(self, peer: _Peer) -> None:
@@ -281,19 +277,6 @@ class NodeThread:
             self._done.setdefault((rest[0], rest[1]), set()).add(rank)
         elif self._told is None:
             self._told = CommError(f"rank {rank} failed: {rest[0]}")
-
-
-def disagreement(mine: str, theirs: str, peer: int) -> str:
-    """What differs between two signatures: lines of text, the first of which names the operation."""
-    here, there = mine.splitlines(), theirs.splitlines()
-    advice = "Every rank must issue the same operations in the same order: look for a branch that only some ranks take"
-    if here[0] != there[0]:
-        return f"rank {peer} issued {there[0]} instead. {advice}"
-    for a, b in zip(here[1:], there[1:]):
-        if a != b:
-            return f"rank {peer} has {b} where this rank has {a}. The models must be built alike on every rank"
-    longer, owner = (here, "only this rank") if len(here) > len(there) else (there, f"only rank {peer}")
-    return f"{owner} has {longer[min(len(here), len(there))]}. The models must be built alike on every rank"
 
 
 class NodeEngine(HostEngine):
@@ -341,9 +324,12 @@ class NodeEngine(HostEngine):
         kind: str = "",
         pair: tuple[int, int] | None = None,
     ) -> Work:
-        sizes = "tensors of " + ", ".join(f"{x.size} {x.dtype}" for x in arrays)
+        signature = signature_of(op, kind, label, arrays)
+        what = self._what(op, label, pair)
+        if len(arrays) > _MOST_TENSORS:
+            raise CommError(f"{what}: {len(arrays)} tensors are too many for one operation; pass at most {_MOST_TENSORS}")
         if pair is None:
-            job = self._job(op, label, out, stages, self._group, _signature(op, kind, label, sizes))
+            job = self._job(what, out, stages, self._group, signature)
             others = [rank for rank in self._ranks if rank != self._thread.rank]
             job.tells = job.needs = others
             if op == "broadcast":
@@ -353,20 +339,19 @@ class NodeEngine(HostEngine):
                 job.reads = job.readers = others
         else:
             sender, receiver = (self._ranks[rank] for rank in pair)
-            job = self._job(op, label, out, stages, f"{self._group}:{sender}>{receiver}", sizes, is_recv=op.startswith("recv"))
-            if op.startswith("recv"):
+            line, signature = f"{self._group}:{sender}>{receiver}", signature_of("message", kind, "", arrays)
+            job = self._job(what, out, stages, line, signature, mark="<" if op == "recv" else ">")
+            if op == "recv":
                 job.needs = job.reads = [sender]
             else:
                 job.tells = job.readers = [receiver]
         return self._thread.submit(job)
 
-    def _job(
-        self, op: str, label: str, out: list[Tensor], stages: Stages, line: str, signature: str, is_recv: bool = False
-    ) -> _Job:
-        counted = line + ("<" if is_recv else "")  # both ends of a message give it the same number
-        number = self._issued[counted] = self._issued.get(counted, 0) + 1
-        job = _Job(self._what(op, label), out, stages, self._timeout, (line, number), signature)
-        job.line = counted
+    def _job(self, what: str, out: list[Tensor], stages: Stages, line: str, signature: str, mark: str = "") -> _Job:
+        """`mark`: tells the ends of a message apart, which count it alike but do not wait for each other's order."""
+        number = self._issued[line + mark] = self._issued.get(line + mark, 0) + 1
+        job = _Job(what, out, stages, self._timeout, (line, number), signature)
+        job.line = line + mark
         return job
 
     def _pull(self, rank: int, pieces: Sequence[Piece]) -> None:
@@ -423,17 +408,6 @@ class NodeEngine(HostEngine):
 
     def _meet(self) -> Stages:
         yield []
-
-
-def _signature(op: str, kind: str, label: str, sizes: str) -> str:
-    """What must agree between ranks: the operation, then one line for each tensor."""
-    first = " ".join(filter(None, (op, kind))) + (f" ({label})" if label else "")
-    detail = getattr(label, "detail", ())
-    text = "\n".join([first, *detail, sizes])
-    if len(text) <= _LARGEST_DETAIL:
-        return text
-    digest = hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
-    return f"{text[:_LARGEST_DETAIL]}\n... (digest of all: {digest})"
 
 
 def connect(comm: Any, clock: Clock, timeout: float) -> Optional[NodeEngine]:

@@ -27,6 +27,24 @@ def host_array(tensor: Tensor) -> np.ndarray:
     return np.ascontiguousarray(tensor.asnumpy())
 
 
+class _Memory:
+    """What NumPy needs to view a tensor's memory, and to keep the tensor alive."""
+
+    def __init__(self, tensor: Tensor, start: int):
+        self._tensor = tensor
+        self.__array_interface__ = {"version": 3, "shape": (tensor.nbytes,), "typestr": "|u1", "data": (start, False)}
+
+
+def result_array(tensor: Tensor) -> np.ndarray:
+    """As `host_array`, flat and without a copy, of what an operation has returned on CPU (not of a tensor made by `from_host`).
+
+    `asnumpy` copies such tensors at 1.4 GB/s (2.5). The array keeps the tensor alive.
+    """
+    if not tensor.is_contiguous() or tensor.storage_offset() or not tensor.size:
+        return host_array(tensor).reshape(-1)
+    return np.asarray(_Memory(tensor, int(tensor._data_ptr()))).view(numpy_dtype(tensor.dtype))
+
+
 def address(tensor: Tensor) -> int | None:
     """Where the tensor's values start, if views share memory with what they view; None on 2.5, where a view of host memory is a
     copy (and where asking for the address of a tensor that no operation has read yet logs an error)."""

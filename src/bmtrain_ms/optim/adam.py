@@ -72,7 +72,8 @@ class AdamOptimizer:
             for p in group["params"]:
                 grad = grads.get(id(p))
                 if grad is not None:
-                    self._states[id(p)].update(group, grad.astype(ms.float32) * scale)
+                    grad = grad.astype(ms.float32)
+                    self._states[id(p)].update(group, grad if scale == 1.0 else grad * scale)
 
     def state_of(self, p: Parameter) -> dict[str, Tensor]:
         """The tensors that belong to a parameter: `exp_avg`, `exp_avg_sq`, and `master` for a 16-bit one; float32, as its shard."""

@@ -72,6 +72,7 @@ class Block(nn.Cell):
     def construct(self, *args: Any, **kwargs: Any) -> Any:
         if self.inner.training != self.training:
             self.inner.training = self.training  # set_train on a parent sees the Block and the children, not the inner module
+        self._refuse_replaced_parameters()
         leaves, rebuild = flatten((args, kwargs))
         call = _Call(self, context_of(self.group.world), leaves, rebuild)
         if not recording():
@@ -100,6 +101,16 @@ class Block(nn.Cell):
             for _, places in self._slots:
                 for cell, name in places:
                     vars(cell).pop(name, None)
+
+    def _refuse_replaced_parameters(self) -> None:
+        for parameter, places in self._slots:
+            for cell, name in places:
+                if parameter_table(cell).get(name) is not parameter:
+                    raise ValueError(
+                        f"parameter {parameter.name} of {type(cell).__name__}.{name} was replaced after the Block was made, on "
+                        f"rank {parameter.world.mesh.rank}: the Block would go on with the old one. Write values into the "
+                        "parameter (copy_full, set_shard), or replace it before wrapping"
+                    )
 
     def _refuse_replaying_dropout(self) -> None:
         """MindSpore's generators do not replay on CPU: recomputation would draw another mask, and gradients would be wrong."""

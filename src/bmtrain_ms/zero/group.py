@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Sequence
 import numpy as np
 from mindspore import Tensor, ops
 
-from ..comm import Engine, Work
+from ..comm import Engine, Label, Work
 from ..compat.autograd import no_grad
-from ..compat.runtime import address, from_host, host_array, numpy_dtype
+from ..compat.runtime import address, from_host, numpy_dtype, result_array
 from .buffers import BufferPool, HostBuffer, layout
 
 if TYPE_CHECKING:
@@ -42,7 +42,9 @@ class ParamGroup:
     """
 
     def __init__(self, params: Sequence[DistributedParameter], label: str):
-        self.params, self.label = list(params), label
+        self.params = list(params)
+        self._details = [f"{p.name} {p.full_shape} {p.dtype}" for p in self.params]
+        self.label = Label(label, self._details)
         self.world = self.params[0].world
         self.engine: Engine = self.world.engine
         self.parked: list[Gathered] = []
@@ -60,20 +62,22 @@ class ParamGroup:
         """Start reducing full gradients of `params[i] for i in indices` to shards of their mean over the replicas."""
         with no_grad():
             padded = [self._pad(self.params[i], g) for i, g in zip(indices, grads)]
-        return self.engine.reduce_scatter(padded, "mean", self.label)
+        label = self.label if len(padded) == len(self.params) else Label(self.label, [self._details[i] for i in indices])
+        return self.engine.reduce_scatter(padded, "mean", label)
 
     def _padded(self, p: DistributedParameter) -> int:
         return self.engine.size * p.shard_length
 
     def _pad(self, p: DistributedParameter, grad: Tensor) -> Tensor:
-        missing = self._padded(p) - p.numel
-        if not missing:
-            return grad.reshape(-1)
+        missing, flat = self._padded(p) - p.numel, grad.reshape(-1)
         if not self.engine.lands_in_place:
-            return ops.cat((grad.reshape(-1), ops.zeros((missing,), grad.dtype)))
-        padded = np.zeros(self._padded(p), numpy_dtype(grad.dtype))
-        padded[: p.numel] = host_array(grad).reshape(-1)
-        return from_host(padded)
+            return ops.cat((flat, ops.zeros((missing,), grad.dtype))) if missing else flat
+        values = result_array(flat)
+        if missing:
+            padded = np.zeros(self._padded(p), values.dtype)
+            padded[: p.numel] = values
+            values = padded
+        return from_host(values)
 
 
 class Gathered:
