@@ -9,7 +9,7 @@ import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
 
 import bmtrain_ms as bms
-from bmtrain_ms.comm import RecordingEngine, World, use_world
+from bmtrain_ms.comm import RecordingEngine, World, make_hierarchy, use_world
 from bmtrain_ms.nn.functional import cross_entropy
 from bmtrain_ms.optim import AdamOptimizer, OptimManager
 from bmtrain_ms.zero import context_of
@@ -101,22 +101,26 @@ def share(world: World, x: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(x[world.engine.rank * rows : (world.engine.rank + 1) * rows])
 
 
-def recorded(world: World, prefetch: int = 1) -> World:
+def recorded(world: World, prefetch: int = 1, gather_dtype: str | None = None, shard_size: int | None = None) -> World:
     """The same ranks, with a list of their collectives."""
-    return World(RecordingEngine(world.engine), world.mesh, world.seed, world.launch, prefetch)
+    engine = RecordingEngine(world.engine)
+    hierarchy = make_hierarchy(engine, shard_size)
+    return World(engine, world.mesh, world.seed, world.launch, prefetch, gather_dtype, hierarchy)
 
 
 def full(world: World, p: bms.DistributedParameter, shard: Tensor | None = None) -> np.ndarray:
     """The full values of a parameter, or of a tensor sharded as it is."""
-    engine = getattr(world.engine, "inner", world.engine)
+    engine = getattr(world.shards, "inner", world.shards)
     gathered = engine.all_gather([p if shard is None else shard]).wait()[0].asnumpy()
     assert not gathered[p.numel :].any(), f"padding of {p.name} is not zero"
     return gathered[: p.numel].reshape(p.full_shape).astype(np.float32)
 
 
-def train_sharded(world: World, steps: int, zero_level: int, use_checkpoint: bool, half: bool, prefetch: int = 1) -> dict:
-    """Train `Model`; what happened, in full tensors."""
-    with use_world(recorded(world, prefetch)) as here:
+def train_sharded(
+    world: World, steps: int, zero_level: int, use_checkpoint: bool, half: bool, prefetch: int = 1, **options: Any
+) -> dict:
+    """Train `Model`; what happened, in full tensors. `options`: of `recorded`."""
+    with use_world(recorded(world, prefetch, **options)) as here:
         model = Model(3, use_checkpoint, zero_level, ms.float16 if half else ms.float32)
         bms.init_parameters(model)
         initial = {p.name: full(here, p) for p in model.get_parameters()}

@@ -348,3 +348,32 @@ def test_a_second_world_gets_the_same_share(configured: list, monkeypatch: pytes
     for _ in range(2):
         module._configure_cpu(Launch("mpi", 1, 2, 1, 2))
     assert configured == [("cores", [2, 3]), ("threads", 2)] * 2
+
+
+# How parameters are gathered #
+
+
+def test_gather_dtype_and_shard_size_are_kept(configured: list):
+    made = bmtrain_ms.init_distributed(device="CPU", gather_dtype="bfloat16", shard_size=1)
+    assert (made.gather_dtype, made.hierarchy, made.shards) == ("bfloat16", None, made.engine)
+
+
+@pytest.mark.parametrize(
+    "options, text",
+    [
+        ({"gather_dtype": "int4"}, "gather_dtype must be None or one of float16, bfloat16, int8, not 'int4'"),
+        (
+            {"shard_size": 2},
+            "shard_size=2 does not divide the 1 ranks; give the number of ranks of a node, or None to shard over all",
+        ),
+        (
+            {"shard_size": 0},
+            "shard_size=0 does not divide the 1 ranks; give the number of ranks of a node, or None to shard over all",
+        ),
+    ],
+)
+def test_wrong_ways_to_gather(configured: list, options: dict, text: str):
+    with pytest.raises(ValueError) as caught:
+        bmtrain_ms.init_distributed(device="CPU", **options)
+    assert str(caught.value) == text
+    assert not comm.is_initialized()

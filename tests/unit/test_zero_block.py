@@ -433,8 +433,8 @@ def test_a_parameter_replaced_after_wrapping_is_refused(single_world):
     block(x)
     block.a.weight = bms.DistributedParameter(bms.empty(INNER, WIDTH))
     text = (
-        r"^parameter a\.weight of Dense\.weight was replaced after the Block was made, on rank 0: the Block would go on with the old "
-        r"one\. Write values into the parameter \(copy_full, set_shard\), or replace it before wrapping$"
+        r"^parameter a\.weight of Dense\.weight was replaced after the Block was made, on rank 0: the Block would go on with the "
+        r"old one\. Write values into the parameter \(copy_full, set_shard\), or replace it before wrapping$"
     )
     with pytest.raises(ValueError, match=text):
         block(x)

@@ -122,7 +122,7 @@ def save_entries(path: str | Path, entries: Mapping[str, Entry], metadata: Mappi
         error = caught
     _agree(engine, error, f"{path} cannot be written")
     for name, entry in entries.items():
-        for position, piece in _pieces(entry, engine, name):
+        for position, piece in _pieces(entry, here.shards, name):
             if file is None or error is not None:
                 continue  # the other ranks expect every gather, written or not
             try:
@@ -164,7 +164,7 @@ def load_entries(path: str | Path, entries: Mapping[str, Entry], here: World, st
         try:
             for name, entry in entries.items():
                 if name in reader.tensors:
-                    entry.set(from_host(_read(reader, name, entry, here.engine)))
+                    entry.set(from_host(_read(reader, name, entry, here.shards)))
         except (OSError, CheckpointError) as caught:
             error = caught
         _agree(here.engine, error, f"{path} cannot be loaded")

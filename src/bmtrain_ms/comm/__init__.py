@@ -5,9 +5,11 @@ from .launch import Launch
 from .mesh import Mesh
 from .single import SingleEngine
 from .world import (
+    Hierarchy,
     World,
     init_distributed,
     is_initialized,
+    make_hierarchy,
     rank,
     shutdown,
     synchronize,
@@ -24,6 +26,7 @@ __all__ = [
     "Engine",
     "Event",
     "FabricEngine",
+    "Hierarchy",
     "Label",
     "Launch",
     "Mesh",
@@ -33,6 +36,7 @@ __all__ = [
     "World",
     "init_distributed",
     "is_initialized",
+    "make_hierarchy",
     "rank",
     "shutdown",
     "synchronize",

@@ -10,7 +10,7 @@ import sys
 import time
 import traceback
 from dataclasses import dataclass, field
-from typing import Any, Iterator
+from typing import Any, Iterator, Optional
 
 import mindspore as ms
 import numpy as np
@@ -21,17 +21,32 @@ from .launch import Launch, detect
 from .mesh import Mesh
 from .single import SingleEngine
 
+GATHER_DTYPES = {"float16": ms.float16, "bfloat16": ms.bfloat16, "int8": ms.int8}
+
+
+@dataclass(frozen=True, eq=False)
+class Hierarchy:
+    """Shards inside a node, replicas of them across nodes (MiCS, Zhang et al., 2022; PyTorch: hybrid sharding).
+
+    `shards`: among the ranks that hold different shards.  `replicas`: among the ranks that hold the same one.
+    """
+
+    shards: Engine
+    replicas: Engine
+
 
 @dataclass(frozen=True, eq=False)
 class World:
     """Where this process stands.
 
     Attributes:
-        engine: collectives among the ranks over which parameters are sharded.
+        engine: collectives among all data-parallel ranks.
         mesh: rank arithmetic.
         seed: of initialisation and of all stateless randomness.
         launch: launcher, local rank.
         prefetch: how many groups of parameters are gathered ahead.
+        gather_dtype: what parameters are gathered in: see `init_distributed`.
+        hierarchy: None: parameters are sharded over all ranks of `engine`.
     """
 
     engine: Engine
@@ -39,6 +54,16 @@ class World:
     seed: int = 0
     launch: Launch = field(default_factory=Launch)
     prefetch: int = 1
+    gather_dtype: Optional[str] = None
+    hierarchy: Optional[Hierarchy] = None
+
+    def __post_init__(self) -> None:
+        _check_gather_dtype(self.gather_dtype)
+
+    @property
+    def shards(self) -> Engine:
+        """Collectives among the ranks over which parameters are sharded."""
+        return self.hierarchy.shards if self.hierarchy else self.engine
 
     # A copied or unpickled parameter belongs to the world of the process that it is in.
 
@@ -53,6 +78,29 @@ _LAST_WORDS = 1.0  # seconds: a launcher that is told to abort drops what it has
 
 _current: list[World] = []
 _cores: list[int] = []  # what this process may use, before the first world took its share
+
+
+def _check_gather_dtype(name: Optional[str]) -> None:
+    if name is not None and name not in GATHER_DTYPES:
+        raise ValueError(f"gather_dtype must be None or one of {', '.join(GATHER_DTYPES)}, not {name!r}")
+
+
+def make_hierarchy(engine: Engine, shard_size: Optional[int]) -> Optional[Hierarchy]:
+    """Shard over groups of `shard_size` neighbouring ranks; None where that is all of them.
+
+    Raises:
+        ValueError: the number of ranks is not a multiple of `shard_size`.
+    """
+    if shard_size is None or shard_size == engine.size:
+        return None
+    if shard_size < 1 or engine.size % shard_size:
+        raise ValueError(
+            f"shard_size={shard_size} does not divide the {engine.size} ranks; give the number of ranks of a node, or None to "
+            "shard over all"
+        )
+    node, place = divmod(engine.rank, shard_size)
+    shards = engine.subgroup(range(node * shard_size, (node + 1) * shard_size))
+    return Hierarchy(shards, engine.subgroup(range(place, engine.size, shard_size)))
 
 
 def world() -> World:
@@ -102,6 +150,8 @@ def init_distributed(
     pipe_size: int = -1,
     *,
     prefetch: int = 1,
+    gather_dtype: str | None = None,
+    shard_size: int | None = None,
     engine: Engine | None = None,
     device: str | None = None,
     timeout: float = 600.0,
@@ -118,13 +168,16 @@ def init_distributed(
         tp_size: tensor-parallel size; only 1 so far.
         pipe_size: pipeline stages; -1 (off) or 1 so far.
         prefetch: gather this many groups ahead of the one that computes; 0 turns overlap off.
+        gather_dtype: gather parameters in fewer bits: `bfloat16`, `float16` or `int8`; what each costs: `bmtrain_ms.zero.wire`.
+        shard_size: shard over so many neighbouring ranks (those of a node) and replicate across: more memory, and gathers that
+            stay inside a node; gradients are then reduced across nodes too. Default: shard over all ranks.
         engine: use this one instead of the launcher's.
         device: `CPU` or `Ascend`; default: what MindSpore is set to.
         timeout: seconds until a collective gives up (mpi engine; HCCL has its own variables).
 
     Raises:
         RuntimeError: called twice, after an operation on CPU, or the launcher does not fit the device.
-        ValueError: a parallel size that is not available.
+        ValueError: an option out of range, or a parallel size that is not available.
     """
     if _current:
         raise RuntimeError("init_distributed was called before; call bmtrain_ms.shutdown() first to start over")
@@ -135,6 +188,7 @@ def init_distributed(
         )
     if prefetch < 0:
         raise ValueError(f"prefetch must be 0 (off) or more, not {prefetch}")
+    _check_gather_dtype(gather_dtype)
     if timeout <= 0:
         raise ValueError(f"timeout must be a positive number of seconds, not {timeout}")
     if os.environ.get("MS_ROLE") == "MS_SCHED":
@@ -149,7 +203,12 @@ def init_distributed(
         runtime.first_operation()
     for seed_it in (random.seed, np.random.seed, ms.set_seed):
         seed_it(seed)
-    made = World(engine, Mesh(engine.size, engine.rank), seed, launch, prefetch)
+    try:
+        hierarchy = make_hierarchy(engine, shard_size)
+    except ValueError:
+        engine.close()
+        raise
+    made = World(engine, Mesh(engine.size, engine.rank), seed, launch, prefetch, gather_dtype, hierarchy)
     _current.append(made)
     return made
 

@@ -198,16 +198,16 @@ class OptimManager:
         self._grads[id(p)] = grad if before is None else before + grad
 
     def _norm(self, grads: list[Tensor], p: float) -> float:
-        """p-norm over all ranks; each element lives on exactly one rank. Not finite if any element is not."""
+        """p-norm over all ranks that hold different shards. Not finite if any element is not."""
         if p == math.inf:
             # the sum is 0, or NaN if an element is not finite: max() on CPU ignores NaN
             largest = [host_array(g.abs().max() + (g * 0.0).sum()).item() for g in grads]
             mine = math.nan if any(math.isnan(x) for x in largest) else max(largest, default=0.0)
-            gathered = host_array(self._world.engine.all_gather([_scalar(mine)], label="grad norm").wait()[0])
+            gathered = host_array(self._world.shards.all_gather([_scalar(mine)], label="grad norm").wait()[0])
             return float(np.max(gathered))
         powers = [(g * g if p == 2.0 else g.abs() ** p).sum() for g in grads]
         mine = sum(host_array(x).item() for x in powers)
-        total = host_array(self._world.engine.all_reduce([_scalar(mine)], label="grad norm").wait()[0]).item()
+        total = host_array(self._world.shards.all_reduce([_scalar(mine)], label="grad norm").wait()[0]).item()
         return total ** (1.0 / p) if math.isfinite(total) else total
 
     def _skip(self) -> None:

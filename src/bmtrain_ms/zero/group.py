@@ -17,8 +17,9 @@ from mindspore import Tensor, ops
 
 from ..comm import Engine, Label, Work
 from ..compat.autograd import no_grad
-from ..compat.runtime import address, from_host, numpy_dtype, result_array
+from ..compat.runtime import address, from_host, host_array, numpy_dtype, result_array
 from .buffers import BufferPool, HostBuffer, layout
+from .wire import wire_for
 
 if TYPE_CHECKING:
     from .param import DistributedParameter
@@ -46,7 +47,8 @@ class ParamGroup:
         self._details = [f"{p.name} {p.full_shape} {p.dtype}" for p in self.params]
         self.label = Label(label, self._details)
         self.world = self.params[0].world
-        self.engine: Engine = self.world.engine
+        self.engine: Engine = self.world.shards
+        self.wires = [wire_for(self.world.gather_dtype, p.dtype) for p in self.params]
         self.parked: list[Gathered] = []
 
     @property
@@ -59,11 +61,13 @@ class ParamGroup:
         return [i for i, p in enumerate(self.params) if p.requires_grad]
 
     def reduce(self, indices: Sequence[int], grads: Sequence[Tensor]) -> Work:
-        """Start reducing full gradients of `params[i] for i in indices` to shards of their mean over the replicas."""
+        """Start reducing full gradients of `params[i] for i in indices` to shards of their mean over all ranks."""
         with no_grad():
             padded = [self._pad(self.params[i], g) for i, g in zip(indices, grads)]
         label = self.label if len(padded) == len(self.params) else Label(self.label, [self._details[i] for i in indices])
-        return self.engine.reduce_scatter(padded, "mean", label)
+        inside = self.engine.reduce_scatter(padded, "mean", label)
+        hierarchy = self.world.hierarchy
+        return inside if hierarchy is None else AcrossReplicas(inside, hierarchy.replicas, label)
 
     def _padded(self, p: DistributedParameter) -> int:
         return self.engine.size * p.shard_length
@@ -80,6 +84,37 @@ class ParamGroup:
         return from_host(values)
 
 
+class AcrossReplicas(Work):
+    """A reduce inside a node, then the mean of its results across nodes.
+
+    `start_second` is called at a point of the program that is the same on every rank, so that all issue the same order.
+    """
+
+    def __init__(self, inside: Work, replicas: Engine, label: str):
+        self._inside, self._replicas, self._label = inside, replicas, label
+        self._across: Work | None = None
+        self.outputs = inside.outputs
+        if not replicas.lands_in_place:  # a device orders its own work, and results cannot be put where they are expected
+            self.start_second()
+            self.outputs = self._across.outputs
+
+    def start_second(self) -> None:
+        """Wait for the first reduce and start the second; does nothing when that has happened."""
+        if self._across is None:
+            self._across = self._replicas.all_reduce(self._inside.wait(), "mean", self._label)
+
+    def done(self) -> bool:
+        return self._across is not None and self._across.done()
+
+    def wait(self) -> list[Tensor]:
+        self.start_second()
+        results = self._across.wait()
+        for mine, result in zip(self.outputs, results):
+            if mine is not result:
+                host_array(mine)[...] = host_array(result)
+        return self.outputs
+
+
 class Gathered:
     """One gathered copy of a group: where it lives, and whether it is there."""
 
@@ -88,16 +123,21 @@ class Gathered:
         self.state = ShardState.SHARD
         self._work: Work | None = None
         self._buffer: HostBuffer | None = None
-        self._landing: list[Tensor] | None = None  # padded full, flat, on the host
+        self._landing: list[np.ndarray] = []  # padded full, flat, on the host
+        self._travelling: list[list[np.ndarray]] = []  # what arrives for each parameter that is not gathered as it is
         self._tensors: list[Tensor] = []
 
     def issue(self) -> None:
         """Start the all-gather; does nothing when the copy is there or on its way."""
         if self.state is ShardState.FULL:
             return
-        if self.group.engine.lands_in_place and self._buffer is None:
-            self._allocate()
-        self._work = self.group.engine.all_gather(self.group.params, self._landing, self.group.label)
+        if self.group.engine.lands_in_place:
+            if self._buffer is None:
+                self._allocate()
+            shards, landing = self._host_pieces()
+            self._work = self.group.engine.all_gather(shards, [from_host(x) for x in landing], self.group.label)
+        else:
+            self._work = self.group.engine.all_gather(self._device_pieces(), label=self.group.label)
         self.state = ShardState.FULL
         self._meter.add(self.group.full_nbytes)
 
@@ -106,8 +146,10 @@ class Gathered:
         self.issue()
         if self._work is not None:
             outputs, self._work = self._work.wait(), None
-            if self._landing is None:
-                self._tensors = [y[: p.numel].reshape(p.full_shape) for p, y in zip(self.group.params, outputs)]
+            if self.group.engine.lands_in_place:
+                self._decode()
+            else:
+                self._tensors = self._full_on_device(outputs)
         return self._tensors
 
     def park(self) -> bool:
@@ -131,7 +173,7 @@ class Gathered:
             self._buffer.drop_pages()  # it has its own address; the pool keeps only warm pages
         else:
             self._settle()
-        self._buffer, self._landing, self._tensors = None, None, []
+        self._buffer, self._landing, self._tensors = None, [], []
 
     def owns(self, tensor: Tensor) -> bool:
         """Whether `tensor` is one of the full tensors, or a view of one."""
@@ -146,23 +188,75 @@ class Gathered:
     def _settle(self) -> None:
         if self._work is not None:
             self._work.wait()
-            self._work = None
+            self._work, self._travelling = None, []
         if self.state is ShardState.FULL:
             self.state = ShardState.SHARD
             self._meter.add(-self.group.full_nbytes)
 
     def _allocate(self) -> None:
         group = self.group
-        dtypes = [numpy_dtype(p.dtype) for p in group.params]
-        counts = [group._padded(p) for p in group.params]
-        offsets, total = layout([n * dtype.itemsize for n, dtype in zip(counts, dtypes)])
-        self._buffer = self._pool.acquire(total)
-        flat = [
-            self._buffer.bytes[offset : offset + n * dtype.itemsize].view(dtype)
-            for offset, n, dtype in zip(offsets, counts, dtypes)
-        ]
-        self._landing = [from_host(x) for x in flat]
-        self._tensors = [from_host(x[: p.numel].reshape(p.full_shape)) for p, x in zip(group.params, flat)]
+        sizes = [(group._padded(p), numpy_dtype(p.dtype)) for p in group.params]
+        self._buffer, self._landing = self._carve(sizes)
+        self._tensors = [from_host(x[: p.numel].reshape(p.full_shape)) for p, x in zip(group.params, self._landing)]
+
+    def _carve(self, sizes: Sequence[tuple[int, np.dtype]]) -> tuple[HostBuffer, list[np.ndarray]]:
+        """Flat arrays of (elements, type) in one buffer of the pool."""
+        offsets, total = layout([n * dtype.itemsize for n, dtype in sizes])
+        buffer = self._pool.acquire(total)
+        pieces = [buffer.bytes[start : start + n * dtype.itemsize].view(dtype) for start, (n, dtype) in zip(offsets, sizes)]
+        return buffer, pieces
+
+    # What travels, where that is not the shard itself (`zero.wire`) #
+
+    def _host_pieces(self) -> tuple[list[Tensor], list[np.ndarray]]:
+        """What this rank gives, and where everybody's lands."""
+        group, ranks = self.group, self.group.engine.size
+        if not any(group.wires):
+            return group.params, self._landing
+        given, landing, self._travelling = [], [], []
+        for p, wire, full in zip(group.params, group.wires, self._landing):
+            if wire is None:
+                given.append(p)
+                landing.append(full)
+                self._travelling.append([])
+                continue
+            sizes = wire.sizes(p.shard_length)
+            _, mine = self._carve(sizes)
+            try:
+                wire.encode(host_array(p), mine)
+            except ValueError as error:
+                raise ValueError(f"parameter {p.name} cannot be gathered: {error}") from error
+            _, theirs = self._carve([(ranks * n, dtype) for n, dtype in sizes])
+            given += [from_host(x) for x in mine]
+            landing += theirs
+            self._travelling.append(theirs)
+        return given, landing
+
+    def _decode(self) -> None:
+        ranks = self.group.engine.size
+        for wire, theirs, full in zip(self.group.wires, self._travelling, self._landing):
+            if wire is not None:
+                wire.decode([x.reshape(ranks, -1) for x in theirs], full.reshape(ranks, -1))
+        self._travelling = []
+
+    def _device_pieces(self) -> list[Tensor]:
+        given = []
+        with no_grad():
+            for p, wire in zip(self.group.params, self.group.wires):
+                given += [p] if wire is None else wire.encode_on_device(p)
+        return given
+
+    def _full_on_device(self, outputs: Sequence[Tensor]) -> list[Tensor]:
+        arrived, full = list(outputs), []
+        with no_grad():
+            for p, wire in zip(self.group.params, self.group.wires):
+                if wire is None:
+                    flat = arrived.pop(0)
+                else:
+                    parts = [arrived.pop(0) for _ in wire.sizes(p.shard_length)]
+                    flat = wire.decode_on_device(parts, self.group.engine.size, p.shard_length, p.dtype)
+                full.append(flat[: p.numel].reshape(p.full_shape))
+        return full
 
 
 class Meter:

@@ -57,7 +57,7 @@ class DistributedParameter(Parameter):
     """
 
     def __new__(cls, data: Any, *args: Any, in_world: World | None = None, **kwargs: Any) -> DistributedParameter:
-        shard_length = -(-element_count(data.shape) // (in_world or world()).engine.size)
+        shard_length = -(-element_count(data.shape) // (in_world or world()).shards.size)
         return adopt(cls, from_host(np.zeros(shard_length, numpy_dtype(_dtype_of(data)))))
 
     def __init__(
@@ -78,7 +78,7 @@ class DistributedParameter(Parameter):
             raise ValueError(f"a parameter of shape {self.full_shape} has no elements; leave it out of the model")
         if not is_float(self):
             raise ValueError(f"a parameter must be of a floating-point type, not {self.dtype}; keep integers in a buffer")
-        self.shard_length = -(-self.numel // self.world.engine.size)
+        self.shard_length = -(-self.numel // self.world.shards.size)
         self.init_method, self.group = init_method, group
         self.has_hooks = False
         self._alone: ParamGroup | None = None
@@ -88,7 +88,7 @@ class DistributedParameter(Parameter):
     @property
     def owned(self) -> tuple[int, int]:
         """First and one past the last element of the flattened full tensor that this rank owns; may be empty."""
-        start = min(self.world.engine.rank * self.shard_length, self.numel)
+        start = min(self.world.shards.rank * self.shard_length, self.numel)
         return start, min(start + self.shard_length, self.numel)
 
     # BMTrain's names for the same things #

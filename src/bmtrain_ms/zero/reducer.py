@@ -8,7 +8,7 @@ from typing import Sequence
 from mindspore import Tensor
 
 from ..comm import Work
-from .group import ParamGroup
+from .group import AcrossReplicas, ParamGroup
 
 
 class Reducer:
@@ -32,6 +32,9 @@ class Reducer:
 
         At most one earlier reduce stays in flight, so that full gradients of at most two groups are alive.
         """
+        for work in self._in_flight:
+            if isinstance(work, AcrossReplicas):
+                work.start_second()
         self.finish(keep=1)
         work = group.reduce(indices, grads)
         self._in_flight.append(work)
