@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import warnings
 from collections import namedtuple
 
 import mindspore as ms
@@ -438,3 +439,39 @@ def test_a_parameter_replaced_after_wrapping_is_refused(single_world):
     )
     with pytest.raises(ValueError, match=text):
         block(x)
+
+
+class Viewing(Dense):
+    """Multiplies with a view of its weight; does not use its gain."""
+
+    def construct(self, x):
+        return ops.matmul(x, self.weight.T) + self.bias
+
+
+def test_a_weight_that_the_graph_keeps_is_named_once(single_world):
+    block = bms.Block(Viewing(WIDTH, WIDTH, ms.float32), use_checkpoint=False)
+    bms.init_parameters(block)
+    x = Tensor(np.ones((2, WIDTH), np.float32))
+    step = ms.value_and_grad(lambda x: block(x).sum(), None, block.trainable_params())
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        first, again = step(x)[1], step(x)[1]
+    for a, b in zip(first, again):
+        np.testing.assert_array_equal(a.asnumpy(), b.asnumpy())
+    texts = [str(w.message) for w in caught if "the recorded graph keeps" in str(w.message)]
+    if ms.__version__.startswith("2.5"):
+        (text,) = texts
+        assert text.startswith(
+            "the recorded graph keeps a full copy of weight (in Viewing) until backward: on this MindSpore a view"
+        )
+        assert "ops.MatMul(transpose_b=True)" in text and "Block(use_checkpoint=True)" in text
+    else:
+        assert not texts, "a view shares the memory, which is let go of"
+
+
+def test_no_such_warning_where_nothing_is_kept(single_world):
+    x = Tensor(np.ones((2, WIDTH), np.float32))
+    for block in (bms.Block(Viewing(WIDTH, WIDTH, ms.float32)), bms.Block(Residual(), use_checkpoint=False)):
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", "the recorded graph keeps")
+            ms.value_and_grad(lambda x, block=block: block(x).sum(), None, block.trainable_params())(x)

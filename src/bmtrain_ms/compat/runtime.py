@@ -8,7 +8,7 @@ from typing import Any
 
 import mindspore as ms
 import numpy as np
-from mindspore import Tensor
+from mindspore import Tensor, ops
 from mindspore._c_expression import DeviceContextManager, RuntimeConf
 
 FLOATS = (ms.float16, ms.bfloat16, ms.float32, ms.float64)
@@ -49,6 +49,12 @@ def address(tensor: Tensor) -> int | None:
     """Where the tensor's values start, if views share memory with what they view; None on 2.5, where a view of host memory is a
     copy (and where asking for the address of a tensor that no operation has read yet logs an error)."""
     return int(tensor._data_ptr()) if hasattr(Tensor, "untyped_storage") else None
+
+
+def was_copied(tensor: Tensor, array: np.ndarray) -> bool:
+    """Whether operations read a copy of `tensor`, made by `from_host(array)`: on 2.5 a view of it (`w.T`, a slice) makes one."""
+    ops.stop_gradient(tensor)  # gives it an address if no operation has read it; asking for none logs an error
+    return int(tensor._data_ptr()) != array.__array_interface__["data"][0]
 
 
 def from_host(array: np.ndarray) -> Tensor:

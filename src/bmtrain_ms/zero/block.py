@@ -13,6 +13,7 @@ recorded graph reads (`Gathered.park`).
 from __future__ import annotations
 
 import contextlib
+import warnings
 from typing import Any, Iterator, Sequence
 
 from mindspore import Tensor, nn, ops
@@ -52,7 +53,7 @@ class Block(nn.Cell):
         slots = _find_slots(inner_module)
         own = self.__dict__  # not Cell attributes: the inner module must not appear as a child with a name of its own
         own["inner"], own["use_checkpoint"], own["zero_level"] = inner_module, bool(use_checkpoint), zero_level
-        own["_slots"], own["_group"] = slots, None
+        own["_slots"], own["_group"], own["_checked"] = slots, None, False
         share_tables(self, with_cell=inner_module)
         self.training = inner_module.training
         own["_dropouts"] = [(name, c) for name, c in inner_module.cells_and_names() if isinstance(c, nn.Dropout)]
@@ -111,6 +112,22 @@ class Block(nn.Cell):
                         f"rank {parameter.world.mesh.rank}: the Block would go on with the old one. Write values into the "
                         "parameter (copy_full, set_shard), or replace it before wrapping"
                     )
+
+    def _warn_of_copies(self, gathered: Gathered) -> None:
+        """Once for each Block: of parameters that stay in memory until backward in spite of ZeRO-3."""
+        if self._checked:
+            return
+        self.__dict__["_checked"] = True
+        copied = gathered.copied()
+        if copied:
+            cells = {id(p): type(places[0][0]).__name__ for p, places in self._slots}
+            names = ", ".join(f"{p.name} (in {cells[id(p)]})" for p in copied)
+            warnings.warn(
+                f"the recorded graph keeps a full copy of {names} until backward: on this MindSpore a view of a parameter, such as "
+                "w.T, a slice or a reshape, copies it. Multiply with ops.MatMul(transpose_b=True) or "
+                "bmtrain_ms.nn.functional.linear instead, or use Block(use_checkpoint=True)",
+                stacklevel=2,
+            )
 
     def _refuse_replaying_dropout(self) -> None:
         """MindSpore's generators do not replay on CPU: recomputation would draw another mask, and gradients would be wrong."""
@@ -191,6 +208,7 @@ class _Call:
         if stays:
             self.pipeline.leave(gathered, keep=True)
         else:
+            self.block._warn_of_copies(gathered)
             self.pipeline.park(gathered)
         return result.restore(out)
 

@@ -17,7 +17,7 @@ from mindspore import Tensor, ops
 
 from ..comm import Engine, Label, Work
 from ..compat.autograd import no_grad
-from ..compat.runtime import address, from_host, host_array, numpy_dtype, result_array
+from ..compat.runtime import address, from_host, host_array, numpy_dtype, result_array, was_copied
 from .buffers import BufferPool, HostBuffer, layout
 from .wire import wire_for
 
@@ -174,6 +174,11 @@ class Gathered:
         else:
             self._settle()
         self._buffer, self._landing, self._tensors = None, [], []
+
+    def copied(self) -> list[DistributedParameter]:
+        """Parameters of whose full tensors MindSpore has made a copy, which a recorded graph then keeps."""
+        with no_grad():
+            return [p for p, full, x in zip(self.group.params, self._tensors, self._landing) if was_copied(full, x)]
 
     def owns(self, tensor: Tensor) -> bool:
         """Whether `tensor` is one of the full tensors, or a view of one."""
