@@ -29,6 +29,9 @@ class DemoOptions:
     loss_scale: float | None
     zero: int
     prefetch: int
+    gather_dtype: str | None
+    shard_size: int | None
+    trace: Path | None
     seed: int
 
 
@@ -68,6 +71,10 @@ def _check(options: DemoOptions) -> None:
         raise LaunchError(f"--loss-scale must be positive and finite, not {options.loss_scale}")
     if options.prefetch < 0:
         raise LaunchError(f"--prefetch must be 0 or more, not {options.prefetch}")
+    if options.shard_size is not None and options.ranks % options.shard_size:
+        raise LaunchError(f"--shard-size {options.shard_size} does not divide --ranks {options.ranks}")
+    if options.trace is not None and not options.trace.resolve().parent.is_dir():
+        raise LaunchError(f"--trace {options.trace}: there is no folder {options.trace.resolve().parent}")
     if options.text is not None and not options.text.is_file():
         raise LaunchError(f"--text {options.text} does not exist")
     if options.resume and not (options.out / "checkpoint.safetensors").exists():
@@ -78,7 +85,13 @@ def _run(options: DemoOptions) -> None:
     started = time.time()
     import bmtrain_ms as bms
 
-    world = bms.init_distributed(seed=options.seed, prefetch=options.prefetch)
+    world = bms.init_distributed(
+        seed=options.seed,
+        prefetch=options.prefetch,
+        gather_dtype=options.gather_dtype,
+        shard_size=options.shard_size,
+        trace=options.trace is not None,
+    )
     chief = world.engine.rank == 0
     say = print if chief else _silent
     out = options.out
@@ -114,6 +127,9 @@ def _run(options: DemoOptions) -> None:
     trainer.save(checkpoint)
     say(f"held-out loss {final:.4f} nats per token; unigram entropy of the same text {entropy:.4f}")
     _write_samples(trainer.model, tokenizer, options.seed, say)
+    if options.trace is not None and world.trace is not None:
+        bms.comm.write_trace(options.trace, world.trace, world.engine)
+        say(f"trace of {world.engine.size} rank(s) written to {options.trace}")
     if chief:
         bms.train.plot_log(out / "log.jsonl", out / "loss.png", curve, entropy)
         say(f"log.jsonl, loss.png, checkpoint.safetensors, tokenizer.json and config.json are in {out}")

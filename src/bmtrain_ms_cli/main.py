@@ -63,6 +63,11 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--loss-scale", type=float, default=None, help="switch dynamic loss scaling on, from this scale")
     demo.add_argument("--zero", type=int, choices=(2, 3), default=3, help="ZeRO level (default 3)")
     demo.add_argument("--prefetch", type=int, default=1, help="blocks gathered ahead; 0 turns overlap off (default 1)")
+    demo.add_argument(
+        "--gather-dtype", choices=("float16", "bfloat16", "int8"), default=None, help="gather parameters in fewer bits"
+    )
+    demo.add_argument("--shard-size", type=_positive, default=None, help="shard over so many ranks, replicate across the others")
+    demo.add_argument("--trace", type=Path, default=None, help="write what happens when to this file (chrome://tracing, Perfetto)")
     demo.add_argument("--seed", type=int, default=0, help="of initialisation, data order and sampling (default 0)")
     return parser
 

@@ -98,6 +98,8 @@ def test_own_text_and_loss_scaling(tmp_path):
         (["demo", "--text", "/nonexistent.txt"], "--text /nonexistent.txt does not exist"),
         (["demo", "--resume", "--out", "/nonexistent"], "there is no checkpoint.safetensors in /nonexistent"),
         (["demo", "--steps", "0"], "must be at least 1, not 0"),
+        (["demo", "--shard-size", "2", "--ranks", "3", "--batch", "6"], "--shard-size 2 does not divide --ranks 3"),
+        (["demo", "--trace", "/nonexistent/t.json"], "--trace /nonexistent/t.json: there is no folder /nonexistent"),
         (["launch", "-n", "2", "/nonexistent.py"], "/nonexistent.py does not exist"),
     ],
 )

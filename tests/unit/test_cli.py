@@ -69,6 +69,9 @@ ALL_OPTIONS = {
     "loss_scale": 512.5,
     "zero": 2,
     "prefetch": 0,
+    "gather_dtype": "int8",
+    "shard_size": 1,
+    "trace": Path("trace.json"),
     "seed": -4,
 }
 

@@ -3,7 +3,9 @@
 from .engine import Clock, CommError, CommTimeoutError, Engine, Label, Work
 from .launch import Launch
 from .mesh import Mesh
+from .simulated import SimulatedEngine
 from .single import SingleEngine
+from .trace import Span, Trace, TracingEngine, write_trace
 from .world import (
     Hierarchy,
     World,
@@ -31,7 +33,11 @@ __all__ = [
     "Launch",
     "Mesh",
     "RecordingEngine",
+    "SimulatedEngine",
     "SingleEngine",
+    "Span",
+    "Trace",
+    "TracingEngine",
     "Work",
     "World",
     "init_distributed",
@@ -43,4 +49,5 @@ __all__ = [
     "use_world",
     "world",
     "world_size",
+    "write_trace",
 ]

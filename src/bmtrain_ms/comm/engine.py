@@ -6,6 +6,7 @@ same order. All operations take and return lists of tensors: what is passed in o
 
 from __future__ import annotations
 
+import time
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Sequence
@@ -68,12 +69,20 @@ class Work(ABC):
             CommError: the collective failed.
         """
 
+    def span(self) -> tuple[float, float] | None:
+        """When it ran, in seconds of `time.monotonic`; after `wait`. None where that is unknown."""
+        return None
+
 
 class Done(Work):
     """A collective that was finished when it was issued."""
 
     def __init__(self, outputs: list[Tensor]):
         self.outputs = outputs
+        self._made = time.monotonic()
+
+    def span(self) -> tuple[float, float] | None:
+        return self._made, self._made
 
     def done(self) -> bool:
         return True

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import threading
+import time
 from abc import abstractmethod
 from typing import Any, Generator, Optional, Sequence
 
@@ -37,7 +38,7 @@ class Job(Work):
     def __init__(self, what: str, outputs: list[Tensor], stages: Stages, keep: Any, timeout: float):
         self.what, self.outputs, self.stages, self.keep, self.timeout = what, outputs, stages, keep, timeout
         self.error: Optional[BaseException] = None
-        self.deadline = 0.0
+        self.started = self.ended = self.deadline = 0.0  # seconds of time.monotonic
         self._finished = threading.Event()
 
     def done(self) -> bool:
@@ -49,8 +50,17 @@ class Job(Work):
             raise self.error
         return self.outputs
 
+    def span(self) -> tuple[float, float] | None:
+        return self.started, self.ended
+
+    def start(self) -> None:
+        """Its turn has come. Called by the transport's thread."""
+        self.started = time.monotonic()
+        self.deadline = self.started + self.timeout
+
     def finish(self, error: Optional[BaseException] = None) -> None:
         """Called by the transport's thread, once."""
+        self.ended = time.monotonic()
         self.error, self.keep = error, None
         self._finished.set()
 

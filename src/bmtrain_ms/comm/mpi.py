@@ -102,7 +102,7 @@ class CommThread:
         if self._failure is not None:
             job.finish(self._failure)
             return False
-        job.deadline = time.monotonic() + job.timeout
+        job.start()
         try:
             if job.advance():
                 job.finish()

@@ -50,7 +50,7 @@ class _Job(Job):
         self.needs: list[int] = []  # whose posts we need
         self.reads: list[int] = []  # whose memory we read
         self.readers: list[int] = []  # who reads ours
-        self.stage, self.started, self.pulled = 0, False, False
+        self.stage, self.pulled = 0, False
         self.keep = next(stages)  # the inputs of the first stage
 
 
@@ -173,7 +173,7 @@ class NodeThread:
         if self._failure is not None:
             raise self._failure
         if not job.started:
-            job.started, job.deadline = True, time.monotonic() + job.timeout
+            job.start()
         while not job.pulled:
             posts = self._posts.get((job.key, job.stage), {})
             missing = [peer for peer in job.needs if peer not in posts]

@@ -10,7 +10,7 @@ import sys
 import time
 import traceback
 from dataclasses import dataclass, field
-from typing import Any, Iterator, Optional
+from typing import Any, ContextManager, Iterator, Optional
 
 import mindspore as ms
 import numpy as np
@@ -20,6 +20,7 @@ from .engine import Clock, Engine
 from .launch import Launch, detect
 from .mesh import Mesh
 from .single import SingleEngine
+from .trace import Trace, TracingEngine
 
 GATHER_DTYPES = {"float16": ms.float16, "bfloat16": ms.bfloat16, "int8": ms.int8}
 
@@ -47,6 +48,7 @@ class World:
         prefetch: how many groups of parameters are gathered ahead.
         gather_dtype: what parameters are gathered in: see `init_distributed`.
         hierarchy: None: parameters are sharded over all ranks of `engine`.
+        trace: of what happens when, or None.
     """
 
     engine: Engine
@@ -56,6 +58,7 @@ class World:
     prefetch: int = 1
     gather_dtype: Optional[str] = None
     hierarchy: Optional[Hierarchy] = None
+    trace: Optional[Trace] = None
 
     def __post_init__(self) -> None:
         _check_gather_dtype(self.gather_dtype)
@@ -64,6 +67,10 @@ class World:
     def shards(self) -> Engine:
         """Collectives among the ranks over which parameters are sharded."""
         return self.hierarchy.shards if self.hierarchy else self.engine
+
+    def measure(self, name: str) -> ContextManager[None]:
+        """A span of the trace around the body of a `with` statement."""
+        return contextlib.nullcontext() if self.trace is None else self.trace.measure(name, self.engine.clock.step)
 
     # A copied or unpickled parameter belongs to the world of the process that it is in.
 
@@ -152,6 +159,7 @@ def init_distributed(
     prefetch: int = 1,
     gather_dtype: str | None = None,
     shard_size: int | None = None,
+    trace: bool = False,
     engine: Engine | None = None,
     device: str | None = None,
     timeout: float = 600.0,
@@ -171,6 +179,7 @@ def init_distributed(
         gather_dtype: gather parameters in fewer bits: `bfloat16`, `float16` or `int8`; what each costs: `bmtrain_ms.zero.wire`.
         shard_size: shard over so many neighbouring ranks (those of a node) and replicate across: more memory, and gathers that
             stay inside a node; gradients are then reduced across nodes too. Default: shard over all ranks.
+        trace: keep note of what is computed and moved when, for `comm.write_trace`.
         engine: use this one instead of the launcher's.
         device: `CPU` or `Ascend`; default: what MindSpore is set to.
         timeout: seconds until a collective gives up (mpi engine; HCCL has its own variables).
@@ -203,12 +212,15 @@ def init_distributed(
         runtime.first_operation()
     for seed_it in (random.seed, np.random.seed, ms.set_seed):
         seed_it(seed)
+    noted = Trace() if trace else None
+    if noted is not None:
+        engine = TracingEngine(engine, noted)
     try:
         hierarchy = make_hierarchy(engine, shard_size)
     except ValueError:
         engine.close()
         raise
-    made = World(engine, Mesh(engine.size, engine.rank), seed, launch, prefetch, gather_dtype, hierarchy)
+    made = World(engine, Mesh(engine.size, engine.rank), seed, launch, prefetch, gather_dtype, hierarchy, noted)
     _current.append(made)
     return made
 

@@ -14,7 +14,7 @@ from ..compat.runtime import numpy_dtype
 from .engine import Engine, Work
 
 
-class _Around(Engine):
+class Around(Engine):
     """Passes everything on to `inner`; subclasses see each operation in `_around`."""
 
     def __init__(self, inner: Engine):
@@ -79,7 +79,7 @@ class Event:
     received: int
 
 
-class RecordingEngine(_Around):
+class RecordingEngine(Around):
     """Keeps a list of every operation, in `events`; sub-groups add to the same list."""
 
     def __init__(self, inner: Engine, events: list[Event] | None = None):
@@ -98,7 +98,7 @@ class RecordingEngine(_Around):
         return [(event.op, event.label) for event in self.events]
 
 
-class FabricEngine(_Around):
+class FabricEngine(Around):
     """Delays completion as a link with a latency and a bandwidth would, without using the CPU.
 
     Transfers of one rank share its link: each starts when the one before has ended. Used to measure overlap: what a step costs
@@ -121,15 +121,15 @@ class FabricEngine(_Around):
     def _around(self, op: str, label: str, tensors: Sequence[Tensor], received: int, work: Work) -> Work:
         start = max(time.monotonic(), self._link_free[0])
         self._link_free[0] = start + self.latency + received / self.bandwidth
-        return _Delayed(work, self._link_free[0])
+        return _Delayed(work, start, self._link_free[0])
 
     def _rewrap(self, inner: Engine) -> Engine:
         return FabricEngine(inner, self.latency, self.bandwidth, self._link_free)
 
 
 class _Delayed(Work):
-    def __init__(self, inner: Work, ready: float):
-        self._inner, self._ready, self.outputs = inner, ready, inner.outputs
+    def __init__(self, inner: Work, start: float, ready: float):
+        self._inner, self._start, self._ready, self.outputs = inner, start, ready, inner.outputs
 
     def done(self) -> bool:
         return time.monotonic() >= self._ready and self._inner.done()
@@ -138,6 +138,9 @@ class _Delayed(Work):
         outputs = self._inner.wait()
         time.sleep(max(0.0, self._ready - time.monotonic()))
         return outputs
+
+    def span(self) -> tuple[float, float] | None:
+        return self._start, self._ready
 
 
 def _nbytes(tensors: Sequence[Any]) -> int:

@@ -151,7 +151,8 @@ class OptimManager:
             self._skip()
             return False
         for optimizer, scheduler in zip(self.optimizers, self.lr_schedulers):
-            optimizer.step(self._grads, 1.0 / self.loss_scale)
+            with self._world.measure("optimizer step"):
+                optimizer.step(self._grads, 1.0 / self.loss_scale)
             if scheduler is not None:
                 scheduler.step()
         if self.loss_scale_enabled:

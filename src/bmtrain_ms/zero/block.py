@@ -151,6 +151,8 @@ class _Call:
         self.block, self.group, self.pipeline = block, block.group, context.pipeline
         self.reducer, self.draws = context.reducer, context.draws
         self.leaves, self.rebuild = leaves, rebuild
+        self.measure = self.group.world.measure
+        self.backward_span = contextlib.ExitStack()
         self.differentiable = [i for i, x in enumerate(leaves) if is_float(x)]
         self.trainable = self.group.trainable()
 
@@ -160,7 +162,8 @@ class _Call:
         """Not recorded: gather, run, release."""
         gathered = self.pipeline.enter(self.group, Phase.EVAL)
         try:
-            return self._result(self._run(self._inputs(), gathered.tensors()))
+            with self.measure(f"evaluate {self.group.label}"):
+                return self._result(self._run(self._inputs(), gathered.tensors()))
         finally:
             self.pipeline.leave(gathered)
 
@@ -174,7 +177,8 @@ class _Call:
         def forward(*inputs_and_shards: Tensor) -> tuple[Tensor, ...]:
             gathered = self.pipeline.enter(self.group, Phase.FORWARD)
             try:
-                out = result.take(self._run(inputs_and_shards[: len(self.differentiable)], gathered.tensors()))
+                with self.measure(f"forward {self.group.label}"):
+                    out = result.take(self._run(inputs_and_shards[: len(self.differentiable)], gathered.tensors()))
             except BaseException:
                 self.pipeline.leave(gathered)
                 raise
@@ -184,7 +188,8 @@ class _Call:
 
         def backward(grads: tuple[Tensor, ...]) -> list[Tensor]:
             gathered = kept[0] if keep else self.pipeline.enter(self.group, Phase.BACKWARD)
-            pulled = self._pull(gathered, grads)
+            with self.measure(f"backward {self.group.label}"):
+                pulled = self._pull(gathered, grads)
             here = len(self.differentiable)
             shards = self.reducer.reduce(self.group, self.trainable, pulled[here:]) if self.trainable else []
             self.pipeline.leave(gathered)
@@ -200,7 +205,9 @@ class _Call:
         try:
             weights = list(gathered.tensors())
             inputs = self._before(gathered, weights)
-            out = self._behind(gathered, result.take(self._run(inputs, weights)))
+            with self.measure(f"forward {self.group.label}"):
+                out = result.take(self._run(inputs, weights))
+            out = self._behind(gathered, out)
         except BaseException:
             self.pipeline.leave(gathered)
             raise
@@ -220,12 +227,14 @@ class _Call:
         if not self.trainable:  # nothing to reduce, but something to release: an identity on the inputs
 
             def leave(grads: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+                self.backward_span.close()
                 self.pipeline.leave(gathered)
                 return grads
 
             return list(custom_op(lambda *xs: xs, leave, *inputs)) if inputs else inputs
 
         def reduce(grads: tuple[Tensor, ...]) -> list[Tensor]:
+            self.backward_span.close()
             shards = self.reducer.reduce(self.group, self.trainable, grads)
             self.pipeline.leave(gathered)
             return shards
@@ -242,6 +251,8 @@ class _Call:
         def gather_again(grads: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
             if self.block.zero_level == 3:
                 self.pipeline.enter(self.group, Phase.BACKWARD, parked=gathered)
+            self.backward_span = contextlib.ExitStack()
+            self.backward_span.enter_context(self.measure(f"backward {self.group.label}"))
             return grads
 
         return custom_op(lambda *xs: xs, gather_again, *outputs) if outputs else outputs
