@@ -106,7 +106,16 @@ def main() -> None:
             microseconds = (seconds - plain) / BLOCKS * 1e6
             per_block.setdefault(use_checkpoint, []).append((microseconds, state))
             kind = "on" if use_checkpoint else "off"
-            rows.append([size, kind, f"{microseconds:.0f}", f"{state / 1024:.1f}", f"{16 * 9 * WIDTH**2 / size / 1024 * BLOCKS * 3 / 4:.1f}", messages])
+            rows.append(
+                [
+                    size,
+                    kind,
+                    f"{microseconds:.0f}",
+                    f"{state / 1024:.1f}",
+                    f"{16 * 9 * WIDTH**2 / size / 1024 * BLOCKS * 3 / 4:.1f}",
+                    messages,
+                ]
+            )
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
     for use_checkpoint, values in per_block.items():
         left.plot(WORLDS, [v[0] for v in values], "o-", label=f"checkpoint {'on' if use_checkpoint else 'off'}")

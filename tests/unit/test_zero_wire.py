@@ -46,9 +46,13 @@ def test_bounds(shard):
             assert (np.abs(row.astype(np.float64) - shard) <= bound).all(), name
 
 
+def test_a_block_of_tiny_values_becomes_zero():
+    assert not there_and_back("int8", np.full(3, 1e-45, np.float32)).any()
+
+
 @pytest.mark.parametrize("name", ["bfloat16", "float16", "int8"])
 def test_what_is_kept_exactly(name):
-    for values in (np.zeros(300), np.ones(300), np.full(7, -127.0), np.arange(-127, 128)):
+    for values in (np.zeros(300), np.full(300, -0.0), np.ones(300), np.full(7, -127.0), np.arange(-127, 128)):
         np.testing.assert_array_equal(there_and_back(name, values.astype(np.float32))[1], values)
 
 

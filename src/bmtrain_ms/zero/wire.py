@@ -93,7 +93,7 @@ class BlockQuantised(Wire):
         with np.errstate(invalid="ignore"):
             largest = np.abs(padded).max(1)
             scales[...] = np.where(np.isfinite(largest), largest / np.float32(127), np.float32(np.nan))
-            padded /= np.where(largest > 0, scales, np.float32(1))[:, None]
+            padded /= np.where(scales > 0, scales, np.float32(np.inf))[:, None]  # a tiny block's scale may be 0
             padded[~np.isfinite(padded)] = 0
         values[...] = np.rint(padded, out=padded).reshape(-1)
 
@@ -108,7 +108,7 @@ class BlockQuantised(Wire):
         largest = padded.abs().max(axis=1, keepdims=True)
         finite = ops.isfinite(padded.sum(axis=1, keepdims=True))
         scale = ops.select(finite, largest / 127.0, ops.full_like(largest, float("nan")))
-        scaled = padded / ops.select(largest > 0, scale, ops.ones_like(scale))
+        scaled = padded / ops.select(scale > 0, scale, ops.full_like(scale, float("inf")))
         values = ops.round(ops.select(ops.isfinite(scaled), scaled, ops.zeros_like(scaled)))
         return [values.astype(ms.int8).reshape(-1), scale.reshape(-1)]
 
