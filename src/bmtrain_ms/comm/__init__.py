@@ -1,6 +1,6 @@
 """Moving bytes between ranks."""
 
-from .engine import Clock, CommError, CommTimeoutError, Engine, Label, Work
+from .engine import Buffer, Clock, CommError, CommTimeoutError, Engine, Label, Work
 from .launch import Launch
 from .mesh import Mesh
 from .simulated import SimulatedEngine
@@ -22,6 +22,7 @@ from .world import (
 from .wrappers import Event, FabricEngine, RecordingEngine
 
 __all__ = [
+    "Buffer",
     "Clock",
     "CommError",
     "CommTimeoutError",

@@ -2,6 +2,7 @@
 
 An engine is bound to one group of ranks; `subgroup` makes another. Every rank of the group must issue the same operations in the
 same order. All operations take and return lists of tensors: what is passed in one call travels as one collective.
+Engines with `lands_in_place` take NumPy arrays in place of tensors, too.
 """
 
 from __future__ import annotations
@@ -9,12 +10,14 @@ from __future__ import annotations
 import time
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Sequence
+from typing import Any, Sequence, Union
 
+import numpy as np
 from mindspore import Tensor
 
 from ..compat.runtime import is_float
 
+Buffer = Union[Tensor, np.ndarray]
 REDUCE_OPS = ("sum", "mean", "max", "min")
 
 
@@ -54,7 +57,7 @@ class Work(ABC):
     must not be written.
     """
 
-    outputs: list[Tensor]
+    outputs: list[Any]
 
     @abstractmethod
     def done(self) -> bool:
@@ -109,33 +112,33 @@ class Engine(ABC):
     lands_in_place: bool = False
 
     @abstractmethod
-    def all_gather(self, tensors: Sequence[Tensor], out: Sequence[Tensor] | None = None, label: str = "") -> Work:
+    def all_gather(self, tensors: Sequence[Buffer], out: Sequence[Buffer] | None = None, label: str = "") -> Work:
         """Concatenate each tensor over the ranks along dim 0: (n, ...) -> (size*n, ...).
 
         `out`: host tensors of the result's shape to land in, on engines with `lands_in_place`; otherwise new ones are made.
         """
 
     @abstractmethod
-    def reduce_scatter(self, tensors: Sequence[Tensor], op: str = "sum", label: str = "") -> Work:
+    def reduce_scatter(self, tensors: Sequence[Buffer], op: str = "sum", label: str = "") -> Work:
         """Reduce each tensor over the ranks and keep this rank's part of dim 0: (size*n, ...) -> (n, ...).
 
         Floating-point sums are made in float32 (float64 for float64) in rank order and rounded once.
         """
 
     @abstractmethod
-    def all_reduce(self, tensors: Sequence[Tensor], op: str = "sum", label: str = "") -> Work:
+    def all_reduce(self, tensors: Sequence[Buffer], op: str = "sum", label: str = "") -> Work:
         """Reduce each tensor over the ranks, the same bits on every rank; shape kept."""
 
     @abstractmethod
-    def broadcast(self, tensors: Sequence[Tensor], root: int = 0, label: str = "") -> Work:
+    def broadcast(self, tensors: Sequence[Buffer], root: int = 0, label: str = "") -> Work:
         """Rank `root`'s values on every rank; the others pass tensors of the same shapes and types."""
 
     @abstractmethod
-    def all_to_all(self, tensors: Sequence[Tensor], label: str = "") -> Work:
+    def all_to_all(self, tensors: Sequence[Buffer], label: str = "") -> Work:
         """Part i of dim 0 goes to rank i: (size*n, ...) -> (size*n, ...), ordered by sender."""
 
     @abstractmethod
-    def send(self, tensors: Sequence[Tensor], dst: int, label: str = "") -> Work:
+    def send(self, tensors: Sequence[Buffer], dst: int, label: str = "") -> Work:
         """Send to rank `dst` of the group, which must `recv`."""
 
     @abstractmethod
@@ -155,17 +158,17 @@ class Engine(ABC):
 
     # Checks shared by all engines: errors, and their text, do not depend on the engine in use.
 
-    def _check_op(self, op: str, tensors: Sequence[Tensor]) -> None:
+    def _check_op(self, op: str, tensors: Sequence[Buffer]) -> None:
         if op not in REDUCE_OPS:
             raise ValueError(f"unknown reduction {op!r}; choose one of {', '.join(REDUCE_OPS)}")
-        if op == "mean" and not all(is_float(x) for x in tensors):
+        if op == "mean" and not all(x.dtype.kind not in "iub" if isinstance(x, np.ndarray) else is_float(x) for x in tensors):
             raise ValueError("the mean of integer tensors is not an integer; use sum, or convert to a float type")
 
     def _check_peer(self, peer: int, what: str) -> None:
         if not 0 <= peer < self.size:
             raise ValueError(f"{what}={peer} is not a rank of this group of {self.size} (0..{self.size - 1})")
 
-    def _check_divisible(self, tensors: Sequence[Tensor], what: str) -> None:
+    def _check_divisible(self, tensors: Sequence[Buffer], what: str) -> None:
         for x in tensors:
             if not x.shape or x.shape[0] % self.size:
                 raise ValueError(

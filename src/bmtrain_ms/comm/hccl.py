@@ -12,7 +12,7 @@ from typing import Any, Sequence
 
 from mindspore import Tensor
 
-from .engine import Clock, Engine, Work
+from .engine import Buffer, Clock, Engine, Work
 
 
 class _Handles(Work):
@@ -60,37 +60,37 @@ class HcclEngine(Engine):
         self.clock, self._comm = clock or Clock(), comm_func
         self._ranks = list(range(size) if ranks is None else ranks)  # comm_func's src and dst are global ranks
 
-    def all_gather(self, tensors: Sequence[Tensor], out: Sequence[Tensor] | None = None, label: str = "") -> Work:
+    def all_gather(self, tensors: Sequence[Buffer], out: Sequence[Buffer] | None = None, label: str = "") -> Work:
         # comm_func stacks: (size, n, ...)
         pairs = [self._comm.all_gather_into_tensor(x, group=self._group, async_op=True) for x in tensors]
         joined = [y.reshape((-1, *x.shape[1:])) if len(y.shape) > len(x.shape) else y for x, (y, _) in zip(tensors, pairs)]
         return _Handles(joined, [handle for _, handle in pairs])
 
-    def reduce_scatter(self, tensors: Sequence[Tensor], op: str = "sum", label: str = "") -> Work:
+    def reduce_scatter(self, tensors: Sequence[Buffer], op: str = "sum", label: str = "") -> Work:
         self._check_op(op, tensors)
         self._check_divisible(tensors, "reduce_scatter")
         kind, tensors = self._kind(op, tensors)
         pairs = [self._comm.reduce_scatter_tensor(x, op=kind, group=self._group, async_op=True) for x in tensors]
         return _Handles([y for y, _ in pairs], [handle for _, handle in pairs])
 
-    def all_reduce(self, tensors: Sequence[Tensor], op: str = "sum", label: str = "") -> Work:
+    def all_reduce(self, tensors: Sequence[Buffer], op: str = "sum", label: str = "") -> Work:
         self._check_op(op, tensors)
         kind, tensors = self._kind(op, tensors)
         pairs = [self._comm.all_reduce(x, op=kind, group=self._group, async_op=True) for x in tensors]
         return _Handles([y for y, _ in pairs], [handle for _, handle in pairs])
 
-    def broadcast(self, tensors: Sequence[Tensor], root: int = 0, label: str = "") -> Work:
+    def broadcast(self, tensors: Sequence[Buffer], root: int = 0, label: str = "") -> Work:
         self._check_peer(root, "root")
         return _Handles([self._comm.broadcast(x, src=self._ranks[root], group=self._group) for x in tensors], [])
 
-    def all_to_all(self, tensors: Sequence[Tensor], label: str = "") -> Work:
+    def all_to_all(self, tensors: Sequence[Buffer], label: str = "") -> Work:
         self._check_divisible(tensors, "all_to_all")
         pairs = [
             self._comm.all_to_all_single_with_output_shape(tuple(x.shape), x, group=self._group, async_op=True) for x in tensors
         ]
         return _Handles([y for y, _ in pairs], [handle for _, handle in pairs])
 
-    def send(self, tensors: Sequence[Tensor], dst: int, label: str = "") -> Work:
+    def send(self, tensors: Sequence[Buffer], dst: int, label: str = "") -> Work:
         self._check_peer(dst, "dst")
         return _Handles([], [self._comm.isend(x, dst=self._ranks[dst], group=self._group) for x in tensors])
 
@@ -115,6 +115,6 @@ class HcclEngine(Engine):
         create_group(name, members)
         return HcclEngine(name, list(ranks).index(self.rank), len(members), self.clock, self._comm, members)
 
-    def _kind(self, op: str, tensors: Sequence[Tensor]) -> tuple[str, Sequence[Tensor]]:
+    def _kind(self, op: str, tensors: Sequence[Buffer]) -> tuple[str, Sequence[Tensor]]:
         """HCCL has no mean."""
         return ("sum", [x * (1.0 / self.size) for x in tensors]) if op == "mean" else (op, tensors)

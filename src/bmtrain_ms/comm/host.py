@@ -16,7 +16,7 @@ import numpy as np
 from mindspore import Tensor
 
 from ..compat.runtime import from_host, host_array, numpy_dtype
-from .engine import Engine, Work
+from .engine import Buffer, Engine, Work
 from .reduce import reduce_rows
 
 Stages = Generator[Any, Any, Any]
@@ -75,22 +75,22 @@ class HostEngine(Engine):
 
     # Collectives #
 
-    def all_gather(self, tensors: Sequence[Tensor], out: Sequence[Tensor] | None = None, label: str = "") -> Work:
+    def all_gather(self, tensors: Sequence[Buffer], out: Sequence[Buffer] | None = None, label: str = "") -> Work:
         sources = [host_array(x) for x in tensors]
         if out is None:
             out = [self._new((self.size * (x.shape[0] if x.shape else 1), *x.shape[1:]), x.dtype) for x in tensors]
         targets = [host_array(y) for y in out]
         return self._submit("all_gather", label, list(out), self._gather(sources, targets), sources)
 
-    def reduce_scatter(self, tensors: Sequence[Tensor], op: str = "sum", label: str = "") -> Work:
+    def reduce_scatter(self, tensors: Sequence[Buffer], op: str = "sum", label: str = "") -> Work:
         self._check_op(op, tensors)
         self._check_divisible(tensors, "reduce_scatter")
         sources = [host_array(x) for x in tensors]
-        out = [self._new((x.shape[0] // self.size, *x.shape[1:]), x.dtype) for x in tensors]
-        targets = [host_array(y).reshape(-1) for y in out]
+        made = [np.empty((x.shape[0] // self.size, *x.shape[1:]), x.dtype) for x in sources]
+        out, targets = [from_host(y) for y in made], [y.reshape(-1) for y in made]
         return self._submit("reduce_scatter", label, out, self._reduce_parts(sources, targets, op), sources, kind=op)
 
-    def all_reduce(self, tensors: Sequence[Tensor], op: str = "sum", label: str = "") -> Work:
+    def all_reduce(self, tensors: Sequence[Buffer], op: str = "sum", label: str = "") -> Work:
         self._check_op(op, tensors)
         sources = [host_array(x).reshape(-1) for x in tensors]
         out = [self._new(tuple(x.shape), x.dtype) for x in tensors]
@@ -99,13 +99,13 @@ class HostEngine(Engine):
         reduce = self._reduce_gathered if small else self._reduce_by_parts
         return self._submit("all_reduce", label, out, reduce(sources, targets, op), sources, kind=op)
 
-    def broadcast(self, tensors: Sequence[Tensor], root: int = 0, label: str = "") -> Work:
+    def broadcast(self, tensors: Sequence[Buffer], root: int = 0, label: str = "") -> Work:
         self._check_peer(root, "root")
         out = list(tensors) if self.rank == root else [self._new(tuple(x.shape), x.dtype) for x in tensors]
         arrays = [host_array(x) for x in out]
         return self._submit("broadcast", label, out, self._broadcast(arrays, root), arrays, kind=f"from rank {root}")
 
-    def all_to_all(self, tensors: Sequence[Tensor], label: str = "") -> Work:
+    def all_to_all(self, tensors: Sequence[Buffer], label: str = "") -> Work:
         self._check_divisible(tensors, "all_to_all")
         sources = [host_array(x) for x in tensors]
         out = [self._new(tuple(x.shape), x.dtype) for x in tensors]
@@ -117,7 +117,7 @@ class HostEngine(Engine):
 
     # Point to point #
 
-    def send(self, tensors: Sequence[Tensor], dst: int, label: str = "") -> Work:
+    def send(self, tensors: Sequence[Buffer], dst: int, label: str = "") -> Work:
         self._check_peer(dst, "dst")
         sources = [host_array(x) for x in tensors]
         return self._submit("send", label, [], self._send(sources, dst), sources, pair=(self.rank, dst))

@@ -16,7 +16,7 @@ import numpy as np
 from mindspore import Tensor, ops
 
 from ..compat.runtime import from_host, host_array
-from .engine import Clock, CommError, Done, Engine, Work
+from .engine import Buffer, Clock, CommError, Done, Engine, Work
 from .reduce import reduce_rows
 
 
@@ -30,7 +30,7 @@ class McclEngine(Engine):
         self.rank, self.size, self.clock = rank, size, clock or Clock()
         self._gather_bits = ops.AllGather()
 
-    def all_gather(self, tensors: Sequence[Tensor], out: Sequence[Tensor] | None = None, label: str = "") -> Work:
+    def all_gather(self, tensors: Sequence[Buffer], out: Sequence[Buffer] | None = None, label: str = "") -> Work:
         results = []
         for i, x in enumerate(tensors):
             array = host_array(x)
@@ -43,7 +43,7 @@ class McclEngine(Engine):
                 results.append(out[i])
         return Done(results)
 
-    def reduce_scatter(self, tensors: Sequence[Tensor], op: str = "sum", label: str = "") -> Work:
+    def reduce_scatter(self, tensors: Sequence[Buffer], op: str = "sum", label: str = "") -> Work:
         self._check_op(op, tensors)
         self._check_divisible(tensors, "reduce_scatter")
         results = []
@@ -53,17 +53,17 @@ class McclEngine(Engine):
             results.append(self._reduce(mine, op).reshape(x.shape[0] // self.size, *x.shape[1:]))
         return Done([from_host(y) for y in results])
 
-    def all_reduce(self, tensors: Sequence[Tensor], op: str = "sum", label: str = "") -> Work:
+    def all_reduce(self, tensors: Sequence[Buffer], op: str = "sum", label: str = "") -> Work:
         self._check_op(op, tensors)
         rows = [self._rows(host_array(x), f"all_reduce ({label})") for x in tensors]
         return Done([from_host(self._reduce(y, op).reshape(x.shape)) for x, y in zip(tensors, rows)])
 
-    def broadcast(self, tensors: Sequence[Tensor], root: int = 0, label: str = "") -> Work:
+    def broadcast(self, tensors: Sequence[Buffer], root: int = 0, label: str = "") -> Work:
         self._check_peer(root, "root")
         rows = [self._rows(host_array(x), f"broadcast ({label})") for x in tensors]
         return Done([from_host(y[root].reshape(x.shape).copy()) for x, y in zip(tensors, rows)])
 
-    def all_to_all(self, tensors: Sequence[Tensor], label: str = "") -> Work:
+    def all_to_all(self, tensors: Sequence[Buffer], label: str = "") -> Work:
         self._check_divisible(tensors, "all_to_all")
         results = []
         for x in tensors:
@@ -71,7 +71,7 @@ class McclEngine(Engine):
             results.append(from_host(np.ascontiguousarray(rows[:, self.rank]).reshape(x.shape)))
         return Done(results)
 
-    def send(self, tensors: Sequence[Tensor], dst: int, label: str = "") -> Work:
+    def send(self, tensors: Sequence[Buffer], dst: int, label: str = "") -> Work:
         raise CommError(self._absent("point-to-point messages"))
 
     def recv(self, like: Sequence[Tensor], src: int, label: str = "") -> Work:

@@ -8,7 +8,7 @@ import numpy as np
 from mindspore import Tensor
 
 from ..compat.runtime import from_host, host_array, numpy_dtype
-from .engine import Clock, Done, Engine, Work
+from .engine import Buffer, Clock, Done, Engine, Work
 
 
 class SimulatedEngine(Engine):
@@ -22,7 +22,7 @@ class SimulatedEngine(Engine):
             raise ValueError(f"rank {rank} is outside the world of {size} (0..{size - 1})")
         self.rank, self.size, self.clock = rank, size, clock or Clock()
 
-    def all_gather(self, tensors: Sequence[Tensor], out: Sequence[Tensor] | None = None, label: str = "") -> Work:
+    def all_gather(self, tensors: Sequence[Buffer], out: Sequence[Buffer] | None = None, label: str = "") -> Work:
         if out is None:
             shapes = [(self.size * (x.shape[0] if x.shape else 1), *x.shape[1:]) for x in tensors]
             out = [from_host(np.empty(shape, numpy_dtype(x.dtype))) for shape, x in zip(shapes, tensors)]
@@ -30,24 +30,24 @@ class SimulatedEngine(Engine):
             host_array(y).reshape(self.size, -1)[...] = host_array(x).reshape(-1)
         return Done(list(out))
 
-    def reduce_scatter(self, tensors: Sequence[Tensor], op: str = "sum", label: str = "") -> Work:
+    def reduce_scatter(self, tensors: Sequence[Buffer], op: str = "sum", label: str = "") -> Work:
         self._check_op(op, tensors)
         self._check_divisible(tensors, "reduce_scatter")
         return Done([from_host(part.copy()) for part in map(self._part, tensors)])
 
-    def all_reduce(self, tensors: Sequence[Tensor], op: str = "sum", label: str = "") -> Work:
+    def all_reduce(self, tensors: Sequence[Buffer], op: str = "sum", label: str = "") -> Work:
         self._check_op(op, tensors)
         return Done([from_host(host_array(x).copy()) for x in tensors])
 
-    def broadcast(self, tensors: Sequence[Tensor], root: int = 0, label: str = "") -> Work:
+    def broadcast(self, tensors: Sequence[Buffer], root: int = 0, label: str = "") -> Work:
         self._check_peer(root, "root")
         return Done(list(tensors))
 
-    def all_to_all(self, tensors: Sequence[Tensor], label: str = "") -> Work:
+    def all_to_all(self, tensors: Sequence[Buffer], label: str = "") -> Work:
         self._check_divisible(tensors, "all_to_all")
         return Done([from_host(np.concatenate([self._part(x)] * self.size)) for x in tensors])
 
-    def send(self, tensors: Sequence[Tensor], dst: int, label: str = "") -> Work:
+    def send(self, tensors: Sequence[Buffer], dst: int, label: str = "") -> Work:
         self._check_peer(dst, "dst")
         return Done([])
 

@@ -13,7 +13,7 @@ import numpy as np
 from mindspore import Tensor
 
 from ..compat.runtime import from_host, host_array
-from .engine import Engine, Work
+from .engine import Buffer, Engine, Work
 from .wrappers import Around
 
 TRACKS = ("compute", "gather", "reduce", "other")  # rows of the picture, one group of them for each rank
@@ -65,7 +65,7 @@ class TracingEngine(Around):
         super().__init__(inner)
         self.trace = trace
 
-    def _around(self, op: str, label: str, tensors: Sequence[Tensor], received: int, work: Work) -> Work:
+    def _around(self, op: str, label: str, tensors: Sequence[Buffer], received: int, work: Work) -> Work:
         name = f"{op} ({label})" if label else op
         return _Traced(work, self.trace, Span(name, _TRACK_OF.get(op, "other"), time.monotonic(), 0.0, self.clock.step, received))
 

@@ -7,11 +7,9 @@ from abc import abstractmethod
 from dataclasses import dataclass
 from typing import Any, Sequence
 
-import numpy as np
 from mindspore import Tensor
 
-from ..compat.runtime import numpy_dtype
-from .engine import Engine, Work
+from .engine import Buffer, Engine, Work
 
 
 class Around(Engine):
@@ -22,27 +20,27 @@ class Around(Engine):
         self.name, self.rank, self.size, self.clock = inner.name, inner.rank, inner.size, inner.clock
         self.lands_in_place = inner.lands_in_place
 
-    def all_gather(self, tensors: Sequence[Tensor], out: Sequence[Tensor] | None = None, label: str = "") -> Work:
+    def all_gather(self, tensors: Sequence[Buffer], out: Sequence[Buffer] | None = None, label: str = "") -> Work:
         received = (self.size - 1) * _nbytes(tensors)
         return self._around("all_gather", label, tensors, received, self.inner.all_gather(tensors, out, label))
 
-    def reduce_scatter(self, tensors: Sequence[Tensor], op: str = "sum", label: str = "") -> Work:
+    def reduce_scatter(self, tensors: Sequence[Buffer], op: str = "sum", label: str = "") -> Work:
         received = (self.size - 1) * _nbytes(tensors) // self.size
         return self._around("reduce_scatter", label, tensors, received, self.inner.reduce_scatter(tensors, op, label))
 
-    def all_reduce(self, tensors: Sequence[Tensor], op: str = "sum", label: str = "") -> Work:
+    def all_reduce(self, tensors: Sequence[Buffer], op: str = "sum", label: str = "") -> Work:
         received = 2 * (self.size - 1) * _nbytes(tensors) // self.size
         return self._around("all_reduce", label, tensors, received, self.inner.all_reduce(tensors, op, label))
 
-    def broadcast(self, tensors: Sequence[Tensor], root: int = 0, label: str = "") -> Work:
+    def broadcast(self, tensors: Sequence[Buffer], root: int = 0, label: str = "") -> Work:
         received = 0 if self.rank == root else _nbytes(tensors)
         return self._around("broadcast", label, tensors, received, self.inner.broadcast(tensors, root, label))
 
-    def all_to_all(self, tensors: Sequence[Tensor], label: str = "") -> Work:
+    def all_to_all(self, tensors: Sequence[Buffer], label: str = "") -> Work:
         received = (self.size - 1) * _nbytes(tensors) // self.size
         return self._around("all_to_all", label, tensors, received, self.inner.all_to_all(tensors, label))
 
-    def send(self, tensors: Sequence[Tensor], dst: int, label: str = "") -> Work:
+    def send(self, tensors: Sequence[Buffer], dst: int, label: str = "") -> Work:
         return self._around("send", label, tensors, 0, self.inner.send(tensors, dst, label))
 
     def recv(self, like: Sequence[Tensor], src: int, label: str = "") -> Work:
@@ -58,7 +56,7 @@ class Around(Engine):
         self.inner.close()
 
     @abstractmethod
-    def _around(self, op: str, label: str, tensors: Sequence[Tensor], received: int, work: Work) -> Work:
+    def _around(self, op: str, label: str, tensors: Sequence[Buffer], received: int, work: Work) -> Work:
         """What a wrapper adds to an operation that `inner` has just issued."""
 
     @abstractmethod
@@ -86,7 +84,7 @@ class RecordingEngine(Around):
         super().__init__(inner)
         self.events: list[Event] = [] if events is None else events
 
-    def _around(self, op: str, label: str, tensors: Sequence[Tensor], received: int, work: Work) -> Work:
+    def _around(self, op: str, label: str, tensors: Sequence[Buffer], received: int, work: Work) -> Work:
         self.events.append(Event(op, label, len(tensors), received))
         return work
 
@@ -118,7 +116,7 @@ class FabricEngine(Around):
         self.latency, self.bandwidth = latency, bandwidth
         self._link_free = [0.0] if link is None else link
 
-    def _around(self, op: str, label: str, tensors: Sequence[Tensor], received: int, work: Work) -> Work:
+    def _around(self, op: str, label: str, tensors: Sequence[Buffer], received: int, work: Work) -> Work:
         start = max(time.monotonic(), self._link_free[0])
         self._link_free[0] = start + self.latency + received / self.bandwidth
         return _Delayed(work, start, self._link_free[0])
@@ -144,4 +142,4 @@ class _Delayed(Work):
 
 
 def _nbytes(tensors: Sequence[Any]) -> int:
-    return sum(int(np.prod(x.shape)) * numpy_dtype(x.dtype).itemsize for x in tensors)
+    return sum(x.nbytes for x in tensors)

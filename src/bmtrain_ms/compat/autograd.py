@@ -16,7 +16,7 @@ from mindspore.ops.composite import base as _composite
 
 from .executor import GRAD_TAKES_HAS_AUX, PyNativeExecutor, executor, no_grad, recording
 
-__all__ = ["backward_hooks", "custom_op", "no_grad", "recording", "vjp"]
+__all__ = ["Graph", "backward_hooks", "custom_op", "no_grad", "recording", "vjp"]
 
 Tensors = tuple[Tensor, ...]
 
@@ -51,6 +51,19 @@ class _Op(nn.Cell):
         return tuple(ops.zeros_like(x) if g is None else g for x, g in zip(inputs, grads))
 
 
+class Graph(_Op):
+    """The name under which the executor keeps what `vjp` has recorded. 2.5 keeps some 5 KB for each name for ever: reuse it."""
+
+    def __init__(self) -> None:
+        super().__init__(None)
+
+    def __deepcopy__(self, memo: dict) -> Graph:
+        return Graph()
+
+    def __reduce__(self) -> tuple:
+        return Graph, ()
+
+
 def custom_op(forward: Callable[..., Tensors], backward: Callable[[Tensors], Sequence[Tensor | None]], *inputs: Tensor) -> Tensors:
     """Run `forward(*inputs)` unrecorded and make `backward` its derivative.
 
@@ -70,16 +83,27 @@ def custom_op(forward: Callable[..., Tensors], backward: Callable[[Tensors], Seq
     return outputs if recorded is None else recorded  # 2.5 marks the outputs in place
 
 
-def vjp(function: Callable[..., Tensors], inputs: Sequence[Tensor], cotangents: Tensors) -> Tensors:
-    """Run `function(*inputs)` recorded and pull `cotangents` back through it at once.
+def vjp(
+    function: Callable[..., Tensors],
+    inputs: Sequence[Tensor],
+    cotangents: Tensors,
+    leaves: Sequence[Tensor] = (),
+    graph: Graph | None = None,
+) -> Tensors:
+    """Run `function(*inputs, *leaves)` recorded and pull `cotangents` back through it at once.
 
     Usable inside the backward of a `custom_op`: this is what recomputation is made of.
 
+    Args:
+        inputs: may have a history, which is not followed.
+        leaves: more inputs, which have none: no Parameters either.
+        graph: the one of earlier calls for the same function; not one that is in use.
+
     Returns:
-        One gradient per input, zeros where an input was not used.
+        One gradient per input and leaf, zeros where it was not used.
     """
-    cell = _Op(None)
-    detached = [_detach(x) for x in inputs]
+    cell = Graph() if graph is None else graph
+    detached = [*map(_detach, inputs), *leaves]
     executor.set_grad_flag(True)
     executor.new_graph(cell, *detached)
     outputs = _clear_after_failure(function, None, tuple(detached), {})

@@ -11,6 +11,7 @@ import numpy as np
 from mindspore import Tensor, ops
 from mindspore._c_expression import DeviceContextManager, RuntimeConf
 
+_TAKES_INTERNAL = hasattr(Tensor.__init__, "__code__") and "internal" in Tensor.__init__.__code__.co_varnames  # 2.5
 FLOATS = (ms.float16, ms.bfloat16, ms.float32, ms.float64)
 
 
@@ -19,30 +20,34 @@ def is_float(x: Any) -> bool:
     return isinstance(x, Tensor) and x.dtype in FLOATS
 
 
-def host_array(tensor: Tensor) -> np.ndarray:
-    """The tensor's values as a contiguous NumPy array; waits for the operations that produce them.
+def host_array(tensor: Tensor | np.ndarray) -> np.ndarray:
+    """The tensor's values as a contiguous NumPy array; waits for the operations that produce them. An array is returned as it is.
 
     Shares memory with a tensor made by `from_host`. Read-only use: on 2.5 the result of an operation is copied to the host.
     """
-    return np.ascontiguousarray(tensor.asnumpy())
+    return tensor if isinstance(tensor, np.ndarray) else np.ascontiguousarray(tensor.asnumpy())
 
 
 class _Memory:
     """What NumPy needs to view a tensor's memory, and to keep the tensor alive."""
 
-    def __init__(self, tensor: Tensor, start: int):
+    def __init__(self, tensor: Tensor, start: int, nbytes: int):
         self._tensor = tensor
-        self.__array_interface__ = {"version": 3, "shape": (tensor.nbytes,), "typestr": "|u1", "data": (start, False)}
+        self.__array_interface__ = {"version": 3, "shape": (nbytes,), "typestr": "|u1", "data": (start, False)}
 
 
-def result_array(tensor: Tensor) -> np.ndarray:
-    """As `host_array`, flat and without a copy, of what an operation has returned on CPU (not of a tensor made by `from_host`).
+def result_array(tensor: Tensor, count: int) -> np.ndarray:
+    """The values of what an operation has returned on CPU, as (count,), without a copy where that is possible.
 
     `asnumpy` copies such tensors at 1.4 GB/s (2.5). The array keeps the tensor alive.
     """
-    if not tensor.is_contiguous() or tensor.storage_offset() or not tensor.size:
+    start = 0
+    if tensor.is_contiguous() and not tensor.storage_offset():
+        start = int(tensor._data_ptr())  # 0 if no operation has made it, nor read it
+    if not start:
         return host_array(tensor).reshape(-1)
-    return np.asarray(_Memory(tensor, int(tensor._data_ptr()))).view(numpy_dtype(tensor.dtype))
+    dtype = numpy_dtype(tensor.dtype)
+    return np.asarray(_Memory(tensor, start, count * dtype.itemsize)).view(dtype)
 
 
 def address(tensor: Tensor) -> int | None:
@@ -51,14 +56,54 @@ def address(tensor: Tensor) -> int | None:
     return int(tensor._data_ptr()) if hasattr(Tensor, "untyped_storage") else None
 
 
+def _writable(tensor: Tensor) -> np.ndarray | None:
+    """The tensor's own memory on CPU, flat; None where only a copy can be had."""
+    if device_target() != "CPU":
+        return None
+    if not hasattr(Tensor, "untyped_storage"):
+        ops.stop_gradient(tensor)  # 2.5: gives it an address if no operation has read it; asking for none logs an error
+    array = result_array(tensor, tensor.size)
+    return array if array.flags.writeable else None
+
+
+def scaled(tensor: Tensor, factor: float) -> Tensor:
+    """tensor * factor; in place on CPU. The tensor must not be in use elsewhere."""
+    array = _writable(tensor)
+    if array is None:
+        return tensor * factor
+    np.multiply(array, array.dtype.type(factor), out=array)
+    return tensor
+
+
+def added(tensor: Tensor, other: Tensor) -> Tensor:
+    """tensor + other, equal shapes and types; in place on CPU. The tensor must not be in use elsewhere."""
+    array = _writable(tensor)
+    if array is None:
+        return tensor + other
+    np.add(array, _writable(other), out=array)
+    return tensor
+
+
+def square_sum(tensor: Tensor) -> float:
+    """Sum of the squares of a float32 tensor; not finite if an element is not."""
+    if device_target() != "CPU":
+        return host_array((tensor * tensor).sum()).item()
+    array = _writable(tensor)
+    array = host_array(tensor).reshape(-1) if array is None else array
+    with np.errstate(all="ignore"):
+        return float(np.dot(array, array))
+
+
 def was_copied(tensor: Tensor, array: np.ndarray) -> bool:
     """Whether operations read a copy of `tensor`, made by `from_host(array)`: on 2.5 a view of it (`w.T`, a slice) makes one."""
-    ops.stop_gradient(tensor)  # gives it an address if no operation has read it; asking for none logs an error
+    ops.stop_gradient(tensor)  # see `_writable`
     return int(tensor._data_ptr()) != array.__array_interface__["data"][0]
 
 
 def from_host(array: np.ndarray) -> Tensor:
     """A tensor that shares memory with the contiguous `array` and keeps it alive."""
+    if _TAKES_INTERNAL and array.flags.c_contiguous:
+        return Tensor(Tensor.__base__.from_numpy(array), internal=True)  # half the time: without checks of what is known
     return Tensor.from_numpy(array)
 
 

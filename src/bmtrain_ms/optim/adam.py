@@ -72,7 +72,7 @@ class AdamOptimizer:
             for p in group["params"]:
                 grad = grads.get(id(p))
                 if grad is not None:
-                    grad = grad.astype(ms.float32)
+                    grad = grad if grad.dtype == ms.float32 else grad.astype(ms.float32)
                     self._states[id(p)].update(group, grad if scale == 1.0 else grad * scale)
 
     def state_of(self, p: Parameter) -> dict[str, Tensor]:

@@ -11,7 +11,7 @@ import numpy as np
 from mindspore import Parameter, Tensor
 
 from ..comm import World, world
-from ..compat.runtime import from_host, host_array
+from ..compat.runtime import added, from_host, host_array, scaled, square_sum
 from ..zero import context_of
 
 
@@ -113,8 +113,9 @@ class OptimManager:
             return self.scale_loss(loss) if self.loss_scale_enabled else loss
 
         _, grads = ms.value_and_grad(scaled, None, params)()
-        for p, grad in zip(params, grads):
-            self._add(p, grad.astype(ms.float32))
+        grads = list(grads)
+        for p in params:
+            self._add(p, grads.pop(0))  # let go of each: with accumulation there are two otherwise
         return returned[0]
 
     def clip_grad_norm(
@@ -134,7 +135,7 @@ class OptimManager:
         coefficient = max_norm * self.loss_scale / (norm + eps)
         if math.isfinite(norm) and coefficient < 1.0:
             for i in ids:
-                self._grads[i] = self._grads[i] * coefficient
+                self._grads[i] = scaled(self._grads[i], coefficient)
         return norm / self.loss_scale
 
     def step(self) -> bool:
@@ -196,7 +197,8 @@ class OptimManager:
 
     def _add(self, p: Parameter, grad: Tensor) -> None:
         before = self._grads.get(id(p))
-        self._grads[id(p)] = grad if before is None else before + grad
+        grad = grad if grad.dtype == ms.float32 else grad.astype(ms.float32)
+        self._grads[id(p)] = grad if before is None else added(before, grad)
 
     def _norm(self, grads: list[Tensor], p: float) -> float:
         """p-norm over all ranks that hold different shards. Not finite if any element is not."""
@@ -206,8 +208,7 @@ class OptimManager:
             mine = math.nan if any(math.isnan(x) for x in largest) else max(largest, default=0.0)
             gathered = host_array(self._world.shards.all_gather([_scalar(mine)], label="grad norm").wait()[0])
             return float(np.max(gathered))
-        powers = [(g * g if p == 2.0 else g.abs() ** p).sum() for g in grads]
-        mine = sum(host_array(x).item() for x in powers)
+        mine = sum(square_sum(g) if p == 2.0 else host_array((g.abs() ** p).sum()).item() for g in grads)
         total = host_array(self._world.shards.all_reduce([_scalar(mine)], label="grad norm").wait()[0]).item()
         return total ** (1.0 / p) if math.isfinite(total) else total
 

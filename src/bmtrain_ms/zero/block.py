@@ -18,7 +18,7 @@ from typing import Any, Iterator, Sequence
 
 from mindspore import Tensor, nn, ops
 
-from ..compat.autograd import custom_op, recording, vjp
+from ..compat.autograd import Graph, custom_op, recording, vjp
 from ..compat.cells import child_table, parameter_table, share_tables
 from ..compat.runtime import device_target, is_float
 from .context import ZeroContext, context_of
@@ -53,7 +53,7 @@ class Block(nn.Cell):
         slots = _find_slots(inner_module)
         own = self.__dict__  # not Cell attributes: the inner module must not appear as a child with a name of its own
         own["inner"], own["use_checkpoint"], own["zero_level"] = inner_module, bool(use_checkpoint), zero_level
-        own["_slots"], own["_group"], own["_checked"] = slots, None, False
+        own["_slots"], own["_group"], own["_checked"], own["_graph"] = slots, None, False, Graph()
         share_tables(self, with_cell=inner_module)
         self.training = inner_module.training
         own["_dropouts"] = [(name, c) for name, c in inner_module.cells_and_names() if isinstance(c, nn.Dropout)]
@@ -283,7 +283,7 @@ class _Call:
 
         after, self.draws.count = self.draws.count, self.first_draw
         try:
-            return vjp(recompute, [*self._inputs(), *(weights[i] for i in self.trainable)], grads)
+            return vjp(recompute, self._inputs(), grads, leaves=[weights[i] for i in self.trainable], graph=self.block._graph)
         finally:
             self.draws.count = after
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Sequence
 import numpy as np
 from mindspore import Tensor, ops
 
-from ..comm import Engine, Label, Work
+from ..comm import Buffer, Engine, Label, Work
 from ..compat.autograd import no_grad
 from ..compat.runtime import address, from_host, host_array, numpy_dtype, result_array, was_copied
 from .buffers import BufferPool, HostBuffer, layout
@@ -39,6 +39,9 @@ class ParamGroup:
         params: in the order in which they travel.
         label: for messages and event lists, e.g. `layers.3`.
         engine: among the ranks that share the parameters.
+        wires: how each travels; None: as it is.
+        sizes: (elements, type) of each padded full tensor.
+        full_nbytes: of all of them.
         parked: gathered copies whose memory a recorded graph refers to, oldest first.
     """
 
@@ -50,11 +53,8 @@ class ParamGroup:
         self.engine: Engine = self.world.shards
         self.wires = [wire_for(self.world.gather_dtype, p.dtype) for p in self.params]
         self.parked: list[Gathered] = []
-
-    @property
-    def full_nbytes(self) -> int:
-        """Bytes of the padded full tensors."""
-        return sum(self._padded(p) * numpy_dtype(p.dtype).itemsize for p in self.params)
+        self.sizes = [(self.engine.size * p.shard_length, numpy_dtype(p.dtype)) for p in self.params]
+        self.full_nbytes = sum(n * dtype.itemsize for n, dtype in self.sizes)
 
     def trainable(self) -> list[int]:
         """Indices of the parameters that require a gradient now; the flag may be toggled between calls."""
@@ -69,19 +69,14 @@ class ParamGroup:
         hierarchy = self.world.hierarchy
         return inside if hierarchy is None else AcrossReplicas(inside, hierarchy.replicas, label)
 
-    def _padded(self, p: DistributedParameter) -> int:
-        return self.engine.size * p.shard_length
-
-    def _pad(self, p: DistributedParameter, grad: Tensor) -> Tensor:
-        missing, flat = self._padded(p) - p.numel, grad.reshape(-1)
+    def _pad(self, p: DistributedParameter, grad: Tensor) -> Buffer:
+        """(size * shard_length,): an array on the host."""
+        missing = self.engine.size * p.shard_length - p.numel
         if not self.engine.lands_in_place:
+            flat = grad.reshape(-1)
             return ops.cat((flat, ops.zeros((missing,), grad.dtype))) if missing else flat
-        values = result_array(flat)
-        if missing:
-            padded = np.zeros(self._padded(p), values.dtype)
-            padded[: p.numel] = values
-            values = padded
-        return from_host(values)
+        values = result_array(grad, p.numel)
+        return np.concatenate([values, np.zeros(missing, values.dtype)]) if missing else values
 
 
 class AcrossReplicas(Work):
@@ -135,7 +130,7 @@ class Gathered:
             if self._buffer is None:
                 self._allocate()
             shards, landing = self._host_pieces()
-            self._work = self.group.engine.all_gather(shards, [from_host(x) for x in landing], self.group.label)
+            self._work = self.group.engine.all_gather(shards, landing, self.group.label)
         else:
             self._work = self.group.engine.all_gather(self._device_pieces(), label=self.group.label)
         self.state = ShardState.FULL
@@ -199,10 +194,8 @@ class Gathered:
             self._meter.add(-self.group.full_nbytes)
 
     def _allocate(self) -> None:
-        group = self.group
-        sizes = [(group._padded(p), numpy_dtype(p.dtype)) for p in group.params]
-        self._buffer, self._landing = self._carve(sizes)
-        self._tensors = [from_host(x[: p.numel].reshape(p.full_shape)) for p, x in zip(group.params, self._landing)]
+        self._buffer, self._landing = self._carve(self.group.sizes)
+        self._tensors = [from_host(x[: p.numel].reshape(p.full_shape)) for p, x in zip(self.group.params, self._landing)]
 
     def _carve(self, sizes: Sequence[tuple[int, np.dtype]]) -> tuple[HostBuffer, list[np.ndarray]]:
         """Flat arrays of (elements, type) in one buffer of the pool."""
@@ -213,7 +206,7 @@ class Gathered:
 
     # What travels, where that is not the shard itself (`zero.wire`) #
 
-    def _host_pieces(self) -> tuple[list[Tensor], list[np.ndarray]]:
+    def _host_pieces(self) -> tuple[Sequence[Buffer], list[np.ndarray]]:
         """What this rank gives, and where everybody's lands."""
         group, ranks = self.group, self.group.engine.size
         if not any(group.wires):
@@ -232,7 +225,7 @@ class Gathered:
             except ValueError as error:
                 raise ValueError(f"parameter {p.name} cannot be gathered: {error}") from error
             _, theirs = self._carve([(ranks * n, dtype) for n, dtype in sizes])
-            given += [from_host(x) for x in mine]
+            given += mine
             landing += theirs
             self._travelling.append(theirs)
         return given, landing
