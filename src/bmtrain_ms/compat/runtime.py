@@ -77,10 +77,10 @@ def scaled(tensor: Tensor, factor: float) -> Tensor:
 
 def added(tensor: Tensor, other: Tensor) -> Tensor:
     """tensor + other, equal shapes and types; in place on CPU. The tensor must not be in use elsewhere."""
-    array = _writable(tensor)
-    if array is None:
+    array, more = _writable(tensor), _writable(other)
+    if array is None or more is None:
         return tensor + other
-    np.add(array, _writable(other), out=array)
+    np.add(array, more, out=array)
     return tensor
 
 

@@ -171,9 +171,11 @@ class Gathered:
         self._buffer, self._landing, self._tensors = None, [], []
 
     def copied(self) -> list[DistributedParameter]:
-        """Parameters of whose full tensors MindSpore has made a copy, which a recorded graph then keeps."""
+        """Parameters of whose full tensors MindSpore has made a copy, which a recorded graph then keeps; none if it is small."""
         with no_grad():
-            return [p for p, full, x in zip(self.group.params, self._tensors, self._landing) if was_copied(full, x)]
+            copies = [i for i, (full, x) in enumerate(zip(self._tensors, self._landing)) if was_copied(full, x)]
+        matters = 8 * sum(self._landing[i].nbytes for i in copies) > self.group.full_nbytes
+        return [self.group.params[i] for i in copies] if matters else []
 
     def owns(self, tensor: Tensor) -> bool:
         """Whether `tensor` is one of the full tensors, or a view of one."""

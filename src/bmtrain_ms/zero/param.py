@@ -14,7 +14,8 @@ from ..compat.autograd import custom_op, recording
 from ..compat.parameter import adopt
 from ..compat.runtime import from_host, host_array, is_float, numpy_dtype
 from .context import context_of
-from .group import Gathered, ParamGroup, element_count
+from .group import ParamGroup, element_count
+from .pipeline import Phase
 
 
 @dataclass(frozen=True)
@@ -137,14 +138,15 @@ class DistributedParameter(Parameter):
         if self._alone is None:
             self._alone = ParamGroup([self], self.name)
         group, context = self._alone, context_of(self.world)
-        gathered = Gathered(group, context.pool, context.pipeline.meter)
+        recorded = recording() and self.requires_grad
 
         def take(*_: Tensor) -> tuple[Tensor, ...]:
+            gathered = context.pipeline.enter(group, Phase.FORWARD if recorded else Phase.EVAL)
             full = tuple(gathered.tensors())
-            gathered.release()
+            context.pipeline.leave(gathered)
             return full
 
-        if not (recording() and self.requires_grad):
+        if not recorded:
             return take()[0]
         context.reducer.expect(group, [0])
         return custom_op(take, lambda grads: context.reducer.reduce(group, [0], grads), self)[0]

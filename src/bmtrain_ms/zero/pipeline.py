@@ -27,14 +27,18 @@ class Phase(Enum):
 
 Visit = tuple[Phase, ParamGroup]
 
+_SMALL = 1 / 8  # of the largest group: a smaller one does not count as gathered ahead, the one behind it is wanted as well
+_MOST_AHEAD = 8  # small ones
+
 
 class GatherPipeline:
-    """Decides which groups are FULL; at most `1 + prefetch` of them, besides those that ZeRO-2 keeps."""
+    """Decides which groups are FULL; at most `1 + prefetch` of them, besides small ones and those that ZeRO-2 keeps."""
 
     def __init__(self, pool: BufferPool, prefetch: int):
         if prefetch < 0:
             raise ValueError(f"prefetch must be 0 (off) or more, not {prefetch}")
         self.pool, self.prefetch, self.meter = pool, prefetch, Meter()
+        self._largest = 0  # bytes of a group
         self._next: dict[Visit, Visit] = {}
         self._first: set[Visit] = set()
         self._last: Visit | None = None
@@ -47,6 +51,7 @@ class GatherPipeline:
         `parked`: gather into this copy, whose memory a graph refers to.
         """
         visit = (phase, group)
+        self._largest = max(self._largest, group.full_nbytes)
         self._learn(visit)
         gathered = self._take_ahead(visit, parked)
         gathered.tensors()
@@ -113,14 +118,16 @@ class GatherPipeline:
             self._gather_ahead(self._last, running=None)
 
     def _gather_ahead(self, visit: Visit, running: ParamGroup | None) -> None:
-        for depth in range(self.prefetch):
+        counted = 0
+        for depth in range(self.prefetch * _MOST_AHEAD):
             previous, following = visit, self._next.get(visit)
-            if following is None or following in self._first:
+            if counted == self.prefetch or following is None or following in self._first:
                 return
             visit = following
+            phase, group = visit
+            counted += group.full_nbytes >= _SMALL * self._largest
             if depth < len(self._ahead):
                 continue
-            phase, group = visit
             if phase is not previous[0] and depth > 0:
                 return  # the forward pass that leads to this backward visit is still ahead
             if group is running:
