@@ -46,9 +46,9 @@ SIZES = {
 
 
 class Training:
-    """A model of the given size, AdamW and random tokens, in the current world."""
+    """A model of the given size, AdamW and random tokens, in the current world. `change`: applied to the model first."""
 
-    def __init__(self, size: Size, use_checkpoint: bool, zero_level: int = 3):
+    def __init__(self, size: Size, use_checkpoint: bool, zero_level: int = 3, change: Callable[[Any], Any] | None = None):
         import numpy as np
 
         import bmtrain_ms as bms
@@ -69,6 +69,8 @@ class Training:
         )
         self.model = Llama(config)
         bms.init_parameters(self.model)
+        if change is not None:
+            self.model = change(self.model)
         self.model.set_train(True)
         self.manager = bms.optim.OptimManager()
         self.manager.add_optimizer(bms.optim.AdamOptimizer(self.model.trainable_params(), lr=1e-4, weight_decay=0.1))

@@ -56,13 +56,19 @@ def address(tensor: Tensor) -> int | None:
     return int(tensor._data_ptr()) if hasattr(Tensor, "untyped_storage") else None
 
 
+def addressed(tensor: Tensor) -> Tensor:
+    """The same tensor, of which MindSpore knows the address: 2.5 gives one when an operation reads it, and logs an error when asked
+    for none."""
+    if not hasattr(Tensor, "untyped_storage"):
+        ops.stop_gradient(tensor)
+    return tensor
+
+
 def _writable(tensor: Tensor) -> np.ndarray | None:
     """The tensor's own memory on CPU, flat; None where only a copy can be had."""
     if device_target() != "CPU":
         return None
-    if not hasattr(Tensor, "untyped_storage"):
-        ops.stop_gradient(tensor)  # 2.5: gives it an address if no operation has read it; asking for none logs an error
-    array = result_array(tensor, tensor.size)
+    array = result_array(addressed(tensor), tensor.size)
     return array if array.flags.writeable else None
 
 
@@ -96,15 +102,22 @@ def square_sum(tensor: Tensor) -> float:
 
 def was_copied(tensor: Tensor, array: np.ndarray) -> bool:
     """Whether operations read a copy of `tensor`, made by `from_host(array)`: on 2.5 a view of it (`w.T`, a slice) makes one."""
-    ops.stop_gradient(tensor)  # see `_writable`
-    return int(tensor._data_ptr()) != array.__array_interface__["data"][0]
+    return int(addressed(tensor)._data_ptr()) != array.__array_interface__["data"][0]
 
 
 def from_host(array: np.ndarray) -> Tensor:
     """A tensor that shares memory with the contiguous `array` and keeps it alive."""
-    if _TAKES_INTERNAL and array.flags.c_contiguous:
-        return Tensor(Tensor.__base__.from_numpy(array), internal=True)  # half the time: without checks of what is known
-    return Tensor.from_numpy(array)
+    if not (_TAKES_INTERNAL and array.flags.c_contiguous):
+        return Tensor.from_numpy(array)
+    made = Tensor(Tensor.__base__.from_numpy(array), internal=True)  # half the time: without checks of what is known
+    made._bmtrain_ms_array = array  # for `values`
+    return made
+
+
+def values(tensor: Tensor) -> np.ndarray:
+    """The values of an activation or a gradient on CPU, in its shape, without a copy where that is possible. Read-only use."""
+    array = getattr(tensor, "_bmtrain_ms_array", None)  # 2.5: one that no operation has read has no address yet
+    return result_array(tensor, tensor.size).reshape(tensor.shape) if array is None else array
 
 
 @functools.cache

@@ -16,7 +16,9 @@ import numpy as np
 from mindspore import Tensor, ops
 
 from ..compat.autograd import custom_op
-from ..compat.runtime import device_target, from_host, host_array
+from ..compat.runtime import addressed, device_target, from_host, host_array, numpy_dtype, values
+
+Angles = tuple[np.ndarray, np.ndarray]
 
 _matmul = ops.MatMul()
 _matmul_t = ops.MatMul(transpose_b=True)
@@ -55,6 +57,8 @@ def embedding(ids: Tensor, table: Tensor) -> Tensor:
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x / sqrt(mean(x^2) + eps) * weight over the last dim (Zhang and Sennrich, 2019); x (..., dim), weight (dim,)."""
+    if device_target() == "CPU":
+        return _rms_norm_on_host(x, weight, eps)
     dim, shape = x.shape[-1], x.shape
     saved: list[Tensor] = []
 
@@ -75,6 +79,95 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
         return (scale * (grad - normed * along)).astype(x.dtype).reshape(shape), weight_grad.astype(weight.dtype)
 
     return custom_op(forward, backward, x, weight)[0]
+
+
+def _rms_norm_on_host(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """The same in few passes of NumPy: MindSpore's CPU operations take four times as long."""
+    dim, saved = x.shape[-1], []
+
+    def forward(x: Tensor, weight: Tensor) -> tuple[Tensor]:
+        wide = values(x).reshape(-1, dim).astype(np.float32, copy=False)
+        gain = values(weight).astype(np.float32, copy=False)
+        scale = 1.0 / np.sqrt(np.einsum("ij,ij->i", wide, wide)[:, None] * np.float32(1.0 / dim) + np.float32(eps))
+        normed = wide * scale
+        saved.extend((scale, normed, gain))
+        return (_back(normed * gain, x),)
+
+    def backward(grads: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+        scale, normed, gain = saved
+        grad = values(grads[0]).reshape(-1, dim).astype(np.float32, copy=False)
+        weight_grad = np.einsum("ij,ij->j", grad, normed)
+        grad = grad * gain
+        along = np.einsum("ij,ij->i", grad, normed)[:, None] * np.float32(1.0 / dim)
+        x_grad = normed * -along
+        x_grad += grad
+        x_grad *= scale
+        return _back(x_grad, x), addressed(_back(weight_grad, weight))
+
+    return custom_op(forward, backward, x, weight)[0]
+
+
+def _back(array: np.ndarray, like: Tensor) -> Tensor:
+    """A tensor of the shape and type of `like`."""
+    return from_host(array.reshape(like.shape).astype(numpy_dtype(like.dtype), copy=False))
+
+
+def split_heads(x: Tensor, batch: int, heads: int, angles: Angles | None = None) -> Tensor:
+    """(batch * length, heads * dim) -> (batch, heads, length, dim), rotated by the angles if there are any.
+
+    Args:
+        angles: cos and sin, each (length, dim / 2) float32, of rotary position embedding (Su et al., 2021), halves paired.
+    """
+    length, dim = x.shape[0] // batch, x.shape[1] // heads
+    if device_target() != "CPU":
+        apart = x.reshape(batch, length, heads, dim).transpose(0, 2, 1, 3)
+        if angles is None:
+            return apart
+        cos, sin = (Tensor(np.concatenate([a, a], axis=1)) for a in angles)
+        wide = apart.astype(ms.float32)
+        return (wide * cos + ops.matmul(wide, _quarter_turn(dim)) * sin).astype(x.dtype)
+
+    def forward(x: Tensor) -> tuple[Tensor]:
+        apart = values(x).reshape(batch, length, heads, dim).transpose(0, 2, 1, 3)
+        out = np.empty(apart.shape, apart.dtype)
+        _turn(apart, angles, 1, out)
+        return (from_host(out),)
+
+    def backward(grads: tuple[Tensor, ...]) -> tuple[Tensor]:
+        grad = values(grads[0])
+        out = np.empty((batch, length, heads, dim), grad.dtype)
+        _turn(grad, angles, -1, out.transpose(0, 2, 1, 3))
+        return (from_host(out.reshape(x.shape)),)
+
+    return custom_op(forward, backward, x)[0]
+
+
+def merge_heads(x: Tensor) -> Tensor:
+    """(batch, heads, length, dim) -> (batch * length, heads * dim)."""
+    batch, heads, length, dim = x.shape
+    if device_target() != "CPU":
+        return x.transpose(0, 2, 1, 3).reshape(batch * length, heads * dim)
+
+    def forward(x: Tensor) -> tuple[Tensor]:
+        return (from_host(values(x).transpose(0, 2, 1, 3).reshape(batch * length, heads * dim)),)
+
+    def backward(grads: tuple[Tensor, ...]) -> tuple[Tensor]:
+        apart = values(grads[0]).reshape(batch, length, heads, dim).transpose(0, 2, 1, 3)
+        return (from_host(np.ascontiguousarray(apart)),)
+
+    return custom_op(forward, backward, x)[0]
+
+
+def _turn(x: np.ndarray, angles: Angles | None, sign: int, out: np.ndarray) -> None:
+    """Rotate pairs of the last dim of x (..., length, dim) by sign * angles into `out`."""
+    if angles is None:
+        out[...] = x
+        return
+    cos, sin = angles[0], angles[1] if sign > 0 else -angles[1]
+    half = x.shape[-1] // 2
+    first, second = x[..., :half], x[..., half:]  # a 16-bit x is computed with in float32
+    out[..., :half] = first * cos - second * sin
+    out[..., half:] = second * cos + first * sin
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
@@ -107,6 +200,8 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) * up (Shazeer, "GLU variants improve transformer", 2020); equal shapes."""
+    if device_target() == "CPU":
+        return _swiglu_on_host(gate, up)
     saved: list[Tensor] = []
 
     def forward(gate: Tensor, up: Tensor) -> tuple[Tensor]:
@@ -121,6 +216,29 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
         grad = grads[0].astype(ms.float32)
         slope = sigmoid + silu - silu * sigmoid  # silu' = s (1 + x (1 - s))
         return (grad * up.astype(ms.float32) * slope).astype(gate.dtype), (grad * silu).astype(up.dtype)
+
+    return custom_op(forward, backward, gate, up)[0]
+
+
+def _swiglu_on_host(gate: Tensor, up: Tensor) -> Tensor:
+    """The same with few temporary arrays; the sigmoid is MindSpore's, whose exponential is faster than NumPy's."""
+    saved: list[np.ndarray] = []
+
+    def forward(gate: Tensor, up: Tensor) -> tuple[Tensor]:
+        sigmoid = values(ops.sigmoid(gate.astype(ms.float32)))
+        silu = values(gate).reshape(sigmoid.shape) * sigmoid
+        saved.extend((sigmoid, silu))
+        return (_back(silu * values(up), up),)
+
+    def backward(grads: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+        sigmoid, silu = saved
+        grad = values(grads[0]).astype(np.float32, copy=False)
+        slope = 1.0 - silu  # silu' = s + silu (1 - s) = silu + s (1 - silu)
+        slope *= sigmoid
+        slope += silu
+        slope *= grad
+        slope *= values(up)
+        return _back(slope, gate), _back(silu * grad, up)
 
     return custom_op(forward, backward, gate, up)[0]
 
@@ -216,7 +334,9 @@ def cross_entropy(logits: Tensor, targets: Tensor, ignore_index: int = -100) -> 
 
     def backward(grads: tuple[Tensor, ...]) -> tuple[Tensor]:
         slope = _fused_loss_grad(logits.astype(ms.float32), labels)
-        return ((slope * grads[0]).astype(logits.dtype),)
+        if host_array(grads[0]).item() != 1.0:
+            slope = slope * grads[0]
+        return (slope.astype(logits.dtype),)
 
     return custom_op(forward, backward, logits)[0]
 

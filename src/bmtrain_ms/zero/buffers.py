@@ -6,11 +6,13 @@ when no array, tensor, view or autograd graph refers to it any more: NumPy's ref
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import sys
 
 import numpy as np
 
+_HUGE = 1 << 22  # bytes: a buffer of that size holds whole huge pages, which are of 2 MiB
 _ALIGN = 64  # bytes between the tensors of one buffer
 
 
@@ -20,6 +22,9 @@ class HostBuffer:
     def __init__(self, nbytes: int):
         flags = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_ANONYMOUS") else {}
         self._map = mmap.mmap(-1, max(nbytes, 1), **flags)
+        if nbytes >= _HUGE and hasattr(mmap, "MADV_HUGEPAGE"):
+            with contextlib.suppress(OSError):  # a kernel without them
+                self._map.madvise(mmap.MADV_HUGEPAGE)  # one fault for 512 pages
         self.bytes = np.frombuffer(self._map, np.uint8)
         self._unused = sys.getrefcount(self.bytes)
 

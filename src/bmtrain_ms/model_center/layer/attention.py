@@ -66,23 +66,22 @@ class Attention(nn.Cell):
         Returns:
             (batch, length, dim_in), or (that, (keys, values)) with `use_cache`.
         """
-        batch, length, _ = hidden.shape
+        batch, length, dim_in = hidden.shape
+        flat = hidden.reshape(batch * length, dim_in)
         past = past_key_value[0].shape[2] if past_key_value is not None else 0
-        q = position_bias(self._split(self.project_q(hidden), self.num_heads), past)
-        k = position_bias(self._split(self.project_k(hidden), self.num_heads_kv), past).transpose(0, 2, 1, 3)
-        v = self._split(self.project_v(hidden), self.num_heads_kv).transpose(0, 2, 1, 3)
+        angles = position_bias.angles(past, length)
+        q = functional.split_heads(self.project_q(flat), batch, self.num_heads, angles)
+        k = functional.split_heads(self.project_k(flat), batch, self.num_heads_kv, angles)
+        v = functional.split_heads(self.project_v(flat), batch, self.num_heads_kv)
         if past_key_value is not None:
             k = ops.cat((past_key_value[0], k), axis=2)
             v = ops.cat((past_key_value[1], v), axis=2)
         repeats = self.num_heads // self.num_heads_kv
-        q = q.transpose(0, 2, 1, 3).reshape(batch, self.num_heads_kv, repeats * length, self.dim_head)
+        q = q.reshape(batch, self.num_heads_kv, repeats * length, self.dim_head)
         mixed = functional.attention(q, k, v, self._mask(batch, length, k.shape[2], repeats, padding))
-        mixed = mixed.reshape(batch, self.num_heads, length, self.dim_head).transpose(0, 2, 1, 3)
-        out = self.attention_out(mixed.reshape(batch, length, self.num_heads * self.dim_head))
+        mixed = functional.merge_heads(mixed.reshape(batch, self.num_heads, length, self.dim_head))
+        out = self.attention_out(mixed).reshape(batch, length, dim_in)
         return (out, (k, v)) if use_cache else out
-
-    def _split(self, x: Tensor, heads: int) -> Tensor:
-        return x.reshape(x.shape[0], x.shape[1], heads, self.dim_head)
 
     def _mask(self, batch: int, length: int, keys: int, repeats: int, padding: Optional[Tensor]) -> Optional[Tensor]:
         if length == 1 and padding is None:

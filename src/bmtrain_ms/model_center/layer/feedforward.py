@@ -30,4 +30,5 @@ class FeedForward(nn.Cell):
 
     def construct(self, hidden: Tensor) -> Tensor:
         """(..., dim_in) -> (..., dim_in)."""
-        return self.w_out(functional.swiglu(self.w_gated(hidden), self.w_in(hidden)))
+        flat = hidden.reshape(-1, hidden.shape[-1])
+        return self.w_out(functional.swiglu(self.w_gated(flat), self.w_in(flat))).reshape(hidden.shape)

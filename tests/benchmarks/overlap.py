@@ -1,0 +1,135 @@
+"""Overlap on a simulated fabric: `python -m tests.benchmarks.overlap`. Writes a trace to runs/overlap-trace.json, too."""
+
+from __future__ import annotations
+
+import statistics
+from typing import Any
+
+from tests.benchmarks.harness import PAGES, ROOT, SIZES, Training, environment, interleaved, table, write_page
+
+RANKS, ROUNDS = 8, 10
+FACTORS = (0.5, 1.0, 2.0)
+LIMIT = 1.08
+
+
+def world(bandwidth: float | None, prefetch: int, trace: Any = None) -> Any:
+    """One rank of a simulated world, whose link has that many bytes per second."""
+    from bmtrain_ms.comm import FabricEngine, Mesh, RecordingEngine, SimulatedEngine, TracingEngine, World
+
+    engine: Any = SimulatedEngine(0, RANKS)
+    if bandwidth is None:
+        engine = RecordingEngine(engine)
+    else:
+        engine = FabricEngine(engine, 0.0, bandwidth)
+    if trace is not None:
+        engine = TracingEngine(engine, trace)
+    return World(engine, Mesh(RANKS, 0), prefetch=prefetch, trace=trace)
+
+
+def measure(size: str, use_checkpoint: bool) -> list[list[Any]]:
+    """A row for each factor."""
+    from bmtrain_ms.comm import SimulatedEngine, Trace, use_world, write_trace
+
+    alone = world(None, 1)
+    with use_world(alone):
+        training = Training(SIZES[size], use_checkpoint)
+    compute = statistics.median(interleaved({"compute": training.step}, ROUNDS, 3, lambda: None)["compute"])
+    alone.engine.events.clear()
+    training.step()
+    moved = [event for event in alone.engine.events if event.received]
+    total = sum(event.received for event in moved)
+    ends = moved[0].received + moved[-1].received
+    del training
+    rows = []
+    for factor in FACTORS:
+        bandwidth = total / (factor * compute)
+        steps, worlds = {}, {}
+        trace = Trace() if (size, use_checkpoint, factor) == ("S", True, 1.0) else None
+        worlds["compute"] = world(None, 1)
+        worlds["overlapped"] = world(bandwidth, 1, trace)
+        worlds["in turn"] = world(bandwidth, 0)
+        for name, here in worlds.items():
+            with use_world(here):
+                steps[name] = Training(SIZES[size], use_checkpoint).step
+        taken = {name: statistics.median(t) for name, t in interleaved(steps, ROUNDS, 3, lambda: None).items()}
+        now, communication, unavoidable = taken["compute"], total / bandwidth, ends / bandwidth
+        bound = max(now, communication + unavoidable)
+        rows.append(
+            [
+                size,
+                "on" if use_checkpoint else "off",
+                factor,
+                *(f"{1e3 * x:.0f}" for x in (now, communication, unavoidable, bound, taken["overlapped"])),
+                f"{taken['overlapped'] / bound:.2f}",
+                f"{1e3 * taken['in turn']:.0f}",
+                f"{taken['in turn'] / (now + communication):.2f}",
+            ]
+        )
+        print(rows[-1], flush=True)
+        if trace is not None:
+            timeline(trace)
+            (ROOT / "runs").mkdir(exist_ok=True)
+            write_trace(ROOT / "runs" / "overlap-trace.json", trace, SimulatedEngine(0, 1))
+    return rows
+
+
+def timeline(trace: Any) -> None:
+    """A picture of the last step of a trace."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    last = max(span.step for span in trace.spans)
+    spans = [span for span in trace.spans if span.step == last - 1]
+    start = min(span.start for span in spans)
+    figure, axes = pyplot.subplots(figsize=(12, 3), layout="constrained")
+    colours = {"gather": "tab:blue", "compute": "tab:green", "reduce": "tab:orange"}
+    for i, (track, colour) in enumerate(colours.items()):
+        bars = [(1e3 * (s.start - start), 1e3 * (s.end - s.start)) for s in spans if s.track == track]
+        axes.broken_barh(bars, (i - 0.4, 0.8), color=colour, edgecolor="white", linewidth=0.5)
+    axes.set_yticks(range(3), list(colours))
+    axes.set_xlabel("ms; model S, checkpointed, communication as long as computation")
+    figure.savefig(PAGES / "overlap.png", dpi=100)
+
+
+def main() -> None:
+    """Measure, plot, write the page."""
+    import bmtrain_ms as bms
+
+    bms.init_distributed()
+    rows = [row for size in ("S", "M") for use_checkpoint in (False, True) for row in measure(size, use_checkpoint)]
+    write_page(
+        "overlap",
+        "Overlap on a simulated fabric",
+        f"Target: a step takes at most {LIMIT} max(computation, communication + the first gather and the last reduce), which "
+        "nothing can hide; without prefetch it takes their sum.",
+        f"{environment()} `taskset -c 0 python -m tests.benchmarks.overlap`",
+        f"One rank of a simulated world of {RANKS} (`comm.SimulatedEngine`), whose link delays completion without using the CPU "
+        f"(`comm.FabricEngine`), so that communication takes a given multiple of computation. Median of {ROUNDS} steps after 3, "
+        "cases in turn; milliseconds.",
+        table(
+            [
+                "model",
+                "checkpoint",
+                "communication / computation",
+                "computation",
+                "communication",
+                "first and last",
+                "bound",
+                "step",
+                "step / bound",
+                "step without prefetch",
+                "/ sum",
+            ],
+            rows,
+        ),
+        "![timeline of a step](overlap.png)",
+        "Green: computation inside blocks; what lies between is the embedding, the output projection, the loss and the update. The "
+        "same as a trace for chrome://tracing or ui.perfetto.dev: `init_distributed(trace=True)` and `comm.write_trace`, or "
+        "`bmtrain-ms demo --trace FILE`.",
+    )
+
+
+if __name__ == "__main__":
+    main()
