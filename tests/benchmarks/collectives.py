@@ -116,8 +116,8 @@ def main() -> None:
         f"{environment()} `python -m tests.benchmarks.collectives`",
         "GiB/s received by a rank, median of "
         f"{ROUNDS} calls, raw and ours in turn. Raw: `Allgather`, `Reduce_scatter_block` (float32). *node* is what ranks of one "
-        "host use, *mpi* what ranks of several hosts use. In brackets: MiB that a call allocates at most, by `tracemalloc`, which sees "
-        "NumPy: nothing for an all-gather, which lands where it is wanted; the result (a shard) for a reduce-scatter.",
+        "host use, *mpi* what ranks of several hosts use. In brackets: MiB that a call allocates at most, by `tracemalloc`, which "
+        "sees NumPy: nothing for an all-gather, which lands where it is wanted; the result (a shard) for a reduce-scatter.",
         table(["ranks", "operation", "shard, MiB", "raw", "node", "mpi", "node / raw (allocated)", "mpi / raw (allocated)"], rows),
         "![bandwidth over raw mpi4py](collectives.png)",
     )

@@ -631,3 +631,49 @@ def test_time_out_names_operation_label_step_and_rank(kind: str, who: str):
     assert kinds == [True, True]
     assert 1 <= seconds < 3
     assert at_once < 0.5
+
+
+# Where memory cannot be read #
+
+
+def not_readable(world: Any) -> bool:
+    """One rank cannot read another's memory: no rank gets the node engine, and nobody waits."""
+    from mpi4py import MPI
+
+    original = node._can_read
+    node._can_read = lambda pid, there, bits: world.engine.rank == 0 and original(pid, there, bits)
+    try:
+        return node.connect(MPI.COMM_WORLD.Dup(), Clock(), 20) is None
+    finally:
+        node._can_read = original
+
+
+def test_all_ranks_agree_not_to_use_it(run_ranks: Callable):
+    assert run_ranks(3, not_readable) == [True] * 3
+
+
+def allocations(world: Any) -> tuple[int, int, int]:
+    """Bytes that NumPy allocates, at most, for an all-gather in place and for a reduce-scatter of 4 MiB shards; and a shard's."""
+    import tracemalloc
+
+    n = 1 << 20
+    shard, full = np.ones(n, np.float32), np.ones(n * world.engine.size, np.float32)
+    given, whole, out = from_host(shard), from_host(full), from_host(np.empty_like(full))
+    found = []
+    for call in (lambda: world.engine.all_gather([given], [out]), lambda: world.engine.reduce_scatter([whole])):
+        call().wait()  # scratch memory is kept
+        world.engine.barrier().wait()
+        tracemalloc.start()
+        tracemalloc.reset_peak()
+        results = call().wait()
+        found.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+        del results
+    return found[0], found[1], shard.nbytes
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_no_extra_copy(on_ranks: Callable, size: int):
+    for gather, reduce, shard in on_ranks(size, allocations):
+        assert gather < 100_000
+        assert reduce < shard + 100_000

@@ -463,3 +463,48 @@ def test_recomputed_dropout_draws_the_same_mask():
         assert all(np.array_equal(a, b) for a, b in zip(expected, actual))
     assert plain[0][0] != plain[1][0]  # other masks in the second pass
     assert all(np.abs(g).max() > 0 for g in plain[0])
+
+
+# Heads #
+
+
+@pytest.fixture(params=["CPU", "Ascend"])
+def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The path that each device takes, run on CPU."""
+    monkeypatch.setattr(functional, "device_target", lambda: request.param)
+    return request.param
+
+
+@BOTH
+@pytest.mark.parametrize("rotated", [True, False])
+def test_split_heads(device: str, dtype: Any, rotated: bool):
+    batch, length, heads, dim = 2, 3, 2, 4
+    angles = numbers(length, dim // 2, seed=1).astype(np.float64)
+    given = (np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)) if rotated else None
+
+    def reference(x: np.ndarray) -> np.ndarray:
+        apart = x.reshape(batch, length, heads, dim).transpose(0, 2, 1, 3)
+        if not rotated:
+            return apart
+        rows = apart.reshape(-1, length, dim)
+        return np.stack([turned(row, angles) for row in rows]).reshape(apart.shape)
+
+    x = numbers(batch * length, heads * dim, dtype=dtype)
+    check(lambda x: functional.split_heads(x, batch, heads, given), reference, x)
+
+
+@BOTH
+def test_merge_heads(device: str, dtype: Any):
+    x = numbers(2, 3, 4, 5, dtype=dtype)  # batch, heads, length, dim
+    check(functional.merge_heads, lambda x: x.transpose(0, 2, 1, 3).reshape(8, 15), x)
+
+
+@BOTH
+@pytest.mark.parametrize("op", ["rms_norm", "swiglu"])
+def test_devices_compute_the_same(device: str, dtype: Any, op: str):
+    x, other = numbers(6, 8, dtype=dtype), numbers(6, 8, seed=1, dtype=dtype)
+    if op == "swiglu":
+        check(functional.swiglu, lambda g, u: g / (1 + np.exp(-g)) * u, x, other)
+    else:
+        reference = lambda x, w: x / np.sqrt((x * x).mean(-1, keepdims=True) + 1e-5) * w  # noqa: E731
+        check(lambda x, w: functional.rms_norm(x, w, 1e-5), reference, x, other[0].copy())

@@ -74,6 +74,7 @@ class NodeThread:
         self._posts: dict[tuple[Key, int], dict[int, tuple[str, list[int]]]] = {}
         self._done: dict[Key, set[int]] = {}
         self._own: list[list] = []  # messages to oneself
+        self._inbox = bytearray(_LARGEST_MESSAGE)
         self._failure: Optional[BaseException] = None
         self._told: Optional[BaseException] = None  # another rank's failure
         self._closed = False
@@ -257,17 +258,17 @@ class NodeThread:
                 self._flush(peer)
         while True:
             try:
-                packet = peer.connection.recv(_LARGEST_MESSAGE)
+                length = peer.connection.recv_into(self._inbox)
             except BlockingIOError:
                 return
             except OSError:
-                packet = b""
-            if not packet:
+                length = 0
+            if not length:
                 with self._lock:
                     peer.gone = True
                     self._selector.unregister(peer.connection)
                 return
-            self._receive(peer.rank, *json.loads(packet))
+            self._receive(peer.rank, *json.loads(self._inbox[:length]))
 
     def _receive(self, rank: int, kind: str, *rest: Any) -> None:
         if kind == "post":
