@@ -168,8 +168,21 @@ class Trainer:
 
 
 def read_log(path: str | Path) -> list[dict[str, Any]]:
-    """The records of a JSONL log."""
-    return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
+    """The records of a JSONL log, without a last line that was cut when the run was killed.
+
+    Raises:
+        ValueError: another line is not JSON.
+    """
+    lines = Path(path).read_text(encoding="utf-8").splitlines(keepends=True)
+    if lines and not lines[-1].endswith("\n"):
+        lines.pop()
+    records = []
+    for number, line in enumerate(lines, 1):
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}, line {number} is not JSON: {error}") from error
+    return records
 
 
 def plot_log(log: str | Path, picture: str | Path, held_out: dict[int, float], unigram: float) -> bool:

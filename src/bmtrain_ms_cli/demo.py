@@ -75,10 +75,19 @@ def _check(options: DemoOptions) -> None:
         raise LaunchError(f"--shard-size {options.shard_size} does not divide --ranks {options.ranks}")
     if options.trace is not None and not options.trace.resolve().parent.is_dir():
         raise LaunchError(f"--trace {options.trace}: there is no folder {options.trace.resolve().parent}")
-    if options.text is not None and not options.text.is_file():
-        raise LaunchError(f"--text {options.text} does not exist")
+    if options.text is not None:
+        _check_text(options.text)
     if options.resume and not (options.out / "checkpoint.safetensors").exists():
         raise LaunchError(f"--resume: there is no checkpoint.safetensors in {options.out}; run without --resume first")
+
+
+def _check_text(path: Path) -> None:
+    if not path.is_file():
+        raise LaunchError(f"--text {path} does not exist")
+    try:
+        path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise LaunchError(f"--text {path} is not UTF-8: {error.reason} at byte {error.start}; convert it first") from error
 
 
 def _run(options: DemoOptions) -> None:

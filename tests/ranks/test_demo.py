@@ -88,6 +88,15 @@ def test_own_text_and_loss_scaling(tmp_path):
     assert [json.loads(line)["loss_scale"] for line in (out / "log.jsonl").read_text().splitlines()] == [1024.0] * 3
 
 
+def test_text_that_is_not_utf8_is_told(capsys, monkeypatch, tmp_path):
+    from bmtrain_ms_cli.main import main
+
+    monkeypatch.delenv("BMTRAIN_MS_DEMO", raising=False)
+    (tmp_path / "latin.txt").write_bytes("naïve".encode("latin-1"))
+    assert main(["demo", "--text", str(tmp_path / "latin.txt")]) == 2
+    assert "latin.txt is not UTF-8: invalid continuation byte at byte 2; convert it first" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

@@ -250,3 +250,15 @@ def test_memory_is_this_process():
     ballast = np.ones(64 << 20, np.uint8)
     assert 50 < memory_mib() - before < 80
     del ballast
+
+
+def test_a_log_that_was_cut(tmp_path):
+    """A killed run leaves half a line at the end; damage anywhere else is told."""
+    log = tmp_path / "log.jsonl"
+    log.write_text('{"step": 1}\n{"step": 2}\n{"ste')
+    assert read_log(log) == [{"step": 1}, {"step": 2}]
+    log.write_text('{"step": 1}\n{"ste\n{"step": 3}\n')
+    with pytest.raises(ValueError, match=r"log\.jsonl, line 2 is not JSON"):
+        read_log(log)
+    log.write_text("")
+    assert read_log(log) == []
