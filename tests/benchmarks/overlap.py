@@ -98,7 +98,7 @@ def main() -> None:
     import bmtrain_ms as bms
 
     bms.init_distributed()
-    rows = [row for size in ("S", "M") for use_checkpoint in (False, True) for row in measure(size, use_checkpoint)]
+    rows = [row for setting in (("S", False), ("S", True), ("M", False)) for row in measure(*setting)]
     write_page(
         "overlap",
         "Overlap on a simulated fabric",
