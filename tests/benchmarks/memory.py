@@ -60,6 +60,8 @@ def main(size: str) -> None:
         "Memory per rank",
         "Target: the peak of resident memory at 2 ranks lies below that of one unsharded process (PyTorch's FSDP2, FSDP1 and "
         "DeepSpeed were measured at 200 to 580 MiB above theirs).",
+        f"**Result**: ZeRO-3 at 2 ranks {found['ZeRO-3, 2 ranks'][0] - base:+.0f} MiB, at 4 ranks "
+        f"{found['ZeRO-3, 4 ranks'][0] - base:+.0f} MiB.",
         f"{environment()} `python -m tests.benchmarks.memory`",
         f"Model {size}, three training steps. *Unsharded*: the same layers on plain parameters, without the ZeRO engine. A process "
         "that has imported MindSpore and joined the others holds what the third column says.",
