@@ -132,8 +132,8 @@ def main() -> None:
             ],
             rows,
         ),
-        "*Target's bound*: max(computation, communication + first and last). *Least possible*: the first gather and the last reduce "
-        "run while nothing can be computed, so no step is shorter than first and last + max(computation, the rest of the "
+        "*Target's bound*: max(computation, communication + first and last). *Least possible*: the first gather and the last "
+        "reduce run while nothing can be computed, so no step is shorter than first and last + max(computation, the rest of the "
         "communication). In these models first and last are the embedding, 12 % each of all that a rank receives on S.",
         "![timeline of a step](overlap.png)",
         "Green: computation inside blocks; what lies between is the embedding, the output projection, the loss and the update. The "

@@ -88,6 +88,7 @@ def main(size: str) -> None:
         "Import and start-up",
         "Target: importing `bmtrain_ms` adds at most 100 ms to importing MindSpore; two ranks have finished their first step of "
         "model S within 1.5 times what one process of plain MindSpore needs.",
+        f"**Result**: {1e3 * ours:.0f} ms; {medians['bmtrain-ms launch, 2 ranks'] / plain:.2f} times.",
         f"{environment()} `python -m tests.benchmarks.start_up`",
         f"Medians of {ROUNDS}, in turn. `import mindspore`: {1e3 * mindspore:.0f} ms; `import bmtrain_ms` after it: "
         f"**{1e3 * ours:.0f} ms**.",

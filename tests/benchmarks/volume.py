@@ -59,6 +59,7 @@ def main() -> None:
         "volume",
         "Communication volume",
         "Target: ZeRO-3 receives 3 (N-1)/N P bytes per rank and step, ZeRO-2 2 (N-1)/N P, plus O(1) scalars, to the byte.",
+        f"**Result**: {'equal everywhere' if all(row[4] == 'yes' for row in rows) else 'NOT EQUAL'}.",
         f"{environment()} `python -m tests.benchmarks.volume`",
         "The four blocks of model S, one training step (forward, backward, gradient norm, update) in a simulated world of N ranks, "
         "counted by `comm.RecordingEngine`. P: bytes of the parameters, each padded to a multiple of the ranks that share it. "
