@@ -18,6 +18,7 @@ from typing import Any, Iterator, Sequence
 
 from mindspore import Tensor, nn, ops
 
+from ..comm import rank
 from ..compat.autograd import Graph, custom_op, recording, vjp
 from ..compat.cells import child_table, parameter_table, share_tables
 from ..compat.runtime import device_target, is_float
@@ -313,14 +314,16 @@ def _find_slots(module: nn.Cell) -> list[tuple[DistributedParameter, list[tuple[
     slots: dict[int, tuple[DistributedParameter, list[tuple[nn.Cell, str]]]] = {}
     for path, cell in module.cells_and_names():
         if isinstance(cell, Block):
-            raise ValueError(f"there is a Block inside the Block already ({path or 'the module itself'}): wrap only one of them")
+            raise ValueError(
+                f"rank {rank()}: there is a Block inside the Block already ({path or 'the module itself'}): wrap only one of them"
+            )
         for name, parameter in parameter_table(cell).items():
             if parameter is None:
                 continue
             if not isinstance(parameter, DistributedParameter):
                 raise ValueError(
-                    f"parameter {path + '.' if path else ''}{name} is a {type(parameter).__name__}; all parameters in a Block "
-                    "must be DistributedParameter (use bmtrain_ms.nn layers, or keep constants in a Tensor)"
+                    f"rank {rank()}: parameter {path + '.' if path else ''}{name} is a {type(parameter).__name__}; all parameters in "
+                    "a Block must be DistributedParameter (use bmtrain_ms.nn layers, or keep constants in a Tensor)"
                 )
             slots.setdefault(id(parameter), (parameter, []))[1].append((cell, name))
     if not slots:
