@@ -294,7 +294,7 @@ def test_what_a_block_refuses():
 
     with pytest.raises(ValueError, match=r"^rank 0: parameter scale is a Parameter; all parameters in a Block must be"):
         bms.Block(Plain())
-    with pytest.raises(ValueError, match="^rank 0: there is a Block inside the Block already"):
+    with pytest.raises(ValueError, match=r"^rank 0: there is a Block inside the Block already"):
         bms.Block(nn.SequentialCell([bms.Block(Residual())]))
     with pytest.raises(ValueError, match="zero_level must be 2 or 3, not 1"):
         bms.Block(Residual(), zero_level=1)

@@ -321,9 +321,10 @@ def _find_slots(module: nn.Cell) -> list[tuple[DistributedParameter, list[tuple[
             if parameter is None:
                 continue
             if not isinstance(parameter, DistributedParameter):
+                where = f"{path}.{name}" if path else name
                 raise ValueError(
-                    f"rank {rank()}: parameter {path + '.' if path else ''}{name} is a {type(parameter).__name__}; all parameters in "
-                    "a Block must be DistributedParameter (use bmtrain_ms.nn layers, or keep constants in a Tensor)"
+                    f"rank {rank()}: parameter {where} is a {type(parameter).__name__}; all parameters in a Block must be "
+                    "DistributedParameter (use bmtrain_ms.nn layers, or keep constants in a Tensor)"
                 )
             slots.setdefault(id(parameter), (parameter, []))[1].append((cell, name))
     if not slots:
