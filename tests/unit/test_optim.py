@@ -708,3 +708,19 @@ def test_state_of_another_manager(make: Callable[[], OptimManager], text):
     with pytest.raises(ValueError, match=text + r", this manager has 1 \(\[False\]\)"):
         s.manager.load_state_dict(make().state_dict())
     assert s.manager.loss_scale == 16.0
+
+
+def test_gradients_of_plain_parameters_may_be_one_tensor(single_world):
+    """d(a + b) is the same tensor for both; accumulating and clipping in place must not see it twice."""
+    a, b = (Parameter(Tensor(np.zeros(3, np.float32)), name=name) for name in "ab")
+    optimizer = AdamOptimizer([a, b], lr=0.1)
+    manager = OptimManager()
+    manager.add_optimizer(optimizer)
+    for _ in range(2):
+        manager.backward(lambda: ((a + b) * 2.0).sum())
+    assert manager.clip_grad_norm(optimizer.param_groups, 1e9) == pytest.approx(4 * 6**0.5)
+    for p in (a, b):
+        np.testing.assert_array_equal(manager.grad(p).asnumpy(), np.full(3, 4.0))
+    manager.clip_grad_norm(optimizer.param_groups, 6**0.5)
+    for p in (a, b):
+        np.testing.assert_allclose(manager.grad(p).asnumpy(), np.ones(3), rtol=1e-5)

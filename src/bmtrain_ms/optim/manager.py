@@ -12,7 +12,7 @@ from mindspore import Parameter, Tensor
 
 from ..comm import World, world
 from ..compat.runtime import added, from_host, host_array, scaled, square_sum
-from ..zero import context_of
+from ..zero import DistributedParameter, context_of
 
 
 class OptimManager:
@@ -197,7 +197,10 @@ class OptimManager:
 
     def _add(self, p: Parameter, grad: Tensor) -> None:
         before = self._grads.get(id(p))
-        grad = grad if grad.dtype == ms.float32 else grad.astype(ms.float32)
+        if grad.dtype != ms.float32:
+            grad = grad.astype(ms.float32)
+        elif not isinstance(p, DistributedParameter):
+            grad = grad * 1.0  # changed in place later, and the gradients of a and b in a + b are one tensor
         self._grads[id(p)] = grad if before is None else added(before, grad)
 
     def _norm(self, grads: list[Tensor], p: float) -> float:
