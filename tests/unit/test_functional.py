@@ -508,3 +508,15 @@ def test_devices_compute_the_same(device: str, dtype: Any, op: str):
     else:
         reference = lambda x, w: x / np.sqrt((x * x).mean(-1, keepdims=True) + 1e-5) * w  # noqa: E731
         check(lambda x, w: functional.rms_norm(x, w, 1e-5), reference, x, other[0].copy())
+
+
+def test_overflow_is_inf_without_a_warning():
+    """What a loss scaler looks for. Warnings are errors here."""
+    big = np.full((2, 4), 6e4, np.float16)
+    for op in (
+        lambda x: functional.swiglu(x, x),
+        lambda x: functional.rms_norm(x, Tensor(big[0]), 1e-5),
+        lambda x: functional.split_heads(x, 1, 1, (np.ones((2, 2), np.float32), -np.ones((2, 2), np.float32))),
+    ):
+        value, _ = ms.value_and_grad(lambda x, op=op: (op(x) * Tensor(np.float16(6e4))).astype(ms.float32).sum())(Tensor(big))
+        assert np.isinf(value.asnumpy())

@@ -20,6 +20,8 @@ from ..compat.runtime import addressed, device_target, from_host, host_array, nu
 
 Angles = tuple[np.ndarray, np.ndarray]
 
+_quiet = np.errstate(all="ignore")  # inf and nan are answers: a loss scaler looks for them
+
 _matmul = ops.MatMul()
 _matmul_t = ops.MatMul(transpose_b=True)
 _batch_matmul = ops.BatchMatMul()
@@ -85,6 +87,7 @@ def _rms_norm_on_host(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """The same in few passes of NumPy: MindSpore's CPU operations take four times as long."""
     dim, saved = x.shape[-1], []
 
+    @_quiet
     def forward(x: Tensor, weight: Tensor) -> tuple[Tensor]:
         wide = values(x).reshape(-1, dim).astype(np.float32, copy=False)
         gain = values(weight).astype(np.float32, copy=False)
@@ -93,6 +96,7 @@ def _rms_norm_on_host(x: Tensor, weight: Tensor, eps: float) -> Tensor:
         saved.extend((scale, normed, gain))
         return (_back(normed * gain, x),)
 
+    @_quiet
     def backward(grads: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
         scale, normed, gain = saved
         grad = values(grads[0]).reshape(-1, dim).astype(np.float32, copy=False)
@@ -127,12 +131,14 @@ def split_heads(x: Tensor, batch: int, heads: int, angles: Angles | None = None)
         wide = apart.astype(ms.float32)
         return (wide * cos + ops.matmul(wide, _quarter_turn(dim)) * sin).astype(x.dtype)
 
+    @_quiet
     def forward(x: Tensor) -> tuple[Tensor]:
         apart = values(x).reshape(batch, length, heads, dim).transpose(0, 2, 1, 3)
         out = np.empty(apart.shape, apart.dtype)
         _turn(apart, angles, 1, out)
         return (from_host(out),)
 
+    @_quiet
     def backward(grads: tuple[Tensor, ...]) -> tuple[Tensor]:
         grad = values(grads[0])
         out = np.empty((batch, length, heads, dim), grad.dtype)
@@ -224,12 +230,14 @@ def _swiglu_on_host(gate: Tensor, up: Tensor) -> Tensor:
     """The same with few temporary arrays; the sigmoid is MindSpore's, whose exponential is faster than NumPy's."""
     saved: list[np.ndarray] = []
 
+    @_quiet
     def forward(gate: Tensor, up: Tensor) -> tuple[Tensor]:
         sigmoid = values(ops.sigmoid(gate.astype(ms.float32)))
         silu = values(gate).reshape(sigmoid.shape) * sigmoid
         saved.extend((sigmoid, silu))
         return (_back(silu * values(up), up),)
 
+    @_quiet
     def backward(grads: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
         sigmoid, silu = saved
         grad = values(grads[0]).astype(np.float32, copy=False)
