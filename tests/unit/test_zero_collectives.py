@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import gc
+import pickle
+import weakref
 from contextlib import contextmanager
 
 import mindspore as ms
@@ -11,8 +15,10 @@ from mindspore import Tensor, nn
 
 import bmtrain_ms as bms
 from bmtrain_ms.comm import Mesh, RecordingEngine, SingleEngine, World, use_world
+from bmtrain_ms.compat.autograd import no_grad
+from bmtrain_ms.compat.runtime import from_host
 from bmtrain_ms.zero import context_of
-from tests.helpers.models import WIDTH, Residual
+from tests.helpers.models import WIDTH, Dense, Residual
 
 GATHER, REDUCE = "all_gather", "reduce_scatter"
 
@@ -241,3 +247,97 @@ def test_a_view_that_somebody_keeps_is_not_overwritten(single_world):
         for block in blocks:
             block(x_of())
         np.testing.assert_array_equal(kept.asnumpy().reshape(-1), expected)
+
+
+# What is gathered ahead is never old #
+
+
+def evaluate(model, x):
+    with no_grad():
+        return float(model(x).asnumpy().sum())
+
+
+class Headed(nn.Cell):
+    """A parameter outside of blocks, before and behind them."""
+
+    def __init__(self):
+        super().__init__()
+        self.before, self.layers, self.behind = Dense(WIDTH, WIDTH, ms.float32), Chain(2).layers, Dense(WIDTH, 3, ms.float32)
+
+    def construct(self, x):
+        return self.behind(self.layers(self.before(x)))
+
+
+@pytest.mark.parametrize("write", ["set_shard", "copy_full", "set_data", "init_parameters", "load"])
+def test_parameters_written_between_evaluations(single_world, write, tmp_path):
+    """Two models in turn, so that the first group of one follows the last group of the other."""
+    with recording_world(single_world, prefetch=2):
+        one, other, fresh = Headed(), Headed(), Headed()
+        for model in (one, other):
+            bms.init_parameters(model)
+        x = x_of()
+        for _ in range(3):
+            evaluate(one, x)
+            evaluate(other, x)
+            evaluate(one, x)  # gathers ahead what comes next
+            for p in other.get_parameters():
+                values = np.full(p.full_shape, 0.1 * (1 + p.numel % 3), np.float32)
+                if write == "set_shard":
+                    p.set_shard(from_host(values.reshape(-1).copy()))
+                elif write == "copy_full":
+                    p.copy_full(values)
+                elif write == "set_data":
+                    p.set_data(from_host(values.reshape(-1).copy()))
+            if write == "load":
+                bms.save(one, tmp_path / "one.safetensors")
+                bms.load(other, tmp_path / "one.safetensors")
+            elif write == "init_parameters":
+                bms.init_parameters(other)
+            for p, q in zip(fresh.get_parameters(), other.get_parameters()):
+                p.set_shard(from_host(q.asnumpy().copy()))
+            assert evaluate(other, x) == evaluate(fresh, x)
+
+
+def test_parameters_stepped_between_evaluations(single_world):
+    with recording_world(single_world, prefetch=2):
+        model, fresh = Headed(), Headed()
+        bms.init_parameters(model)
+        x = x_of()
+        manager = bms.optim.OptimManager()
+        manager.add_optimizer(bms.optim.AdamOptimizer(model.trainable_params(), lr=0.1))
+        for _ in range(3):
+            manager.zero_grad()
+            manager.backward(lambda: model(x).sum())
+            before = evaluate(model, x)
+            manager.step()
+            after = evaluate(model, x)
+            for p, q in zip(fresh.get_parameters(), model.get_parameters()):
+                p.set_shard(from_host(q.asnumpy().copy()))
+            assert after == evaluate(fresh, x) != before
+
+
+def test_a_model_that_is_gone_is_forgotten(single_world):
+    with recording_world(single_world):
+        alive = []
+        for _ in range(3):
+            model = Headed()
+            bms.init_parameters(model)
+            evaluate(model, x_of())
+            alive.append(weakref.ref(model.before.parameter("weight")))
+        del model
+        evaluate(Headed(), x_of())
+        gc.collect()
+        assert [p() is None for p in alive] == [True] * 3
+
+
+def test_copies_gather_their_own_values(single_world):
+    p = bms.DistributedParameter(np.ones((2, 3), np.float32), name="p")
+    p.gather()
+    for copied in (p.clone(), copy.deepcopy(p), pickle.loads(pickle.dumps(p))):
+        copied.copy_full(np.full((2, 3), 5.0, np.float32))
+        assert copied.gather().asnumpy().tolist() == [[5.0] * 3] * 2
+    model = Chain(2)
+    bms.init_parameters(model)
+    one_step(model, x_of())
+    copied = copy.deepcopy(model)
+    np.testing.assert_array_equal(copied(x_of()).asnumpy(), model(x_of()).asnumpy())

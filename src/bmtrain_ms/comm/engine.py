@@ -98,7 +98,7 @@ class Engine(ABC):
     """Collectives among the ranks of one group.
 
     Attributes:
-        name: for messages: `single`, `mpi`, `hccl`, `mccl`.
+        name: for messages: `single`, `node`, `mpi`, `hccl`, `mccl`, `simulated`.
         rank: this process in the group, 0 <= rank < size.
         size: how many ranks the group has.
         clock: the training step, for messages.

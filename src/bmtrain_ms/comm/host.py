@@ -22,7 +22,7 @@ from .reduce import reduce_rows
 Stages = Generator[Any, Any, Any]
 Rows = Sequence[np.ndarray]  # one flat array per rank, in rank order
 
-LARGEST_SIGNATURE = 1 << 15  # characters
+LARGEST_SIGNATURE = 1 << 14  # bytes
 _SMALL = 1 << 15  # bytes: below, an all-reduce gathers everything; above, it reduces by parts
 
 
@@ -227,10 +227,10 @@ def signature_of(op: str, kind: str, label: str, arrays: Rows) -> str:
     sizes = "tensors of " + ", ".join(f"{x.size} {x.dtype}" for x in arrays)
     detail = getattr(label, "detail", ())
     text = "\n".join([first, *detail, sizes])
-    if len(text) <= LARGEST_SIGNATURE:
+    if len(text.encode()) <= LARGEST_SIGNATURE:
         return text
     digest = hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
-    return f"{text[:LARGEST_SIGNATURE]}\n... (digest of all: {digest})"
+    return f"{text.encode()[:LARGEST_SIGNATURE].decode(errors='ignore')}\n... (digest of all: {digest})"
 
 
 def disagreement(mine: str, theirs: str, peer: int) -> str:

@@ -193,7 +193,7 @@ class MpiEngine(HostEngine):
         digests = np.empty((self.size, 16), np.uint8)
         yield [self._comm.Iallgather(_buffer(digest), _buffer(digests))]
         if (digests != digest).any():
-            mine = np.zeros(4 * LARGEST_SIGNATURE + 64, np.uint8)
+            mine = np.zeros(LARGEST_SIGNATURE + 64, np.uint8)
             mine[: len(text)] = np.frombuffer(text, np.uint8)
             texts = np.empty((self.size, mine.size), np.uint8)
             yield [self._comm.Iallgather(_buffer(mine), _buffer(texts))]

@@ -15,7 +15,6 @@ import os
 import secrets
 import selectors
 import socket
-import tempfile
 import threading
 import time
 from collections import deque
@@ -32,6 +31,7 @@ from .pull import Piece, address_of, allow_siblings, pull
 Key = tuple[str, int]  # (group or pair of ranks, number of the operation there)
 _LARGEST_MESSAGE = 1 << 17  # bytes; a packet must fit into the socket's buffer, 208 KiB by default ...
 _MOST_TENSORS = 1 << 12  # ... with the addresses of this many, and a signature
+_LAST_WORDS = 5.0  # seconds that a closing engine tries to send what others may need
 
 
 class _Job(Job):
@@ -77,7 +77,7 @@ class NodeThread:
         self._inbox = bytearray(_LARGEST_MESSAGE)
         self._failure: Optional[BaseException] = None
         self._told: Optional[BaseException] = None  # another rank's failure
-        self._closed = False
+        self._closed, self._last_words = False, 0.0
         self._woken, self._waker = socket.socketpair()
         self._woken.setblocking(False)
         self._selector = selectors.DefaultSelector()
@@ -92,9 +92,9 @@ class NodeThread:
 
     def submit(self, job: _Job) -> _Job:
         """Post the operation and queue it."""
-        if self._closed:
-            raise CommError(f"{job.what}: the engine is closed")
         with self._lock:
+            if self._closed:
+                raise CommError(f"{job.what}: the engine is closed")
             self._new.append(job)
             self._post(job)
         self._waker.send(b"!")
@@ -102,8 +102,9 @@ class NodeThread:
 
     def close(self) -> None:
         """Finish what is queued, then end the thread."""
-        if not self._closed:
-            self._closed = True
+        if self._thread.is_alive():
+            with self._lock:
+                self._closed, self._last_words = True, time.monotonic() + _LAST_WORDS
             self._waker.send(b"!")
             self._thread.join()
             for peer in self.peers.values():
@@ -123,7 +124,8 @@ class NodeThread:
                     else:
                         self._serve(key.data)
         except BaseException as error:  # a defect here must not leave anybody waiting
-            self._closed = True
+            with self._lock:
+                self._closed = True
             self._take_new()
             for job in [job for line in self._lines.values() for job in line]:
                 job.finish(error)
@@ -138,7 +140,9 @@ class NodeThread:
             if not self._own:  # a message to oneself wakes nobody
                 break
         self._lines = {name: line for name, line in self._lines.items() if line}
-        return not self._closed or bool(self._lines) or bool(self._new)
+        if not self._closed or self._lines or self._new:
+            return True
+        return any(peer.outbox for peer in self.peers.values()) and time.monotonic() < self._last_words
 
     def _take_new(self) -> None:
         with self._lock:
@@ -152,6 +156,8 @@ class NodeThread:
     def _patience(self) -> Optional[float]:
         """Seconds until the first operation is late."""
         heads = [line[0].deadline for line in self._lines.values()]
+        if self._closed:
+            heads.append(self._last_words)
         return max(0.0, min(heads) - time.monotonic()) if heads else None
 
     def _progress(self, line: deque[_Job]) -> None:
@@ -235,7 +241,7 @@ class NodeThread:
             return
         peer = self.peers[rank]
         if not peer.gone:
-            peer.outbox.append(json.dumps(message).encode())
+            peer.outbox.append(json.dumps(message, ensure_ascii=False).encode())
             self._flush(peer)
 
     def _flush(self, peer: _Peer) -> None:
@@ -266,6 +272,7 @@ class NodeThread:
             if not length:
                 with self._lock:
                     peer.gone = True
+                    peer.outbox.clear()
                     self._selector.unregister(peer.connection)
                 return
             self._receive(peer.rank, *json.loads(self._inbox[:length]))
@@ -421,31 +428,28 @@ def connect(comm: Any, clock: Clock, timeout: float) -> Optional[NodeEngine]:
     allow_siblings()
     token = np.frombuffer(secrets.token_bytes(16), np.uint8)
     rank, size = comm.Get_rank(), comm.Get_size()
-    with tempfile.TemporaryDirectory(prefix="bmtrain_ms-") as folder:
-        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
-            listener.bind(f"{folder}/{rank}")
-            listener.listen(size)
-            facts = comm.allgather((socket.gethostname(), folder, os.getpid(), address_of(token), token.tobytes()))
-            readable = all(host == facts[0][0] and _can_read(pid, there, bits) for host, _, pid, there, bits in facts)
-            if not all(comm.allgather(readable)):
-                return None
-            peers = []
-            for other in range(size):
-                if other == rank:
-                    continue
-                if other < rank:
-                    connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-                    connection.connect(f"{facts[other][1]}/{other}")
-                    connection.send(facts[other][4] + rank.to_bytes(4, "little"))
-                    peers.append(_Peer(other, connection, facts[other][2]))
-            for _ in range(size - 1 - rank):
-                connection, _ = listener.accept()
-                hello = connection.recv(64)
-                if hello[:16] != token.tobytes():
-                    raise CommError("a process that is not part of this job has connected")
-                other = int.from_bytes(hello[16:], "little")
-                peers.append(_Peer(other, connection, facts[other][2]))
-        comm.Barrier()  # nobody needs the folder any more
+    name = f"\0bmtrain_ms-{secrets.token_hex(8)}"  # an abstract address: no file, gone with the socket
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
+        listener.bind(name)
+        listener.listen(size)
+        facts = comm.allgather((socket.gethostname(), name, os.getpid(), address_of(token), token.tobytes()))
+        readable = all(host == facts[0][0] and _can_read(pid, there, bits) for host, _, pid, there, bits in facts)
+        if not all(comm.allgather(readable)):
+            return None
+        peers = []
+        for other in range(rank):
+            connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            connection.connect(facts[other][1])
+            connection.send(facts[other][4] + rank.to_bytes(4, "little"))
+            peers.append(_Peer(other, connection, facts[other][2]))
+        while len(peers) < size - 1:
+            connection, _ = listener.accept()
+            hello = connection.recv(64)
+            if hello[:16] != token.tobytes():
+                connection.close()  # not of this job
+                continue
+            other = int.from_bytes(hello[16:], "little")
+            peers.append(_Peer(other, connection, facts[other][2]))
     return NodeEngine(NodeThread(rank, peers), range(size), clock, timeout, owner=True)
 
 

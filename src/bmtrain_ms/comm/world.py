@@ -182,7 +182,7 @@ def init_distributed(
         trace: keep note of what is computed and moved when, for `comm.write_trace`.
         engine: use this one instead of the launcher's.
         device: `CPU` or `Ascend`; default: what MindSpore is set to.
-        timeout: seconds until a collective gives up (mpi engine; HCCL has its own variables).
+        timeout: seconds until a collective gives up (CPU ranks over mpiexec; HCCL has its own variables).
 
     Raises:
         RuntimeError: called twice, after an operation on CPU, or the launcher does not fit the device.

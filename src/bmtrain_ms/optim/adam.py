@@ -10,6 +10,7 @@ import numpy as np
 from mindspore import Parameter, Tensor, ops
 
 from ..compat.runtime import from_host
+from ..zero import DistributedParameter, context_of
 
 _fused_adam = ops.AdamWeightDecay()
 
@@ -68,6 +69,8 @@ class AdamOptimizer:
             grads: id of parameter -> gradient of its shard, any float dtype.
             scale: what the gradients are multiplied with first, e.g. 1 / loss scale.
         """
+        for world in {p.world for p in self.parameters if isinstance(p, DistributedParameter)}:
+            context_of(world).pipeline.parameters_changed()
         for group in self.param_groups:
             for p in group["params"]:
                 grad = grads.get(id(p))

@@ -103,7 +103,7 @@ class OptimManager:
         params = [p for optimizer in self.optimizers for p in optimizer.parameters if p.requires_grad]
         returned: list[Any] = []
 
-        def scaled() -> Tensor:
+        def loss_of_forward() -> Tensor:
             out = forward(*args, **kwargs)
             returned.append(out)
             loss = out[0] if isinstance(out, tuple) and out else out
@@ -112,7 +112,7 @@ class OptimManager:
                 raise TypeError(f"forward must return a scalar loss, or a tuple that starts with it, not {what}")
             return self.scale_loss(loss) if self.loss_scale_enabled else loss
 
-        _, grads = ms.value_and_grad(scaled, None, params)()
+        _, grads = ms.value_and_grad(loss_of_forward, None, params)()
         grads = list(grads)
         for p in params:
             self._add(p, grads.pop(0))  # let go of each: with accumulation there are two otherwise

@@ -9,8 +9,9 @@ beginning. *gather*: shards -> full; *release*: the opposite; *reduce*: full gra
 
 from __future__ import annotations
 
+import weakref
 from enum import Enum, auto
-from typing import TYPE_CHECKING, Sequence
+from typing import TYPE_CHECKING, Any, Sequence
 
 import numpy as np
 from mindspore import Tensor, ops
@@ -39,6 +40,8 @@ class ParamGroup:
         params: in the order in which they travel.
         label: for messages and event lists, e.g. `layers.3`.
         engine: among the ranks that share the parameters.
+        followers: phase of the pipeline -> the visit that came after one of this group.
+        starts: phases in which this group has started a sequence, see `zero/pipeline.py`.
         wires: how each travels; None: as it is.
         sizes: (elements, type) of each padded full tensor.
         full_nbytes: of all of them.
@@ -53,8 +56,16 @@ class ParamGroup:
         self.engine: Engine = self.world.shards
         self.wires = [wire_for(self.world.gather_dtype, p.dtype) for p in self.params]
         self.parked: list[Gathered] = []
+        self.followers: dict[Any, tuple[Any, weakref.ref[ParamGroup]]] = {}
+        self.starts: set[Any] = set()
         self.sizes = [(self.engine.size * p.shard_length, numpy_dtype(p.dtype)) for p in self.params]
         self.full_nbytes = sum(n * dtype.itemsize for n, dtype in self.sizes)
+
+    def __deepcopy__(self, memo: dict) -> None:
+        """A copied parameter or Block makes a group of its own when it needs one."""
+
+    def __reduce__(self) -> tuple:
+        return type(None), ()
 
     def trainable(self) -> list[int]:
         """Indices of the parameters that require a gradient now; the flag may be toggled between calls."""
@@ -157,7 +168,8 @@ class Gathered:
         if self.state is ShardState.FULL:
             self._settle()
             self._buffer.drop_pages()
-            self.group.parked.append(self)
+            if self not in self.group.parked:
+                self.group.parked.append(self)
         return True
 
     def release(self) -> None:
@@ -165,7 +177,7 @@ class Gathered:
         if self in self.group.parked:
             self.group.parked.remove(self)
             self._settle()
-            self._buffer.drop_pages()  # it has its own address; the pool keeps only warm pages
+            self._buffer.drop_pages()  # as many as there are blocks; used pages are kept for a few
         else:
             self._settle()
         self._buffer, self._landing, self._tensors = None, [], []

@@ -114,6 +114,11 @@ class DistributedParameter(Parameter):
             )
         self.set_data(shard, slice_shape=True)
 
+    def set_data(self, data: Tensor, slice_shape: bool = False) -> DistributedParameter:
+        """As MindSpore's; of a shard."""
+        context_of(self.world).pipeline.parameters_changed()
+        return super().set_data(data, slice_shape)
+
     def copy_full(self, full: Tensor | np.ndarray) -> None:
         """Take this rank's shard out of full values (BMTrain: `_copy_data`).
 
@@ -135,18 +140,18 @@ class DistributedParameter(Parameter):
 
         Every call gathers again (BMTrain: the same). The copy lives as long as somebody refers to it.
         """
-        if self._alone is None:
+        if self._alone is None or self._alone.params[0] is not self:  # a clone has its original's
             self._alone = ParamGroup([self], self.name)
         group, context = self._alone, context_of(self.world)
-        recorded = recording() and self.requires_grad
+        phase = Phase.FORWARD if recording() else Phase.EVAL
 
         def take(*_: Tensor) -> tuple[Tensor, ...]:
-            gathered = context.pipeline.enter(group, Phase.FORWARD if recorded else Phase.EVAL)
+            gathered = context.pipeline.enter(group, phase)
             full = tuple(gathered.tensors())
             context.pipeline.leave(gathered)
             return full
 
-        if not recorded:
+        if not (recording() and self.requires_grad):
             return take()[0]
         context.reducer.expect(group, [0])
         return custom_op(take, lambda grads: context.reducer.reduce(group, [0], grads), self)[0]

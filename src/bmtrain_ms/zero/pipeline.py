@@ -5,12 +5,14 @@ a gather, never a result: what was gathered for nothing is dropped before anythi
 the order of calls, which is the same on every rank, so all ranks issue the same collectives.
 
 [Note: sequences]
-A sequence starts at the first call after a backward pass, and whenever evaluation and training alternate. The first group of a
-sequence is never gathered ahead: between sequences the parameters may change.
+A sequence starts at the first call after a backward pass, whenever evaluation and training alternate, when an evaluation comes to a
+group again, and after parameters were written. The first group of a sequence is never gathered ahead: between sequences the
+parameters may change.
 """
 
 from __future__ import annotations
 
+import weakref
 from enum import Enum, auto
 
 from .buffers import BufferPool
@@ -39,8 +41,7 @@ class GatherPipeline:
             raise ValueError(f"prefetch must be 0 (off) or more, not {prefetch}")
         self.pool, self.prefetch, self.meter = pool, prefetch, Meter()
         self._largest = 0  # bytes of a group
-        self._next: dict[Visit, Visit] = {}
-        self._first: set[Visit] = set()
+        self._seen: set[tuple[Phase, int]] = set()  # what an evaluation has visited
         self._last: Visit | None = None
         self._ahead: list[tuple[Visit, Gathered]] = []
         self._kept: list[Gathered] = []
@@ -86,14 +87,23 @@ class GatherPipeline:
         self._ahead, self._kept, self._last = [], [], None
         self.pool.trim()
 
+    def parameters_changed(self) -> None:
+        """What was gathered ahead is old, and the next visit starts a sequence."""
+        self._drop_ahead()
+        self._last = None
+
     def _learn(self, visit: Visit) -> None:
-        if self._last is not None and (self._last[0] is Phase.EVAL) != (visit[0] is Phase.EVAL):
-            self._drop_ahead()
-            self._last = None
+        phase, group = visit
+        again = phase is Phase.EVAL and (phase, id(group)) in self._seen
+        if again or (self._last is not None and (self._last[0] is Phase.EVAL) != (phase is Phase.EVAL)):
+            self.parameters_changed()
         if self._last is None:
-            self._first.add(visit)
+            group.starts.add(phase)
+            self._seen.clear()
         else:
-            self._next[self._last] = visit
+            before, last = self._last
+            last.followers[before] = (phase, weakref.ref(group))
+        self._seen.add((phase, id(group)))
         self._last = visit
 
     def _take_ahead(self, visit: Visit, parked: Gathered | None) -> Gathered:
@@ -117,11 +127,20 @@ class GatherPipeline:
         if self._last is not None:
             self._gather_ahead(self._last, running=None)
 
+    @staticmethod
+    def _following(visit: Visit) -> Visit | None:
+        """What came after it last time, unless that starts a sequence."""
+        if visit[0] not in visit[1].followers:
+            return None
+        phase, reference = visit[1].followers[visit[0]]
+        group = reference()  # None: the model is gone
+        return None if group is None or phase in group.starts else (phase, group)
+
     def _gather_ahead(self, visit: Visit, running: ParamGroup | None) -> None:
         counted = 0
         for depth in range(self.prefetch * _MOST_AHEAD):
-            previous, following = visit, self._next.get(visit)
-            if counted == self.prefetch or following is None or following in self._first:
+            previous, following = visit, self._following(visit)
+            if counted == self.prefetch or following is None:
                 return
             visit = following
             phase, group = visit
