@@ -153,14 +153,6 @@ def turned(x: np.ndarray, angles: np.ndarray) -> np.ndarray:
     return np.concatenate([first * cos - second * sin, second * cos + first * sin], axis=1)
 
 
-@BOTH
-def test_rotate(dtype):
-    angles = numbers(5, 3, seed=1).astype(np.float64)
-    both = np.concatenate([angles, angles], axis=1)
-    cos, sin = Tensor(np.cos(both).astype(np.float32)), Tensor(np.sin(both).astype(np.float32))
-    check(lambda x: functional.rotate(x, cos, sin), lambda x: turned(x, angles), numbers(5, 6, dtype=dtype))
-
-
 def test_rotary_embedding_is_the_formula():
     x = numbers(2, 3, 2, 4)
     out = RotaryEmbedding(4, base=100.0)(Tensor(x), offset=5).asnumpy()

@@ -251,26 +251,6 @@ def _swiglu_on_host(gate: Tensor, up: Tensor) -> Tensor:
     return custom_op(forward, backward, gate, up)[0]
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary position embedding (Su et al., 2021), halves paired as in HF Llama.
-
-    Args:
-        x: (rows, dim_head).
-        cos, sin: (rows, dim_head), float32, both halves equal.
-    """
-    turn = _quarter_turn(x.shape[-1])
-
-    def forward(x: Tensor) -> tuple[Tensor]:
-        x32 = x.astype(ms.float32)
-        return ((x32 * cos + _matmul(x32, turn) * sin).astype(x.dtype),)
-
-    def backward(grads: tuple[Tensor, ...]) -> tuple[Tensor]:
-        grad = grads[0].astype(ms.float32)
-        return ((grad * cos + _matmul_t(grad * sin, turn)).astype(x.dtype),)
-
-    return custom_op(forward, backward, x)[0]
-
-
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     """softmax(q kᵀ / sqrt(dim) + mask) v, softmax in float32.
 

@@ -7,7 +7,6 @@ import functools
 import numpy as np
 from mindspore import Tensor
 
-from ...compat.runtime import device_target, from_host
 from ...nn import functional
 
 
@@ -33,8 +32,8 @@ class RotaryEmbedding:
     def __call__(self, x: Tensor, offset: int = 0) -> Tensor:
         """x (batch, length, heads, dim_head), at positions offset, offset + 1, ... -> the same shape and dtype."""
         batch, length, heads, dim = x.shape
-        cos, sin = _tables(self.dim_head, self.base, offset, batch, length, heads)
-        return functional.rotate(x.reshape(-1, dim), cos, sin).reshape(x.shape)
+        flat = x.reshape(batch * length, heads * dim)
+        return functional.split_heads(flat, batch, heads, self.angles(offset, length)).transpose(0, 2, 1, 3)
 
 
 @functools.lru_cache(maxsize=8)
@@ -42,13 +41,3 @@ def _angles(dim: int, base: float, offset: int, length: int) -> functional.Angle
     frequency = base ** (-np.arange(0, dim, 2, dtype=np.float64) / dim)
     angles = np.outer(np.arange(offset, offset + length, dtype=np.float64), frequency)
     return np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
-
-
-@functools.lru_cache(maxsize=4)
-def _tables(dim: int, base: float, offset: int, batch: int, length: int, heads: int) -> tuple[Tensor, Tensor]:
-    """cos and sin, (batch * length * heads, dim): spelled out, because broadcasting is slow on CPU."""
-    shape = (batch, length, heads, dim)
-    make = from_host if device_target() == "CPU" else Tensor
-    both = (np.concatenate([half, half], axis=1)[None, :, None, :] for half in _angles(dim, base, offset, length))
-    cos, sin = (make(np.ascontiguousarray(np.broadcast_to(x, shape)).reshape(-1, dim)) for x in both)
-    return cos, sin
