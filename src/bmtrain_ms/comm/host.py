@@ -10,6 +10,7 @@ import hashlib
 import threading
 import time
 from abc import abstractmethod
+from dataclasses import dataclass
 from typing import Any, Generator, Optional, Sequence
 
 import numpy as np
@@ -65,6 +66,28 @@ class Job(Work):
         self._finished.set()
 
 
+@dataclass(frozen=True)
+class Operation:
+    """What a transport runs.
+
+    Attributes:
+        op, kind: e.g. `reduce_scatter` and `mean`.
+        pair: (sender, receiver) of a message; None for a collective.
+        what: for messages to people: operation, label, step and rank.
+        signature: what must be the same on every rank.
+        outputs, stages, arrays: the results, how to get them, and the memory that others read.
+    """
+
+    op: str
+    kind: str
+    pair: Optional[tuple[int, int]]
+    what: str
+    signature: str
+    outputs: list[Tensor]
+    stages: Stages
+    arrays: Rows
+
+
 class HostEngine(Engine):
     """An engine whose tensors live in host memory; subclasses move bytes."""
 
@@ -80,7 +103,7 @@ class HostEngine(Engine):
         if out is None:
             out = [self._new((self.size * (x.shape[0] if x.shape else 1), *x.shape[1:]), x.dtype) for x in tensors]
         targets = [host_array(y) for y in out]
-        return self._submit("all_gather", label, list(out), self._gather(sources, targets), sources)
+        return self._issue("all_gather", label, list(out), self._gather(sources, targets), sources)
 
     def reduce_scatter(self, tensors: Sequence[Buffer], op: str = "sum", label: str = "") -> Work:
         self._check_op(op, tensors)
@@ -88,7 +111,7 @@ class HostEngine(Engine):
         sources = [host_array(x) for x in tensors]
         made = [np.empty((x.shape[0] // self.size, *x.shape[1:]), x.dtype) for x in sources]
         out, targets = [from_host(y) for y in made], [y.reshape(-1) for y in made]
-        return self._submit("reduce_scatter", label, out, self._reduce_parts(sources, targets, op), sources, kind=op)
+        return self._issue("reduce_scatter", label, out, self._reduce_parts(sources, targets, op), sources, kind=op)
 
     def all_reduce(self, tensors: Sequence[Buffer], op: str = "sum", label: str = "") -> Work:
         self._check_op(op, tensors)
@@ -97,56 +120,42 @@ class HostEngine(Engine):
         targets = [host_array(y).reshape(-1) for y in out]
         small = sum(x.nbytes for x in sources) <= _SMALL
         reduce = self._reduce_gathered if small else self._reduce_by_parts
-        return self._submit("all_reduce", label, out, reduce(sources, targets, op), sources, kind=op)
+        return self._issue("all_reduce", label, out, reduce(sources, targets, op), sources, kind=op)
 
     def broadcast(self, tensors: Sequence[Buffer], root: int = 0, label: str = "") -> Work:
         self._check_peer(root, "root")
         out = list(tensors) if self.rank == root else [self._new(tuple(x.shape), x.dtype) for x in tensors]
         arrays = [host_array(x) for x in out]
-        return self._submit("broadcast", label, out, self._broadcast(arrays, root), arrays, kind=f"from rank {root}")
+        return self._issue("broadcast", label, out, self._broadcast(arrays, root), arrays, kind=f"from rank {root}")
 
     def all_to_all(self, tensors: Sequence[Buffer], label: str = "") -> Work:
         self._check_divisible(tensors, "all_to_all")
         sources = [host_array(x) for x in tensors]
         out = [self._new(tuple(x.shape), x.dtype) for x in tensors]
         targets = [host_array(y) for y in out]
-        return self._submit("all_to_all", label, out, self._exchange(sources, targets), sources)
+        return self._issue("all_to_all", label, out, self._exchange(sources, targets), sources)
 
     def barrier(self, label: str = "") -> Work:
-        return self._submit("barrier", label, [], self._meet(), [])
+        return self._issue("barrier", label, [], self._meet(), [])
 
     # Point to point #
 
     def send(self, tensors: Sequence[Buffer], dst: int, label: str = "") -> Work:
         self._check_peer(dst, "dst")
         sources = [host_array(x) for x in tensors]
-        return self._submit("send", label, [], self._send(sources, dst), sources, pair=(self.rank, dst))
+        return self._issue("send", label, [], self._send(sources, dst), sources, pair=(self.rank, dst))
 
     def recv(self, like: Sequence[Tensor], src: int, label: str = "") -> Work:
         self._check_peer(src, "src")
         out = [self._new(tuple(x.shape), x.dtype) for x in like]
         targets = [host_array(y) for y in out]
-        return self._submit("recv", label, out, self._recv(targets, src), targets, pair=(src, self.rank))
+        return self._issue("recv", label, out, self._recv(targets, src), targets, pair=(src, self.rank))
 
     # What a transport does #
 
     @abstractmethod
-    def _submit(
-        self,
-        op: str,
-        label: str,
-        out: list[Tensor],
-        stages: Stages,
-        arrays: Rows,
-        kind: str = "",
-        pair: tuple[int, int] | None = None,
-    ) -> Work:
-        """Start an operation on `arrays`; collectives of a group run in the order of the calls.
-
-        Args:
-            kind: what else must be the same on every rank.
-            pair: (sender, receiver) of a message, which runs beside them, so that two ranks can send at once.
-        """
+    def _submit(self, operation: Operation) -> Work:
+        """Start an operation; collectives of a group run in the order of the calls, messages beside them."""
 
     @abstractmethod
     def _gather(self, sources: Rows, targets: Rows) -> Stages:
@@ -210,10 +219,24 @@ class HostEngine(Engine):
             start += _aligned(nbytes)
         return made
 
-    def _what(self, op: str, label: str, pair: tuple[int, int] | None) -> str:
+    def _issue(
+        self,
+        op: str,
+        label: str,
+        out: list[Tensor],
+        stages: Stages,
+        arrays: Rows,
+        kind: str = "",
+        pair: tuple[int, int] | None = None,
+    ) -> Work:
+        """`kind`: what else must be the same on every rank.  `pair`: (sender, receiver) of a message."""
+        signature = signature_of(op, kind, label, arrays) if pair is None else signature_of("message", kind, "", arrays)
+        peer = "" if pair is None else f" to rank {pair[1]}" if op == "send" else f" from rank {pair[0]}"
+        return self._submit(Operation(op, kind, pair, self._what(op + peer, label), signature, out, stages, arrays))
+
+    def _what(self, op: str, label: str) -> str:
         """For messages."""
-        name = op if pair is None else f"send to rank {pair[1]}" if op == "send" else f"recv from rank {pair[0]}"
-        name += f" ({label})" if label else ""
+        name = f"{op} ({label})" if label else op
         return f"{name} at step {self.clock.step} on rank {self.rank} of {self.size}"
 
     @staticmethod

@@ -15,10 +15,9 @@ from collections import deque
 from typing import Any, Optional, Sequence
 
 import numpy as np
-from mindspore import Tensor
 
 from .engine import Clock, CommError, CommTimeoutError, Engine, Work
-from .host import LARGEST_SIGNATURE, HostEngine, Job, Rows, Stages, as_bytes, disagreement, signature_of
+from .host import LARGEST_SIGNATURE, HostEngine, Job, Operation, Rows, Stages, as_bytes, disagreement
 
 _SHORTEST_SLEEP = 20e-6
 _LONGEST_SLEEP = 500e-6
@@ -161,7 +160,7 @@ class MpiEngine(HostEngine):
             made.append(self._comm.Create_group(group, tag=min(ranks)))
             yield []
 
-        job = _Job(self._what(f"subgroup {list(ranks)}", "", None), [], stages(), None, self._timeout)
+        job = _Job(self._what(f"subgroup {list(ranks)}", ""), [], stages(), None, self._timeout)
         self._thread.submit(job, ordered=True).wait()
         return MpiEngine(made[0], self.clock, self._timeout, self._thread)
 
@@ -171,20 +170,11 @@ class MpiEngine(HostEngine):
 
     # The transport #
 
-    def _submit(
-        self,
-        op: str,
-        label: str,
-        out: list[Tensor],
-        stages: Stages,
-        arrays: Rows,
-        kind: str = "",
-        pair: tuple[int, int] | None = None,
-    ) -> Work:
-        what = self._what(op, label, pair)
-        if pair is None:
-            stages = self._compared(what, signature_of(op, kind, label, arrays), stages)
-        return self._thread.submit(_Job(what, out, stages, arrays, self._timeout), ordered=pair is None)
+    def _submit(self, operation: Operation) -> Work:
+        stages, ordered = operation.stages, operation.pair is None
+        if ordered:
+            stages = self._compared(operation.what, operation.signature, stages)
+        return self._thread.submit(_Job(operation.what, operation.outputs, stages, operation.arrays, self._timeout), ordered)
 
     def _compared(self, what: str, signature: str, stages: Stages) -> Stages:
         """First see that all ranks issue the same operation: MPI would hang, crash, or mix up the data."""

@@ -22,10 +22,9 @@ from pathlib import Path
 from typing import Any, Optional, Sequence
 
 import numpy as np
-from mindspore import Tensor
 
 from .engine import Clock, CommError, CommTimeoutError, Engine, Work
-from .host import LARGEST_SIGNATURE, HostEngine, Job, Rows, Stages, as_bytes, disagreement, signature_of
+from .host import LARGEST_SIGNATURE, HostEngine, Job, Operation, Rows, Stages, as_bytes, disagreement
 from .pull import Piece, address_of, allow_siblings, pull
 
 Key = tuple[str, int]  # (group or pair of ranks, number of the operation there)
@@ -37,21 +36,17 @@ _LAST_WORDS = 5.0  # seconds that a closing engine tries to send what others may
 class _Job(Job):
     """One operation among ranks of this host, which are numbered as in the node group."""
 
-    def __init__(self, what: str, outputs: list[Tensor], stages: Stages, timeout: float, key: Key, signature: str):
-        """
-        Args:
-            key: what others call this operation.
-            signature: what must be the same everywhere.
-        """
-        super().__init__(what, outputs, stages, None, timeout)
-        self.key, self.signature = key, signature
+    def __init__(self, operation: Operation, timeout: float, key: Key):
+        """`key`: what others call this operation."""
+        super().__init__(operation.what, operation.outputs, operation.stages, None, timeout)
+        self.key, self.signature = key, operation.signature
         self.line = key[0]  # operations of a line run in order
         self.tells: list[int] = []  # who gets our posts
         self.needs: list[int] = []  # whose posts we need
         self.reads: list[int] = []  # whose memory we read
         self.readers: list[int] = []  # who reads ours
         self.stage, self.pulled = 0, False
-        self.keep = next(stages)  # the inputs of the first stage
+        self.keep = next(operation.stages)  # the inputs of the first stage
 
 
 class _Peer:
@@ -322,43 +317,34 @@ class NodeEngine(HostEngine):
 
     # The transport #
 
-    def _submit(
-        self,
-        op: str,
-        label: str,
-        out: list[Tensor],
-        stages: Stages,
-        arrays: Rows,
-        kind: str = "",
-        pair: tuple[int, int] | None = None,
-    ) -> Work:
-        signature = signature_of(op, kind, label, arrays)
-        what = self._what(op, label, pair)
-        if len(arrays) > _MOST_TENSORS:
-            raise CommError(f"{what}: {len(arrays)} tensors are too many for one operation; pass at most {_MOST_TENSORS}")
+    def _submit(self, operation: Operation) -> Work:
+        if len(operation.arrays) > _MOST_TENSORS:
+            raise CommError(
+                f"{operation.what}: {len(operation.arrays)} tensors are too many for one operation; pass at most {_MOST_TENSORS}"
+            )
+        op, pair = operation.op, operation.pair
         if pair is None:
-            job = self._job(what, out, stages, self._group, signature)
+            job = self._job(operation, self._group)
             others = [rank for rank in self._ranks if rank != self._thread.rank]
             job.tells = job.needs = others
             if op == "broadcast":
-                root = self._ranks[int(kind.split()[-1])]
+                root = self._ranks[int(operation.kind.split()[-1])]
                 job.reads, job.readers = ([], others) if root == self._thread.rank else ([root], [])
             elif op != "barrier":
                 job.reads = job.readers = others
         else:
             sender, receiver = (self._ranks[rank] for rank in pair)
-            line, signature = f"{self._group}:{sender}>{receiver}", signature_of("message", kind, "", arrays)
-            job = self._job(what, out, stages, line, signature, mark="<" if op == "recv" else ">")
+            job = self._job(operation, f"{self._group}:{sender}>{receiver}", mark="<" if op == "recv" else ">")
             if op == "recv":
                 job.needs = job.reads = [sender]
             else:
                 job.tells = job.readers = [receiver]
         return self._thread.submit(job)
 
-    def _job(self, what: str, out: list[Tensor], stages: Stages, line: str, signature: str, mark: str = "") -> _Job:
+    def _job(self, operation: Operation, line: str, mark: str = "") -> _Job:
         """`mark`: tells the ends of a message apart, which count it alike but do not wait for each other's order."""
         number = self._issued[line + mark] = self._issued.get(line + mark, 0) + 1
-        job = _Job(what, out, stages, self._timeout, (line, number), signature)
+        job = _Job(operation, self._timeout, (line, number))
         job.line = line + mark
         return job
 
