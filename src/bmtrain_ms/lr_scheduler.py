@@ -1,20 +1,70 @@
 """Learning-rate schedules (BMTrain: `lr_scheduler`).
 
 n is the number of steps done, s the peak rate, w the warm-up length, e the end. During warm-up (n < w) the rate is s * n / w
-(for Noam s / sqrt(w) * n / w). Construction and every `step` write the rate into all parameter groups of the optimizer.
+(for Noam s / sqrt(w) * n / w). Construction and every `step` write the rate into all parameter groups of the optimizer; a group
+with a rate of its own keeps that as its peak: it gets own / s of the others' rate (BMTrain overwrites it).
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, Callable, Optional
+
+import mindspore as ms
+import numpy as np
+from mindspore import Parameter, Tensor, nn
+
+from .compat.runtime import overwrite
+
+# (the rate that the group was given for itself, or None; what sets its rate)
+GroupRate = tuple[Optional[float], Callable[[float], None]]
+
+
+def group_rates(optimizer: Any) -> list[GroupRate]:
+    """How to set the rate of each parameter group of an optimizer: ours, or MindSpore's.
+
+    Raises:
+        TypeError: it is not an optimizer, or it computes its rate by itself.
+    """
+    if hasattr(optimizer, "param_groups"):
+        default = getattr(optimizer, "defaults", {}).get("lr")
+        return [(_own_rate(group, default), _setter(group)) for group in optimizer.param_groups]
+    if isinstance(optimizer, nn.Optimizer) and not optimizer.dynamic_lr:
+        if not optimizer.is_group_lr:
+            return [(None, _writer(optimizer.learning_rate))]
+        return [(float(rate.asnumpy()), _writer(rate)) for rate in optimizer.learning_rate]
+    if isinstance(optimizer, nn.Optimizer):
+        raise TypeError(f"this {type(optimizer).__name__} has a schedule of its own; give it a constant learning_rate")
+    raise TypeError(f"{type(optimizer).__name__} has no param_groups: it is not an optimizer that a schedule can drive")
+
+
+def _own_rate(group: dict[str, Any], default: Any) -> float | None:
+    if "own_lr" in group:
+        return group["own_lr"]
+    rate = float(group["lr"])
+    return None if default is None or np.float32(rate) == np.float32(default) else rate  # MindSpore keeps it as a float32
+
+
+def _setter(group: dict[str, Any]) -> Callable[[float], None]:
+    if isinstance(group["lr"], Parameter):
+        return _writer(group["lr"])
+
+    def set_rate(rate: float) -> None:
+        group["lr"] = rate
+
+    return set_rate
+
+
+def _writer(parameter: Parameter) -> Callable[[float], None]:
+    # in place: what MindSpore's optimizers compiled goes on with the memory that it has seen
+    return lambda rate: overwrite(parameter, Tensor(rate, ms.float32))
 
 
 class WarmupLRScheduler:
     """Base class.
 
     Args:
-        optimizer: its `param_groups` receive the rate.
+        optimizer: its groups receive the rate; also one of `mindspore.nn` or `mindspore.experimental.optim` with a constant rate.
         start_lr: peak rate s.
         warmup_iter: w.
         end_iter: e; must not be smaller than w.
@@ -22,6 +72,7 @@ class WarmupLRScheduler:
     """
 
     def __init__(self, optimizer: Any, start_lr: float, warmup_iter: int, end_iter: int, num_iter: int = 0):
+        self._groups = group_rates(optimizer)
         if warmup_iter < 0 or end_iter < warmup_iter:
             raise ValueError(f"need 0 <= warmup_iter <= end_iter, not warmup_iter={warmup_iter}, end_iter={end_iter}")
         self.optimizer = optimizer
@@ -66,8 +117,12 @@ class WarmupLRScheduler:
 
     def _apply(self) -> None:
         self._current_lr = self.get_lr()
-        for group in self.optimizer.param_groups:
-            group["lr"] = self._current_lr
+        for own, set_rate in self._groups:
+            set_rate(self._current_lr if own is None else own * self._share())
+
+    def _share(self) -> float:
+        """Of the peak."""
+        return self._current_lr / self.start_lr if self.start_lr else 0.0
 
 
 class NoDecay(WarmupLRScheduler):

@@ -13,7 +13,7 @@ from mindspore import Tensor
 import bmtrain_ms as bms
 from bmtrain_ms.comm import World, use_world
 from bmtrain_ms.lr_scheduler import NoDecay
-from bmtrain_ms.optim import AdamOptimizer, OptimManager
+from bmtrain_ms.optim import AdamOptimizer, GradientOverflowError, OptimManager
 from tests.helpers.models import full
 
 pytestmark = pytest.mark.ranks
@@ -75,6 +75,9 @@ class Setting:
         with use_world(self.world):
             self.manager.backward(self.model, *factors)
 
+    def schedule_state(self) -> dict[str, Any]:
+        return self.manager.lr_schedulers[0].state_dict()
+
     def params(self) -> dict[str, np.ndarray]:
         return {p.name: full(self.world, p) for p in self.optimizer.parameters}
 
@@ -113,7 +116,7 @@ def train(world: World, half: bool, scale: float | None) -> tuple[dict[str, np.n
     for step in range(4):
         setting.manager.zero_grad()
         setting.backward(step)
-        assert setting.manager.step() is True
+        assert setting.manager.step().updated
     return setting.params(), setting.states()
 
 
@@ -144,17 +147,17 @@ def overflow(world: World, half: bool, on: int, changes: dict[str, tuple[int, fl
     """One step, one in which rank `on` has a gradient that is not finite, one more."""
     s = Setting(world, ms.float16 if half else ms.float32, loss_scale=64.0)
     s.backward(0)
-    updated = [s.manager.step()]
-    before = s.params(), s.states(), s.optimizer.state_dict()
+    updated = [s.manager.step().updated]
+    before = s.params(), s.states(), s.optimizer.state_dict(tensors=False)
     s.manager.zero_grad()
     s.backward(1, changes if world.engine.rank == on else None)
     mine = any(not np.isfinite(s.manager.grad(p).asnumpy()).all() for p in s.optimizer.parameters)
-    updated.append(s.manager.step())
-    after = s.params(), s.states(), s.optimizer.state_dict()
+    updated.append(s.manager.step().updated)
+    after = s.params(), s.states(), s.optimizer.state_dict(tensors=False)
     left = [s.manager.grad(p) for p in s.optimizer.parameters]
-    state = s.manager.state_dict()
+    state = s.manager.state_dict(tensors=False)
     s.backward(2)
-    updated.append(s.manager.step())
+    updated.append(s.manager.step().updated)
     np.testing.assert_equal(after, before)
     return {"mine": mine, "updated": updated, "left": left, "state": state, "clock": world.engine.clock.step}
 
@@ -229,3 +232,109 @@ def clip_overflow(world: World, kind: float) -> float:
 def test_a_norm_that_is_not_finite_is_not_applied(run_ranks, kind):
     """Rank 0 alone holds the element."""
     assert all(math.isnan(norm) for norm in run_ranks(3, clip_overflow, kind=kind))
+
+
+# Skipped steps leave no trace #
+
+
+def with_a_bad_batch(world: World, half: bool, changes: dict[str, tuple[int, float]], on: int, at: int) -> dict[str, Any]:
+    """Seven steps of two micro-batches, one of which is bad on one rank; and a run that is not shown that step."""
+    ends = []
+    for shown in (True, False):
+        s = Setting(world, ms.float16 if half else ms.float32, loss_scale=64.0, loss_scale_steps=2)
+        updated = []
+        for step in range(7):
+            if step == at and not shown:
+                s.manager.loss_scale, s.manager.steps_since_last_scale = s.manager.loss_scale / 2, 0
+                continue
+            s.manager.zero_grad()
+            s.backward(2 * step, changes if step == at and world.engine.rank == on else None)
+            s.backward(2 * step + 1)
+            s.manager.clip_grad_norm(s.optimizer.param_groups, 40.0)
+            updated.append(s.manager.step().updated)
+        ends.append((s.params(), s.states(), s.manager.loss_scale, s.schedule_state(), updated))
+    return {"shown": ends[0], "not shown": ends[1]}
+
+
+@pytest.mark.parametrize("half", [False, True], ids=["fp32", "fp16"])
+@pytest.mark.parametrize(
+    "name, element, on, at, bad",
+    [("prime", 0, 1, 0, math.nan), ("prime", 6, 0, 3, math.inf), ("one", 0, 1, 6, -math.inf), ("matrix", 11, 1, 2, math.nan)],
+)
+def test_a_skipped_step_leaves_no_trace(run_ranks, name, element, on, at, half, bad):
+    """The bits of a run that never saw the batch, on every rank."""
+    answers = run_ranks(2, with_a_bad_batch, half=half, changes={name: (element, bad)}, on=on, at=at)
+    for answer in answers:
+        *shown, updated = answer["shown"]
+        *twin, all_updated = answer["not shown"]
+        assert updated == [step != at for step in range(7)] and all_updated == [True] * 6
+        np.testing.assert_equal(shown, twin)
+        assert all(np.isfinite(value).all() for value in shown[0].values())
+    np.testing.assert_equal(answers[0], answers[1])
+
+
+def give_up(world: World, scale: float) -> tuple[str, int]:
+    """Rank 1's gradient of the last element of "prime", which it owns, is NaN, step after step."""
+    s = Setting(world, loss_scale=scale, max_skipped_steps=3)
+    skipped = 0
+    with pytest.raises(GradientOverflowError) as info:
+        for step in range(9):
+            s.manager.zero_grad()
+            s.backward(step, {"prime": (6, math.nan)} if world.engine.rank == 1 else None)
+            skipped += not s.manager.step()
+    return str(info.value), skipped
+
+
+@pytest.mark.parametrize(
+    "scale, last, advice",
+    [
+        (64.0, 16, "Start from a lower loss_scale, or raise max_skipped_steps"),
+        (
+            2.0,
+            1,
+            "The scale is at its least, so it is not the cause: look for NaN in the data and in the loss, lower the learning rate, "
+            "or train in bfloat16 or float32",
+        ),
+    ],
+    ids=["high", "least"],
+)
+def test_every_rank_gives_up_and_names_the_parameter(run_ranks, scale, last, advice):
+    for text, skipped in run_ranks(2, give_up, scale=scale, timeout=30):
+        assert skipped == 2
+        assert text == (
+            f"3 steps in a row were skipped, the last at loss scale {last} (least: 1), because gradients are not finite: those of "
+            f"prime. {advice}"
+        )
+
+
+def huge(world: World) -> tuple[bool, float]:
+    """The square of each rank's share fits into float32, their sum does not."""
+    s = Setting(world, loss_scale=1.0, min_loss_scale=2.0**-10)
+    s.backward(0, {"two": (0, 1.5e19)})
+    one = s.manager.step()
+    s.backward(0, {"two": (0, 1.5e19)})
+    s.backward(0, {"two": (1, 1.5e19)})
+    return one.updated, s.manager.step().updated
+
+
+def test_a_norm_may_overflow_in_the_sum_over_ranks(run_ranks):
+    assert run_ranks(2, huge) == [(True, False)] * 2
+
+
+def scaled_gradients(world: World, grad_scale: float | None, loss_scale: float | None) -> tuple[dict[str, np.ndarray], float]:
+    s = Setting(world, grad_scale=grad_scale, loss_scale=loss_scale)
+    s.backward(0)
+    return s.grads(), s.manager.clip_grad_norm(s.optimizer.param_groups, 1e9)
+
+
+@pytest.mark.parametrize("loss_scale", [None, 32.0])
+@pytest.mark.parametrize("grad_scale", [None, 1.0, 2.0])
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_grad_scale_divides_the_sum_over_ranks(run_ranks, ranks, grad_scale, loss_scale):
+    divisor = grad_scale or ranks
+    expected = {name: mean_gradient(name, 0, ranks) * ranks / divisor for name in SHAPES}
+    norm = np.linalg.norm(np.concatenate([g.ravel() for g in expected.values()]))
+    for grads, seen in run_ranks(ranks, scaled_gradients, grad_scale=grad_scale, loss_scale=loss_scale):
+        assert seen == pytest.approx(norm, rel=1e-6)
+        for name, grad in grads.items():
+            np.testing.assert_allclose(grad, expected[name] * (loss_scale or 1.0), rtol=1e-6, err_msg=name)

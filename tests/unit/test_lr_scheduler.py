@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
 from types import SimpleNamespace
@@ -188,3 +189,97 @@ def test_own_schedule():
 def test_every_schedule_is_tested():
     defined = {c for c in vars(lr_scheduler).values() if isinstance(c, type) and issubclass(c, WarmupLRScheduler)}
     assert defined == {make for make, _ in ALL} | {WarmupLRScheduler}
+
+
+# A group's own rate #
+
+EVERY_CLASS = pytest.mark.parametrize("make, settings", ALL, ids=lambda x: getattr(x, "__name__", "") or str(x))
+
+
+def with_own_rates(own: list[float | None]) -> Any:
+    return SimpleNamespace(param_groups=[{"lr": -1.0, "own_lr": rate} for rate in own])
+
+
+@EVERY_CLASS
+def test_a_groups_own_rate_is_its_peak(make, settings):
+    """It follows the others in proportion, and every write starts from it: also after going back, and after loading."""
+    target = with_own_rates([None, 0.125, 0.0, 3.0])
+    schedule = make(target, 0.5, 3, 9, **settings)
+    reference = rates(make, 0.5, 3, 9, 14, **settings)
+
+    def check(n: int) -> None:
+        assert [g["lr"] for g in target.param_groups] == pytest.approx(
+            [reference[n], 0.25 * reference[n], 0.0, 6.0 * reference[n]], rel=1e-12
+        )
+
+    check(0)
+    for n in range(1, 15):
+        schedule.step()
+        check(n)
+    for n in (5, 0, 3):
+        schedule.step(n)
+        check(n)
+    schedule.load_state_dict({**schedule.state_dict(), "num_iter": 4})
+    check(4)
+
+
+@EVERY_CLASS
+def test_an_own_rate_that_equals_the_peak_is_no_exception(make, settings):
+    target = with_own_rates([0.5, None])
+    schedule = make(target, 0.5, 2, 8, **settings)
+    for _ in range(12):
+        assert target.param_groups[0]["lr"] == pytest.approx(target.param_groups[1]["lr"], rel=1e-12)
+        schedule.step()
+
+
+def test_own_rates_of_groups_that_do_not_say():
+    """Another rate than the default's was given to the group."""
+    groups = [{"lr": 0.1}, {"lr": 0.4}, {"lr": 0.1}]
+    target = SimpleNamespace(param_groups=groups, defaults={"lr": 0.1})
+    schedule = Linear(target, 0.2, 2, 4, num_iter=1)
+    assert [g["lr"] for g in groups] == [0.1, 0.2, 0.1]
+    schedule.step()
+    assert [g["lr"] for g in groups] == [0.2, 0.4, 0.2]
+    schedule.step()
+    assert [g["lr"] for g in groups] == [0.1, 0.2, 0.1]
+
+
+@EVERY_CLASS
+def test_a_peak_of_zero(make, settings):
+    """Nothing is divided by it; own rates are off too."""
+    target = with_own_rates([None, 0.3])
+    schedule = make(target, 0.0, 2, 6, **{**settings, **({"end_lr": 0.0} if make is WSD else {})})
+    for _ in range(9):
+        assert [g["lr"] for g in target.param_groups] == [0.0, 0.0]
+        schedule.step()
+
+
+# Edges, for every class #
+
+ENDS = {Linear: 0.0, Cosine: 0.0, WSD: 0.125}
+
+
+def at_once(make: Any, w: int, e: int) -> dict[str, Any]:
+    return {"decay_iter": w, "end_lr": 0.125} if make is WSD else {}
+
+
+@pytest.mark.parametrize("make", dict.fromkeys(make for make, _ in ALL))
+@pytest.mark.parametrize("w, e", [(0, 0), (0, 1), (0, 5), (4, 4), (4, 5)])
+def test_edges(make, w, e):
+    """No warm-up, no decay, one step of it: peak where it belongs, the end from e on, nothing undefined."""
+    seen = rates(make, 1.0, w, e, e + 20, **at_once(make, w, e))
+    peak = 0.5 if make is Noam and w else 1.0
+    assert seen[:w] == pytest.approx([peak * n / w for n in range(w)])
+    assert seen[w] == pytest.approx(ENDS[make] if make in ENDS and e == w else peak)
+    assert all(0.0 <= rate <= 1.0 for rate in seen)
+    if make in ENDS:
+        assert seen[e:] == [ENDS[make]] * 21
+    else:
+        assert all(later <= earlier for earlier, later in zip(seen[w:], seen[w + 1 :]))
+
+
+def test_states_hold_every_setting():
+    """What a class takes besides the optimizer, it saves."""
+    for make, settings in ALL:
+        taken = set(inspect.signature(make.__init__).parameters) - {"self", "optimizer"}
+        assert set(make(optimizer(), 1.0, 2, 8, **settings).state_dict()) == taken, make

@@ -16,10 +16,11 @@ LEVELS = [
     {"compat"},
     {"comm"},
     {"zero", "parallel", "distributed", "nn"},
-    {"model_center", "optim", "checkpoint", "data", "loss", "lr_scheduler"},
+    {"model_center", "optim", "checkpoint", "data", "loss", "lr_scheduler", "wrapper"},
+    {"utils", "inspect", "debug", "benchmark", "global_var", "nccl", "store"},
     {"train"},
 ]
-SAME_LEVEL = {("nn", "zero"), ("checkpoint", "optim")}
+SAME_LEVEL = {("nn", "zero"), ("checkpoint", "optim"), ("optim", "lr_scheduler")}
 FILES = sorted(SOURCE.rglob("*.py"))
 COMMAND = sorted((ROOT / "src" / "bmtrain_ms_cli").glob("*.py"))  # on top of everything
 

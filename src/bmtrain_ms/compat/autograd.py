@@ -7,7 +7,8 @@ Parameters among the inputs get their gradient like any other input.
 
 from __future__ import annotations
 
-from typing import Any, Callable, Sequence
+import contextlib
+from typing import Any, Callable, Iterator, Sequence
 
 import wrapt
 from mindspore import Parameter, Tensor, nn, ops
@@ -16,7 +17,7 @@ from mindspore.ops.composite import base as _composite
 
 from .executor import GRAD_TAKES_HAS_AUX, PyNativeExecutor, executor, no_grad, recording
 
-__all__ = ["Graph", "backward_hooks", "custom_op", "no_grad", "recording", "vjp"]
+__all__ = ["Graph", "backward_hooks", "custom_op", "hookable", "no_grad", "recording", "vjp"]
 
 Tensors = tuple[Tensor, ...]
 
@@ -26,8 +27,19 @@ backward_hooks: list[Callable[[BaseException | None], None]] = []
 _originals: list[tuple[Any, str, Any]] = []  # (owner, name, MindSpore's own function)
 _depth = [0]  # backward passes under way: recomputation nests them
 _forwards = [0]  # recorded forward passes of `value_and_grad` under way
+_hookable = [0]  # contexts that want hooks on outputs of `custom_op`
 _Grad = _composite._Grad
 _grad_by_position = _Grad(get_by_position=True, sens_param=True)
+
+
+@contextlib.contextmanager
+def hookable() -> Iterator[None]:
+    """Let `Tensor.register_hook` work on outputs of `custom_op` too, at the cost of a copy of each; on 2.5 it would be ignored."""
+    _hookable[0] += 1
+    try:
+        yield
+    finally:
+        _hookable[0] -= 1
 
 
 class _Op(nn.Cell):
@@ -80,7 +92,8 @@ def custom_op(forward: Callable[..., Tensors], backward: Callable[[Tensors], Seq
     with no_grad():
         outputs = forward(*inputs)
     recorded = executor.call_custom_bprop(_Op(backward), outputs, *inputs)
-    return outputs if recorded is None else recorded  # 2.5 marks the outputs in place
+    recorded = outputs if recorded is None else recorded  # 2.5 marks the outputs in place
+    return tuple(x * 1 for x in recorded) if _hookable[0] else recorded
 
 
 def vjp(

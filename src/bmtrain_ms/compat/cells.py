@@ -17,8 +17,18 @@ def child_table(cell: nn.Cell) -> dict[str, Any]:
     return cell._cells
 
 
+def parameter_lists(cell: nn.Cell) -> dict[str, Any]:
+    """Attribute name -> ParameterTuple; what is in it is in the parameter table too, under its own name."""
+    return cell.__dict__.get("_params_list") or {}
+
+
 def share_tables(cell: nn.Cell, with_cell: nn.Cell) -> None:
     """Let `cell` have the parameters, children and buffers of `with_cell`: to every walk over them it looks like that cell."""
     for table in ("_params", "_cells", "_buffers"):  # buffers since 2.7
         if hasattr(with_cell, table):
             cell.__dict__[table] = getattr(with_cell, table)
+
+
+def drop_rate(dropout: nn.Dropout) -> float:
+    """The probability of a `mindspore.nn.Dropout`, which has either `p` or the older `keep_prob`."""
+    return 1.0 - dropout.keep_prob if dropout.p is None else dropout.p

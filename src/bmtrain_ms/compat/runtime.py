@@ -25,7 +25,7 @@ def host_array(tensor: Tensor | np.ndarray) -> np.ndarray:
 
     Shares memory with a tensor made by `from_host`. Read-only use: on 2.5 the result of an operation is copied to the host.
     """
-    return tensor if isinstance(tensor, np.ndarray) else np.ascontiguousarray(tensor.asnumpy())
+    return tensor if isinstance(tensor, np.ndarray) else np.asarray(tensor.asnumpy(), order="C")
 
 
 class _Memory:
@@ -70,8 +70,8 @@ def addressed(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def _writable(tensor: Tensor) -> np.ndarray | None:
-    """The tensor's own memory on CPU, flat; None where only a copy can be had."""
+def writable_array(tensor: Tensor) -> np.ndarray | None:
+    """The tensor's own memory on CPU, flat: what is written there, operations read. None where only a copy can be had."""
     if device_target() != "CPU":
         return None
     return _memory(addressed(tensor), tensor.size)
@@ -79,7 +79,7 @@ def _writable(tensor: Tensor) -> np.ndarray | None:
 
 def scaled(tensor: Tensor, factor: float) -> Tensor:
     """tensor * factor; in place on CPU. The tensor must not be in use elsewhere."""
-    array = _writable(tensor)
+    array = writable_array(tensor)
     if array is None:
         return tensor * factor
     np.multiply(array, array.dtype.type(factor), out=array)
@@ -88,18 +88,35 @@ def scaled(tensor: Tensor, factor: float) -> Tensor:
 
 def added(tensor: Tensor, other: Tensor) -> Tensor:
     """tensor + other, equal shapes and types; in place on CPU. The tensor must not be in use elsewhere."""
-    array, more = _writable(tensor), _writable(other)
+    array, more = writable_array(tensor), writable_array(other)
     if array is None or more is None:
         return tensor + other
     np.add(array, more, out=array)
     return tensor
 
 
+def is_at(tensor: Tensor, array: np.ndarray) -> bool:
+    """Whether the tensor's values still are in the memory that `writable_array` gave for it. Cheap.
+
+    The tensor must not have been given other data (`set_data`) since: on 2.5 asking for an address that is not there logs an error.
+    """
+    return int(tensor._data_ptr()) == array.__array_interface__["data"][0]
+
+
+def overwrite(tensor: Tensor, source: Tensor) -> None:
+    """Copy the values of `source`, of equal shape and type, into the memory of `tensor`."""
+    array = host_array(tensor).reshape(-1) if _is_from_host(tensor) else writable_array(tensor)
+    if array is None:
+        ops.assign(tensor, source)
+    else:
+        array[...] = host_array(source).reshape(-1)
+
+
 def square_sum(tensor: Tensor) -> float:
     """Sum of the squares of a float32 tensor; not finite if an element is not."""
     if device_target() != "CPU":
         return host_array((tensor * tensor).sum()).item()
-    array = _writable(tensor)
+    array = writable_array(tensor)
     array = host_array(tensor).reshape(-1) if array is None else array
     with np.errstate(all="ignore"):
         return float(np.dot(array, array))
@@ -107,21 +124,27 @@ def square_sum(tensor: Tensor) -> float:
 
 def was_copied(tensor: Tensor, array: np.ndarray) -> bool:
     """Whether operations read a copy of `tensor`, made by `from_host(array)`: on 2.5 a view of it (`w.T`, a slice) makes one."""
-    return int(addressed(tensor)._data_ptr()) != array.__array_interface__["data"][0]
+    return not is_at(addressed(tensor), array)
 
 
 def from_host(array: np.ndarray) -> Tensor:
     """A tensor that shares memory with the contiguous `array` and keeps it alive."""
     if not (_TAKES_INTERNAL and array.flags.c_contiguous):
-        return Tensor.from_numpy(array)
-    made = Tensor(Tensor.__base__.from_numpy(array), internal=True)  # half the time: without checks of what is known
-    made._bmtrain_ms_from_host = True  # for `values`
+        made = Tensor.from_numpy(array)
+    else:
+        made = Tensor(Tensor.__base__.from_numpy(array), internal=True)  # half the time: without checks of what is known
+    made._bmtrain_ms_from_host = True
     return made
+
+
+def _is_from_host(tensor: Tensor) -> bool:
+    """Its memory is that of an array of ours, wherever operations put their results."""
+    return getattr(tensor, "_bmtrain_ms_from_host", False)
 
 
 def values(tensor: Tensor) -> np.ndarray:
     """The values of an activation or a gradient on CPU, in its shape, without a copy where that is possible. Read-only use."""
-    if getattr(tensor, "_bmtrain_ms_from_host", False):  # 2.5: perhaps no operation has read it, then it has no address
+    if _is_from_host(tensor):  # 2.5: perhaps no operation has read it, then it has no address
         return host_array(tensor)
     return result_array(tensor, tensor.size).reshape(tensor.shape)
 

@@ -2,31 +2,57 @@
 
 from __future__ import annotations
 
-import math
-from typing import Any, Iterable, Sequence
+from typing import Any, Iterable
 
 import mindspore as ms
 import numpy as np
 from mindspore import Parameter, Tensor, ops
 
-from ..compat.runtime import from_host
-from ..zero import DistributedParameter, context_of
+from ..compat.runtime import device_target, from_host, host_array, is_at, numpy_dtype, values, writable_array
+from .base import ParamState, ShardOptimizer
+from .host_adam import Coefficients, Delta, Update, Workers, run
 
-_fused_adam = ops.AdamWeightDecay()
+
+class Adam(ShardOptimizer):
+    """What Adam is, wherever it keeps its state."""
+
+    def _check(self, group: dict[str, Any]) -> None:
+        lr, betas, eps, decay = group["lr"], group["betas"], group["eps"], group["weight_decay"]
+        # eps = 0 would make 0 / 0 of a gradient that has always been zero, as that of the padding is
+        if lr < 0 or eps <= 0 or decay < 0 or len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
+            raise ValueError(f"need lr, weight_decay >= 0, eps > 0 and 0 <= betas < 1, not {lr}, {decay}, {eps}, {betas}")
+        if group["hold_steps"] < 0:
+            raise ValueError(f"hold_steps must be 0 or more, not {group['hold_steps']}")
 
 
-class AdamOptimizer:
+def settings(
+    lr: float, betas: tuple[float, float], eps: float, weight_decay: float, hold_steps: int, maximize: bool
+) -> dict[str, Any]:
+    """As a parameter group has them."""
+    return {
+        "lr": lr,
+        "betas": tuple(betas),
+        "eps": eps,
+        "weight_decay": weight_decay,
+        "hold_steps": hold_steps,
+        "maximize": maximize,
+    }
+
+
+class AdamOptimizer(Adam):
     """Adam with decoupled weight decay (Loshchilov and Hutter, 2019) (BMTrain: `optim.AdamOptimizer`).
 
     p -= lr * (m̂ / (sqrt(v̂) + eps) + weight_decay * p), for every dtype. Moments are float32 and free of the loss scale; a 16-bit
-    parameter has a float32 master, and is its rounding. Works on what each rank stores: shards, whose padding stays zero.
+    parameter has a float32 master, and is its rounding to nearest. State: `exp_avg`, `exp_avg_sq`, and `master` for 16 bits.
 
     Args:
         params: parameters, or groups `{"params": [...], "lr": ..., "weight_decay": ...}` with settings of their own.
         lr, betas, eps, weight_decay: defaults for the groups.
+        hold_steps: the parameter's first steps fill the moments only, e.g. after resuming without an optimizer state.
+        maximize: follow the gradient upwards.
 
     Raises:
-        ValueError: no parameters, one twice, or a setting out of range.
+        ValueError: no parameters, one twice, an unknown setting, or one out of range.
     """
 
     def __init__(
@@ -36,79 +62,109 @@ class AdamOptimizer:
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 0.0,
+        hold_steps: int = 0,
+        maximize: bool = False,
     ):
-        # eps = 0 would make 0 / 0 of a gradient that has always been zero, as that of the padding is
-        if lr < 0 or eps <= 0 or weight_decay < 0 or not all(0 <= beta < 1 for beta in betas):
-            raise ValueError(f"need lr, weight_decay >= 0, eps > 0 and 0 <= betas < 1, not {lr}, {weight_decay}, {eps}, {betas}")
-        defaults = {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay}
-        entries = list(params)
-        if entries and not isinstance(entries[0], dict):
-            entries = [{"params": entries}]
-        self.param_groups: list[dict[str, Any]] = [{**defaults, **entry, "params": list(entry["params"])} for entry in entries]
-        if not self.parameters:
-            raise ValueError("the optimizer got no parameters; is everything frozen?")
-        if len({id(p) for p in self.parameters}) < len(self.parameters):
-            raise ValueError("a parameter appears twice in the optimizer's groups")
-        self._states: dict[int, _State] = {id(p): _State(p) for p in self.parameters}
+        super().__init__(params, settings(lr, betas, eps, weight_decay, hold_steps, maximize))
+        self._on_host = device_target() == "CPU"
+        self._states = {id(p): HostState(p) if self._on_host else DeviceState(p) for p in self.parameters}
+        self._workers = Workers() if self._on_host else None
+
+    def _state(self, p: Parameter) -> ParamState:
+        return self._states[id(p)]
+
+    def _update(self, updates: list[tuple[dict[str, Any], Parameter, Tensor]], scale: float) -> None:
+        if self._workers is None:
+            for group, p, grad in updates:
+                self._states[id(p)].update(group, grad, scale)
+        else:
+            ready = [self._states[id(p)].prepare(group, values(grad), scale) for group, p, grad in updates]
+            run(ready, self._workers)
+
+
+class HostState(ParamState):
+    """In host memory, updated by NumPy.
+
+    Args:
+        p: its parameter.
+        shared: whether the parameter's own memory is host memory; otherwise a copy of it is kept, in float32 (the master) and, for
+            16 bits, in its own type (`staged`), all allocated now.
+    """
+
+    def __init__(self, p: Parameter, shared: bool = True):
+        super().__init__()
+        self._p, self._shared = p, shared
+        shape, low = tuple(p.shape), p.dtype != ms.float32
+        self._moments = [np.zeros(shape, np.float32) for _ in range(2)]
+        self._has_master = low or not shared
+        self._master = np.empty(shape if self._has_master else 0, np.float32)
+        # filled at the first step: the parameter may be loaded or initialised until then
+        self._master_made, self._made_from = False, 0
+        self._known, self._known_version = self._master, None  # the parameter's memory, see `_memory`
+        self._staged = np.empty(shape, numpy_dtype(p.dtype)) if low and not shared else None
 
     @property
-    def parameters(self) -> list[Parameter]:
-        """All parameters, in the order of their groups; what to differentiate with respect to."""
-        return [p for group in self.param_groups for p in group["params"]]
+    def _arrays(self) -> list[np.ndarray]:
+        return [*self._moments, self._master, *([] if self._staged is None else [self._staged])]
 
-    def __call__(self, grads: Sequence[Tensor]) -> None:
-        """MindSpore's spelling: `grads` as `value_and_grad(forward, None, optimizer.parameters)` returns them."""
-        if len(grads) != len(self.parameters):
-            raise ValueError(f"{len(grads)} gradients for {len(self.parameters)} parameters")
-        self.step({id(p): g for p, g in zip(self.parameters, grads)})
+    def nbytes(self) -> int:
+        """Of the arrays kept here."""
+        return sum(x.nbytes for x in self._arrays)
 
-    def step(self, grads: dict[int, Tensor], scale: float = 1.0) -> None:
-        """Update every parameter that has a gradient.
+    def touch(self) -> None:
+        """Have the system provide all of the memory now."""
+        for x in self._arrays:
+            x.fill(0)
 
-        Args:
-            grads: id of parameter -> gradient of its shard, any float dtype.
-            scale: what the gradients are multiplied with first, e.g. 1 / loss scale.
-        """
-        for world in {p.world for p in self.parameters if isinstance(p, DistributedParameter)}:
-            context_of(world).pipeline.parameters_changed()
-        for group in self.param_groups:
-            for p in group["params"]:
-                grad = grads.get(id(p))
-                if grad is not None:
-                    grad = grad if grad.dtype == ms.float32 else grad.astype(ms.float32)
-                    self._states[id(p)].update(group, grad if scale == 1.0 else grad * scale)
+    def new_values(self) -> np.ndarray:
+        """What the parameter is to become after an update, where its memory is not shared."""
+        return self._master_of() if self._staged is None else self._staged
 
-    def state_of(self, p: Parameter) -> dict[str, Tensor]:
-        """The tensors that belong to a parameter: `exp_avg`, `exp_avg_sq`, and `master` for a 16-bit one; float32, as its shard."""
-        return self._states[id(p)].tensors()
+    def tensors(self) -> dict[str, Tensor]:
+        named = {"exp_avg": from_host(self._moments[0]), "exp_avg_sq": from_host(self._moments[1])}
+        if self._p.dtype != ms.float32:
+            named["master"] = from_host(self._master_of())
+        return named
 
-    def state_dict(self) -> dict[str, Any]:
-        """What is not a tensor: the groups' settings and each parameter's number of steps."""
-        return {
-            "groups": [{k: v for k, v in group.items() if k != "params"} for group in self.param_groups],
-            "steps": [self._states[id(p)].step for p in self.parameters],
-        }
+    def prepare(self, group: dict[str, Any], grad: np.ndarray, scale: float, delta: Delta | None = None) -> Update:
+        """Count a step and say what is to be computed."""
+        self.step += 1
+        m, v = (x.reshape(-1) for x in self._moments)
+        p = self._master_of().reshape(-1) if self._has_master else self._memory()
+        low = None
+        if self._p.dtype != ms.float32:
+            low = self._memory() if self._staged is None else self._staged.reshape(-1)
+        return Update(p, m, v, grad.reshape(-1), low, Coefficients.of(group, self.step, scale), delta)
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what `state_dict` returned; tensors are restored by writing into those of `state_of`."""
-        if len(state["groups"]) != len(self.param_groups) or len(state["steps"]) != len(self.parameters):
-            raise ValueError(
-                f"the state has {len(state['groups'])} groups and {len(state['steps'])} parameters, this optimizer has "
-                f"{len(self.param_groups)} and {len(self.parameters)}"
-            )
-        for group, saved in zip(self.param_groups, state["groups"]):
-            group.update({**saved, "betas": tuple(saved["betas"])})
-        for p, step in zip(self.parameters, state["steps"]):
-            self._states[id(p)].step = int(step)
+    def _memory(self) -> np.ndarray:
+        """The parameter's own."""
+        p, version = self._p, getattr(self._p, "replaced", None)
+        if version is not None and version == self._known_version and is_at(p, self._known):
+            return self._known
+        memory = writable_array(p)
+        if memory is None:
+            raise RuntimeError(f"parameter {p.name} has no contiguous memory on the host; set_data a contiguous tensor")
+        self._known, self._known_version = memory, version
+        return memory
+
+    def _master_of(self) -> np.ndarray:
+        """The float32 copy; made from the parameter at first use."""
+        version = getattr(self._p, "replaced", 0)
+        if not self._master_made or (self.step == 0 and version != self._made_from):  # loaded after a look at the state
+            self._master[...] = host_array(self._p)
+            self._master_made, self._made_from = True, version
+        return self._master
 
 
-class _State:
-    """One parameter's moments, master and step count."""
+class DeviceState(ParamState):
+    """In device memory, updated by MindSpore's fused operation."""
 
     def __init__(self, p: Parameter):
-        self._p, self.step = p, 0
-        self._moments = tuple(from_host(np.zeros(tuple(p.shape), np.float32)) for _ in range(2))
+        super().__init__()
+        self._p = p
+        self._moments = tuple(ops.zeros(tuple(p.shape), ms.float32) for _ in range(2))
         self._master: Tensor | None = None  # made at the first step: the parameter may be loaded or initialised until then
+        self._fused = ops.AdamWeightDecay()
 
     def tensors(self) -> dict[str, Tensor]:
         named: dict[str, Tensor] = {"exp_avg": self._moments[0], "exp_avg_sq": self._moments[1]}
@@ -116,19 +172,15 @@ class _State:
             named["master"] = self._ensure_master()
         return named
 
-    def update(self, group: dict[str, Any], grad: Tensor) -> None:
+    def update(self, group: dict[str, Any], grad: Tensor, scale: float) -> None:
+        """Count a step and make it."""
         self.step += 1
+        c = Coefficients.of(group, self.step, scale)
+        grad = grad if grad.dtype == ms.float32 else grad.astype(ms.float32)
+        grad = grad if c.factor == 1.0 else grad * c.factor
         target = self._p if self._p.dtype == ms.float32 else self._ensure_master()
-        beta1, beta2 = (float(np.float32(beta)) for beta in group["betas"])  # as the operation sees them: 1 - 0.999 differs by 5e-5
-        # The fused operation knows no bias correction; it is folded into its rate, eps and decay:
-        #   lr * m/c1 / (sqrt(v/c2) + eps) = (lr * sqrt(c2) / c1) * m / (sqrt(v) + eps * sqrt(c2))
-        correction1, correction2 = 1.0 - beta1**self.step, math.sqrt(1.0 - beta2**self.step)
-        rate = group["lr"] * correction2 / correction1
-        if rate == 0.0:  # moments only; the decay below would divide by it
-            rate, decay = 0.0, 0.0
-        else:
-            decay = group["weight_decay"] * group["lr"] / rate
-        _fused_adam(target, *self._moments, rate, beta1, beta2, group["eps"] * correction2, decay, grad)
+        decay = (1.0 - c.keep) / c.rate if c.rate else 0.0  # the operation multiplies it with the rate
+        self._fused(target, *self._moments, c.rate, c.beta1, c.beta2, c.eps, decay, grad)
         if target is not self._p:
             self._p.set_data(target.astype(self._p.dtype))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+from dataclasses import dataclass
 from typing import Any, Callable, Iterable
 
 import mindspore as ms
@@ -13,6 +14,39 @@ from mindspore import Parameter, Tensor
 from ..comm import World, world
 from ..compat.runtime import added, from_host, host_array, scaled, square_sum
 from ..zero import DistributedParameter, context_of
+from .base import average_whole
+from .native import adapted
+
+
+class GradientOverflowError(ArithmeticError):
+    """Step after step the gradient is not finite, whatever the loss scale; raised on every rank alike."""
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a step did; true if it updated the parameters.
+
+    Attributes:
+        updated: False: the gradient was not finite, and the step was skipped.
+        grad_norm: of the step's gradient over all ranks, before clipping and without the loss scale: what `clip_grad_norm`
+            returned, else the 2-norm that the search for overflows computes, else (neither happened) None.
+        loss_scale: the next step's.
+        skipped_steps: of the whole run.
+        skipped_in_a_row: ending with this one.
+    """
+
+    updated: bool
+    grad_norm: float | None
+    loss_scale: float
+    skipped_steps: int
+    skipped_in_a_row: int
+
+    def __bool__(self) -> bool:
+        return self.updated
+
+
+_COUNTERS = ("loss_scale", "loss_scale_enabled", "steps_since_last_scale", "skipped_steps")
+_LATER_COUNTERS = ("skipped_in_a_row", "overflows_left")  # not in states saved before these existed
 
 
 class OptimManager:
@@ -26,7 +60,13 @@ class OptimManager:
         loss_scale_factor: the scale is divided by it after an overflow, and multiplied after `loss_scale_steps` steps without.
         loss_scale_steps: see there.
         min_loss_scale, max_loss_scale: the scale stays between them.
+        grad_scale: what the sum of the ranks' gradients is divided by; default: the number of ranks, so that it is their mean.
+        hysteresis: how many overflows it takes to lower the scale, counted since it was last raised (Megatron-LM).
+        max_skipped_steps: after so many skipped steps in a row `step` raises; None: never.
         in_world: the ranks; default: the current world.
+
+    Raises:
+        ValueError: a setting out of range.
     """
 
     def __init__(
@@ -36,7 +76,10 @@ class OptimManager:
         loss_scale_steps: int = 1024,
         min_loss_scale: float = 1.0,
         max_loss_scale: float = math.inf,
+        grad_scale: float | None = None,
         *,
+        hysteresis: int = 1,
+        max_skipped_steps: int | None = 64,
         in_world: World | None = None,
     ):
         if loss_scale is not None and not 0 < loss_scale < math.inf:
@@ -48,38 +91,60 @@ class OptimManager:
             )
         if not 0 < min_loss_scale <= max_loss_scale:
             raise ValueError(f"need 0 < min_loss_scale <= max_loss_scale, not {min_loss_scale}, {max_loss_scale}")
+        if grad_scale is not None and not 0 < grad_scale < math.inf:
+            raise ValueError(f"grad_scale must be positive and finite, or None, not {grad_scale}")
+        if hysteresis < 1 or (max_skipped_steps is not None and max_skipped_steps < 1):
+            raise ValueError(f"hysteresis and max_skipped_steps must be at least 1, not {hysteresis}, {max_skipped_steps}")
         self.loss_scale_enabled = loss_scale is not None
         self.loss_scale = 1.0 if loss_scale is None else float(loss_scale)
         self.loss_scale_factor = max(loss_scale_factor, 1.0 / loss_scale_factor)
         self.loss_scale_steps = loss_scale_steps
         self.min_loss_scale, self.max_loss_scale = min_loss_scale, max_loss_scale
         self.steps_since_last_scale = 0
-        self.skipped_steps = 0
+        self.skipped_steps = self.skipped_in_a_row = 0
+        self.hysteresis, self.overflows_left = hysteresis, hysteresis
+        self.max_skipped_steps = max_skipped_steps
         self.optimizers: list[Any] = []
         self.lr_schedulers: list[Any] = []
+        self.drivers: list[Any] = []
         self._world = in_world or world()
+        self._stepped = True  # the gradients that are there have been used
+        self._factor = 1.0 if grad_scale is None else self._world.engine.size / grad_scale
+        self._grad_norm: float | None = None
         self._grads: dict[int, Tensor] = {}  # id of parameter -> float32 shard of the scaled gradient
+        self._whole: set[int] = set()  # ids of those that are not sharded
+        context_of(self._world).managers.add(self)
 
     def add_optimizer(self, optimizer: Any, lr_scheduler: Any = None) -> None:
         """Another optimizer, which steps with the others, and the schedule that steps with it.
 
+        Args:
+            optimizer: one of ours; or of `mindspore.nn`, `mindspore.experimental.optim` or `mindspore.mint.optim`, see
+                `NativeOptimizer`.
+            lr_scheduler: one of `bmtrain_ms.lr_scheduler`, or None.
+
         Raises:
             ValueError: it shares a parameter with an optimizer added before.
+            TypeError: it is not an optimizer.
         """
-        known = {id(p) for other in self.optimizers for p in other.parameters}
-        shared = [p.name for p in optimizer.parameters if id(p) in known]
+        driver = adapted(optimizer)
+        known = {id(p) for other in self.drivers for p in other.parameters}
+        shared = [p.name for p in driver.parameters if id(p) in known]
         if shared:
             raise ValueError(f"another optimizer has parameter {shared[0]} already: it would be updated twice")
         self.optimizers.append(optimizer)
+        self.drivers.append(driver)
         self.lr_schedulers.append(lr_scheduler)
 
     def scale_loss(self, loss: Tensor) -> Tensor:
         """loss * loss_scale, for those who differentiate by themselves."""
-        return loss * self.loss_scale
+        factor = self.loss_scale * self._factor
+        return loss if factor == 1.0 else loss * factor
 
     def zero_grad(self) -> None:
         """Forget the accumulated gradients."""
         self._grads.clear()
+        self._grad_norm = None
 
     def grad(self, p: Parameter) -> Tensor | None:
         """The accumulated gradient of a parameter's shard, float32, times the loss scale; None if there is none yet."""
@@ -96,11 +161,16 @@ class OptimManager:
 
         Raises:
             RuntimeError: there is no optimizer.
-            TypeError: `forward` did not return a loss of one element.
+            TypeError: `forward` is not a function, or did not return a loss of one element.
         """
+        if isinstance(forward, Tensor):
+            raise TypeError(
+                "backward takes the function that computes the loss, and its arguments, not the loss: MindSpore differentiates "
+                "functions. Write manager.backward(forward, *batch) where BMTrain has manager.backward(forward(*batch))"
+            )
         if not self.optimizers:
             raise RuntimeError("OptimManager.backward needs an optimizer: call add_optimizer first")
-        params = [p for optimizer in self.optimizers for p in optimizer.parameters if p.requires_grad]
+        params = [p for driver in self.drivers for p in driver.parameters if p.requires_grad]
         returned: list[Any] = []
 
         def loss_of_forward() -> Tensor:
@@ -110,10 +180,12 @@ class OptimManager:
             if not isinstance(loss, Tensor) or loss.size != 1:
                 what = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
                 raise TypeError(f"forward must return a scalar loss, or a tuple that starts with it, not {what}")
-            return self.scale_loss(loss) if self.loss_scale_enabled else loss
+            return self.scale_loss(loss)
 
         _, grads = ms.value_and_grad(loss_of_forward, None, params)()
-        grads = list(grads)
+        grads, self._stepped = average_whole(params, list(grads), self._world), False
+        self._grad_norm = None
+        self._whole.update(id(p) for p in params if not isinstance(p, DistributedParameter))
         for p in params:
             self._add(p, grads.pop(0))  # let go of each: with accumulation there are two otherwise
         return returned[0]
@@ -131,45 +203,60 @@ class OptimManager:
             The norm before clipping, without the loss scale; not finite after an overflow, and then nothing is scaled.
         """
         ids = [id(p) for group in param_groups for p in group["params"] if id(p) in self._grads]
-        norm = self._norm([self._grads[i] for i in ids], float(norm_type))
+        norm = self._norm(ids, float(norm_type))
         coefficient = max_norm * self.loss_scale / (norm + eps)
         if math.isfinite(norm) and coefficient < 1.0:
             for i in ids:
                 self._grads[i] = scaled(self._grads[i], coefficient)
-        return norm / self.loss_scale
+        self._grad_norm = norm / self.loss_scale
+        return self._grad_norm
 
-    def step(self) -> bool:
+    def step(self) -> StepResult:
         """Update the parameters and the rates, or, after an overflow, skip both and lower the loss scale.
 
-        All ranks decide alike. Accumulated gradients are kept until `zero_grad`, except after a skip.
+        All ranks decide alike. Accumulated gradients are kept until `zero_grad`, except after a skip. Without loss scaling there is
+        no search for overflows (as in BMTrain).
 
-        Returns:
-            Whether the parameters were updated.
+        Raises:
+            GradientOverflowError: `max_skipped_steps` were skipped in a row.
         """
-        self._world.engine.clock.step += 1
-        context_of(self._world).draws.count = 0  # random draws are numbered within the step: a resumed run repeats them
-        if self.loss_scale_enabled and not math.isfinite(self._norm(list(self._grads.values()), 2.0)):
-            self._skip()
-            return False
-        for optimizer, scheduler in zip(self.optimizers, self.lr_schedulers):
+        self._count()
+        if self.loss_scale_enabled:
+            norm = self._norm(list(self._grads), 2.0)
+            if self._grad_norm is None:
+                self._grad_norm = norm / self.loss_scale
+            if not math.isfinite(norm):
+                return self._skip()
+        for driver, scheduler in zip(self.drivers, self.lr_schedulers):
             with self._world.measure("optimizer step"):
-                optimizer.step(self._grads, 1.0 / self.loss_scale)
+                driver.step(self._grads, 1.0 / self.loss_scale)
             if scheduler is not None:
                 scheduler.step()
+        self.skipped_in_a_row, self._stepped = 0, True
+        norm = self._grad_norm
         if self.loss_scale_enabled:
             self.steps_since_last_scale += 1
             if self.steps_since_last_scale >= self.loss_scale_steps:
                 self._rescale(self.loss_scale * self.loss_scale_factor)
-        return True
+                self.overflows_left = self.hysteresis
+        return StepResult(True, norm, self.loss_scale, self.skipped_steps, 0)
 
-    def state_dict(self) -> dict[str, Any]:
-        """Everything but tensors: scaler with its counters, settings of optimizers and schedules. JSON-serialisable."""
+    def discard_step(self) -> None:
+        """Count a step without making it; its gradients are forgotten."""
+        self._count()
+        self.zero_grad()
+
+    def state_dict(self, gather_opt: bool = False, tensors: bool = True) -> dict[str, Any]:
+        """The scaler with its counters, and the states of optimizers and schedules (BMTrain: `state_dict(gather_opt)`).
+
+        Args:
+            gather_opt: optimizer states are whole, and load at any number of ranks; all ranks call it. See
+                `AdamOptimizer.state_dict`.
+            tensors: False leaves out what is a tensor; the rest is JSON-serialisable.
+        """
         return {
-            "loss_scale": self.loss_scale,
-            "loss_scale_enabled": self.loss_scale_enabled,
-            "steps_since_last_scale": self.steps_since_last_scale,
-            "skipped_steps": self.skipped_steps,
-            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+            **{name: getattr(self, name) for name in (*_COUNTERS, *_LATER_COUNTERS)},
+            "optimizers": [driver.state_dict(gather_opt, tensors) for driver in self.drivers],
             "lr_schedulers": [None if s is None else s.state_dict() for s in self.lr_schedulers],
         }
 
@@ -185,15 +272,46 @@ class OptimManager:
             raise ValueError(
                 f"the state has {len(theirs)} optimizers (schedule missing: {theirs}), this manager has {len(mine)} ({mine})"
             )
-        for name in ("loss_scale", "loss_scale_enabled", "steps_since_last_scale", "skipped_steps"):
+        for driver, saved in zip(self.drivers, state["optimizers"]):
+            driver.load_state_dict(saved)
+        for name in _COUNTERS:
             setattr(self, name, state[name])
-        for optimizer, saved in zip(self.optimizers, state["optimizers"]):
-            optimizer.load_state_dict(saved)
+        for name in _LATER_COUNTERS:
+            setattr(self, name, state.get(name, getattr(self, name)))
         for scheduler, saved in zip(self.lr_schedulers, state["lr_schedulers"]):
             if scheduler is not None:
                 scheduler.load_state_dict(saved)
 
+    # For checkpoints #
+
+    def parameters_by_name(self) -> dict[str, Parameter]:
+        """Of all optimizers."""
+        return {p.name: p for driver in self.drivers for p in driver.parameters}
+
+    def gradients(self) -> dict[str, tuple[DistributedParameter | None, Tensor]]:
+        """Gradients that wait for `step`: name of parameter -> (what it is sharded as, None: whole; the gradient)."""
+        if self._stepped:
+            return {}
+        named = self.parameters_by_name()
+        return {name: (_like(p), self._grads[id(p)]) for name, p in named.items() if id(p) in self._grads}
+
+    def empty_gradient(self, p: Parameter) -> tuple[DistributedParameter | None, Tensor]:
+        """(what it is sharded as, zeros), to be filled and given to `restore_gradients`."""
+        return _like(p), from_host(np.zeros(tuple(p.shape), np.float32))
+
+    def restore_gradients(self, grads: dict[str, Tensor]) -> None:
+        """Have these be the accumulated gradients."""
+        self.zero_grad()
+        self._stepped = not grads
+        named = self.parameters_by_name()
+        self._grads.update({id(named[name]): grad for name, grad in grads.items()})
+        self._whole.update(id(p) for p in named.values() if _like(p) is None)
+
     # Implementation #
+
+    def _count(self) -> None:
+        self._world.engine.clock.step += 1
+        context_of(self._world).draws.count = 0  # random draws are numbered within the step: a resumed run repeats them
 
     def _add(self, p: Parameter, grad: Tensor) -> None:
         before = self._grads.get(id(p))
@@ -203,8 +321,10 @@ class OptimManager:
             grad = grad * 1.0  # changed in place later, and the gradients of a and b in a + b are one tensor
         self._grads[id(p)] = grad if before is None else added(before, grad)
 
-    def _norm(self, grads: list[Tensor], p: float) -> float:
-        """p-norm over all ranks that hold different shards. Not finite if any element is not."""
+    def _norm(self, ids: list[int], p: float) -> float:
+        """p-norm over all ranks that hold different shards; each element counts once. Not finite if any is not."""
+        first = self._world.shards.rank == 0
+        grads = [self._grads[i] for i in ids if first or i not in self._whole]
         if p == math.inf:
             # the sum is 0, or NaN if an element is not finite: max() on CPU ignores NaN
             largest = [host_array(g.abs().max() + (g * 0.0).sum()).item() for g in grads]
@@ -215,18 +335,49 @@ class OptimManager:
         total = host_array(self._world.shards.all_reduce([_scalar(mine)], label="grad norm").wait()[0]).item()
         return total ** (1.0 / p) if math.isfinite(total) else total
 
-    def _skip(self) -> None:
-        old = self.loss_scale
-        self._rescale(self.loss_scale / self.loss_scale_factor)
+    def _skip(self) -> StepResult:
+        old, norm = self.loss_scale, self._grad_norm
+        self.overflows_left -= 1
+        self.steps_since_last_scale = 0
+        if self.overflows_left <= 0:
+            self._rescale(self.loss_scale / self.loss_scale_factor)
         self.skipped_steps += 1
+        self.skipped_in_a_row += 1
+        if self.max_skipped_steps is not None and self.skipped_in_a_row >= self.max_skipped_steps:
+            raise GradientOverflowError(self._advice(old))
         self.zero_grad()
         if self._world.mesh.rank == 0:
             sys.stderr.write(f"Gradient overflow: step skipped, loss scale {old:g} -> {self.loss_scale:g}\n")
+        return StepResult(False, norm, self.loss_scale, self.skipped_steps, self.skipped_in_a_row)
+
+    def _advice(self, scale: float) -> str:
+        params = [p for driver in self.drivers for p in driver.parameters if id(p) in self._grads]
+        flags = np.array([not math.isfinite(square_sum(self._grads[id(p)])) for p in params], np.float32)
+        bad = host_array(self._world.shards.all_reduce([from_host(flags)], "max", "overflow").wait()[0])
+        names = [p.name for p, flag in zip(params, bad) if flag]
+        which = f"those of {', '.join(names[:5])}" if names else "the norm of all of them"
+        if scale <= self.min_loss_scale:
+            advice = (
+                "The scale is at its least, so it is not the cause: look for NaN in the data and in the loss, lower the learning "
+                "rate, or train in bfloat16 or float32"
+            )
+        else:
+            advice = "Start from a lower loss_scale, or raise max_skipped_steps"
+        others = f" and {len(names) - 5} other parameters" if len(names) > 5 else ""
+        return (
+            f"{self.skipped_in_a_row} steps in a row were skipped, the last at loss scale {scale:g} (least: "
+            f"{self.min_loss_scale:g}), because gradients are not finite: {which}{others}. {advice}"
+        )
 
     def _rescale(self, scale: float) -> None:
         self.loss_scale = min(max(scale, self.min_loss_scale), self.max_loss_scale)
         self.steps_since_last_scale = 0
 
 
+def _like(p: Parameter) -> DistributedParameter | None:
+    return p if isinstance(p, DistributedParameter) else None
+
+
 def _scalar(x: float) -> Tensor:
-    return from_host(np.array([x], np.float32))
+    with np.errstate(over="ignore"):  # inf, as a sum in float32 has it
+        return from_host(np.array([x], np.float32))

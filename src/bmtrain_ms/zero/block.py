@@ -16,12 +16,14 @@ import contextlib
 import warnings
 from typing import Any, Iterator, Sequence
 
+import mindspore as ms
+import numpy as np
 from mindspore import Tensor, nn, ops
 
 from ..comm import rank
 from ..compat.autograd import Graph, custom_op, recording, vjp
-from ..compat.cells import child_table, parameter_table, share_tables
-from ..compat.runtime import device_target, is_float
+from ..compat.cells import child_table, drop_rate, parameter_table, share_tables
+from ..compat.runtime import host_array, is_float
 from .context import ZeroContext, context_of
 from .group import Gathered, ParamGroup
 from .param import DistributedParameter
@@ -55,12 +57,24 @@ class Block(nn.Cell):
         own = self.__dict__  # not Cell attributes: the inner module must not appear as a child with a name of its own
         own["inner"], own["use_checkpoint"], own["zero_level"] = inner_module, bool(use_checkpoint), zero_level
         own["_slots"], own["_group"], own["_checked"], own["_graph"] = slots, None, False, Graph()
+        own["_function"], own["_replay_checked"], own["_made_of"] = None, False, _contents(inner_module)
         share_tables(self, with_cell=inner_module)
         self.training = inner_module.training
-        own["_dropouts"] = [(name, c) for name, c in inner_module.cells_and_names() if isinstance(c, nn.Dropout)]
+        own["_dropouts"] = [(name, c) for name, c in inner_module.cells_and_names() if _is_dropout(c)]
         for _, places in slots:
             for cell, _ in places:
                 cell.__dict__["_in_block"] = True
+
+    @classmethod
+    def in_place(cls, module: nn.Cell, use_checkpoint: bool = True, zero_level: int = 3) -> Block:
+        """Have `module` itself act as a Block, wherever it is referred to; returns the Block that calls go through.
+
+        `module(...)` and `module.construct(...)` do. For models whose code we do not know: `BMTrainModelWrapper` uses it.
+        """
+        block = cls(module, use_checkpoint, zero_level)
+        block.__dict__["_function"] = module.construct
+        module.__dict__["construct"] = block.construct
+        return block
 
     def __getattr__(self, name: str) -> Any:
         inner = vars(self).get("inner")
@@ -72,7 +86,7 @@ class Block(nn.Cell):
         return f"Block({self.inner!r})"
 
     def construct(self, *args: Any, **kwargs: Any) -> Any:
-        if self.inner.training != self.training:
+        if self._function is None and self.inner.training != self.training:
             self.inner.training = self.training  # set_train on a parent sees the Block and the children, not the inner module
         self._refuse_replaced_parameters()
         leaves, rebuild = flatten((args, kwargs))
@@ -81,6 +95,10 @@ class Block(nn.Cell):
             return call.evaluate()
         self._refuse_replaying_dropout()
         return call.checkpointed() if self.use_checkpoint else call.kept()
+
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        """The inner module, ungathered."""
+        return (self._function or self.inner)(*args, **kwargs)
 
     @property
     def group(self) -> ParamGroup:
@@ -113,6 +131,13 @@ class Block(nn.Cell):
                         f"rank {parameter.world.mesh.rank}: the Block would go on with the old one. Write values into the "
                         "parameter (copy_full, set_shard), or replace it before wrapping"
                     )
+        contents = _contents(self.inner)
+        if len(contents) != len(self._made_of) or any(a is not b for a, b in zip(contents, self._made_of)):
+            raise ValueError(
+                f"rank {rank()}: cells or parameters of {type(self.inner).__name__} were added, exchanged, removed or, of those "
+                "that are not sharded, made trainable after the Block was made: gradients would be lost. Change the module "
+                "(adapters, pruning) before wrapping it"
+            )
 
     def _warn_of_copies(self, gathered: Gathered) -> None:
         """Once for each Block: of parameters that stay in memory until backward in spite of ZeRO-3."""
@@ -131,14 +156,39 @@ class Block(nn.Cell):
             )
 
     def _refuse_replaying_dropout(self) -> None:
-        """MindSpore's generators do not replay on CPU: recomputation would draw another mask, and gradients would be wrong."""
-        if not (self.use_checkpoint and self.training and device_target() == "CPU"):
+        """MindSpore's generators do not replay: recomputation would draw another mask, and gradients would be wrong."""
+        if not (self.use_checkpoint and self.inner.training):
             return
         for name, dropout in self._dropouts:
-            if dropout.p:
+            if drop_rate(dropout):
                 raise ValueError(
-                    f"{name or 'the module'} is a mindspore.nn.Dropout in a checkpointed Block; on CPU it cannot draw the same "
-                    "mask twice. Use bmtrain_ms.nn.Dropout, or Block(use_checkpoint=False)"
+                    f"{name or 'the module'} is a mindspore.nn.Dropout in a checkpointed Block; it cannot draw the same mask "
+                    "twice. Use bmtrain_ms.nn.Dropout, or Block(use_checkpoint=False)"
+                )
+
+    def _plain_values(self) -> list[tuple[str, np.ndarray]]:
+        """Names and values of the plain Parameters inside."""
+        cells = [cell for _, cell in self.inner.cells_and_names()]
+        plain = [p for cell in cells for p in parameter_table(cell).values() if p is not None]
+        return [(p.name, p.asnumpy().copy()) for p in plain if not isinstance(p, DistributedParameter)]
+
+    def _check_replay(self, first: Sequence[Tensor], again: Sequence[Tensor], before: list[tuple[str, np.ndarray]]) -> None:
+        """Once for each Block: that recomputation does what forward did, to rounding, and leaves its buffers as they were."""
+        self.__dict__["_replay_checked"] = True
+        where = f"rank {rank()}: recomputing {self.group.label} ({type(self.inner).__name__})"
+        for x, y in zip(first, again):
+            a, b = (host_array(z).astype(np.float32) for z in (x, y))
+            rough = 1e-3 if x.dtype == ms.float32 else 1e-2
+            if not np.allclose(a, b, rtol=rough, atol=rough * float(np.abs(a[np.isfinite(a)]).max(initial=0)), equal_nan=True):
+                raise RuntimeError(
+                    f"{where} gave other values than its forward pass, so its gradients would be wrong: something in it is random "
+                    "(a dropout that is a function, not a bmtrain_ms.nn.Dropout) or changes state. Use "
+                    "Block(use_checkpoint=False) for it"
+                )
+        for (name, old), (_, new) in zip(before, self._plain_values()):
+            if not np.array_equal(old, new, equal_nan=old.dtype.kind == "f"):
+                raise RuntimeError(
+                    f"{where} changed {name} a second time (running statistics, a counter): use Block(use_checkpoint=False) for it"
                 )
 
 
@@ -156,6 +206,7 @@ class _Call:
         self.backward_span = contextlib.ExitStack()
         self.differentiable = [i for i, x in enumerate(leaves) if is_float(x)]
         self.trainable = self.group.trainable()
+        self.first_out: tuple[Tensor, ...] | None = None
 
     # The three ways to run #
 
@@ -172,7 +223,7 @@ class _Call:
         """One function of (inputs, shards) that recomputes in its backward."""
         keep = self.block.zero_level == 2
         result = _Result()
-        self.first_draw = self.draws.count
+        self.start = self.draws.count, self.draws.records
         kept: list[Gathered] = []
 
         def forward(*inputs_and_shards: Tensor) -> tuple[Tensor, ...]:
@@ -185,6 +236,7 @@ class _Call:
                 raise
             self.pipeline.leave(gathered, keep=keep)
             kept.append(gathered)
+            self.first_out = None if self.block._replay_checked else out
             return out
 
         def backward(grads: tuple[Tensor, ...]) -> list[Tensor]:
@@ -270,7 +322,7 @@ class _Call:
             leaves[i] = x
         args, kwargs = self.rebuild(iter(leaves))
         with self.block.substituted(weights):
-            return self.block.inner(*args, **kwargs)
+            return self.block.run(*args, **kwargs)
 
     def _pull(self, gathered: Gathered, grads: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """Recompute, and differentiate with respect to inputs and trainable full tensors."""
@@ -280,13 +332,15 @@ class _Call:
             full = list(weights)
             for i, tensor in zip(self.trainable, inputs_and_weights[here:]):
                 full[i] = tensor
-            return _Result().take(self._run(inputs_and_weights[:here], full))
+            before = [] if self.first_out is None else self.block._plain_values()
+            out = _Result().take(self._run(inputs_and_weights[:here], full))
+            if self.first_out is not None:
+                self.block._check_replay(self.first_out, out, before)
+                self.first_out = None
+            return out
 
-        after, self.draws.count = self.draws.count, self.first_draw
-        try:
+        with self.draws.replay(self.start):
             return vjp(recompute, self._inputs(), grads, leaves=[weights[i] for i in self.trainable], graph=self.block._graph)
-        finally:
-            self.draws.count = after
 
     @staticmethod
     def _result(out: Any) -> Any:
@@ -318,18 +372,38 @@ def _find_slots(module: nn.Cell) -> list[tuple[DistributedParameter, list[tuple[
                 f"rank {rank()}: there is a Block inside the Block already ({path or 'the module itself'}): wrap only one of them"
             )
         for name, parameter in parameter_table(cell).items():
-            if parameter is None:
+            if _is_buffer(parameter):
                 continue
             if not isinstance(parameter, DistributedParameter):
                 where = f"{path}.{name}" if path else name
                 raise ValueError(
                     f"rank {rank()}: parameter {where} is a {type(parameter).__name__}; all parameters in a Block must be "
-                    "DistributedParameter (use bmtrain_ms.nn layers, or keep constants in a Tensor)"
+                    "DistributedParameter (use bmtrain_ms.nn layers), or have requires_grad=False"
                 )
             slots.setdefault(id(parameter), (parameter, []))[1].append((cell, name))
     if not slots:
         raise ValueError(f"{type(module).__name__} has no parameters: there is nothing to gather, call it directly")
     return list(slots.values())
+
+
+def _is_dropout(cell: nn.Cell) -> bool:
+    return isinstance(cell, nn.Dropout) and not getattr(cell, "replays", False)
+
+
+def _contents(cell: nn.Cell) -> list[Any]:
+    """All cells and parameters below, without buffers: others after something was changed."""
+    found = [cell, *(p for p in parameter_table(cell).values() if not _is_buffer(p))]
+    for child in child_table(cell).values():
+        if child is not None:
+            found += _contents(child)
+    return found
+
+
+def _is_buffer(parameter: Any) -> bool:
+    """A plain Parameter that is not trained: replicated, and left alone."""
+    if parameter is None or isinstance(parameter, DistributedParameter):
+        return parameter is None
+    return not (parameter.requires_grad and is_float(parameter))
 
 
 def _common_prefix(names: list[str]) -> str:

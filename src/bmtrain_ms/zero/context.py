@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from typing import Any
 
 from ..comm import World
 from ..compat import autograd
@@ -20,6 +21,7 @@ class ZeroContext:
         self.pipeline = GatherPipeline(self.pool, world.prefetch)
         self.reducer = Reducer()
         self.draws = Draws(world.seed, world.mesh.rank)
+        self.managers: weakref.WeakSet[Any] = weakref.WeakSet()  # those with gradients of this world's parameters, for `inspect`
 
     def end_of_backward(self, error: BaseException | None) -> None:
         """All gradients are there before the caller of `value_and_grad` sees them."""

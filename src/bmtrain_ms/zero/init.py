@@ -12,6 +12,8 @@ from typing import Any, Callable
 import numpy as np
 from mindspore import nn
 
+from ..comm import init_distributed as init_distributed  # BMTrain has these two here as well
+from ..comm import is_initialized as is_initialized
 from ..compat.runtime import from_host, numpy_dtype
 from .param import DistributedParameter
 from .random import chunks, key_of, normal, uniform

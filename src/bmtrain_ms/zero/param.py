@@ -51,6 +51,7 @@ class DistributedParameter(Parameter):
     Attributes:
         full_shape, numel: of the full tensor.
         shard_length: ceil(numel / ranks); equal on every rank, padded with zeros.
+        replaced: how often `set_data` gave it other memory.
 
     Raises:
         RuntimeError: `init_distributed` has not been called.
@@ -81,7 +82,7 @@ class DistributedParameter(Parameter):
             raise ValueError(f"a parameter must be of a floating-point type, not {self.dtype}; keep integers in a buffer")
         self.shard_length = -(-self.numel // self.world.shards.size)
         self.init_method, self.group = init_method, group
-        self.has_hooks = False
+        self.has_hooks, self.replaced = False, 0
         self._alone: ParamGroup | None = None
         if not isinstance(data, Empty):
             self.copy_full(data)
@@ -117,6 +118,7 @@ class DistributedParameter(Parameter):
     def set_data(self, data: Tensor, slice_shape: bool = False) -> DistributedParameter:
         """As MindSpore's; of a shard."""
         context_of(self.world).pipeline.parameters_changed()
+        self.replaced += 1
         return super().set_data(data, slice_shape)
 
     def copy_full(self, full: Tensor | np.ndarray) -> None:

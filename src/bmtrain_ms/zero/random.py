@@ -6,6 +6,7 @@ draws the same dropout mask. The generator is Philox4x64 (Salmon et al., "Parall
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from typing import Iterator
 
@@ -46,14 +47,29 @@ def normal(words: np.ndarray) -> np.ndarray:
 
 
 class Draws:
-    """Numbers the random draws of a forward pass, so that recomputation can repeat them.
+    """Numbers what happens in forward passes, so that recomputation can repeat it: random draws, and records of `inspect`.
 
     A draw's key is (seed, rank, step, number of the draw within the step).
+
+    Attributes:
+        count: draws so far in this step.
+        records: tensors recorded so far.
+        replaying: a forward pass is being repeated.
     """
 
     def __init__(self, seed: int, rank: int):
         self._seed, self._rank = seed, rank
-        self.count = 0
+        self.count, self.records, self.replaying = 0, 0, False
+
+    @contextlib.contextmanager
+    def replay(self, start: tuple[int, int]) -> Iterator[None]:
+        """Number from `start`, (count, records) of then, as a forward pass did; afterwards go on as before."""
+        before = self.count, self.records, self.replaying
+        (self.count, self.records), self.replaying = start, True
+        try:
+            yield
+        finally:
+            self.count, self.records, self.replaying = before
 
     def next_key(self, step: int) -> np.ndarray:
         """The key of the next draw."""

@@ -3,8 +3,8 @@
 Every rank, the owner included, computes with what arrived, so all ranks have the same full tensors; what is stored, updated and
 saved keeps its precision, and gradients travel as they are. Cost of a gathered element x against the stored one:
 
-* `bfloat16`: at most 2⁻⁸ |x|.  `float16`: at most 2⁻¹¹ |x| above 6e-5, and 3e-8 below; beyond 65504 it is an error.  Both round
-  to the nearest value and apply to float32 parameters; half the bytes.
+* `bfloat16`: at most 2⁻⁸ abs(x).  `float16`: at most 2⁻¹¹ abs(x) above 6e-5, and 3e-8 below; beyond 65504 it is an error.  Both
+  round to the nearest value and apply to float32 parameters; half the bytes.
 * `int8`: at most 1/254 of the largest absolute value in its block of 256 elements ("ZeRO++", arXiv 2306.10209, qwZ); 1 byte an
   element and 4 for each block.
 """

@@ -1,0 +1,146 @@
+"""What the optimizers over shards have in common: groups, steps, and their state, in parts or whole."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any, Iterable, Sequence
+
+from mindspore import Parameter, Tensor
+
+from ..comm import World, is_initialized, world
+from ..zero import DistributedParameter, context_of
+from .state import StateTensors, from_arrays, named_states, to_arrays
+
+_UNSAVED = ("params", "own_lr")  # of a group: what it is made of, not a setting
+
+
+def average_whole(params: Sequence[Parameter], grads: list[Tensor], here: World | None) -> list[Tensor]:
+    """Gradients of parameters that are whole on every rank become means over the ranks, as those of sharded ones are already."""
+    whole = [i for i, p in enumerate(params) if not isinstance(p, DistributedParameter)]
+    whole.sort(key=lambda i: params[i].name)  # mindnlp's trainable_params has another order on every rank
+    if whole and here is not None and here.engine.size > 1:
+        reduced = here.engine.all_reduce([grads[i] for i in whole], "mean", "gradients of whole parameters").wait()
+        for i, grad in zip(whole, reduced):
+            grads[i] = grad
+    return grads
+
+
+def announce_change(parameters: Iterable[Parameter]) -> None:
+    """What was gathered ahead of an update is stale."""
+    for touched in {p.world for p in parameters if isinstance(p, DistributedParameter)}:
+        context_of(touched).pipeline.parameters_changed()
+
+
+class ParamState(ABC):
+    """One parameter's share of an optimizer's state."""
+
+    def __init__(self) -> None:
+        self.step = 0  # updates so far
+
+    @abstractmethod
+    def tensors(self) -> dict[str, Tensor]:
+        """Name -> tensor, shaped as the parameter's shard; writing into them changes the state."""
+
+
+class ShardOptimizer(ABC):
+    """An optimizer that works on what each rank stores: shards, whose padding stays zero.
+
+    Attributes:
+        defaults: the settings of a group that has none of its own.
+        param_groups: dicts of settings with the group's `params`; `own_lr`: the rate that the group was given for itself, or None.
+    """
+
+    def __init__(self, params: Iterable[Any], defaults: dict[str, Any]):
+        entries = list(params)
+        if entries and not isinstance(entries[0], dict):
+            entries = [{"params": entries}]
+        self.defaults = defaults
+        self.param_groups: list[dict[str, Any]] = []
+        for entry in entries:
+            unknown = sorted(set(entry) - set(defaults) - {"params", "group", "name"})
+            if unknown:
+                raise ValueError(f"a parameter group has unknown settings {unknown}; known are {sorted(defaults)}")
+            own = {"params": list(entry["params"]), "own_lr": entry.get("lr")}
+            self.param_groups.append({**defaults, **entry, **own})
+        for group in self.param_groups:
+            self._check(group)
+        if not self.parameters:
+            raise ValueError("the optimizer got no parameters; is everything frozen?")
+        if len({id(p) for p in self.parameters}) < len(self.parameters):
+            raise ValueError("a parameter appears twice in the optimizer's groups")
+
+    @abstractmethod
+    def _check(self, group: dict[str, Any]) -> None:
+        """Raise ValueError where a setting is out of range."""
+
+    @abstractmethod
+    def _state(self, p: Parameter) -> ParamState: ...
+
+    @abstractmethod
+    def _update(self, updates: list[tuple[dict[str, Any], Parameter, Tensor]], scale: float) -> None:
+        """Apply (group, parameter, gradient) for all parameters that have a gradient."""
+
+    @property
+    def parameters(self) -> list[Parameter]:
+        """All parameters, in the order of their groups; what to differentiate with respect to."""
+        return [p for group in self.param_groups for p in group["params"]]
+
+    def __call__(self, grads: Sequence[Tensor]) -> None:
+        """MindSpore's spelling: `grads` as `value_and_grad(forward, None, optimizer.parameters)` returns them.
+
+        Those of parameters that are not sharded are averaged over the ranks here; the others are means already.
+        """
+        if len(grads) != len(self.parameters):
+            raise ValueError(f"{len(grads)} gradients for {len(self.parameters)} parameters")
+        averaged = average_whole(self.parameters, list(grads), world() if is_initialized() else None)
+        self.step({id(p): g for p, g in zip(self.parameters, averaged)})
+
+    def step(self, grads: dict[int, Tensor], scale: float = 1.0) -> None:
+        """Update every parameter that has a gradient.
+
+        Args:
+            grads: id of parameter -> gradient of its shard, any float dtype.
+            scale: what the gradients are multiplied with first, e.g. 1 / loss scale.
+        """
+        announce_change(self.parameters)
+        self._update([(g, p, grads[id(p)]) for g in self.param_groups for p in g["params"] if id(p) in grads], scale)
+
+    def state_of(self, p: Parameter) -> dict[str, Tensor]:
+        """The tensors that belong to a parameter, as its shard; written into to restore them."""
+        return self._state(p).tensors()
+
+    def state_tensors(self) -> StateTensors:
+        """All of them, by name."""
+        return named_states(self.parameters, [self.state_of(p) for p in self.parameters])
+
+    def state_dict(self, gather: bool = False, tensors: bool = True) -> dict[str, Any]:
+        """Settings, steps, and tensors as arrays (BMTrain: `state_dict(gather)`).
+
+        Args:
+            gather: whole tensors, on every rank, loadable at any number of ranks; all ranks call it. Otherwise this rank's shards,
+                to be loaded by the same rank of as many. `checkpoint.save_training` streams instead, and holds neither.
+            tensors: False leaves them out; the rest is JSON-serialisable.
+        """
+        state = {
+            "groups": [{k: v for k, v in group.items() if k not in _UNSAVED} for group in self.param_groups],
+            "steps": [self._state(p).step for p in self.parameters],
+        }
+        return {**state, **to_arrays(self.state_tensors(), gather)} if tensors else state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what `state_dict` returned, the groups' settings included. Nothing is changed if it does not fit.
+
+        Raises:
+            ValueError: of other groups or parameters, or shards of another number of ranks.
+        """
+        if len(state["groups"]) != len(self.param_groups) or len(state["steps"]) != len(self.parameters):
+            raise ValueError(
+                f"the state has {len(state['groups'])} groups and {len(state['steps'])} parameters, this optimizer has "
+                f"{len(self.param_groups)} and {len(self.parameters)}"
+            )
+        if "tensors" in state:
+            from_arrays(self.state_tensors(), state)
+        for group, saved in zip(self.param_groups, state["groups"]):
+            group.update({k: tuple(v) if isinstance(v, list) else v for k, v in saved.items()})
+        for p, step in zip(self.parameters, state["steps"]):
+            self._state(p).step = int(step)

@@ -1,0 +1,119 @@
+"""MindSpore's own optimizers under the manager."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any, Sequence
+
+import mindspore as ms
+from mindspore import Parameter, Tensor, nn
+from mindspore.experimental.optim.optimizer import Optimizer as ExperimentalOptimizer
+
+from ..compat.runtime import is_float
+from ..lr_scheduler import group_rates
+from ..zero import DistributedParameter
+from .base import announce_change
+from .state import StateTensors, from_arrays, to_arrays
+
+
+class NativeOptimizer:
+    """Gives an optimizer of `mindspore.nn`, `mindspore.experimental.optim` or `mindspore.mint.optim` the interface of ours.
+
+    Its moments are sharded as the parameters are, because it clones them. It has no float32 masters, updates all of its parameters
+    in every step, and keeps moments in the parameters' type; all of this is MindSpore's.
+    """
+
+    def __init__(self, optimizer: Any):
+        self.optimizer = optimizer
+        self._replaced: dict[int, int] = {}  # id of parameter -> its `replaced` at the last step
+        low = sorted({str(p.dtype) for p in self.parameters if p.dtype != ms.float32})
+        if low:
+            warnings.warn(
+                f"{type(optimizer).__name__} keeps {', '.join(low)} parameters without a float32 copy: small updates are lost to "
+                "rounding. Use bmtrain_ms.optim.AdamOptimizer",
+                stacklevel=3,
+            )
+
+    @property
+    def parameters(self) -> list[Parameter]:
+        """All parameters, in the order in which the optimizer takes gradients."""
+        return list(self.optimizer.parameters)
+
+    def step(self, grads: dict[int, Tensor], scale: float = 1.0) -> None:
+        """Update all parameters.
+
+        Raises:
+            ValueError: a parameter has no gradient.
+            RuntimeError: a parameter was loaded after the first step.
+        """
+        missing = [p.name for p in self.parameters if id(p) not in grads]
+        if missing:
+            raise ValueError(
+                f"{type(self.optimizer).__name__} updates all of its parameters, and {missing[0]} has no gradient (as have "
+                f"{len(missing) - 1} others); give it those that are trained, or use bmtrain_ms.optim.AdamOptimizer"
+            )
+        replaced = {id(p): getattr(p, "replaced", 0) for p in self.parameters}
+        other = [p.name for p in self.parameters if self._replaced.get(id(p), replaced[id(p)]) != replaced[id(p)]]
+        if other:
+            kind = type(self.optimizer).__name__
+            raise RuntimeError(
+                f"parameter {other[0]} (and {len(other) - 1} others) got other memory after {kind}'s first step, as loading does, "
+                "and MindSpore's optimizers go on with the old; load before the first step, or make a new optimizer and manager"
+            )
+        self._replaced = replaced
+        announce_change(self.parameters)
+        self.optimizer(tuple(_prepared(grads[id(p)], p, scale) for p in self.parameters))
+
+    def state_tensors(self) -> StateTensors:
+        """Moments and counters, by the names that MindSpore gives them."""
+        own = {id(p) for p in self.parameters}
+        states: Sequence[Parameter] = [s for s in self.optimizer.get_parameters() if id(s) not in own]
+        return {s.name: (s if isinstance(s, DistributedParameter) and is_float(s) else None, s) for s in states}
+
+    def state_dict(self, gather: bool = False, tensors: bool = True) -> dict[str, Any]:
+        """As `ShardOptimizer.state_dict`; of the settings, the rates only."""
+        state = {"native": type(self.optimizer).__name__, "rates": _rates(self.optimizer)}
+        return {**state, **to_arrays(self.state_tensors(), gather)} if tensors else state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what `state_dict` returned.
+
+        Raises:
+            ValueError: of another optimizer, other parameters, or shards of another number of ranks.
+        """
+        mine = type(self.optimizer).__name__
+        if state.get("native") != mine:
+            raise ValueError(f"the state is that of {state.get('native') or 'an optimizer of bmtrain_ms'}, this is a {mine}")
+        if "tensors" in state:
+            from_arrays(self.state_tensors(), state)
+        for rate, (_, set_rate) in zip(state["rates"], group_rates(self.optimizer) if state["rates"] else ()):
+            set_rate(rate)
+
+
+def _rates(optimizer: Any) -> list[float]:
+    """Of its groups, as `group_rates` sets them; none if it computes them. They are not all among its parameters."""
+    if hasattr(optimizer, "param_groups"):
+        return [float(group["lr"]) for group in optimizer.param_groups]
+    if optimizer.dynamic_lr:
+        return []
+    return [float(rate) for rate in (optimizer.learning_rate if optimizer.is_group_lr else [optimizer.learning_rate])]
+
+
+def _prepared(grad: Tensor, p: Parameter, scale: float) -> Tensor:
+    grad = grad if scale == 1.0 else grad * scale
+    return grad if grad.dtype == p.dtype else grad.astype(p.dtype)
+
+
+def adapted(optimizer: Any) -> Any:
+    """The optimizer itself if it is one of ours, or works like them; a `NativeOptimizer` around one of MindSpore's.
+
+    Raises:
+        TypeError: it is neither.
+    """
+    if isinstance(optimizer, (nn.Optimizer, ExperimentalOptimizer)):
+        return NativeOptimizer(optimizer)
+    missing = [name for name in ("parameters", "step", "state_dict", "load_state_dict") if not hasattr(optimizer, name)]
+    if missing:
+        kind = type(optimizer).__name__
+        raise TypeError(f"{kind} is neither an optimizer of bmtrain_ms nor one of MindSpore's: it lacks {', '.join(missing)}")
+    return optimizer

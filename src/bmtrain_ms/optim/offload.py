@@ -1,0 +1,152 @@
+"""Adam whose states and arithmetic are in host memory, so that the device holds parameters and gradients only."""
+
+from __future__ import annotations
+
+import sys
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Iterable
+
+import numpy as np
+from mindspore import Parameter, Tensor, ops
+
+from ..comm import world
+from ..compat.memory import available_memory
+from ..compat.runtime import device_target, from_host, host_array, values
+from ..zero import DistributedParameter
+from .adam import Adam, HostState, settings
+from .base import ParamState
+from .host_adam import Delta, Workers, run
+
+AHEAD = 3  # gradients that are used, have arrived, or are on their way
+
+
+class Transfer:
+    """Between device and host, one parameter at a time; each method runs in a thread of its own.
+
+    `shares_memory`: parameters are in host memory already, and are changed where they are.
+    """
+
+    def __init__(self) -> None:
+        self.shares_memory = device_target() == "CPU"
+
+    def fetch(self, grad: Tensor) -> np.ndarray:
+        """The values of a gradient, flat, on the host; valid until the optimizer's step has ended."""
+        return (values(grad) if self.shares_memory else host_array(grad)).reshape(-1)
+
+    def store(self, p: Parameter, array: np.ndarray) -> None:
+        """New values of a parameter; done when it returns."""
+        ops.assign(p, from_host(array))
+
+
+class AdamOffloadOptimizer(Adam):
+    """`AdamOptimizer` with its states, and the arithmetic, on the host (ZeRO-Offload, Ren et al., 2021) (BMTrain:
+    `optim.AdamOffloadOptimizer`).
+
+    Gradients come to the host, and parameters go back, while others are computed. Host memory for each element of a 16-bit
+    parameter: master 4, moments 8, the parameter's copy 2 bytes; of a float32 one: copy 4, moments 8. On CPU, where parameters are
+    on the host anyway: 12 and 8. All of it is allocated at construction, and rank 0 says how much.
+
+    Args:
+        params, lr, betas, eps, weight_decay, hold_steps, maximize: as in `AdamOptimizer`.
+        record_delta: keep the mean and the variance of what a step subtracts before the learning rate; see `get_avg_delta`.
+        transfer: between device and host; for tests.
+
+    Raises:
+        ValueError: as in `AdamOptimizer`.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        hold_steps: int = 0,
+        record_delta: bool = False,
+        maximize: bool = False,
+        *,
+        transfer: Transfer | None = None,
+    ):
+        super().__init__(params, settings(lr, betas, eps, weight_decay, hold_steps, maximize))
+        self._transfer = transfer or Transfer()
+        self._states = {id(p): HostState(p, self._transfer.shares_memory) for p in self.parameters}
+        here = [p.world for p in self.parameters if isinstance(p, DistributedParameter)]
+        self._world = here[0] if here else world()
+        self._announce()
+        for state in self._states.values():
+            state.touch()
+        self._record_delta = record_delta
+        self._delta: Delta | None = None  # of the last step
+        self._workers = Workers()
+        self._to_host = ThreadPoolExecutor(1, "bmtrain_ms-to-host")
+        self._to_device = ThreadPoolExecutor(1, "bmtrain_ms-to-device")
+
+    @property
+    def nbytes(self) -> int:
+        """Host memory of this rank's states, in bytes."""
+        return sum(state.nbytes() for state in self._states.values())
+
+    def get_avg_delta(self) -> float:
+        """Mean over all parameters and ranks of m̂ / (sqrt(v̂) + eps) + weight_decay * p in the last step; all ranks call it."""
+        count, total, _ = self._sums()
+        return total / count
+
+    def get_var_delta(self) -> float:
+        """Variance of the same."""
+        count, total, squares = self._sums()
+        return squares / count - (total / count) ** 2
+
+    def _state(self, p: Parameter) -> ParamState:
+        return self._states[id(p)]
+
+    def _update(self, updates: list[tuple[dict[str, Any], Parameter, Tensor]], scale: float) -> None:
+        if self._record_delta:
+            self._delta = Delta(sum(_owned(p) for _, p, _ in updates))
+        if self._transfer.shares_memory:
+            fetch, states = self._transfer.fetch, self._states
+            run([states[id(p)].prepare(group, fetch(grad), scale, self._delta) for group, p, grad in updates], self._workers)
+            return
+        later, arriving, leaving = iter(updates), deque(), []
+        for group, p, _ in updates:
+            while len(arriving) < AHEAD and (coming := next(later, None)):
+                arriving.append(self._to_host.submit(self._transfer.fetch, coming[2]))
+            state = self._states[id(p)]
+            update = state.prepare(group, arriving.popleft().result(), scale, self._delta)
+            run([update], self._workers)
+            if update.coefficients.rate:  # otherwise the parameter stays, and there are no new values
+                leaving.append(self._to_device.submit(self._transfer.store, p, state.new_values()))
+        for future in leaving:
+            future.result()
+
+    def _sums(self) -> tuple[int, float, float]:
+        if not self._record_delta:
+            raise RuntimeError("deltas are not recorded; make the optimizer with record_delta=True")
+        if self._delta is None:
+            raise RuntimeError("no step has been made yet")
+        mine = np.array([self._delta.count, self._delta.total, self._delta.squares], np.float64)
+        count, total, squares = host_array(self._world.shards.all_reduce([from_host(mine)], label="delta").wait()[0]).tolist()
+        return int(count), total, squares
+
+    def _announce(self) -> None:
+        if self._world.mesh.rank:
+            return
+        ranks, free = self._world.launch.local_size, available_memory()
+        elements = sum(p.size for p in self.parameters)
+        text = (
+            f"AdamOffloadOptimizer: {self.nbytes / 2**30:.3f} GiB of host memory for each of {ranks} ranks of this host "
+            f"({self.nbytes / elements:.1f} bytes for each of {elements} elements)"
+        )
+        if free is not None:
+            text += f", {free / 2**30:.1f} GiB are available"
+            if ranks * self.nbytes > free:
+                text += ": NOT ENOUGH. Use more ranks or hosts, or a smaller model"
+        sys.stderr.write(text + "\n")
+
+
+def _owned(p: Parameter) -> int:
+    if not isinstance(p, DistributedParameter):
+        return p.size
+    start, stop = p.owned
+    return stop - start

@@ -1,0 +1,101 @@
+"""Optimizer states as dictionaries of arrays: this rank's shards, or whole tensors that any number of ranks can load."""
+
+from __future__ import annotations
+
+from typing import Any, Mapping, Optional
+
+import numpy as np
+from mindspore import Parameter, Tensor
+
+from ..compat.runtime import from_host, host_array, overwrite
+from ..zero import DistributedParameter
+
+# name -> (the parameter that the tensor is sharded as, None: the same on every rank; the tensor, written into to restore it)
+StateTensors = Mapping[str, tuple[Optional[DistributedParameter], Tensor]]
+
+
+def named_states(parameters: list[Parameter], states: list[dict[str, Tensor]]) -> StateTensors:
+    """`exp_avg.layers.0.weight` and so on, for each parameter's tensors.
+
+    Raises:
+        ValueError: two parameters have one name.
+    """
+    named: dict[str, tuple[Optional[DistributedParameter], Tensor]] = {}
+    for p, state in zip(parameters, states):
+        for kind, tensor in state.items():
+            name = f"{kind}.{p.name}"
+            if name in named:
+                raise ValueError(f"two parameters are called {p.name}; call model.check_names_and_refresh_name()")
+            named[name] = (p if isinstance(p, DistributedParameter) else None, tensor)
+    return named
+
+
+def to_arrays(named: StateTensors, gather: bool) -> dict[str, Any]:
+    """What `from_arrays` restores. With `gather` all ranks call it, and each gets whole tensors."""
+    return {
+        "is_whole": gather,
+        "shards": {name: None if gather or like is None else _shard_of(like) for name, (like, _) in named.items()},
+        "tensors": {name: _whole(name, like, x) if gather else _copy(x) for name, (like, x) in named.items()},
+    }
+
+
+def from_arrays(named: StateTensors, state: Mapping[str, Any]) -> None:
+    """Write the arrays into the tensors; nothing is written if one does not fit.
+
+    Raises:
+        ValueError: other names or shapes, or shards of another number of ranks.
+    """
+    saved = state["tensors"]
+    if set(saved) != set(named):
+        missing, extra = sorted(set(named) - set(saved)), sorted(set(saved) - set(named))
+        raise ValueError(f"the optimizer's state does not fit; missing: {missing[:5]}, unexpected: {extra[:5]}")
+    pieces = {}
+    for name, (like, x) in named.items():
+        if state["is_whole"]:
+            pieces[name] = _my_part(name, like, x, saved[name])
+            continue
+        mine, theirs = None if like is None else _shard_of(like), state["shards"][name]
+        if mine != theirs:
+            raise ValueError(
+                f"{name} was saved by {_where(theirs)}, this is {_where(mine)}; save with state_dict(gather=True), or with "
+                "checkpoint.save_training, to load at another number of ranks"
+            )
+        pieces[name] = _fitting(name, saved[name], tuple(x.shape))
+    for name, piece in pieces.items():
+        overwrite(named[name][1], from_host(piece))
+
+
+def _copy(x: Tensor) -> np.ndarray:
+    return host_array(x).reshape(x.shape).copy()  # `host_array` gives a scalar one dimension
+
+
+def _shard_of(p: DistributedParameter) -> list[Any]:
+    return [p.world.shards.rank, p.world.shards.size, list(p.full_shape)]
+
+
+def _where(shard: list[Any] | None) -> str:
+    return "no shard" if shard is None else f"rank {shard[0]} of {shard[1]} (full shape {tuple(shard[2])})"
+
+
+def _whole(name: str, like: DistributedParameter | None, x: Tensor) -> np.ndarray:
+    if like is None:
+        return _copy(x)
+    gathered = host_array(like.world.shards.all_gather([x], label=f"state {name}").wait()[0])
+    return gathered[: like.numel].reshape(like.full_shape).copy()
+
+
+def _my_part(name: str, like: DistributedParameter | None, x: Tensor, saved: np.ndarray) -> np.ndarray:
+    whole = _fitting(name, saved, tuple(x.shape) if like is None else like.full_shape)
+    if like is None:
+        return whole
+    start, stop = like.owned
+    shard = np.zeros(like.shard_length, saved.dtype)
+    shard[: stop - start] = whole.reshape(-1)[start:stop]
+    return shard
+
+
+def _fitting(name: str, saved: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """The array, contiguous, if it has that shape."""
+    if tuple(saved.shape) != shape:
+        raise ValueError(f"{name} has shape {tuple(saved.shape)} in the state, expected {shape}")
+    return np.asarray(saved, order="C")

@@ -1,0 +1,257 @@
+"""Adam's arithmetic: chunks and threads change no bit, rounding is to nearest even, MindSpore's fused operation agrees."""
+
+from __future__ import annotations
+
+import threading
+from fractions import Fraction
+from typing import Any, Iterator
+
+import mindspore as ms
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from mindspore import Tensor
+
+import bmtrain_ms as bms
+from bmtrain_ms.compat.runtime import numpy_dtype
+from bmtrain_ms.optim import AdamOptimizer, adam, host_adam
+from bmtrain_ms.optim.adam import DeviceState, HostState
+from bmtrain_ms.optim.host_adam import Coefficients, Update, Workers, round_to, run
+from tests.helpers.optim import DTYPES, floats, gradients, numbers, parameters
+
+GROUP = {"lr": 0.1, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.1, "hold_steps": 0, "maximize": False}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _world() -> Iterator[None]:
+    """One rank; for the module, because hypothesis runs a test several times."""
+    bms.init_distributed(seed=0)
+    yield
+    bms.shutdown()
+
+
+# Chunks and threads #
+
+
+def updates(sizes: list[int], low: Any, seed: int = 0) -> list[Update]:
+    """One per size, in memory of their own, as in the third step."""
+    made = []
+    for i, size in enumerate(sizes):
+        p, m, v, grad = (numbers(size, seed=4 * (seed + i) + k) for k in range(4))
+        copy = None if low is None else np.zeros(size, numpy_dtype(low))
+        made.append(Update(p, m, v * v, grad, copy, Coefficients.of(GROUP, 3, 0.5)))
+    return made
+
+
+def bits(items: list[Update]) -> list[bytes]:
+    return [array.tobytes() for x in items for array in (x.p, x.m, x.v, x.grad, x.low) if array is not None]
+
+
+@pytest.fixture(scope="module")
+def three() -> Workers:
+    return Workers(3)
+
+
+@pytest.mark.parametrize("low", [None, ms.float16, ms.bfloat16], ids=["fp32", "fp16", "bf16"])
+@given(chunk=st.integers(1, 9), sizes=st.lists(st.integers(1, 20), min_size=1, max_size=5), seed=st.integers(0, 99))
+@settings(max_examples=60)
+def test_chunks_and_threads_change_no_bit(three, low, chunk, sizes, seed):
+    whole, apart, threaded = (updates(sizes, low, seed) for _ in range(3))
+    run(whole, Workers(1))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(host_adam, "CHUNK", chunk)
+        patch.setattr(host_adam, "_scratch", host_adam._Scratch())  # of that size
+        run(apart, Workers(1))
+        run(threaded, three)
+    assert bits(whole) == bits(apart) == bits(threaded)
+
+
+@pytest.mark.parametrize("more", [-1, 0, 1, host_adam.CHUNK + 1])
+def test_sizes_around_a_chunk(three, more):
+    """Of the real size: every element is updated, once."""
+    (x,) = updates([host_adam.CHUNK + more], ms.bfloat16)
+    p, m, v, grad = (array.astype(np.float64) for array in (x.p, x.m, x.v, x.grad))
+    run([x], three)
+    m, v = 0.9 * m + 0.05 * grad, 0.999 * v + 0.00025 * grad**2
+    expected = p - 0.1 * (m / (1 - 0.9**3) / (np.sqrt(v / (1 - 0.999**3)) + 1e-8) + 0.1 * p)
+    np.testing.assert_allclose(x.p, expected, rtol=1e-4, atol=1e-3)  # where v is almost 0 rounding shows
+    assert x.low is not None and x.low.tobytes() == x.p.astype(x.low.dtype).tobytes()
+
+
+def test_workers_do_everything_once_and_wait_before_they_raise(three):
+    done, lock, gate = [], threading.Lock(), threading.Event()
+
+    def work(item: int) -> None:
+        if item == 0:
+            raise ArithmeticError("item 0")
+        gate.wait(0.05)
+        with lock:
+            done.append(item)
+
+    with pytest.raises(ArithmeticError, match="item 0"):
+        three.map(work, list(range(7)))
+    assert sorted(done) == list(range(1, 7))
+    done.clear()
+    three.map(work, list(range(1, 8)))
+    assert sorted(done) == list(range(1, 8))
+
+
+def test_every_thread_has_scratch_of_its_own(three):
+    together, addresses = threading.Barrier(3), []
+
+    def note(item: int) -> None:
+        together.wait(5)
+        addresses.extend((host_adam._scratch.t.ctypes.data, host_adam._scratch.u.ctypes.data))
+
+    three.map(note, range(3))
+    assert len(set(addresses)) == 6
+
+
+def test_workers_take_the_cores_of_the_process(monkeypatch):
+    monkeypatch.setattr(host_adam.os, "sched_getaffinity", lambda pid: {0, 3, 5})
+    assert Workers().threads == 3 and Workers(2).threads == 2
+
+
+# Rounding #
+
+
+def nearest_even(x: float, digits: int, least: int, largest: float) -> float:
+    """The value with `digits` significant binary digits that is nearest to the finite x, in exact arithmetic; inf above `largest`.
+
+    `least`: exponent of the smallest difference, that of the subnormal numbers.
+    """
+    if x == 0.0:
+        return x
+    exact = abs(Fraction(x))
+    exponent = (exact.numerator.bit_length() - exact.denominator.bit_length()) - digits
+    while exact >= Fraction(2) ** (exponent + digits):
+        exponent += 1
+    while exact < Fraction(2) ** (exponent + digits - 1):
+        exponent -= 1
+    unit = Fraction(2) ** max(exponent, least)
+    rounded = round(exact / unit) * unit  # Fraction rounds halves to even
+    value = float("inf") if rounded > Fraction(largest) else float(rounded)
+    return -value if x < 0 else value
+
+
+KINDS = {
+    "fp16": (np.dtype(np.float16), 11, -24, 65504.0),
+    "bf16": (ms.bfloat16, 8, -133, float.fromhex("0x1.fep127")),
+}
+ANY = st.one_of(
+    st.floats(width=32),
+    st.integers(0, (1 << 32) - 1).map(lambda x: float(np.uint32(x).view(np.float32))),
+    # halfway between two numbers of 16 bits, or next to it
+    st.tuples(st.integers(0, (1 << 16) - 1), st.sampled_from([-1, 0, 1])).map(
+        lambda x: float(np.uint32(max(0, (x[0] << 16) + 0x8000 + x[1])).view(np.float32))
+    ),
+    st.tuples(st.integers(0, (1 << 19) - 1), st.sampled_from([-1, 0, 1])).map(
+        lambda x: float(np.uint32(max(0, (x[0] << 13) + 0x1000 + x[1])).view(np.float32))
+    ),
+)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@given(x=ANY)
+@settings(max_examples=400)
+def test_rounding_is_to_nearest_even(kind, x):
+    dtype, *format_ = KINDS[kind]
+    out = np.zeros(1, numpy_dtype(dtype))
+    with np.errstate(all="ignore"):
+        round_to(np.array([x], np.float32), out)
+    got = float(out.astype(np.float32)[0])
+    if np.isnan(x):
+        assert np.isnan(got)
+    elif np.isinf(x):
+        assert got == x
+    else:
+        expected = nearest_even(float(np.float32(x)), *format_)
+        assert got == expected and np.signbit(got) == np.signbit(expected)
+
+
+@pytest.mark.parametrize(
+    "bits_in, bits_out",
+    [
+        (0x3F808000, 0x3F80),  # a tie, down to even
+        (0x3F818000, 0x3F82),  # a tie, up to even
+        (0x3F808001, 0x3F81),
+        (0x3F817FFF, 0x3F81),  # truncation would agree
+        (0x7F7FFFFF, 0x7F80),  # the largest float32 is inf
+        (0x7F7F7FFF, 0x7F7F),
+        (0xFF800000, 0xFF80),  # -inf
+        (0x7F800001, 0x7FC0),  # a NaN whose bits are all in the lower half stays one
+        (0xFFFFFFFF, 0xFFFF),
+        (0x80000000, 0x8000),  # -0
+        (0x00008000, 0x0000),  # half of the smallest subnormal number
+        (0x00008001, 0x0001),
+    ],
+)
+def test_bfloat16_bits(bits_in, bits_out):
+    out = np.zeros(1, numpy_dtype(ms.bfloat16))
+    round_to(np.array([bits_in], np.uint32).view(np.float32), out)
+    assert hex(out.view(np.uint16)[0]) == hex(bits_out)
+
+
+def test_bfloat16_is_the_types_own_cast():
+    bits_in = np.random.default_rng(0).integers(0, 1 << 32, 1 << 16, dtype=np.uint32)
+    x = bits_in.view(np.float32)
+    x = np.where(np.isnan(x), np.float32(1.0), x)
+    out = np.zeros(x.size, numpy_dtype(ms.bfloat16))
+    round_to(x, out)
+    with np.errstate(all="ignore"):
+        assert out.tobytes() == x.astype(out.dtype).tobytes()
+
+
+# MindSpore's fused operation #
+
+SETTINGS = [{}, {"weight_decay": 0.3, "eps": 1e-3}, {"hold_steps": 2}, {"maximize": True, "betas": (0.5, 0.75)}]
+
+
+@pytest.mark.parametrize("setting", SETTINGS, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=list(DTYPES))
+def test_the_device_state_agrees(monkeypatch, dtype, setting):
+    """It runs on CPU too; within the rounding of float32."""
+    on_host, on_device = parameters(dtype), parameters(dtype)
+    host = AdamOptimizer(on_host, lr=0.1, **setting)
+    monkeypatch.setattr(adam, "device_target", lambda: "Ascend")
+    device = AdamOptimizer(on_device, lr=0.1, **setting)
+    assert {type(s) for s in device._states.values()} == {DeviceState}
+    assert {type(s) for s in host._states.values()} == {HostState}
+    for step in range(1, 6):
+        grads = gradients(step, dtype)
+        host.step({id(p): g for p, g in zip(on_host, grads)}, 0.5)
+        device.step({id(p): g for p, g in zip(on_device, grads)}, 0.5)
+    for p, q in zip(on_host, on_device):
+        mine, theirs = host.state_of(p), device.state_of(q)
+        assert list(mine) == list(theirs)
+        for name in mine:
+            np.testing.assert_allclose(theirs[name].asnumpy(), mine[name].asnumpy(), rtol=1e-5, atol=1e-6, err_msg=name)
+        tolerance = {ms.float32: 1e-5, ms.float16: 1e-3, ms.bfloat16: 1e-2}[dtype]
+        np.testing.assert_allclose(floats(q), floats(p), rtol=tolerance, atol=1e-6)
+
+
+def test_the_device_state_without_a_rate(monkeypatch):
+    """Rate zero: decay is divided by it."""
+    monkeypatch.setattr(adam, "device_target", lambda: "Ascend")
+    (p,) = parameters(shapes={"a": (5,)})
+    before = p.asnumpy().copy()
+    optimizer = AdamOptimizer([p], lr=0.0, weight_decay=0.5)
+    optimizer([Tensor(np.ones(5, np.float32))])
+    assert np.array_equal(p.asnumpy(), before)
+    np.testing.assert_allclose(optimizer.state_of(p)["exp_avg"].asnumpy(), np.full(5, 0.1), rtol=1e-6)
+
+
+def test_a_parameter_without_memory_of_its_own(monkeypatch):
+    (p,) = parameters(shapes={"a": (5,)})
+    optimizer = AdamOptimizer([p])
+    monkeypatch.setattr(adam, "writable_array", lambda tensor: None)
+    with pytest.raises(RuntimeError, match="parameter a has no contiguous memory on the host; set_data a contiguous tensor"):
+        optimizer([Tensor(np.ones(5, np.float32))])
+
+
+def test_states_are_allocated_at_once():
+    """Float32: two moments; 16 bits: and the master."""
+    full, half = parameters(shapes={"a": (1000,)})[0], bms.DistributedParameter(bms.empty(1000, dtype=ms.bfloat16), name="b")
+    assert (HostState(full).nbytes(), HostState(half).nbytes()) == (8000, 12000)
+    assert (HostState(full, shared=False).nbytes(), HostState(half, shared=False).nbytes()) == (12000, 14000)

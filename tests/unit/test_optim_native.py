@@ -1,0 +1,297 @@
+"""MindSpore's own optimizers under the manager: the bits of the same optimizer alone; errors, rates, state."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from typing import Any
+
+import mindspore as ms
+import numpy as np
+import pytest
+from mindspore import Parameter, Tensor, nn, ops
+from mindspore.experimental import optim as experimental
+
+import bmtrain_ms as bms
+from bmtrain_ms.checkpoint import load_training, save_training
+from bmtrain_ms.comm import World
+from bmtrain_ms.lr_scheduler import Cosine, Linear, NoDecay
+from bmtrain_ms.optim import AdamOptimizer, NativeOptimizer, OptimManager
+from tests.helpers.native import MAKERS, SHAPES, Managed, Sum, alone, gradient, initial
+
+pytestmark = pytest.mark.usefixtures("single_world")
+
+EVERY = pytest.mark.parametrize("kind", MAKERS)
+
+
+def equal(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> bool:
+    return a.keys() == b.keys() and all(value.tobytes() == b[name].tobytes() for name, value in a.items())
+
+
+@EVERY
+@pytest.mark.parametrize("scale", [None, 1024.0], ids=["unscaled", "scaled"])
+def test_the_bits_of_the_optimizer_alone(single_world, kind, scale):
+    managed = Managed(MAKERS[kind], loss_scale=scale)
+    managed.run(range(5))
+    assert equal(managed.values(single_world), alone(MAKERS[kind], 5))
+    assert not any(np.array_equal(value, initial(name)) for name, value in managed.values(single_world).items())
+
+
+def test_an_overflow_is_skipped(single_world, capsys):
+    managed = Managed(MAKERS["AdamWeightDecay"], loss_scale=64.0)
+    managed.run(range(2))
+    before, state = managed.values(single_world), managed.driver.state_dict()["tensors"]
+    managed.manager.zero_grad()
+    managed.manager.backward(managed.model, *(Tensor(np.full(shape, np.inf, np.float32)) for shape in SHAPES.values()))
+    assert not managed.manager.step()
+    assert equal(managed.values(single_world), before) and equal(managed.driver.state_dict()["tensors"], state)
+    managed.run(range(2, 5))
+    assert equal(managed.values(single_world), alone(MAKERS["AdamWeightDecay"], 5))
+    assert managed.manager.loss_scale == 32.0 and "overflow" in capsys.readouterr().err
+
+
+def test_next_to_one_of_ours(single_world):
+    managed = Managed(MAKERS["SGD"], loss_scale=4.0)
+    layer = bms.nn.Linear(2, 2)
+    bms.init_parameters(layer)
+    own = AdamOptimizer(layer.trainable_params(), lr=0.5)
+    managed.manager.add_optimizer(own)
+    before = layer.parameter("bias").asnumpy().copy()
+    factors = [Tensor(gradient(name, 0)) for name in SHAPES]
+    x = Tensor(np.ones((1, 2), np.float32))
+    managed.manager.backward(lambda: managed.model(*factors) + layer(x).sum())
+    managed.manager.step()
+    assert equal(managed.values(single_world), alone(MAKERS["SGD"], 1))
+    np.testing.assert_allclose(layer.parameter("bias").asnumpy(), before - 0.5, rtol=1e-6)
+    with pytest.raises(ValueError, match="another optimizer has parameter one already: it would be updated twice"):
+        managed.manager.add_optimizer(AdamOptimizer(managed.params[:1]))
+
+
+# Errors #
+
+
+@pytest.mark.parametrize("kind", ["SGD", "experimental.AdamW"])
+def test_every_parameter_needs_a_gradient(single_world, kind):
+    managed = Managed(MAKERS[kind])
+    managed.params[0].requires_grad = managed.params[2].requires_grad = False
+    before = managed.values(single_world)
+    name = kind.rpartition(".")[2]
+    with pytest.raises(
+        ValueError,
+        match=rf"^{name} updates all of its parameters, and one has no gradient \(as have 1 others\); give it those that are "
+        r"trained, or use bmtrain_ms\.optim\.AdamOptimizer$",
+    ):
+        managed.run(range(1))
+    assert equal(managed.values(single_world), before)
+
+
+def test_sixteen_bits_are_warned_of():
+    model = Sum(ms.float16)
+    model.check_names_and_refresh_name()
+    manager = OptimManager(loss_scale=8.0)
+    optimizer = nn.SGD(model.trainable_params(), 0.5)
+    with pytest.warns(
+        UserWarning,
+        match=r"^SGD keeps Float16 parameters without a float32 copy: small updates are lost to rounding\. Use "
+        r"bmtrain_ms\.optim\.AdamOptimizer$",
+    ) as seen:
+        manager.add_optimizer(optimizer)
+    assert [w.filename for w in seen] and len(seen) == 1
+    manager.backward(model, *(Tensor(gradient(name, 0).astype(np.float16)) for name in SHAPES))
+    manager.step()
+    for name, p in zip(SHAPES, model.trainable_params()):
+        expected = initial(name) - 0.5 * gradient(name, 0)
+        assert p.dtype == ms.float16 and np.array_equal(p.asnumpy().reshape(SHAPES[name]), expected.astype(np.float16))
+
+
+@pytest.mark.parametrize("kind", ["AdamWeightDecay", "Momentum", "experimental.AdamW"])
+def test_loading_after_the_first_step(single_world, kind):
+    """MindSpore's compiled optimizers would change memory that is no parameter's any more."""
+    managed = Managed(MAKERS[kind])
+    managed.params[1].copy_full(initial("prime"))  # before it, nothing is compiled
+    managed.run(range(2))
+    managed.params[1].copy_full(initial("prime"))
+    with pytest.raises(
+        RuntimeError,
+        match=r"^parameter prime \(and 0 others\) got other memory after \w+'s first step, as loading does, and MindSpore's "
+        r"optimizers go on with the old; load before the first step, or make a new optimizer and manager$",
+    ):
+        managed.run(range(1))
+    assert np.array_equal(managed.values(single_world)["prime"], initial("prime"))
+    managed.optimizer = MAKERS[kind](managed.params)
+    managed.manager = OptimManager()
+    managed.manager.add_optimizer(managed.optimizer)
+    for name, p in zip(SHAPES, managed.params):
+        p.copy_full(initial(name))
+    managed.run(range(3))
+    assert equal(managed.values(single_world), alone(MAKERS[kind], 3))
+
+
+@pytest.mark.parametrize(
+    "thing, text",
+    [
+        (
+            object(),
+            r"^object is neither an optimizer of bmtrain_ms nor one of MindSpore's: it lacks parameters, step, .*",
+        ),
+        (nn.Cell, r"^type is neither .*: it lacks .*"),
+        ({}, r"^dict is neither .*"),
+    ],
+    ids=["object", "class", "dict"],
+)
+def test_what_is_no_optimizer(thing, text):
+    manager = OptimManager()
+    with pytest.raises(TypeError, match=text):
+        manager.add_optimizer(thing)
+    assert not manager.optimizers and not manager.drivers
+
+
+def test_what_works_like_ours_is_taken_as_it_is():
+    class Descent:
+        def __init__(self, params: list[Parameter]):
+            self.parameters, self.seen = params, []
+
+        def step(self, grads: dict[int, Tensor], scale: float = 1.0) -> None:
+            self.seen.append([float((grads[id(p)] * scale).sum().asnumpy()) for p in self.parameters])
+
+        def state_dict(self, gather: bool = False, tensors: bool = True) -> dict[str, Any]:
+            return {"steps": len(self.seen)}
+
+        def load_state_dict(self, state: dict[str, Any]) -> None:
+            self.seen = [[]] * state["steps"]
+
+    managed = Managed(Descent, loss_scale=16.0)
+    managed.run(range(1))
+    assert managed.driver is managed.optimizer
+    assert managed.optimizer.seen == [[float(gradient(name, 0).sum()) for name in SHAPES]]
+    assert managed.manager.state_dict()["optimizers"] == [{"steps": 1}]
+
+
+# Rates #
+
+
+def rates(optimizer: Any) -> list[float]:
+    if isinstance(optimizer, nn.Optimizer):
+        return [float(x.asnumpy()) for x in (optimizer.learning_rate if optimizer.is_group_lr else [optimizer.learning_rate])]
+    return [float(group["lr"].asnumpy()) for group in optimizer.param_groups]
+
+
+@pytest.mark.parametrize("kind", ["AdamWeightDecay", "Momentum", "experimental.AdamW", "experimental.SGD"])
+def test_a_schedule_sets_the_rate(single_world, kind):
+    """From construction on; the optimizer's own rate does not matter."""
+    managed = Managed(MAKERS[kind], lambda optimizer: Linear(optimizer, 0.25, 2, 6))
+    seen = [rates(managed.optimizer)]
+    for step in range(5):
+        managed.run(range(step, step + 1))
+        seen.append(rates(managed.optimizer))
+    assert seen == [[0.0], [0.125], [0.25], [0.1875], [0.125], [0.0625]]
+
+    def set_rate(optimizer: Any, step: int) -> None:
+        target = optimizer.learning_rate if isinstance(optimizer, nn.Optimizer) else optimizer.param_groups[0]["lr"]
+        ops.assign(target, Tensor(seen[step][0], ms.float32))
+
+    assert equal(managed.values(single_world), alone(MAKERS[kind], 5, set_rate))
+
+
+@pytest.mark.parametrize("rate", [1e-3, 0.1, 0.3, 7e-5])
+@pytest.mark.parametrize("make", [experimental.AdamW, experimental.SGD])
+def test_the_optimizers_rate_is_no_groups_own(make, rate):
+    """As a float32 it is another number than the default that it was made from."""
+    optimizer = make([Parameter(Tensor(np.ones(2, np.float32)), name="p")], lr=rate)
+    NoDecay(optimizer, 0.5, 0, 10)
+    assert rates(optimizer) == [0.5]
+
+
+@pytest.mark.parametrize("kind, own, default", [("groups", 0, 1), ("experimental groups", 0, 1)])
+def test_a_groups_own_rate_is_its_peak(kind, own, default):
+    params = [Parameter(Tensor(initial(name)), name=name) for name in SHAPES]
+    optimizer = MAKERS[kind](params)
+    schedule = Cosine(optimizer, 0.1, 2, 4)
+    for share in (0.0, 0.5, 1.0, 0.5, 0.0):
+        seen = rates(optimizer)
+        assert (seen[own], seen[default]) == pytest.approx((0.5 * share, 0.1 * share), rel=1e-6, abs=1e-9)
+        schedule.step()
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda params: nn.SGD(params, nn.ExponentialDecayLR(0.1, 0.9, 4)),
+        lambda params: nn.Momentum(params, [0.1, 0.2, 0.3], 0.9),
+        lambda params: nn.Adam([{"params": params, "lr": nn.ExponentialDecayLR(0.1, 0.9, 4)}]),
+    ],
+    ids=["schedule", "list", "group"],
+)
+def test_an_optimizer_with_a_schedule_of_its_own(single_world, make):
+    """It cannot be driven, but it can be used."""
+    managed = Managed(make)
+    name = type(managed.optimizer).__name__
+    with pytest.raises(TypeError, match=rf"^this {name} has a schedule of its own; give it a constant learning_rate$"):
+        NoDecay(managed.optimizer, 0.1, 0, 10)
+    managed.run(range(3))
+    assert equal(managed.values(single_world), alone(make, 3))
+
+
+def test_a_schedule_needs_an_optimizer():
+    with pytest.raises(TypeError, match=r"^object has no param_groups: it is not an optimizer that a schedule can drive$"):
+        NoDecay(object(), 0.1, 0, 10)
+
+
+# State #
+
+
+@EVERY
+@pytest.mark.parametrize("gather", [False, True], ids=["shards", "whole"])
+def test_state_round_trip(single_world, kind, gather):
+    """5 steps, the state into a new optimizer with another rate, 5 more: bit-equal to 10."""
+    managed, other = Managed(MAKERS[kind], loss_scale=64.0), Managed(MAKERS[kind], loss_scale=2.0)
+    managed.run(range(5))
+    state = pickle.loads(pickle.dumps(managed.manager.state_dict(gather_opt=gather)))
+    json.dumps(managed.manager.state_dict(tensors=False))
+    copy(managed, other)
+    for _, set_rate in bms.lr_scheduler.group_rates(other.optimizer):
+        set_rate(77.0)  # restored
+    other.manager.load_state_dict(state)
+    managed.run(range(5, 10))
+    other.run(range(5, 10))
+    assert equal(other.values(single_world), managed.values(single_world))
+    assert equal(other.driver.state_dict()["tensors"], managed.driver.state_dict()["tensors"])
+
+
+def copy(source: Managed, target: Managed) -> None:
+    for p, q in zip(source.params, target.params):
+        q.copy_full(p.asnumpy().reshape(q.full_shape).copy())
+
+
+@pytest.mark.parametrize("kind", ["AdamWeightDecay", "Adam", "experimental.AdamW", "groups"])
+def test_training_checkpoint(single_world, tmp_path, kind):
+    managed, other = Managed(MAKERS[kind]), Managed(MAKERS[kind])
+    managed.run(range(5))
+    save_training(tmp_path / "file", managed.model, managed.manager, {"step": 5})
+    assert load_training(tmp_path / "file", other.model, other.manager) == {"step": 5}
+    managed.run(range(5, 8))
+    other.run(range(5, 8))
+    assert equal(other.values(single_world), managed.values(single_world))
+
+
+def test_the_state_of_another_optimizer():
+    sgd, adam, own = Managed(MAKERS["SGD"]), Managed(MAKERS["Adam"]), AdamOptimizer([Parameter(Tensor([1.0]), name="p")])
+    sgd.run(range(1))
+    before = sgd.driver.state_dict()["tensors"]
+    with pytest.raises(ValueError, match=r"^the state is that of Adam, this is a SGD$"):
+        sgd.driver.load_state_dict(adam.driver.state_dict())
+    with pytest.raises(ValueError, match=r"^the state is that of an optimizer of bmtrain_ms, this is a SGD$"):
+        sgd.driver.load_state_dict(own.state_dict())
+    fewer = NativeOptimizer(nn.SGD(Managed(MAKERS["SGD"]).params[:1], 0.1)).state_dict()
+    with pytest.raises(ValueError, match=r"does not fit; missing: \['accum\.matrix', 'accum\.prime', .*\], unexpected: \[\]"):
+        sgd.driver.load_state_dict(fewer)
+    assert equal(sgd.driver.state_dict()["tensors"], before)
+
+
+def test_moments_are_sharded_as_the_parameters(single_world: World):
+    managed = Managed(MAKERS["AdamWeightDecay"])
+    tensors = managed.driver.state_tensors()
+    sharded = {name for name, (like, _) in tensors.items() if like is not None}
+    assert sharded == {f"{kind}.{name}" for kind in ("adam_m", "adam_v") for name in SHAPES}
+    assert all(like.full_shape == SHAPES[name.partition(".")[2]] for name, (like, _) in tensors.items() if like is not None)
+    assert not {p.name for p in managed.params} & set(tensors)
