@@ -10,14 +10,35 @@ from .nn import functional
 class FusedCrossEntropy(nn.Cell):
     """Cross entropy with a float32 loss for logits of any float dtype (BMTrain: `loss.FusedCrossEntropy`).
 
+    Beside the logits its backward makes their gradient and nothing else of that size. Options as those of
+    `nn.functional.cross_entropy`, and, unlike BMTrain's, for every dtype alike.
+
     Args:
-        ignore_index: rows with this target count neither in the mean nor in the gradient.
+        weight: (classes,), of each class; default: ones.
+        ignore_index: rows with this target count neither in the loss nor in the gradient.
+        reduction: `mean`, `sum` or `none`.
+        label_smoothing: in [0, 1).
+        parallel: logits sharded over tensor-parallel ranks; only False so far.
+
+    Raises:
+        ValueError: an option is out of range; when called, shapes or targets do not fit.
     """
 
-    def __init__(self, ignore_index: int = -100):
+    def __init__(
+        self,
+        weight: Tensor | None = None,
+        ignore_index: int = -100,
+        reduction: str = "mean",
+        label_smoothing: float = 0.0,
+        parallel: bool = False,
+    ):
         super().__init__()
-        self.ignore_index = ignore_index
+        if parallel:
+            raise ValueError("parallel=True needs tensor-parallel layers, which are not part of this release; use parallel=False")
+        functional.check_cross_entropy_options(reduction, label_smoothing)
+        self.weight, self.ignore_index = weight, ignore_index
+        self.reduction, self.label_smoothing = reduction, label_smoothing
 
     def construct(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """logits (rows, classes), targets (rows,) -> the mean over the rows that count, a float32 scalar."""
-        return functional.cross_entropy(logits, targets, self.ignore_index)
+        """logits (rows, classes), targets (rows,) -> float32, a scalar, or (rows,) for `reduction="none"`."""
+        return functional.cross_entropy(logits, targets, self.ignore_index, self.weight, self.reduction, self.label_smoothing)

@@ -1,4 +1,4 @@
-"""Every operation of nn.functional, forward and gradient, against the formula in float64 NumPy."""
+"""Every operation of nn.functional, forward and gradient, against the formula in float64 NumPy; cross_entropy has its own file."""
 
 from __future__ import annotations
 
@@ -240,88 +240,6 @@ def test_masked_keys_have_no_weight_at_all():
     other = v.asnumpy().copy()
     other[0, 0, 2] = 1e6
     assert np.array_equal(functional.attention(q, k, Tensor(other), mask).asnumpy()[0, 0, :2], out[0, 0, :2])
-
-
-# Cross entropy #
-
-
-def cross_entropy(logits: np.ndarray, targets: np.ndarray, ignore: int = -100) -> tuple[float, np.ndarray]:
-    """Mean loss, gradient."""
-    wide = logits.astype(np.float64)
-    p = np.exp(wide - wide.max(1, keepdims=True))
-    p /= p.sum(1, keepdims=True)
-    rows = np.flatnonzero(targets != ignore)
-    grad = np.zeros_like(p)
-    grad[rows] = p[rows]
-    grad[rows, targets[rows]] -= 1.0
-    return float(-np.log(p[rows, targets[rows]]).mean()), grad / len(rows)
-
-
-@BOTH
-@pytest.mark.parametrize("integer", [np.int32, np.int64], ids=["int32", "int64"])
-@pytest.mark.parametrize("targets", [[0, 6, 3, 3], [0, -100, 3, -100], [-100, -100, 5, -100]], ids=["all", "some", "one"])
-def test_cross_entropy(targets, integer, dtype):
-    targets = np.array(targets, integer)
-    logits = (3 * numbers(4, 7)).astype(dtype)
-    value, grad = ms.value_and_grad(lambda x: functional.cross_entropy(x, Tensor(targets)))(Tensor(logits))
-    loss, expected = cross_entropy(logits, targets)
-    assert value.dtype == ms.float32 and value.shape == ()
-    assert float(value.asnumpy()) == pytest.approx(loss, rel=1e-6)  # also for float16 logits: the loss is made in float32
-    assert grad.asnumpy().dtype == dtype
-    assert_close(grad.asnumpy(), expected, TOLERANCE[dtype])
-
-
-def test_cross_entropy_scales_with_the_gradient_from_above():
-    targets, logits = np.array([1, 0], np.int32), numbers(2, 3)
-    grad = ms.grad(lambda x: functional.cross_entropy(x, Tensor(targets)) * 1024.0)(Tensor(logits))
-    assert_close(grad.asnumpy(), 1024.0 * cross_entropy(logits, targets)[1], 1e-5)
-
-
-def test_cross_entropy_other_ignore_index():
-    targets, logits = np.array([1, 0, 2], np.int32), numbers(3, 3)
-    loss = functional.cross_entropy(Tensor(logits), Tensor(targets), ignore_index=0)
-    assert float(loss.asnumpy()) == pytest.approx(cross_entropy(logits, targets, ignore=0)[0], rel=1e-6)
-
-
-@BOTH
-def test_cross_entropy_all_ignored(dtype):
-    targets = Tensor(np.full(3, -100, np.int32))
-    logits = Tensor(numbers(3, 5, dtype=dtype))
-    value, grad = ms.value_and_grad(lambda x: functional.cross_entropy(x, targets))(logits)
-    assert value.dtype == ms.float32 and float(value.asnumpy()) == 0.0
-    assert np.array_equal(grad.asnumpy(), np.zeros((3, 5), dtype))
-
-
-@BOTH
-def test_cross_entropy_of_an_impossible_target(dtype):
-    """A probability below the smallest float32 is not zero."""
-    logits = Tensor(np.array([[1000.0, 0.0], [0.0, 1000.0]], dtype))
-    targets = Tensor(np.array([0, 0], np.int32))
-    value, grad = ms.value_and_grad(lambda x: functional.cross_entropy(x, targets))(logits)
-    assert value.dtype == ms.float32 and float(value.asnumpy()) == 500.0
-    assert grad.asnumpy().tolist() == [[0.0, 0.0], [-0.5, 0.5]]
-
-
-@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-def test_cross_entropy_does_not_hide_an_overflow(bad):
-    logits = numbers(2, 3)
-    logits[1, 2] = bad
-    loss = functional.cross_entropy(Tensor(logits), Tensor(np.array([0, 2], np.int32)))
-    assert not np.isfinite(loss.asnumpy())
-
-
-def test_cross_entropy_errors():
-    logits = Tensor(numbers(2, 3))
-    shapes = r"takes logits \(rows, classes\) and targets \(rows,\), not {} and {}"
-    with pytest.raises(ValueError, match=shapes.format(r"\(2, 3\)", r"\(3,\)")):
-        functional.cross_entropy(logits, Tensor(np.zeros(3, np.int32)))
-    with pytest.raises(ValueError, match=shapes.format(r"\(1, 2, 3\)", r"\(1, 2\)")):
-        functional.cross_entropy(logits.reshape(1, 2, 3), Tensor(np.zeros((1, 2), np.int32)))
-    for bad in ([0, 3], [-1, 0]):
-        with pytest.raises(ValueError, match=rf"targets lie in \[{min(bad)}, {max(bad)}\], the logits have 3 classes"):
-            functional.cross_entropy(logits, Tensor(np.array(bad, np.int32)))
-    with pytest.raises(ValueError, match=r"targets lie in \[0, 7\], the logits have 3 classes"):
-        functional.cross_entropy(Tensor(numbers(3, 3)), Tensor(np.array([-100, 0, 7], np.int32)))
 
 
 # Layers #

@@ -7,6 +7,7 @@ from mindspore import Tensor, nn
 
 from ..comm import world
 from ..compat.autograd import custom_op
+from ..compat.cells import drop_rate
 from ..compat.runtime import from_host, numpy_dtype
 from ..zero import context_of
 from ..zero.random import chunks, uniform
@@ -30,14 +31,27 @@ class Dropout(nn.Cell):
 
     def construct(self, x: Tensor) -> Tensor:
         """Any shape; the same shape and dtype."""
-        if not self.training or self.p == 0.0:
-            return x
-        here = world()
-        key = context_of(here).draws.next_key(here.engine.clock.step)
-        size = int(np.prod(x.shape))
-        mask = np.empty(size, numpy_dtype(x.dtype))
-        for first, words, inside in chunks(key, 0, size):
-            kept = uniform(words)[inside] >= self.p
-            mask[first : first + kept.size] = kept.astype(np.float32) / (1.0 - self.p)
-        mask_tensor = from_host(mask.reshape(x.shape))
-        return custom_op(lambda x: (x * mask_tensor,), lambda grads: (grads[0] * mask_tensor,), x)[0]
+        return _drop(x, self.p) if self.training and self.p else x
+
+
+class ReplayingDropout(nn.Dropout):
+    """What `BMTrainModelWrapper` makes of a `mindspore.nn.Dropout`: the same Cell, with `Dropout`'s masks."""
+
+    replays = True
+
+    def construct(self, x: Tensor) -> Tensor:
+        """Any shape; the same shape and dtype."""
+        p = drop_rate(self)
+        return _drop(x, p) if self.training and p else x
+
+
+def _drop(x: Tensor, p: float) -> Tensor:
+    here = world()
+    key = context_of(here).draws.next_key(here.engine.clock.step)
+    size = int(np.prod(x.shape))
+    mask = np.empty(size, numpy_dtype(x.dtype))
+    for first, words, inside in chunks(key, 0, size):
+        kept = uniform(words)[inside] >= p
+        mask[first : first + kept.size] = kept.astype(np.float32) / (1.0 - p)
+    mask_tensor = from_host(mask.reshape(x.shape))
+    return custom_op(lambda x: (x * mask_tensor,), lambda grads: (grads[0] * mask_tensor,), x)[0]

@@ -16,7 +16,8 @@ import numpy as np
 from mindspore import Tensor, ops
 
 from ..compat.autograd import custom_op
-from ..compat.runtime import addressed, device_target, from_host, host_array, numpy_dtype, values
+from ..compat.runtime import addressed, device_target, from_host, numpy_dtype, values
+from .cross_entropy import check_cross_entropy_options, cross_entropy  # noqa: F401  (operations in a file of their own)
 
 Angles = tuple[np.ndarray, np.ndarray]
 
@@ -30,8 +31,6 @@ _batch_t_matmul = ops.BatchMatMul(transpose_a=True)
 _softmax = ops.Softmax(-1)
 _gather = ops.Gather()
 _segment_sum = ops.UnsortedSegmentSum()
-_fused_loss = ops.SparseSoftmaxCrossEntropyWithLogits()
-_fused_loss_grad = ops.SparseSoftmaxCrossEntropyWithLogits(is_grad=True)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -284,57 +283,6 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         return _batch_matmul(scores_grad, k), _batch_t_matmul(scores_grad, q), v_grad
 
     return custom_op(forward, backward, q, k, v)[0]
-
-
-def cross_entropy(logits: Tensor, targets: Tensor, ignore_index: int = -100) -> Tensor:
-    """Mean of -log softmax(logits)[target] over the rows whose target is not `ignore_index`; float32, 0 when there is none.
-
-    Args:
-        logits: (rows, classes), any float dtype; the loss is computed in float32.
-        targets: (rows,) of int32 or int64.
-
-    Raises:
-        ValueError: shapes do not fit, or a target is outside [0, classes).
-    """
-    if logits.ndim != 2 or tuple(targets.shape) != (logits.shape[0],):
-        raise ValueError(
-            f"cross_entropy takes logits (rows, classes) and targets (rows,), not {tuple(logits.shape)} and {tuple(targets.shape)}"
-        )
-    if device_target() != "CPU":
-        return ops.cross_entropy(logits.astype(ms.float32), targets, ignore_index=ignore_index)
-    chosen = host_array(targets)
-    valid = np.flatnonzero(chosen != ignore_index)
-    if valid.size and not 0 <= chosen[valid].min() <= chosen[valid].max() < logits.shape[1]:
-        raise ValueError(
-            f"targets lie in [{chosen[valid].min()}, {chosen[valid].max()}], the logits have {logits.shape[1]} classes"
-        )
-    if not valid.size:
-        return (logits * 0.0).sum().astype(ms.float32)
-    if valid.size < chosen.size:
-        logits = embedding(from_host(valid.astype(np.int32)), logits)
-    labels = from_host(chosen[valid].astype(np.int32))
-
-    def forward(logits: Tensor) -> tuple[Tensor]:
-        loss = _fused_loss(logits.astype(ms.float32), labels)
-        if not math.isfinite(host_array(loss).item()):  # the operation takes the logarithm of a softmax that may have become 0
-            loss = _log_sum_exp_loss(logits, labels)
-        return (loss,)
-
-    def backward(grads: tuple[Tensor, ...]) -> tuple[Tensor]:
-        slope = _fused_loss_grad(logits.astype(ms.float32), labels)
-        if host_array(grads[0]).item() != 1.0:
-            slope = slope * grads[0]
-        return (slope.astype(logits.dtype),)
-
-    return custom_op(forward, backward, logits)[0]
-
-
-def _log_sum_exp_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    wide = host_array(logits.astype(ms.float32)).astype(np.float64)
-    with np.errstate(invalid="ignore"):  # logits that are not finite give a loss that is not
-        wide -= wide.max(-1, keepdims=True)
-        losses = np.log(np.exp(wide).sum(-1)) - wide[np.arange(len(wide)), host_array(labels)]
-    return from_host(np.array(losses.mean(), np.float32))
 
 
 @functools.lru_cache(maxsize=8)
