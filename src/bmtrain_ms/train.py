@@ -1,10 +1,13 @@
-"""The training loop of a language model: steps, log, evaluation, checkpoints."""
+"""The training loop of a language model: steps, log, evaluation, checkpoints, and ending in good order."""
 
 from __future__ import annotations
 
 import json
 import math
+import os
+import signal
 import sys
+import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,18 +17,25 @@ import numpy as np
 from mindspore import Tensor, nn
 from tqdm import tqdm
 
-from .checkpoint import load_training, save_training
+from .checkpoint import Checkpointer
 from .comm import world
 from .compat.autograd import no_grad
+from .compat.memory import resident_memory
 from .compat.runtime import from_host, host_array
 from .data import TokenSampler
 from .lr_scheduler import Cosine
 from .nn.functional import cross_entropy
 from .optim import AdamOptimizer, OptimManager
 
+EXIT_STOPPED = 75  # what a process ends with that was told to stop, and saved (EX_TEMPFAIL: try again)
+
 
 class TrainingError(RuntimeError):
     """Training cannot go on."""
+
+
+class Stopped(Exception):
+    """A signal came; the step was finished and a checkpoint saved. End the process with `EXIT_STOPPED`."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +44,9 @@ class TrainSettings:
 
     `steps`: in all, resumed ones included.  `lr`, `warmup`: peak rate and its warm-up steps; cosine to zero at `steps`.
     `clip`: largest gradient norm.  `loss_scale`: initial one, None for off.  `log`: JSONL file, one line per step, or None.
+    `bad_steps`: without loss scaling, a step whose loss or gradient is not finite is skipped; after so many in a row training ends.
+    `save_every` steps, `save_minutes`: how often to save, in the background; None: only when asked.  `keep_last`, `keep_every`,
+    `shared_storage`: see `checkpoint.Checkpointer`.
     """
 
     steps: int
@@ -44,6 +57,42 @@ class TrainSettings:
     clip: float = 1.0
     loss_scale: float | None = None
     log: Path | None = None
+    bad_steps: int = 3
+    save_every: int | None = None
+    save_minutes: float | None = None
+    keep_last: int | None = 3
+    keep_every: int | None = None
+    shared_storage: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "bad_steps", "save_every", "save_minutes"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise ValueError(f"{name} must be positive, not {value}")
+
+
+class StopSignals:
+    """Inside the `with` statement SIGTERM, SIGINT and SIGUSR1 ask to stop; a second one ends the process at once."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        self._before: dict[int, Any] = {}
+
+    def _ask(self, signum: int, frame: Any) -> None:
+        if self.asked:
+            os._exit(128 + signum)  # the last checkpoint is complete, and stays
+        self.asked = True
+
+    def __enter__(self) -> StopSignals:
+        if threading.current_thread() is threading.main_thread():
+            for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+                self._before[signum] = signal.signal(signum, self._ask)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for signum, handler in self._before.items():
+            signal.signal(signum, handler)
+        self._before = {}
 
 
 class Trainer:
@@ -53,9 +102,10 @@ class Trainer:
         model: token ids (batch, length) -> logits (batch, length, vocab); initialised or to be loaded.
         sampler: the training text.
         settings: how to train.
+        folder: of its checkpoints, or None.
     """
 
-    def __init__(self, model: nn.Cell, sampler: TokenSampler, settings: TrainSettings):
+    def __init__(self, model: nn.Cell, sampler: TokenSampler, settings: TrainSettings, folder: str | Path | None = None):
         self.model, self.sampler, self.settings = model, sampler, settings
         self.done = 0  # steps
         optimizer = AdamOptimizer(model.trainable_params(), settings.lr, settings.betas, weight_decay=settings.weight_decay)
@@ -64,17 +114,34 @@ class Trainer:
         self.manager.add_optimizer(optimizer, self._schedule)
         self._optimizer = optimizer
         self._engine = world().engine
+        self.checkpoints: Checkpointer | None = None
+        if folder is not None:
+            self.checkpoints = Checkpointer(
+                folder,
+                model,
+                self.manager,
+                keep_last=settings.keep_last,
+                keep_every=settings.keep_every,
+                shared_storage=settings.shared_storage,
+            )
+        elif settings.save_every or settings.save_minutes:
+            raise ValueError("save_every and save_minutes need a folder for the checkpoints")
+        self._bad, self._saved_at = 0, time.monotonic()
+        self._stop = StopSignals()
+        self._told = (False, False)  # by any rank: to stop, to save
 
     def fit(self, until: int | None = None) -> None:
         """Train up to step `until` (default: all), with a progress bar and a log line per step on rank 0.
 
         Raises:
-            TrainingError: the loss or the gradient is not finite, and no loss scaling is there to skip the step.
+            TrainingError: `bad_steps` in a row had a loss or a gradient that is not finite, and there is no loss scaling.
+            Stopped: a signal came.
         """
         until = self.settings.steps if until is None else min(until, self.settings.steps)
         self.model.set_train(True)
         chief = self._engine.rank == 0
-        with tqdm(total=self.settings.steps, initial=self.done, disable=not chief, desc="train", mininterval=1.0) as bar:
+        bar = tqdm(total=self.settings.steps, initial=self.done, disable=not chief, desc="train", mininterval=1.0)
+        with bar, StopSignals() as self._stop:
             while self.done < until:
                 record = self.train_step()
                 if chief:
@@ -84,6 +151,23 @@ class Trainer:
                         f"loss {record['loss']:.3f} lr {record['lr']:.1e} |g| {record['grad_norm']:.2f} "
                         f"{record['tokens_per_second']:.0f} tok/s {record['memory_mib']} MiB"
                     )
+                self._save_if_due()
+
+    def _save_if_due(self) -> None:
+        stop, due = self._told
+        if self.checkpoints is None:
+            if stop:
+                raise Stopped(f"stopped after step {self.done}, as a signal asked; there is no folder for a checkpoint")
+            return
+        if stop:
+            self.save()
+            raise Stopped(f"stopped after step {self.done}, as a signal asked; saved in {self.checkpoints.folder}")
+        every = self.settings.save_every
+        if due or (every and self.done % every == 0):
+            self._saved_at = time.monotonic()
+            self.checkpoints.save(self.done, {"step": self.done}, wait=False)
+        else:
+            self.checkpoints.poll()
 
     def train_step(self) -> dict[str, Any]:
         """One step; returns what the log line holds (the loss is the mean over the ranks)."""
@@ -93,12 +177,7 @@ class Trainer:
         self.manager.zero_grad()
         loss = self._mean(self.manager.backward(self._loss, from_host(inputs), from_host(targets.reshape(-1))))
         grad_norm = self.manager.clip_grad_norm(self._optimizer.param_groups, self.settings.clip)
-        if self.settings.loss_scale is None and not (math.isfinite(loss) and math.isfinite(grad_norm)):
-            raise TrainingError(
-                f"loss {loss}, gradient norm {grad_norm} at step {self.done + 1}; the parameters are as before this step. "
-                "Lower the learning rate, or set a loss scale if the model is in float16"
-            )
-        updated = self.manager.step()
+        updated = self._update(loss, grad_norm)
         self.done += 1
         seconds = time.perf_counter() - start
         return {
@@ -137,29 +216,76 @@ class Trainer:
         sums = self._engine.all_reduce([from_host(np.array([total], np.float32))], label="evaluate").wait()
         return host_array(sums[0]).item() / windows
 
-    def save(self, path: str | Path) -> None:
-        """Write a checkpoint to go on from."""
-        save_training(path, self.model, self.manager, {"step": self.done})
+    def save(self) -> None:
+        """Write a checkpoint to go on from, and wait for it.
 
-    def resume(self, path: str | Path) -> None:
-        """Go on from a checkpoint, at any number of ranks; the log loses the lines behind it.
+        Raises:
+            ValueError: the trainer has no folder.
+            CheckpointError: it cannot be written.
+        """
+        self._folder().save(self.done, {"step": self.done})
+
+    def close(self) -> None:
+        """Finish what is being saved, and let another job save to the folder."""
+        if self.checkpoints is not None:
+            self.checkpoints.close()
+
+    def resume(self, path: str | Path | None = None) -> bool:
+        """Go on from a checkpoint (default: the latest of the folder), at any number of ranks; the log loses the lines behind it.
 
         The schedule is that of this run's settings: with more `steps` than before it is stretched.
+
+        Returns:
+            Whether there was one.
         """
         planned = self._schedule.state_dict()
-        self.done = int(load_training(path, self.model, self.manager)["step"])
+        resumed = self._folder().load(path)
+        if resumed is None:
+            return False
+        self.done = int(resumed.extra["step"])
         self._schedule.load_state_dict({**planned, "num_iter": self._schedule.num_iter})
         log = self.settings.log
         if self._engine.rank == 0 and log is not None and log.exists():
             kept = [line for line in read_log(log) if line["step"] <= self.done]
             log.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+        return True
 
     def _loss(self, inputs: Tensor, targets: Tensor) -> Tensor:
         logits = self.model(inputs)
         return cross_entropy(logits.reshape(-1, logits.shape[-1]), targets)
 
+    def _update(self, loss: float, grad_norm: float) -> bool:
+        """Whether the parameters were updated."""
+        if self.settings.loss_scale is not None or (math.isfinite(loss) and math.isfinite(grad_norm)):
+            self._bad = 0
+            return self.manager.step().updated
+        self._bad += 1
+        if self._bad >= self.settings.bad_steps:
+            if self.checkpoints is not None:
+                self.checkpoints.finish()
+            where = "" if self.checkpoints is None else f" The last good checkpoint is in {self.checkpoints.folder}."
+            raise TrainingError(
+                f"loss {loss}, gradient norm {grad_norm} at step {self.done + 1}, and not finite for {self._bad} step(s) in a row, "
+                f"which were skipped.{where} Lower the learning rate, look at the data, or set a loss scale if the model is in "
+                "float16"
+            )
+        self.manager.discard_step()
+        return False
+
+    def _folder(self) -> Checkpointer:
+        if self.checkpoints is None:
+            raise ValueError("this Trainer has no folder for checkpoints: Trainer(model, sampler, settings, folder)")
+        return self.checkpoints
+
     def _mean(self, loss: Tensor) -> float:
-        return host_array(self._engine.all_reduce([loss.reshape(1)], "mean", "loss").wait()[0]).item()
+        """Over the ranks; what any of them was told travels with it."""
+        minutes = self.settings.save_minutes
+        due = minutes is not None and time.monotonic() - self._saved_at >= 60 * minutes
+        told = from_host(np.array([self._stop.asked, due], np.float32))
+        mean, told = self._engine.all_reduce([loss.reshape(1), told], "mean", "loss").wait()
+        stop, due = host_array(told) > 0
+        self._told = bool(stop), bool(due)
+        return host_array(mean).item()
 
     def _log(self, record: dict[str, Any]) -> None:
         if self.settings.log is not None:
@@ -215,13 +341,5 @@ def plot_log(log: str | Path, picture: str | Path, held_out: dict[int, float], u
 
 
 def memory_mib() -> int:
-    """Resident memory of this process now, in MiB (Linux; elsewhere its peak)."""
-    try:
-        pages = int(Path("/proc/self/statm").read_text().split()[1])
-    except OSError:
-        import resource
-
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
-    import os
-
-    return pages * os.sysconf("SC_PAGE_SIZE") >> 20
+    """Resident memory of this process, in MiB."""
+    return resident_memory()[0] >> 20

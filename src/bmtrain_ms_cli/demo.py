@@ -33,6 +33,10 @@ class DemoOptions:
     shard_size: int | None
     trace: Path | None
     seed: int
+    save_interval: int | None = None
+    save_minutes: float | None = None
+    keep_last: int = 3
+    no_shared_storage: bool = False
 
 
 def demo(options: DemoOptions) -> int:
@@ -45,8 +49,7 @@ def demo(options: DemoOptions) -> int:
     if "BMTRAIN_MS_DEMO" not in os.environ:
         script = [str(Path(__file__).with_name("__main__.py")), *_arguments(options)]
         return launch(script, options.ranks, variables={"BMTRAIN_MS_DEMO": "rank"})
-    _run(options)
-    return 0
+    return _run(options)
 
 
 def _arguments(options: DemoOptions) -> list[str]:
@@ -77,8 +80,8 @@ def _check(options: DemoOptions) -> None:
         raise LaunchError(f"--trace {options.trace}: there is no folder {options.trace.resolve().parent}")
     if options.text is not None:
         _check_text(options.text)
-    if options.resume and not (options.out / "checkpoint.safetensors").exists():
-        raise LaunchError(f"--resume: there is no checkpoint.safetensors in {options.out}; run without --resume first")
+    if options.resume and not (options.out / "checkpoints").is_dir():
+        raise LaunchError(f"--resume: there is no folder checkpoints in {options.out}; run without --resume first")
 
 
 def _check_text(path: Path) -> None:
@@ -90,7 +93,19 @@ def _check_text(path: Path) -> None:
         raise LaunchError(f"--text {path} is not UTF-8: {error.reason} at byte {error.start}; convert it first") from error
 
 
-def _run(options: DemoOptions) -> None:
+def _run(options: DemoOptions) -> int:
+    import bmtrain_ms as bms
+
+    try:
+        _train(options)
+    except bms.train.Stopped as stopped:
+        if bms.rank() == 0:
+            print(f"{stopped}; go on with --resume")
+        return bms.train.EXIT_STOPPED
+    return 0
+
+
+def _train(options: DemoOptions) -> None:
     started = time.time()
     import bmtrain_ms as bms
 
@@ -115,25 +130,27 @@ def _run(options: DemoOptions) -> None:
         f"vocabulary {tokenizer.get_vocab_size()}"
     )
 
-    checkpoint = out / "checkpoint.safetensors"
     curve: dict[int, float] = {}
     trainer = _trainer(options, train, tokenizer.get_vocab_size())
     if options.resume:
-        trainer.resume(checkpoint)
+        trainer.resume()
         say(f"resumed at step {trainer.done}")
     else:
         curve[0] = trainer.evaluate(held_out, _LENGTH)
         trainer.fit(until=max(1, options.steps * 3 // 4))
         curve[trainer.done] = before = trainer.evaluate(held_out, _LENGTH)
-        trainer.save(checkpoint)
-        # Go on as a new process would: with a new model and optimizer, from the file.
+        trainer.save()
+        trainer.close()
+        # Go on as a new process would: with a new model and optimizer, from the checkpoint.
         trainer = _trainer(options, train, tokenizer.get_vocab_size())
-        trainer.resume(checkpoint)
+        trainer.resume()
         again = trainer.evaluate(held_out, _LENGTH)
         say(f"saved and resumed at step {trainer.done}: held-out loss {before:.6f} before, {again:.6f} after")
     trainer.fit()
     curve[trainer.done] = final = trainer.evaluate(held_out, _LENGTH)
-    trainer.save(checkpoint)
+    trainer.save()
+    trainer.close()
+    bms.save(trainer.model, out / "model.safetensors")
     say(f"held-out loss {final:.4f} nats per token; unigram entropy of the same text {entropy:.4f}")
     _write_samples(trainer.model, tokenizer, options.seed, say)
     if options.trace is not None and world.trace is not None:
@@ -141,7 +158,7 @@ def _run(options: DemoOptions) -> None:
         say(f"trace of {world.engine.size} rank(s) written to {options.trace}")
     if chief:
         bms.train.plot_log(out / "log.jsonl", out / "loss.png", curve, entropy)
-        say(f"log.jsonl, loss.png, checkpoint.safetensors, tokenizer.json and config.json are in {out}")
+        say(f"log.jsonl, loss.png, model.safetensors, tokenizer.json, config.json and checkpoints are in {out}")
         say(f"{time.time() - started:.0f} s in all")
 
 
@@ -184,8 +201,17 @@ def _trainer(options: DemoOptions, tokens: Any, vocab_size: int) -> Any:
     model = Llama(config)
     bms.init_parameters(model)
     sampler = bms.data.TokenSampler(tokens, _LENGTH, options.batch, options.seed)
-    settings = bms.train.TrainSettings(steps=options.steps, lr=3e-3, loss_scale=options.loss_scale, log=options.out / "log.jsonl")
-    return bms.train.Trainer(model, sampler, settings)
+    settings = bms.train.TrainSettings(
+        steps=options.steps,
+        lr=3e-3,
+        loss_scale=options.loss_scale,
+        log=options.out / "log.jsonl",
+        save_every=options.save_interval,
+        save_minutes=options.save_minutes,
+        keep_last=options.keep_last,
+        shared_storage=not options.no_shared_storage,
+    )
+    return bms.train.Trainer(model, sampler, settings, options.out / "checkpoints")
 
 
 def _write_samples(model: Any, tokenizer: Any, seed: int, say: Any) -> None:

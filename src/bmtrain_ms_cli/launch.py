@@ -21,7 +21,8 @@ class LaunchError(RuntimeError):
 def launch(script: Sequence[str], ranks: int, launcher: str = "auto", variables: Mapping[str, str] | None = None) -> int:
     """Run a Python script with its arguments on `ranks` processes of this host and wait for them.
 
-    SIGTERM and SIGINT are passed on to the whole process group (`msrun` alone would orphan its workers).
+    The first SIGTERM or SIGINT is passed on to the ranks, which may save and end (`train.StopSignals`); the second, and under
+    `msrun` every one (it would orphan its workers), to the whole process group.
 
     Args:
         script: its path, then its arguments.
@@ -50,9 +51,17 @@ def launch(script: Sequence[str], ranks: int, launcher: str = "auto", variables:
         command = _mpi_command(script, ranks) if ranks > 1 else [sys.executable, *script]  # one rank needs no MPI
     process = subprocess.Popen(command, env=env, start_new_session=True)
 
+    asked: list[int] = []
+
     def pass_on(signum: int, frame: FrameType | None) -> None:
+        asked.append(signum)
+        chosen = _ranks_of(process.pid) if launcher != "msrun" and len(asked) == 1 else []
         with contextlib.suppress(ProcessLookupError):  # it has just ended by itself
-            os.killpg(process.pid, signum)
+            if not chosen:
+                os.killpg(process.pid, signum)
+        for pid in chosen:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signum)
 
     before = {signum: signal.signal(signum, pass_on) for signum in (signal.SIGTERM, signal.SIGINT)}
     try:
@@ -62,6 +71,18 @@ def launch(script: Sequence[str], ranks: int, launcher: str = "auto", variables:
             signal.signal(signum, handler)
         _end_group(process.pid)
     return 128 - code if code < 0 else code
+
+
+def _ranks_of(mpiexec: int) -> list[int]:
+    """The processes that MPICH's `mpiexec` started: the children of its proxies. None where that cannot be found out."""
+    parents: dict[int, list[tuple[int, str]]] = {}
+    for status in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            text = status.read_text()  # pid (name) state parent ...
+            name, rest = text[text.index("(") + 1 : text.rindex(")")], text[text.rindex(")") + 2 :].split()
+            parents.setdefault(int(rest[1]), []).append((int(status.parent.name), name))
+    proxies = [pid for pid, name in parents.get(mpiexec, []) if name.startswith("hydra")]
+    return [pid for proxy in proxies for pid, _ in parents.get(proxy, [])]
 
 
 def has_ascend() -> bool:

@@ -15,7 +15,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.command == "launch":
             from .launch import launch
 
-            return launch([arguments.script, *arguments.arguments], arguments.ranks, arguments.launcher)
+            runner = [str(Path(__file__).with_name("module.py"))] if arguments.module else []
+            return launch([*runner, arguments.script, *arguments.arguments], arguments.ranks, arguments.launcher)
+        if arguments.command == "ckpt":
+            from .ckpt import run
+
+            return run(arguments)
         from .demo import DemoOptions, demo
 
         values = {name: value for name, value in vars(arguments).items() if name != "command"}
@@ -28,7 +33,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _user_errors() -> tuple[type[BaseException], ...]:
     from .launch import LaunchError
 
-    return (LaunchError,)
+    checkpoint = sys.modules.get("bmtrain_ms.checkpoint")  # only what has been imported can have raised
+    return (LaunchError, *([checkpoint.CheckpointError] if checkpoint is not None else []))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -44,6 +50,7 @@ def _parser() -> argparse.ArgumentParser:
         default="auto",
         help="auto: msrun where there are Ascend devices, mpiexec elsewhere",
     )
+    launch.add_argument("-m", "--module", action="store_true", help="the script is a module's name, as for python -m")
     launch.add_argument("script", help="a Python script")
     launch.add_argument("arguments", nargs=argparse.REMAINDER, help="passed on to it")
 
@@ -69,7 +76,33 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--shard-size", type=_positive, default=None, help="shard over so many ranks, replicate across the others")
     demo.add_argument("--trace", type=Path, default=None, help="write what happens when to this file (chrome://tracing, Perfetto)")
     demo.add_argument("--seed", type=int, default=0, help="of initialisation, data order and sampling (default 0)")
+    demo.add_argument("--save-interval", type=_positive, default=None, help="save every so many steps, in the background")
+    demo.add_argument("--save-minutes", type=float, default=None, help="save every so many minutes, in the background")
+    demo.add_argument("--keep-last", type=_positive, default=3, help="checkpoints to keep (default 3)")
+    demo.add_argument("--no-shared-storage", action="store_true", help="every host keeps what its ranks wrote")
+    _add_ckpt(commands.add_parser("ckpt", help="look at checkpoints, check and rewrite them"))
     return parser
+
+
+def _add_ckpt(parser: argparse.ArgumentParser) -> None:
+    actions = parser.add_subparsers(dest="action", required=True)
+
+    def action(name: str, text: str) -> argparse.ArgumentParser:
+        made = actions.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+        made.add_argument("path", type=Path, help="a checkpoint, a folder of checkpoints (the latest), or safetensors files")
+        return made
+
+    action("inspect", "say what is in a checkpoint")
+    action("verify", "read all of a checkpoint and check every hash")
+    consolidate = action("consolidate", "write the model's tensors whole, as Hugging Face's libraries read them")
+    consolidate.add_argument("out", type=Path, help="folder")
+    consolidate.add_argument("--max-shard-size", default="5GB", help="largest file, e.g. 200MiB (default 5GB)")
+    consolidate.add_argument("--everything", action="store_true", help="optimizer states too")
+    reshard = action("reshard", "write a checkpoint as another number of ranks would have")
+    reshard.add_argument("out", type=Path, help="the new checkpoint")
+    reshard.add_argument("--ranks", type=_positive, required=True, help="how many")
+    diff = action("diff", "say how two checkpoints differ; ends with 1 if they do")
+    diff.add_argument("other", type=Path, help="the other one")
 
 
 def _positive(text: str) -> int:

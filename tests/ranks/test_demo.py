@@ -52,7 +52,7 @@ def test_demo_leaves_its_results(demo):
     folder, done = demo
     assert len(losses(folder)) == 6
     assert (folder / "loss.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
-    assert {"checkpoint.safetensors", "tokenizer.json", "config.json"} <= set(os.listdir(folder))
+    assert {"checkpoints", "model.safetensors", "tokenizer.json", "config.json"} <= set(os.listdir(folder))
     assert not [name for name in os.listdir(folder) if name.endswith(".tmp")]
     assert "2 rank(s), ZeRO-3" in done.stdout
     resumed = next(line for line in done.stdout.splitlines() if line.startswith("saved and resumed at step 4"))
@@ -105,7 +105,7 @@ def test_text_that_is_not_utf8_is_told(capsys, monkeypatch, tmp_path):
         (["demo", "--loss-scale", "-1"], "--loss-scale must be positive and finite, not -1.0"),
         (["demo", "--prefetch", "-1"], "--prefetch must be 0 or more, not -1"),
         (["demo", "--text", "/nonexistent.txt"], "--text /nonexistent.txt does not exist"),
-        (["demo", "--resume", "--out", "/nonexistent"], "there is no checkpoint.safetensors in /nonexistent"),
+        (["demo", "--resume", "--out", "/nonexistent"], "there is no folder checkpoints in /nonexistent"),
         (["demo", "--steps", "0"], "must be at least 1, not 0"),
         (["demo", "--shard-size", "2", "--ranks", "3", "--batch", "6"], "--shard-size 2 does not divide --ranks 3"),
         (["demo", "--trace", "/nonexistent/t.json"], "--trace /nonexistent/t.json: there is no folder /nonexistent"),

@@ -297,7 +297,7 @@ def test_missing(tmp_path):
 
 
 def test_folder(tmp_path):
-    refused(Odd(), tmp_path, rf"{tmp_path} is not a complete safetensors file")
+    refused(Odd(), tmp_path, rf"{tmp_path} has neither model\.safetensors nor model\.safetensors\.index\.json")
 
 
 def test_types_that_mindspore_does_not_have(tmp_path):
@@ -380,7 +380,7 @@ class Run:
             for p in self.optimizer.parameters
             for name, t in self.optimizer.state_of(p).items()
         }
-        return {**raw(self.model), **tensors, "manager": self.manager.state_dict(), "clock": world().engine.clock.step}
+        return {**raw(self.model), **tensors, "manager": self.manager.state_dict(tensors=False), "clock": world().engine.clock.step}
 
 
 @pytest.mark.parametrize("half", [False, True], ids=["fp32", "fp16"])
@@ -454,9 +454,26 @@ def test_half_state_does_not_fit_a_float_model(tmp_path):
         load_training(tmp_path / "file", full.model, full.manager)
 
 
-def test_plain_parameters_have_no_sharded_state(tmp_path):
-    run = Run(half=False)
-    run.manager.add_optimizer(AdamOptimizer([Parameter(Tensor(np.zeros(2, np.float32)), name="plain")]))
-    with pytest.raises(CheckpointError, match="parameter plain is not a DistributedParameter: its optimizer state cannot be saved"):
-        save_training(tmp_path / "file", run.model, run.manager, {})
-    assert files(tmp_path) == []
+def test_the_state_of_plain_parameters_is_saved_too(tmp_path):
+    """Every rank has all of it: replicated tensors."""
+
+    def with_plain(value: float) -> tuple[Run, AdamOptimizer]:
+        run = Run(half=False)
+        plain = Parameter(Tensor(np.full(2, value, np.float32)), name="plain")
+        optimizer = AdamOptimizer([plain], lr=0.1)
+        run.manager.add_optimizer(optimizer)
+        run.model.plain = plain
+        return run, optimizer
+
+    run, optimizer = with_plain(3.0)
+    optimizer([Tensor(np.array([1.0, -2.0], np.float32))])
+    save_training(tmp_path / "file", run.model, run.manager, {})
+    other, restored = with_plain(4.0)
+    load_training(tmp_path / "file", other.model, other.manager)
+    assert other.everything() == run.everything()
+    (p,), (q,) = optimizer.parameters, restored.parameters
+    for name, tensor in optimizer.state_of(p).items():
+        assert np.array_equal(restored.state_of(q)[name].asnumpy(), tensor.asnumpy()) and tensor.asnumpy().all()
+    for each in (optimizer, restored):
+        each([Tensor(np.ones(2, np.float32))])
+    assert np.array_equal(p.asnumpy(), q.asnumpy())

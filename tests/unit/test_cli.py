@@ -81,7 +81,7 @@ def test_the_ranks_get_the_options_of_the_user(parent, started, monkeypatch, tmp
     """What `demo` passes on says to the ranks what the user said to it."""
     monkeypatch.chdir(tmp_path)
     Path("some where").mkdir()
-    Path("some where/checkpoint.safetensors").touch()
+    Path("some where/checkpoints").mkdir()
     Path("text.txt").touch()
     words: list[Any] = ["demo", "--text", "text.txt"]
     for name, value in options.items():
@@ -89,7 +89,7 @@ def test_the_ranks_get_the_options_of_the_user(parent, started, monkeypatch, tmp
             words += ["--" + name.replace("_", "-"), *([] if value is True else [value])]
     assert exit_code(*words) == 7
     seen: list[DemoOptions] = []
-    monkeypatch.setattr(demo_module, "_run", seen.append)
+    monkeypatch.setattr(demo_module, "_run", lambda options: seen.append(options) or 0)
     assert "BMTRAIN_MS_DEMO" not in os.environ
     monkeypatch.setenv("BMTRAIN_MS_DEMO", "rank")
     assert exit_code(*started[0][0][1:]) == 0  # as one of the ranks
@@ -129,7 +129,7 @@ def test_what_argparse_refuses(words, text, capsys):
         (["--prefetch", "-1"], "--prefetch must be 0 or more, not -1"),
         (["--text", "missing.txt"], "--text missing.txt does not exist"),
         (["--text", "."], "--text . does not exist"),
-        (["--resume", "--out", "empty"], "--resume: there is no checkpoint.safetensors in empty; run without --resume first"),
+        (["--resume", "--out", "empty"], "--resume: there is no folder checkpoints in empty; run without --resume first"),
     ],
     ids=lambda x: " ".join(x) if isinstance(x, list) else "",
 )
@@ -233,6 +233,32 @@ def test_environment_of_the_ranks(spawned, script, monkeypatch):
     monkeypatch.setenv("GLOG_v", "0")
     launch([script], 4, "mpi")
     assert (spawned[-1][1]["OMP_NUM_THREADS"], spawned[-1][1]["GLOG_v"]) == ("5", "0")
+
+
+def test_a_module_by_its_name(spawned, monkeypatch):
+    """What follows the name is the module's, options too."""
+    monkeypatch.setattr(launch_module, "has_ascend", lambda: False)
+    for words in (["-n", 2, "-m"], ["-m", "-n", 1], ["-n", 2, "--with", "msrun", "--module"]):
+        assert exit_code("launch", *words, "some.module", "-m", "--plot", "x") == 5
+    for command, _ in spawned:
+        runner, *arguments = command[-5:]
+        assert Path(runner).name == "module.py" and arguments == ["some.module", "-m", "--plot", "x"]
+    assert spawned[0][0][1:-5] == ["-n", "2", sys.executable, "-m", "mpi4py"]
+    assert spawned[1][0][:-5] == [sys.executable]
+    assert Path(spawned[2][0][0]).name == "msrun"
+
+
+def test_a_module_runs_as_with_python(tmp_path, capfd, monkeypatch):
+    (tmp_path / "package").mkdir()
+    (tmp_path / "package" / "__init__.py").touch()
+    (tmp_path / "package" / "job.py").write_text(
+        "import sys\nfrom . import __name__ as n\nprint(__name__, n, sys.argv[1:])\nsys.exit(3)"
+    )
+    monkeypatch.chdir(tmp_path)
+    assert exit_code("launch", "-n", 1, "-m", "package.job", "a", "--b") == 3
+    assert capfd.readouterr().out == "__main__ package ['a', '--b']\n"
+    assert exit_code("launch", "-n", 1, "-m", "package.nothing") == 1
+    assert "No module named package.nothing" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("devices, found", [([], False), (["davinci_manager"], False), (["davinci0"], True), (["davinci12"], True)])

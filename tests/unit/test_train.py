@@ -26,11 +26,11 @@ TOKENS = np.tile(np.arange(VOCAB), 40).astype(np.int32)  # every token has one s
 FIELDS = {"step", "loss", "lr", "grad_norm", "loss_scale", "skipped", "seconds", "tokens_per_second", "memory_mib"}
 
 
-def trainer(steps: int = 6, half: bool = False, **settings: Any) -> Trainer:
+def trainer(steps: int = 6, half: bool = False, folder: Any = None, **settings: Any) -> Trainer:
     model = Llama(LlamaConfig(VOCAB, 16, 2, dim_ff=12, num_layers=1, half=half, use_checkpoint=False))
     bms.init_parameters(model)
     settings = {"lr": 0.03, "warmup": 2, **settings}
-    return Trainer(model, TokenSampler(TOKENS, length=6, global_batch=4), TrainSettings(steps, **settings))
+    return Trainer(model, TokenSampler(TOKENS, length=6, global_batch=4), TrainSettings(steps, **settings), folder)
 
 
 def weights(t: Trainer) -> list[bytes]:
@@ -146,17 +146,19 @@ def test_a_loss_that_is_not_finite_ends_training(bad, tmp_path):
     values[0] = bad
     p.copy_full(values)
     before = weights(t)
-    text = r"loss nan, gradient norm nan at step 3; the parameters are as before this step\. Lower the learning rate, or set"
+    text = r"loss nan, gradient norm nan at step 5, and not finite for 3 step\(s\) in a row, which were skipped\. Lower the"
     with pytest.raises(TrainingError, match=text):
         t.fit()
-    assert weights(t) == before and t.done == 2 and len(read_log(tmp_path / "log")) == 2
+    assert weights(t) == before and t.done == 4
+    assert [r["skipped"] for r in read_log(tmp_path / "log")] == [False, False, True, True]
+    assert t.manager.lr_schedulers[0].num_iter == 2  # the schedule waits
 
 
 def test_a_gradient_that_is_not_finite_ends_training(monkeypatch):
-    t = trainer()
+    t = trainer(bad_steps=1)
     before = weights(t)
     monkeypatch.setattr(t.manager, "clip_grad_norm", lambda *args: math.inf)
-    with pytest.raises(TrainingError, match=r"loss 2\.5\d+, gradient norm inf at step 1;"):
+    with pytest.raises(TrainingError, match=r"loss 2\.5\d+, gradient norm inf at step 1, and not finite for 1"):
         t.train_step()
     assert weights(t) == before
 
@@ -182,15 +184,15 @@ def test_with_a_loss_scale_the_step_is_skipped(tmp_path, capsys):
 def test_resume_is_bit_equal_and_mends_the_log(tmp_path, half):
     """The checkpoint is older than the log: the lines behind it are written again."""
     scale = 256.0 if half else None
-    t = trainer(half=half, loss_scale=scale, log=tmp_path / "log")
+    t = trainer(half=half, folder=tmp_path / "saved", loss_scale=scale, log=tmp_path / "log")
     t.fit(until=3)
-    t.save(tmp_path / "checkpoint")
+    t.save()
     t.fit()
     expected, final = steady(read_log(tmp_path / "log")), weights(t)
     bms.shutdown()
     bms.init_distributed(seed=0)
-    again = trainer(half=half, loss_scale=scale, log=tmp_path / "log")
-    again.resume(tmp_path / "checkpoint")
+    again = trainer(half=half, folder=tmp_path / "saved", loss_scale=scale, log=tmp_path / "log")
+    again.resume()
     assert again.done == 3 and steady(read_log(tmp_path / "log")) == expected[:3]
     again.fit()
     assert weights(again) == final and steady(read_log(tmp_path / "log")) == expected
@@ -198,12 +200,12 @@ def test_resume_is_bit_equal_and_mends_the_log(tmp_path, half):
 
 def test_resume_to_more_steps(tmp_path):
     """The schedule is stretched: at the end of the old one the rate was 0."""
-    t = trainer(steps=3, log=tmp_path / "log")
+    t = trainer(steps=3, folder=tmp_path / "saved", log=tmp_path / "log")
     t.fit()
-    t.save(tmp_path / "checkpoint")
+    t.save()
     assert t.manager.optimizers[0].param_groups[0]["lr"] == 0.0
-    more = trainer(steps=6, log=tmp_path / "log")
-    more.resume(tmp_path / "checkpoint")
+    more = trainer(steps=6, folder=tmp_path / "saved", log=tmp_path / "log")
+    more.resume()
     before = weights(more)
     more.fit()
     records = read_log(tmp_path / "log")
@@ -213,11 +215,11 @@ def test_resume_to_more_steps(tmp_path):
 
 
 def test_resume_without_a_log(tmp_path):
-    t = trainer(steps=2)
+    t = trainer(steps=2, folder=tmp_path / "saved")
     t.fit(until=1)
-    t.save(tmp_path / "checkpoint")
-    again = trainer(steps=2, log=tmp_path / "log")
-    again.resume(tmp_path / "checkpoint")
+    t.save()
+    again = trainer(steps=2, folder=tmp_path / "saved", log=tmp_path / "log")
+    again.resume()
     assert again.done == 1 and not (tmp_path / "log").exists()
 
 

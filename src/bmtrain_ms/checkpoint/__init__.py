@@ -1,7 +1,20 @@
 """Checkpoints: one safetensors file, written as a stream, read at any number of ranks."""
 
+from .checkpointer import Checkpointer, Resumed
 from .errors import CheckpointError
-from .store import LoadResult, load, save
+from .store import LoadResult, load, load_state_dict, save, state_dict, wait_for_saves
 from .training import load_training, save_training
 
-__all__ = ["CheckpointError", "LoadResult", "load", "load_training", "save", "save_training"]
+__all__ = [
+    "CheckpointError",
+    "Checkpointer",
+    "LoadResult",
+    "Resumed",
+    "load",
+    "load_state_dict",
+    "load_training",
+    "save",
+    "save_training",
+    "state_dict",
+    "wait_for_saves",
+]

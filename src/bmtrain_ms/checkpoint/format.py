@@ -6,13 +6,15 @@ because the library wants the whole model in memory.
 
 from __future__ import annotations
 
+import contextlib
 import json
+import math
 import os
 import struct
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Mapping
+from typing import Any, Callable, Mapping
 
 import mindspore as ms
 import numpy as np
@@ -21,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from ..compat.runtime import numpy_dtype
 from .errors import CheckpointError
 
-_NAMES = {
+TYPE_NAMES = {
     ms.float16: "F16",
     ms.bfloat16: "BF16",
     ms.float32: "F32",
@@ -33,7 +35,7 @@ _NAMES = {
     ms.int64: "I64",
     ms.bool_: "BOOL",
 }
-_DTYPES = {name: dtype for dtype, name in _NAMES.items()}
+DTYPES: dict[str, Any] = {name: dtype for dtype, name in TYPE_NAMES.items()}
 
 
 @dataclass(frozen=True)
@@ -65,10 +67,10 @@ def plan(
     entries: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     spans, end = {}, 0
     for name, (dtype, shape) in tensors.items():
-        if dtype not in _NAMES:
+        if dtype not in TYPE_NAMES:
             raise CheckpointError(f"tensor {name} is {dtype}, which safetensors cannot store")
         begin, end = end, end + int(np.prod(shape, dtype=np.int64)) * numpy_dtype(dtype).itemsize
-        entries[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
+        entries[name] = {"dtype": TYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
         spans[name] = begin
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
@@ -77,15 +79,59 @@ def plan(
     return header, infos, len(header) + end
 
 
+def check_header(path: Path, read: Callable[[int, int], bytes], size: int) -> dict[str, TensorInfo]:
+    """The tensors of a safetensors file of `size` bytes, from its header, of which nothing is believed.
+
+    Args:
+        read: (position, count) -> bytes of the file.
+
+    Raises:
+        CheckpointError: it is no safetensors file, or truncated, or tensors overlap or leave the file.
+    """
+    if size < 8:
+        raise CheckpointError(f"{path} is {size} bytes long: it is truncated")
+    length = struct.unpack("<Q", read(0, 8))[0]
+    if length > size - 8:
+        raise CheckpointError(f"{path} is truncated, or not a safetensors file: its header would be {length} bytes long")
+    try:
+        entries = json.loads(read(8, length))
+        if not isinstance(entries, dict):
+            raise ValueError("the header is not an object")
+        entries.pop("__metadata__", None)
+        infos, spans = {}, []
+        for name, entry in entries.items():
+            dtype, shape, (begin, end) = DTYPES[entry["dtype"]], tuple(entry["shape"]), entry["data_offsets"]
+            if not all(type(n) is int and 0 <= n < 1 << 62 for n in (*shape, begin, end)):
+                raise ValueError(f"tensor {name} has an impossible shape or place")
+            if end - begin != math.prod(shape) * numpy_dtype(dtype).itemsize:
+                raise ValueError(f"tensor {name} has {end - begin} bytes, its shape {shape} needs another number")
+            infos[name] = TensorInfo(dtype, shape, 8 + length + begin)
+            spans.append((begin, end))
+        reached = 0
+        for begin, end in sorted(spans):
+            if begin != reached:
+                raise ValueError("tensors overlap, or leave a gap")
+            reached = end
+        if 8 + length + reached != size:
+            raise ValueError(f"the file has {size} bytes, its tensors end at {8 + length + reached}")
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"{path} is damaged: {error}") from error
+    return infos
+
+
 class AtomicFile:
     """A file that appears under its name complete, or not at all; the one before stays until then."""
 
     def __init__(self, path: Path, header: bytes, size: int):
-        self._path = path
+        self.path = path
         self._temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         self._file = open(self._temporary, "wb")  # noqa: SIM115  (closed by commit or discard)
-        self._file.truncate(size)
-        self._file.write(header)
+        try:
+            self._file.truncate(size)
+            self._file.write(header)
+        except BaseException:
+            self.discard()
+            raise
 
     def write(self, position: int, data: np.ndarray) -> None:
         """Write the array's bytes at a position of the file."""
@@ -97,8 +143,8 @@ class AtomicFile:
         self._file.flush()
         os.fsync(self._file.fileno())
         self._file.close()
-        os.replace(self._temporary, self._path)
-        folder = os.open(self._path.parent, os.O_RDONLY)
+        os.replace(self._temporary, self.path)
+        folder = os.open(self.path.parent, os.O_RDONLY)
         try:
             os.fsync(folder)
         finally:
@@ -106,7 +152,8 @@ class AtomicFile:
 
     def discard(self) -> None:
         """Leave nothing behind."""
-        self._file.close()
+        with contextlib.suppress(OSError):  # closing writes what is buffered: on a full disk that fails again
+            self._file.close()
         self._temporary.unlink(missing_ok=True)
 
 
@@ -130,11 +177,11 @@ class Reader:
         length = int(self._map[:8].view("<u8")[0])
         entries = json.loads(bytes(self._map[8 : 8 + length]))
         entries.pop("__metadata__", None)
-        unknown = {e["dtype"] for e in entries.values()} - set(_DTYPES)
+        unknown = {e["dtype"] for e in entries.values()} - set(DTYPES)
         if unknown:
             raise CheckpointError(f"{self.path} has tensors of types {sorted(unknown)}, which MindSpore does not have")
         self.tensors = {
-            name: TensorInfo(_DTYPES[e["dtype"]], tuple(e["shape"]), 8 + length + e["data_offsets"][0])
+            name: TensorInfo(DTYPES[e["dtype"]], tuple(e["shape"]), 8 + length + e["data_offsets"][0])
             for name, e in entries.items()
         }
 

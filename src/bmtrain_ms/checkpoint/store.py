@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import json
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Callable, Mapping, Sequence
 
@@ -16,10 +18,12 @@ import numpy as np
 from mindspore import Parameter, Tensor, nn
 
 from ..comm import Engine, World, world
-from ..compat.runtime import from_host, host_array, numpy_dtype
+from ..compat.runtime import from_host, host_array, numpy_dtype, overwrite
 from ..zero import DistributedParameter
+from .background import DeferredFile, pending
+from .consolidated import ConsolidatedReader, file_names, forget, size_in_bytes, split, tensor_bytes, write_index
 from .errors import CheckpointError
-from .format import AtomicFile, Reader, plan
+from .format import AtomicFile, plan
 
 PIECE = 4 << 20  # bytes of each rank that travel at once
 
@@ -70,34 +74,79 @@ def sharded_entry(p: DistributedParameter) -> Entry:
     return Entry(p.full_shape, p.dtype, lambda: p, p.set_shard, p.shard_length)
 
 
-def companion_entry(p: DistributedParameter, tensor: Tensor) -> Entry:
-    """The entry of a tensor that is sharded as `p` is (a moment, a master); written in place."""
-
-    def assign(shard: Tensor) -> None:
-        tensor.assign_value(shard)
-
-    return Entry(p.full_shape, tensor.dtype, lambda: tensor, assign, p.shard_length)
+def companion_entry(p: DistributedParameter | None, tensor: Tensor) -> Entry:
+    """The entry of a tensor that is sharded as `p` is (a moment, a master), or the same on every rank; written in place."""
+    shape, length = (tuple(tensor.shape), None) if p is None else (p.full_shape, p.shard_length)
+    return Entry(shape, tensor.dtype, lambda: tensor, lambda values: overwrite(tensor, values), length)
 
 
 def _replicated_entry(p: Parameter) -> Entry:
     return Entry(tuple(p.shape), p.dtype, lambda: p, lambda full: p.set_data(full), None)
 
 
-def save(model: nn.Cell, file_name: str | Path) -> None:
-    """Write the model as one safetensors file (BMTrain: `save`). All ranks call it; rank 0 writes.
+def save(model: nn.Cell, file_name: str | Path, non_blocking: bool = False, max_shard_size: int | str | None = None) -> None:
+    """Write the model as one safetensors file (BMTrain: `save`), or several. All ranks call it; rank 0 writes.
 
-    The file appears complete or not at all.
+    A file appears complete or not at all; the index of several comes last. No rank ever holds the model.
+
+    Args:
+        file_name: of the file; with `max_shard_size`, of a folder.
+        max_shard_size: bytes, or like `5GB`: write files of at most so much, named and indexed as Hugging Face's.
+        non_blocking: return when rank 0 has the values; a thread writes them, from up to the model's size of host memory there. An
+            error is raised by the next `save`, `load` or `wait_for_saves`, on every rank, and told at exit at the latest.
 
     Raises:
-        CheckpointError: it cannot be written; on every rank.
+        CheckpointError: it cannot be written, or an earlier file could not; on every rank.
     """
-    save_entries(file_name, model_entries(model), {"format": "pt"}, world())
+    here, entries = world(), model_entries(model)
+    if max_shard_size is None:
+        save_entries(file_name, entries, {"format": "pt"}, here, non_blocking)
+        return
+    if non_blocking:
+        raise ValueError("non_blocking and max_shard_size do not go together; a Checkpointer saves in the background")
+    sizes = {name: tensor_bytes(entry.dtype, entry.shape) for name, entry in entries.items()}
+    groups = split(sizes, size_in_bytes(max_shard_size))
+    folder, error = Path(file_name), None
+    try:
+        if here.engine.rank == 0:
+            folder.mkdir(parents=True, exist_ok=True)
+            forget(folder)
+    except OSError as caught:
+        error = caught
+    _agree(here.engine, error, f"{folder} cannot be made")
+    for name, group in zip(file_names(len(groups)), groups):
+        save_entries(folder / name, {x: entries[x] for x in group}, {"format": "pt"}, here)
+    try:
+        if here.engine.rank == 0 and len(groups) > 1:
+            write_index(folder, groups, sum(sizes.values()))
+    except OSError as caught:
+        error = caught
+    _agree(here.engine, error, f"{folder} cannot be written")
+
+
+def wait_for_saves() -> None:
+    """Wait until what `save(non_blocking=True)` has begun is on the disk. All ranks call it.
+
+    Raises:
+        CheckpointError: a file could not be written; on every rank.
+    """
+    if not pending:
+        return
+    error: BaseException | None = None
+    for file in pending:
+        try:
+            if file is not None:
+                file.join()
+        except Exception as caught:
+            error = CheckpointError(f"{file.path} was not written in the background: {caught}")
+    pending.clear()
+    _agree(world().engine, error, "a file saved with non_blocking=True was not written")
 
 
 def load(model: nn.Cell, file_name: str | Path, strict: bool = True) -> LoadResult:
-    """Read a file written by `save`, at any number of ranks (BMTrain: `load`). All ranks call it; each reads what it owns.
+    """Read what `save` wrote, at any number of ranks (BMTrain: `load`). All ranks call it; each reads what it owns.
 
-    Values are converted to the parameter's dtype.
+    `file_name`: a safetensors file, or a folder, or an index, of several. Values are converted to the parameter's dtype.
 
     Args:
         strict: raise where names differ; otherwise they are returned.
@@ -105,30 +154,72 @@ def load(model: nn.Cell, file_name: str | Path, strict: bool = True) -> LoadResu
     Raises:
         CheckpointError: unreadable, another shape, or (strict) other names; on every rank.
     """
+    wait_for_saves()
     return load_entries(file_name, model_entries(model), world(), strict)
 
 
-def save_entries(path: str | Path, entries: Mapping[str, Entry], metadata: Mapping[str, str], here: World) -> None:
+def state_dict(model: nn.Cell) -> dict[str, np.ndarray]:
+    """Name -> full values on rank 0, which needs memory for all of them; empty on the others (BMTrain: `_save_to_rank0`).
+
+    All ranks call it.
+    """
+    here = world()
+    state: dict[str, np.ndarray] = {}
+    for name, entry in model_entries(model).items():
+        full = np.empty(entry.count, numpy_dtype(entry.dtype))
+        for first, piece in _pieces(entry, here.shards, name):
+            full[first : first + piece.size] = piece
+        if here.engine.rank == 0:
+            state[name] = full.reshape(entry.shape)
+    return state
+
+
+def load_state_dict(model: nn.Cell, state: Mapping[str, Any], strict: bool = True) -> LoadResult:
+    """Take values from a dictionary of full arrays or tensors, which every rank has; converted to the parameters' types.
+
+    Raises:
+        CheckpointError: another shape, or (strict) other names.
+    """
+    entries = model_entries(model)
+    arrays = {name: host_array(x) if isinstance(x, Tensor) else np.asarray(x) for name, x in state.items()}
+    result = compare({name: x.shape for name, x in arrays.items()}, entries, strict, "the state", "it")
+    for name, entry in entries.items():
+        if name in arrays:
+            entry.set(from_host(_shard(partial(_elements, arrays[name].reshape(-1)), entry, world().shards)))
+    return result
+
+
+def save_entries(
+    path: str | Path, entries: Mapping[str, Entry], metadata: Mapping[str, str], here: World, non_blocking: bool = False
+) -> None:
     """See `save`; for any tensors."""
+    wait_for_saves()
     path = Path(path)
     engine = here.engine
     error: BaseException | None = None
-    file: AtomicFile | None = None
+    file: AtomicFile | DeferredFile | None = None
     try:
         header, infos, size = plan({name: (e.dtype, e.shape) for name, e in entries.items()}, metadata)
         if engine.rank == 0:
             file = AtomicFile(path, header, size)
+            if non_blocking:
+                file = DeferredFile(file)
     except (OSError, CheckpointError) as caught:
         error = caught
-    _agree(engine, error, f"{path} cannot be written")
-    for name, entry in entries.items():
-        for position, piece in _pieces(entry, here.shards, name):
-            if file is None or error is not None:
-                continue  # the other ranks expect every gather, written or not
-            try:
-                file.write(infos[name].start + position * piece.itemsize, piece)
-            except OSError as caught:
-                error = caught
+    try:
+        _agree(engine, error, f"{path} cannot be written")
+        for name, entry in entries.items():
+            for position, piece in _pieces(entry, here.shards, name):
+                if file is None or error is not None:
+                    continue  # the other ranks expect every gather, written or not
+                try:
+                    file.write(infos[name].start + position * piece.itemsize, piece)
+                except OSError as caught:
+                    error = caught
+    except BaseException:  # e.g. another rank is gone
+        if file is not None:
+            file.discard()
+        raise
     try:
         if file is not None:
             file.commit() if error is None else file.discard()
@@ -136,6 +227,8 @@ def save_entries(path: str | Path, entries: Mapping[str, Entry], metadata: Mappi
         error = caught
         file.discard()
     _agree(engine, error, f"{path} cannot be written")
+    if non_blocking:
+        pending.append(file if isinstance(file, DeferredFile) else None)
 
 
 def read_metadata(path: str | Path, here: World) -> dict[str, str]:
@@ -143,7 +236,7 @@ def read_metadata(path: str | Path, here: World) -> dict[str, str]:
     error: BaseException | None = None
     metadata: dict[str, str] = {}
     try:
-        with Reader(path) as reader:
+        with ConsolidatedReader(path) as reader:
             metadata = reader.metadata
     except (OSError, CheckpointError) as caught:
         error = caught
@@ -156,19 +249,34 @@ def load_entries(path: str | Path, entries: Mapping[str, Entry], here: World, st
     error: BaseException | None = None
     with contextlib.ExitStack() as stack:
         try:
-            reader = stack.enter_context(Reader(path))
-            result = _compare(reader, entries, strict)
+            reader = stack.enter_context(ConsolidatedReader(path))
+            shapes = {name: info.shape for name, info in reader.tensors.items()}
+            result = compare(shapes, entries, strict, str(reader.path))
         except (OSError, CheckpointError) as caught:
             error = caught
         _agree(here.engine, error, f"{path} cannot be loaded")
         try:
-            for name, entry in entries.items():
-                if name in reader.tensors:
-                    entry.set(from_host(_read(reader, name, entry, here.shards)))
+            apply_entries({name: entry for name, entry in entries.items() if name in reader.tensors}, reader.read, here)
         except (OSError, CheckpointError) as caught:
             error = caught
         _agree(here.engine, error, f"{path} cannot be loaded")
     return result
+
+
+def apply_entries(entries: Mapping[str, Entry], read: Callable[[str, int, int], np.ndarray], here: World) -> None:
+    """Fill every entry with what this rank stores of it; `read(name, start, stop)` gives elements of the flattened full tensor."""
+    for name, entry in entries.items():
+        entry.set(from_host(_shard(partial(read, name), entry, here.shards)))
+
+
+def gather_json(value: Any, engine: Engine, label: str) -> list[Any]:
+    """Every rank's value, which JSON can hold, by rank."""
+    text = np.frombuffer(json.dumps(value).encode(), np.uint8)
+    sizes = host_array(engine.all_gather([from_host(np.array([text.size], np.int64))], label=label).wait()[0])
+    padded = np.zeros(int(sizes.max()), np.uint8)
+    padded[: text.size] = text
+    rows = host_array(engine.all_gather([from_host(padded)], label=label).wait()[0]).reshape(engine.size, -1)
+    return [json.loads(row[:n].tobytes()) for row, n in zip(rows, sizes)]
 
 
 def _pieces(entry: Entry, engine: Engine, name: str) -> Any:
@@ -187,39 +295,48 @@ def _pieces(entry: Entry, engine: Engine, name: str) -> Any:
                 yield first, row[: entry.count - first]
 
 
-def _read(reader: Reader, name: str, entry: Entry, engine: Engine) -> np.ndarray:
+def _elements(flat: np.ndarray, start: int, stop: int) -> np.ndarray:
+    return flat[start:stop]
+
+
+def _shard(read: Callable[[int, int], np.ndarray], entry: Entry, engine: Engine) -> np.ndarray:
+    """What this rank stores of an entry; `read(start, stop)` gives elements of the flattened full tensor."""
     dtype = numpy_dtype(entry.dtype)
     if entry.shard_length is None:
-        return reader.read(name).astype(dtype).reshape(entry.shape)
+        return read(0, entry.count).astype(dtype).reshape(entry.shape)
     start = min(engine.rank * entry.shard_length, entry.count)
     stop = min(start + entry.shard_length, entry.count)
     shard = np.zeros(entry.shard_length, dtype)
     step = max(1, PIECE // dtype.itemsize)
     for begin in range(start, stop, step):
         end = min(begin + step, stop)
-        shard[begin - start : end - start] = reader.read(name, begin, end)
+        shard[begin - start : end - start] = read(begin, end)
     return shard
 
 
-def _compare(reader: Reader, entries: Mapping[str, Entry], strict: bool) -> LoadResult:
-    result = LoadResult(
-        [name for name in entries if name not in reader.tensors],
-        [name for name in reader.tensors if name not in entries],
-    )
+def compare(
+    there: Mapping[str, tuple[int, ...]], entries: Mapping[str, Entry], strict: bool, what: str, where: str = "the file"
+) -> LoadResult:
+    """What does not match; `there`: name -> shape in the file, which messages call `where`.
+
+    Raises:
+        CheckpointError: shapes differ, or (strict) names.
+    """
+    result = LoadResult([name for name in entries if name not in there], [name for name in there if name not in entries])
     shapes = [
-        f"{name}: {reader.tensors[name].shape} in the file, {entry.shape} here"
+        f"{name}: {there[name]} in {where}, {entry.shape} here"
         for name, entry in entries.items()
-        if name in reader.tensors and reader.tensors[name].shape != entry.shape
+        if name in there and there[name] != entry.shape
     ]
     problems = []
     if shapes:
         problems.append(f"{len(shapes)} shapes differ: " + _first(shapes))
     if strict and result.missing:
-        problems.append(f"{len(result.missing)} missing in the file: " + _first(_with_hints(result.missing, result.unexpected)))
+        problems.append(f"{len(result.missing)} missing in {where}: " + _first(_with_hints(result.missing, result.unexpected)))
     if strict and result.unexpected:
-        problems.append(f"{len(result.unexpected)} unexpected in the file: " + _first(result.unexpected))
+        problems.append(f"{len(result.unexpected)} unexpected in {where}: " + _first(result.unexpected))
     if problems:
-        raise CheckpointError(f"{reader.path} does not fit the model; " + "; ".join(problems))
+        raise CheckpointError(f"{what} does not fit the model; " + "; ".join(problems))
     return result
 
 

@@ -10,7 +10,7 @@ from mindspore import nn
 
 from ..comm import world
 from ..optim import OptimManager
-from ..zero import DistributedParameter, context_of
+from ..zero import context_of
 from .errors import CheckpointError
 from .store import Entry, companion_entry, load_entries, model_entries, read_metadata, save_entries
 
@@ -31,10 +31,10 @@ def save_training(file_name: str | Path, model: nn.Cell, manager: OptimManager, 
         "version": _VERSION,
         "seed": here.seed,
         "clock": here.engine.clock.step,
-        "manager": manager.state_dict(),
+        "manager": manager.state_dict(tensors=False),
         "extra": extra,
     }
-    save_entries(file_name, _entries(model, manager), {"format": "pt", "bmtrain_ms": json.dumps(state)}, here)
+    save_entries(file_name, training_entries(model, manager), {"format": "pt", "bmtrain_ms": json.dumps(state)}, here)
 
 
 def load_training(file_name: str | Path, model: nn.Cell, manager: OptimManager) -> dict[str, Any]:
@@ -50,19 +50,17 @@ def load_training(file_name: str | Path, model: nn.Cell, manager: OptimManager) 
     state = json.loads(metadata["bmtrain_ms"])
     if state["version"] > _VERSION:
         raise CheckpointError(f"{file_name} has format version {state['version']}, this bmtrain_ms reads up to {_VERSION}; upgrade")
-    load_entries(file_name, _entries(model, manager), here)
+    load_entries(file_name, training_entries(model, manager), here)
     manager.load_state_dict(state["manager"])
     here.engine.clock.step = state["clock"]
     context_of(here).draws.count = 0
     return state["extra"]
 
 
-def _entries(model: nn.Cell, manager: OptimManager) -> dict[str, Entry]:
+def training_entries(model: nn.Cell, manager: OptimManager) -> dict[str, Entry]:
+    """Every tensor of a training state, by name."""
     entries = model_entries(model)
-    for i, optimizer in enumerate(manager.optimizers):
-        for p in optimizer.parameters:
-            if not isinstance(p, DistributedParameter):
-                raise CheckpointError(f"parameter {p.name} is not a DistributedParameter: its optimizer state cannot be saved")
-            for name, tensor in optimizer.state_of(p).items():
-                entries[f"optimizer.{i}.{name}.{p.name}"] = companion_entry(p, tensor)
+    for i, driver in enumerate(manager.drivers):
+        for name, (like, tensor) in driver.state_tensors().items():
+            entries[f"optimizer.{i}.{name}"] = companion_entry(like, tensor)
     return entries

@@ -1,0 +1,156 @@
+"""Whole tensors in one or several safetensors files with Hugging Face's index, as `transformers` and others read them.
+
+model-00001-of-00002.safetensors
+model-00002-of-00002.safetensors
+model.safetensors.index.json     {"metadata": {"total_size": bytes}, "weight_map": {name: file}}
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any, Mapping, Sequence
+
+import numpy as np
+
+from ..compat.runtime import numpy_dtype
+from .errors import CheckpointError
+from .folder import sync_folder
+from .format import Reader, TensorInfo
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
+_PLAIN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*\.safetensors")
+
+
+def size_in_bytes(size: int | str) -> int:
+    """`5GB`, `200MiB` or a number of bytes.
+
+    Raises:
+        ValueError: it is none of these, or not positive.
+    """
+    match = re.fullmatch(r"(\d+)\s*([A-Za-z]*)", str(size).strip())
+    unit = _UNITS.get(match[2].upper()) if match else None
+    if match is None or unit is None or int(match[1]) < 1:
+        raise ValueError(f"max_shard_size must be a number of bytes, or like 5GB or 200MiB, not {size!r}")
+    return int(match[1]) * unit
+
+
+def split(sizes: Mapping[str, int], largest: int) -> list[list[str]]:
+    """Names in groups of at most so many bytes, in order; a tensor that is larger has a group of its own."""
+    groups: list[list[str]] = []
+    filled = 0
+    for name, size in sizes.items():
+        if not groups or filled + size > largest:
+            groups.append([])
+            filled = 0
+        groups[-1].append(name)
+        filled += size
+    return groups
+
+
+def file_names(count: int) -> list[str]:
+    """Of so many files."""
+    return [SINGLE] if count == 1 else [f"model-{i:05}-of-{count:05}.safetensors" for i in range(1, count + 1)]
+
+
+def forget(folder: Path) -> None:
+    """Remove what says where tensors are, before other files are written: an old index would mix two models."""
+    (folder / INDEX).unlink(missing_ok=True)
+    (folder / SINGLE).unlink(missing_ok=True)
+
+
+def write_index(folder: Path, groups: Sequence[Sequence[str]], total: int) -> None:
+    """The index of several files; in one instant."""
+    names = file_names(len(groups))
+    index = {"metadata": {"total_size": total}, "weight_map": {x: file for file, group in zip(names, groups) for x in group}}
+    temporary = folder / f".{INDEX}.{os.getpid()}"
+    with open(temporary, "w", encoding="utf-8") as file:
+        json.dump(index, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, folder / INDEX)
+    sync_folder(folder)
+
+
+class ConsolidatedReader:
+    """A safetensors file, a folder with one or several, or their index; read by ranges of elements.
+
+    Raises:
+        CheckpointError: missing, damaged, or the index names files that cannot be.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self._readers: list[Reader] = []
+        self._of: dict[str, Reader] = {}
+        try:
+            for file, names in self._files():
+                reader = Reader(file)
+                self._readers.append(reader)
+                missing = [name for name in names or () if name not in reader.tensors]
+                if missing:
+                    raise CheckpointError(f"{file} has no tensor {missing[0]}, which its index says it has")
+                self._of.update(dict.fromkeys(reader.tensors if names is None else names, reader))
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        """The strings in the first file's header."""
+        return self._readers[0].metadata
+
+    @property
+    def tensors(self) -> dict[str, TensorInfo]:
+        """By name."""
+        return {name: reader.tensors[name] for name, reader in self._of.items()}
+
+    def read(self, name: str, start: int, stop: int) -> np.ndarray:
+        """Elements [start, stop) of the flattened tensor."""
+        return self._of[name].read(name, start, stop)
+
+    def close(self) -> None:
+        """Let go of the files."""
+        for reader in self._readers:
+            reader.close()
+        self._readers = []
+
+    def __enter__(self) -> ConsolidatedReader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _files(self) -> list[tuple[Path, list[str] | None]]:
+        """(file, names to take from it, None: all)."""
+        if self.path.is_dir() and (self.path / INDEX).exists():
+            return _weight_map(self.path / INDEX)
+        if self.path.is_dir() and (self.path / SINGLE).exists():
+            return [(self.path / SINGLE, None)]
+        if self.path.is_dir():
+            raise CheckpointError(f"{self.path} has neither {SINGLE} nor {INDEX}")
+        return _weight_map(self.path) if self.path.name.endswith(".index.json") else [(self.path, None)]
+
+
+def _weight_map(path: Path) -> list[tuple[Path, list[str] | None]]:
+    try:
+        weights: Any = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        files: dict[str, list[str]] = {}
+        for name, file in weights.items():
+            if not isinstance(file, str) or not _PLAIN.fullmatch(file):
+                raise ValueError(f"tensor {name} is said to be in {file!r}, which is not the name of a file beside the index")
+            files.setdefault(file, []).append(name)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"{path} is damaged: {error}") from error
+    if not files:
+        raise CheckpointError(f"{path} names no file")
+    return [(path.parent / file, names) for file, names in files.items()]
+
+
+def tensor_bytes(dtype: Any, shape: Sequence[int]) -> int:
+    """Of a tensor."""
+    return int(np.prod(shape, dtype=np.int64)) * numpy_dtype(dtype).itemsize

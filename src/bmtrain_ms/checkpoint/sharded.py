@@ -1,0 +1,406 @@
+"""One sharded checkpoint: a folder with one safetensors file for each rank that wrote it, and an index.
+
+    index.json                       what there is: shapes, types, hashes, and everything that is not a tensor
+    rank-00000-of-00004.safetensors  what rank 0 owned: of each tensor a flat piece, without padding
+
+A tensor's pieces are, one behind the other, the flattened full tensor: so any number of ranks can read the ranges that they need.
+Every piece has a hash (xxh3) for each 4 MiB of it, which reading checks. Nothing in a file is trusted: names are made here, and
+not read; sizes are compared with those of the files before anything is allocated; links are refused.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Iterator, Mapping, Sequence
+
+import numpy as np
+import xxhash
+
+from ..compat.runtime import numpy_dtype
+from .errors import CheckpointError
+from .format import DTYPES, TYPE_NAMES, TensorInfo, check_header, plan
+
+INDEX = "index.json"
+VERSION = 2
+HASHED = 4 << 20  # bytes that share a hash
+_LARGEST_INDEX = 1 << 30  # bytes
+_LARGEST_TENSOR = 1 << 62  # bytes
+
+
+@dataclass(frozen=True)
+class IndexedTensor:
+    """A tensor of a checkpoint.
+
+    Attributes:
+        dtype: of MindSpore.
+        shape: of the full tensor.
+        shard: elements of each rank's piece, the last shorter or empty; None: whole, in rank 0's file (in every rank's, without
+            shared storage).
+        hashes: of the pieces, by rank, or of the whole; for each 4 MiB a hexadecimal number.
+    """
+
+    dtype: Any
+    shape: tuple[int, ...]
+    shard: int | None
+    hashes: Sequence[Sequence[str]]
+
+    @property
+    def count(self) -> int:
+        """Elements of the full tensor."""
+        return int(np.prod(self.shape, dtype=object)) if self.shape else 1
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of an element."""
+        return numpy_dtype(self.dtype).itemsize
+
+    def piece(self, rank: int) -> tuple[int, int]:
+        """First element and the one behind the last of a rank's piece."""
+        if self.shard is None:
+            return 0, self.count
+        start = min(rank * self.shard, self.count)
+        return start, min(start + self.shard, self.count)
+
+
+@dataclass(frozen=True)
+class Index:
+    """What `index.json` says.
+
+    Attributes:
+        ranks: how many wrote it.
+        identity: of this save; equal on every node.
+        state: everything that is not a tensor.
+        tensors: by name.
+    """
+
+    ranks: int
+    identity: str
+    state: dict[str, Any]
+    tensors: Mapping[str, IndexedTensor]
+
+    def to_json(self) -> str:
+        """The file's text."""
+        tensors = {
+            name: {"dtype": TYPE_NAMES[t.dtype], "shape": list(t.shape), "shard": t.shard, "hashes": [list(h) for h in t.hashes]}
+            for name, t in self.tensors.items()
+        }
+        known = {"format": "bmtrain_ms", "version": VERSION, "ranks": self.ranks, "identity": self.identity}
+        state = json.loads(json.dumps(self.state))  # as it is read: keys that are numbers become strings, which sort otherwise
+        body = {**known, "state": state, "tensors": tensors}
+        return _dumped({**body, "checksum": _checksum(body)})
+
+
+def _dumped(body: dict[str, Any]) -> str:
+    return json.dumps(body, separators=(",", ":"), sort_keys=True)
+
+
+def _checksum(body: dict[str, Any]) -> str:
+    return xxhash.xxh3_64_hexdigest(_dumped(body).encode())
+
+
+def file_name(rank: int, ranks: int) -> str:
+    """Of a rank's tensors."""
+    return f"rank-{rank:05}-of-{ranks:05}.safetensors"
+
+
+def read_index(folder: Path) -> Index:
+    """Parse and check `index.json`.
+
+    Raises:
+        CheckpointError: it is missing, not ours, of a later version, or says what cannot be.
+    """
+    path = folder / INDEX
+    with _opened(path) as file:
+        if file.size > _LARGEST_INDEX:
+            raise CheckpointError(f"{path} is {file.size} bytes long, which no index is")
+        text = file.read(0, file.size)
+    try:
+        raw = json.loads(text)
+        return _parsed(raw)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from None
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is damaged: {error}") from error
+
+
+def _parsed(raw: Any) -> Index:
+    if not isinstance(raw, dict) or raw.get("format") != "bmtrain_ms":
+        raise CheckpointError("it is not the index of a bmtrain_ms checkpoint")
+    version: Any = raw.get("version")
+    if not _is_count(version):
+        raise CheckpointError("it has no version")
+    _expect(version <= VERSION, f"it has format version {version}, this bmtrain_ms reads up to {VERSION}; upgrade")
+    checksum = raw.pop("checksum", None)
+    _expect(checksum == _checksum(raw), "it is damaged: its checksum differs")
+    ranks, identity, state, tensors = _fields(raw, "ranks", "identity", "state", "tensors")
+    if not (_is_count(ranks) and 1 <= ranks <= 99999):
+        raise CheckpointError(f"it says that {ranks!r} ranks wrote it")
+    if not (isinstance(identity, str) and isinstance(state, dict) and isinstance(tensors, dict)):
+        raise CheckpointError("parts of it are missing")
+    return Index(ranks, identity, state, {name: _tensor(name, entry, ranks) for name, entry in tensors.items()})
+
+
+def _tensor(name: str, entry: Any, ranks: int) -> IndexedTensor:
+    if not isinstance(entry, dict):
+        raise CheckpointError(f"tensor {name} has no description")
+    dtype, shape, shard, hashes = _fields(entry, "dtype", "shape", "shard", "hashes")
+    if not (isinstance(dtype, str) and dtype in DTYPES):
+        raise CheckpointError(f"tensor {name} is of the unknown type {dtype!r}")
+    _expect(isinstance(shape, list) and all(map(_is_count, shape)), f"tensor {name} has the impossible shape {shape!r}")
+    _expect(shard is None or (_is_count(shard) and shard >= 1), f"tensor {name} has the impossible shard length {shard!r}")
+    made = IndexedTensor(DTYPES[dtype], tuple(shape), shard, ())
+    _expect(made.count * made.itemsize < _LARGEST_TENSOR, f"tensor {name} of shape {shape} is too large to exist")
+    _expect(shard is None or shard * ranks >= made.count, f"tensor {name} has pieces for fewer elements than its shape")
+    pieces = 1 if shard is None else ranks
+    texts = isinstance(hashes, list) and len(hashes) == pieces and all(isinstance(h, list) for h in hashes)
+    _expect(texts and all(isinstance(x, str) for h in hashes for x in h), f"tensor {name} has no hashes for {pieces} pieces")
+    for rank, h in enumerate(hashes):
+        start, stop = made.piece(rank)
+        wanted = -(-(stop - start) * made.itemsize // HASHED)
+        _expect(len(h) == wanted, f"tensor {name} has {len(h)} hashes of rank {rank}'s piece, which needs {wanted}")
+    return IndexedTensor(made.dtype, made.shape, shard, hashes)
+
+
+def _fields(raw: dict[str, Any], *names: str) -> list[Any]:
+    return [raw.get(name) for name in names]
+
+
+def _is_count(x: Any) -> bool:
+    return type(x) is int and 0 <= x < _LARGEST_TENSOR
+
+
+def _expect(condition: bool, what: str) -> None:
+    if not condition:
+        raise CheckpointError(what)
+
+
+class _RegularFile:
+    """A file that is neither a link nor anything but a file; read at positions."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        try:
+            self._file = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0))
+        except OSError as error:
+            what = "is a link, which a checkpoint does not have" if path.is_symlink() else f"cannot be opened: {error.strerror}"
+            raise CheckpointError(f"{path} {what}") from error
+        info = os.fstat(self._file)
+        if not stat.S_ISREG(info.st_mode):
+            os.close(self._file)
+            raise CheckpointError(f"{path} is not a file")
+        self.size = info.st_size
+
+    def read(self, start: int, count: int) -> bytes:
+        """Exactly so many bytes."""
+        pieces, missing = [], count
+        while missing:
+            piece = os.pread(self._file, missing, start + count - missing)
+            if not piece:
+                raise CheckpointError(f"{self.path} ends before byte {start + count}: it is truncated")
+            pieces.append(piece)
+            missing -= len(piece)
+        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+    def close(self) -> None:
+        """A second call does nothing."""
+        if self._file >= 0:
+            os.close(self._file)
+            self._file = -1
+
+    def __enter__(self) -> _RegularFile:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _opened(path: Path) -> _RegularFile:
+    return _RegularFile(path)
+
+
+class ShardedReader:
+    """The tensors of a checkpoint, read by ranges of elements; only what is asked for is read, and checked.
+
+    Args:
+        folder: of the checkpoint.
+        only: ranks whose files are here (no shared storage); default: all.
+
+    Raises:
+        CheckpointError: the index or a file is missing, damaged, or they do not belong together.
+    """
+
+    def __init__(self, folder: Path, only: Sequence[int] | None = None):
+        self.folder, self.index = folder, read_index(folder)
+        self._whole = 0 if only is None else only[0]  # whose file whole tensors are read from
+        self._files: dict[int, tuple[_RegularFile, dict[str, TensorInfo]]] = {}
+        self._last: tuple[tuple[str, int, int] | None, bytes] = None, b""  # the block read last: the next range may begin in it
+        try:
+            for rank in range(self.index.ranks) if only is None else only:
+                self._files[rank] = self._open(rank)
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Name -> shape of the full tensor."""
+        return {name: t.shape for name, t in self.index.tensors.items()}
+
+    def read(self, name: str, start: int, stop: int) -> np.ndarray:
+        """Elements [start, stop) of the flattened full tensor.
+
+        Raises:
+            CheckpointError: a hash differs, or the file ends too early.
+        """
+        tensor = self.index.tensors[name]
+        out = np.empty(stop - start, numpy_dtype(tensor.dtype))
+        target = out.view(np.uint8)
+        for rank in self._ranks_of(tensor, start, stop):
+            first, last = tensor.piece(rank)
+            begin, end = max(start, first), min(stop, last)
+            at, size = (begin - first) * tensor.itemsize, (end - begin) * tensor.itemsize
+            goal = (begin - start) * tensor.itemsize
+            for position, block in self._blocks(name, rank, at, at + size):
+                low, high = max(position, at), min(position + len(block), at + size)
+                target[goal + low - at : goal + high - at] = np.frombuffer(block, np.uint8)[low - position : high - position]
+        return out
+
+    def verify(self, ranks: Sequence[int] | None = None) -> Iterator[int]:
+        """Check every hash of those ranks' files (default: all); yields numbers of bytes as it goes.
+
+        Raises:
+            CheckpointError: one differs.
+        """
+        for rank in range(self.index.ranks) if ranks is None else ranks:
+            for name, tensor in self.index.tensors.items():
+                if tensor.shard is None and rank != self._whole:
+                    continue
+                first, last = tensor.piece(rank)
+                for _, block in self._blocks(name, rank, 0, (last - first) * tensor.itemsize):
+                    yield len(block)
+
+    def close(self) -> None:
+        """Let go of the files."""
+        for file, _ in self._files.values():
+            file.close()
+
+    def __enter__(self) -> ShardedReader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _ranks_of(self, tensor: IndexedTensor, start: int, stop: int) -> Sequence[int]:
+        if start >= stop:
+            return ()
+        if tensor.shard is None:
+            return (self._whole,)
+        return range(start // tensor.shard, (stop - 1) // tensor.shard + 1)
+
+    def _blocks(self, name: str, rank: int, begin: int, end: int) -> Iterator[tuple[int, bytes]]:
+        """(position in the piece, bytes) of the hashed blocks that cover bytes [begin, end) of a rank's piece."""
+        tensor = self.index.tensors[name]
+        first, last = tensor.piece(rank)
+        size = (last - first) * tensor.itemsize
+        if begin >= end:
+            return
+        if rank not in self._files:
+            raise CheckpointError(f"{self.folder}: rank {rank}'s file, which has a part of {name}, is not on this host")
+        file, infos = self._files[rank]
+        for i in range(begin // HASHED, -(-end // HASHED)):
+            position = i * HASHED
+            if self._last[0] == (name, rank, i):
+                yield position, self._last[1]
+                continue
+            block = file.read(infos[name].start + position, min(HASHED, size - position))
+            if xxhash.xxh3_64_hexdigest(block) != tensor.hashes[0 if tensor.shard is None else rank][i]:
+                raise CheckpointError(
+                    f"{file.path}: tensor {name} is damaged (bytes {position} to {position + len(block)} of its piece do not have "
+                    "the hash that the index says)"
+                )
+            self._last = (name, rank, i), block
+            yield position, block
+
+    def _open(self, rank: int) -> tuple[_RegularFile, dict[str, TensorInfo]]:
+        file = _RegularFile(self.folder / file_name(rank, self.index.ranks))
+        try:
+            infos = check_header(file.path, file.read, file.size)
+            for name, tensor in self.index.tensors.items():
+                first, last = tensor.piece(rank)
+                if first == last or (tensor.shard is None and rank != self._whole):
+                    continue
+                info = infos.get(name)
+                if info is None or info.dtype != tensor.dtype or info.shape != (last - first,):
+                    found = "is missing" if info is None else f"is {info.shape} {info.dtype}"
+                    raise CheckpointError(
+                        f"{file.path}: tensor {name} {found}, the index says ({last - first},) {tensor.dtype}; files of different "
+                        "checkpoints are mixed"
+                    )
+        except BaseException:
+            file.close()
+            raise
+        return file, infos
+
+
+def write_rank_file(path: Path, pieces: Mapping[str, tuple[Any, np.ndarray]], metadata: Mapping[str, str]) -> dict[str, list[str]]:
+    """Write a rank's pieces, bring them to the disk, and read them back to check.
+
+    Args:
+        pieces: name -> (MindSpore dtype, flat array); empty ones are left out.
+
+    Returns:
+        Name -> hashes.
+
+    Raises:
+        OSError: it cannot be written.
+        CheckpointError: what is on the disk is not what was written.
+    """
+    there = {name: piece for name, piece in pieces.items() if piece[1].size}
+    header, infos, size = plan({name: (dtype, array.shape) for name, (dtype, array) in there.items()}, metadata)
+    blocks = [
+        (name, infos[name].start + start, array.view(np.uint8)[start : start + HASHED])
+        for name, (_, array) in there.items()
+        for start in range(0, array.nbytes, HASHED)
+    ]
+    file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
+    try:
+        os.truncate(file, size)
+        _write_at(file, header, 0)
+        with ThreadPoolExecutor(_threads()) as pool:
+            written = list(pool.map(lambda block: _write_block(file, block[2], block[1]), blocks))
+            os.fsync(file)
+            if os.fstat(file).st_size != size:
+                raise CheckpointError(f"{path} has {os.fstat(file).st_size} bytes on the disk, {size} were written")
+            read = pool.map(lambda block: xxhash.xxh3_64_hexdigest(os.pread(file, block[2].size, block[1])), blocks)
+            for (name, _, _), expected, found in zip(blocks, written, read):
+                if expected != found:
+                    raise CheckpointError(f"{path}: tensor {name} is not on the disk as it was written")
+    finally:
+        os.close(file)
+    hashes: dict[str, list[str]] = {name: [] for name in pieces}
+    for (name, _, _), value in zip(blocks, written):
+        hashes[name].append(value)
+    return hashes
+
+
+def _threads() -> int:
+    """As many as this process has cores, and not more than help."""
+    return min(4, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+
+
+def _write_block(file: int, block: np.ndarray, position: int) -> str:
+    """Write it; its hash."""
+    _write_at(file, block.data, position)
+    return xxhash.xxh3_64_hexdigest(block.data)
+
+
+def _write_at(file: int, data: Any, position: int) -> None:
+    view = memoryview(data)
+    while view:
+        count = os.pwrite(file, view, position)
+        view, position = view[count:], position + count

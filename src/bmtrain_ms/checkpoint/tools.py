@@ -1,0 +1,270 @@
+"""What `bmtrain-ms ckpt` does: looking at checkpoints and rewriting them, a few MiB at a time, in one process, without a model."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Iterator, Union
+
+import numpy as np
+import xxhash
+from tqdm import tqdm
+
+from ..compat.runtime import numpy_dtype
+from . import consolidated
+from .errors import CheckpointError
+from .folder import latest_in, sync_folder
+from .format import AtomicFile, plan
+from .sharded import HASHED, INDEX, Index, IndexedTensor, ShardedReader, file_name
+
+STEP = 4 << 20  # bytes at a time
+_STATE = ("optimizer.", "gradient.")
+
+AnyReader = Union[ShardedReader, consolidated.ConsolidatedReader]
+
+
+@dataclass(frozen=True)
+class _Tensor:
+    dtype: Any
+    shape: tuple[int, ...]
+
+    @property
+    def count(self) -> int:
+        return int(np.prod(self.shape, dtype=np.int64))
+
+    @property
+    def nbytes(self) -> int:
+        return self.count * numpy_dtype(self.dtype).itemsize
+
+
+def open_checkpoint(path: str | Path) -> AnyReader:
+    """A sharded checkpoint, a folder of them (the latest), or whole tensors in safetensors files.
+
+    Raises:
+        CheckpointError: it is none of these, or damaged.
+    """
+    path = Path(path)
+    if path.is_dir():
+        found = path if (path / INDEX).exists() else latest_in(path)
+        if found is not None:
+            return ShardedReader(found)
+    return consolidated.ConsolidatedReader(path)
+
+
+def inspect(path: str | Path) -> str:
+    """What is in it, as text."""
+    with open_checkpoint(path) as reader:
+        tensors = _tensors(reader)
+        lines = []
+        if isinstance(reader, ShardedReader):
+            state = reader.index.state
+            versions = ", ".join(f"{name} {version}" for name, version in dict(_object(state.get("versions"))).items())
+            lines += [
+                f"{reader.folder}: sharded checkpoint of step {state.get('step')}, written by {reader.index.ranks} rank(s)",
+                f"versions: {versions}",
+                f"extra: {state.get('extra')}",
+            ]
+        else:
+            lines.append(f"{reader.path}: safetensors, whole tensors")
+        width = max((len(name) for name in tensors), default=4)
+        lines += [f"{name:<{width}}  {t.dtype!s:<9} {t.shape!s:<20} {_size(t.nbytes):>11}" for name, t in tensors.items()]
+        for what, chosen in (("model", _model_only(tensors)), ("in all", tensors)):
+            lines.append(f"{what}: {len(chosen)} tensors, {_size(sum(t.nbytes for t in chosen.values()))}")
+    return "\n".join(lines)
+
+
+def verify(path: str | Path) -> str:
+    """Read all of it and check what can be checked: every hash of a sharded checkpoint, the structure of other files.
+
+    Raises:
+        CheckpointError: it is damaged.
+    """
+    with open_checkpoint(path) as reader:
+        total = sum(t.nbytes for t in _tensors(reader).values())
+        if isinstance(reader, ShardedReader):
+            with _bar("verify", total) as bar:
+                for size in reader.verify():
+                    bar.update(size)
+            return f"{reader.folder} is sound: {_size(total)} in {reader.index.ranks} file(s), every hash is right"
+        return f"{reader.path} is a complete file; {_size(total)}. It has no hashes: a changed value cannot be seen"
+
+
+def consolidate(path: str | Path, out: str | Path, max_shard_size: int | str = "5GB", everything: bool = False) -> list[Path]:
+    """Write the model's tensors whole, with Hugging Face's index if they need several files.
+
+    Args:
+        out: folder; made if it is not there.
+        everything: optimizer states too.
+
+    Raises:
+        CheckpointError: damaged, or it cannot be written.
+    """
+    folder, largest = Path(out), consolidated.size_in_bytes(max_shard_size)
+    with open_checkpoint(path) as reader:
+        tensors = _tensors(reader) if everything else _model_only(_tensors(reader))
+        groups = consolidated.split({name: t.nbytes for name, t in tensors.items()}, largest)
+        names = consolidated.file_names(len(groups))
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            consolidated.forget(folder)
+            with _bar("consolidate", sum(t.nbytes for t in tensors.values())) as bar:
+                for name, group in zip(names, groups):
+                    _write(folder / name, reader, {x: tensors[x] for x in group}, bar)
+            if len(groups) > 1:
+                consolidated.write_index(folder, groups, sum(t.nbytes for t in tensors.values()))
+        except OSError as error:
+            raise CheckpointError(f"{folder} cannot be written: {error}") from error
+    return [folder / name for name in names]
+
+
+def reshard(path: str | Path, out: str | Path, ranks: int) -> Path:
+    """Write a sharded checkpoint as so many ranks would have; loading does not need it, a file per host's disk may.
+
+    Args:
+        out: folder of the new checkpoint; must not exist.
+
+    Raises:
+        CheckpointError: not a sharded checkpoint, damaged, or it cannot be written.
+        ValueError: `ranks` is not positive.
+    """
+    if ranks < 1:
+        raise ValueError(f"ranks must be at least 1, not {ranks}")
+    target = Path(out)
+    if target.exists():
+        raise CheckpointError(f"{target} exists; choose another name")
+    with open_checkpoint(path) as reader:
+        if not isinstance(reader, ShardedReader):
+            raise CheckpointError(f"{path} is not a sharded checkpoint; it can be loaded at any number of ranks as it is")
+        old = reader.index.tensors
+        new = {n: t if t.shard is None else replace(t, shard=max(1, -(-t.count // ranks))) for n, t in old.items()}
+        temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}")
+        try:
+            temporary.mkdir(parents=True)
+            with _bar("reshard", sum(t.count * t.itemsize for t in new.values())) as bar:
+                hashes = [_write_rank(temporary, reader, new, rank, ranks, bar) for rank in range(ranks)]
+            tensors = {n: replace(t, hashes=[hashes[r][n] for r in range(1 if t.shard is None else ranks)]) for n, t in new.items()}
+            state = {**reader.index.state, "mesh": {"ranks": ranks, "shard_size": ranks}}
+            index = Index(ranks, secrets.token_hex(8), state, tensors)
+            (temporary / INDEX).write_text(index.to_json(), encoding="utf-8")
+            sync_folder(temporary)
+            os.replace(temporary, target)
+        except OSError as error:
+            raise CheckpointError(f"{target} cannot be written: {error}") from error
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+    return target
+
+
+def diff(first: str | Path, second: str | Path) -> list[str]:
+    """Lines that say how two checkpoints differ, in names, shapes, types and values; none: they do not.
+
+    Raises:
+        CheckpointError: one is damaged.
+    """
+    lines = []
+    with open_checkpoint(first) as a, open_checkpoint(second) as b:
+        ours, theirs = _tensors(a), _tensors(b)
+        lines += [f"- {name}: only in {first}" for name in ours if name not in theirs]
+        lines += [f"+ {name}: only in {second}" for name in theirs if name not in ours]
+        common = [name for name in ours if name in theirs]
+        with _bar("diff", sum(ours[name].nbytes for name in common)) as bar:
+            for name in common:
+                x, y = ours[name], theirs[name]
+                if x != y:
+                    lines.append(f"! {name}: {x.dtype} {x.shape} against {y.dtype} {y.shape}")
+                    continue
+                changed, largest = _difference(a, b, name, x, bar)
+                if changed:
+                    lines.append(f"! {name}: {changed} of {x.count} elements differ, by at most {largest:g}")
+    return lines
+
+
+def _difference(a: AnyReader, b: AnyReader, name: str, tensor: _Tensor, bar: tqdm) -> tuple[int, float]:
+    changed, largest = 0, 0.0
+    for start, stop in _ranges(tensor):
+        x, y = a.read(name, start, stop), b.read(name, start, stop)
+        bar.update(x.nbytes)
+        if x.tobytes() == y.tobytes():
+            continue
+        wide = np.stack([x.astype(np.float64), y.astype(np.float64)])
+        with np.errstate(invalid="ignore"):
+            apart = np.abs(wide[0] - wide[1])
+        different = ~((wide[0] == wide[1]) | (np.isnan(wide[0]) & np.isnan(wide[1])))
+        changed += int(different.sum())
+        largest = max(largest, float(np.nanmax(apart[different], initial=0.0)))
+    return changed, largest
+
+
+def _tensors(reader: AnyReader) -> dict[str, _Tensor]:
+    tensors = reader.index.tensors if isinstance(reader, ShardedReader) else reader.tensors
+    return {name: _Tensor(t.dtype, tuple(t.shape)) for name, t in tensors.items()}
+
+
+def _model_only(tensors: dict[str, _Tensor]) -> dict[str, _Tensor]:
+    return {name: t for name, t in tensors.items() if not name.startswith(_STATE)}
+
+
+def _ranges(tensor: _Tensor, start: int = 0, stop: int | None = None) -> Iterator[tuple[int, int]]:
+    stop = tensor.count if stop is None else stop
+    step = max(1, STEP // numpy_dtype(tensor.dtype).itemsize)
+    for begin in range(start, stop, step):
+        yield begin, min(begin + step, stop)
+
+
+def _write(path: Path, reader: AnyReader, tensors: dict[str, _Tensor], bar: tqdm) -> None:
+    header, infos, size = plan({name: (t.dtype, t.shape) for name, t in tensors.items()}, {"format": "pt"})
+    file = AtomicFile(path, header, size)
+    try:
+        for name, tensor in tensors.items():
+            for start, stop in _ranges(tensor):
+                piece = reader.read(name, start, stop)
+                file.write(infos[name].start + start * piece.itemsize, piece)
+                bar.update(piece.nbytes)
+        file.commit()
+    except BaseException:
+        file.discard()
+        raise
+
+
+def _write_rank(
+    folder: Path, reader: ShardedReader, tensors: dict[str, IndexedTensor], rank: int, ranks: int, bar: tqdm
+) -> dict[str, list[str]]:
+    """One rank's file; name -> hashes."""
+    mine = {n: t.piece(rank) for n, t in tensors.items() if t.shard is not None or rank == 0}
+    mine = {n: (start, stop) for n, (start, stop) in mine.items() if start < stop}
+    header, infos, size = plan({n: (tensors[n].dtype, (stop - start,)) for n, (start, stop) in mine.items()}, {"format": "pt"})
+    file = AtomicFile(folder / file_name(rank, ranks), header, size)
+    hashes: dict[str, list[str]] = {name: [] for name in tensors}
+    try:
+        for name, (first, last) in mine.items():
+            step = HASHED // tensors[name].itemsize
+            for start in range(first, last, step):
+                piece = reader.read(name, start, min(start + step, last))
+                hashes[name].append(xxhash.xxh3_64_hexdigest(piece.view(np.uint8).data))
+                file.write(infos[name].start + (start - first) * piece.itemsize, piece)
+                bar.update(piece.nbytes)
+        file.commit()
+    except BaseException:
+        file.discard()
+        raise
+    return hashes
+
+
+def _object(x: Any) -> dict[str, Any]:
+    return x if isinstance(x, dict) else {}
+
+
+def _bar(what: str, total: int) -> tqdm:
+    return tqdm(total=total, desc=what, unit="B", unit_scale=True, mininterval=0.5, disable=None)
+
+
+def _size(nbytes: int) -> str:
+    value = float(nbytes)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if value < 1024 or unit == "GiB":
+            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.2f} {unit}"
+        value /= 1024
+    return ""
