@@ -20,7 +20,7 @@ def _rank_pools() -> Iterator[dict[int, RankPool]]:
         pool.kill()
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def run_ranks(_rank_pools: dict[int, RankPool]) -> Callable[..., list[Any]]:
     """`run_ranks(n, function, timeout=120, **kwargs)`: module-level `function(world, **kwargs)` on n ranks; results by rank."""
 

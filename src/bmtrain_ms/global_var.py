@@ -1,0 +1,52 @@
+"""BMTrain's `config`: what it says about this process, read from the current world. Nothing can be written to it."""
+
+from __future__ import annotations
+
+from typing import Any, Callable, Iterator, Mapping
+
+from .comm import is_initialized, rank, world, world_size
+
+_KEYS: dict[str, Callable[[], Any]] = {
+    "initialized": is_initialized,
+    "rank": rank,
+    "world_size": world_size,
+    "local_rank": lambda: world().launch.local_rank,
+    "local_size": lambda: world().launch.local_size,
+    "zero_rank": lambda: world().shards.rank,
+    "zero_size": lambda: world().shards.size,
+    "tp_zero_rank": lambda: world().shards.rank,
+    "tp_zero_size": lambda: world().shards.size,
+    "tp_rank": lambda: 0,
+    "tp_size": lambda: 1,
+    "pipe_rank": lambda: 0,
+    "pipe_size": lambda: 1,
+    "pipe_enabled": lambda: False,
+    "comm": lambda: world().engine,
+    "zero_comm": lambda: world().shards,
+    "tp_zero_comm": lambda: world().shards,
+    "topology": lambda: world().mesh,
+}
+
+
+class _Config(Mapping[str, Any]):
+    """See the module."""
+
+    def __getitem__(self, key: str) -> Any:
+        if key not in _KEYS:
+            raise KeyError(
+                f"bmtrain_ms has no config[{key!r}]: it has {', '.join(_KEYS)}. Streams, events and communicators of tensor and "
+                "pipeline parallelism do not exist in it"
+            )
+        return _KEYS[key]()
+
+    def __contains__(self, key: object) -> bool:
+        return key in _KEYS
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(_KEYS)
+
+    def __len__(self) -> int:
+        return len(_KEYS)
+
+
+config: Mapping[str, Any] = _Config()

@@ -1,0 +1,241 @@
+"""Looking at parameters, and at tensors on their way through a model (BMTrain: `inspect`)."""
+
+from __future__ import annotations
+
+import contextlib
+import fnmatch
+from dataclasses import dataclass
+from typing import Any, Iterable, Iterator, Sequence
+
+import numpy as np
+from mindspore import Parameter, Tensor, nn
+
+from .comm import Engine, world
+from .compat.autograd import hookable, recording
+from .compat.cells import child_table, parameter_table
+from .compat.runtime import from_host, host_array
+from .zero import Block, DistributedParameter, context_of
+
+_COLUMNS = ("name", "shape", "max", "min", "std", "mean", "grad_std", "grad_mean")
+
+
+def inspect_model(model: nn.Cell, param_name: str, prefix: str = "") -> list[dict[str, Any]]:
+    """Statistics of parameters over all ranks; nothing is gathered. All ranks call it.
+
+    Args:
+        model: any Cell; parameters go by their paths in it.
+        param_name: pattern (`fnmatch`) of names, e.g. `"*.weight"` or `"*"`.
+        prefix: put before every name, also for matching.
+
+    Returns:
+        For each parameter, in the model's order: `name`, `shape` (of the full tensor), `std` (n - 1 in the denominator), `mean`,
+        `max`, `min`, and `grad_std`, `grad_mean` of the gradient that `OptimManager.backward` accumulated, without the loss
+        scale; 0 where there is none or the parameter is frozen.
+    """
+    found = [(name, p) for name, p in _named_parameters(model, prefix) if fnmatch.fnmatchcase(name, param_name)]
+    if not found:
+        return []
+    here = world()
+    engine, first = here.shards, here.shards.rank == 0
+    values: list[np.ndarray] = []
+    for _, p in found:
+        grad = _gradient(here, p)
+        for x in (p, grad):
+            values.append(_own_part(p, x, first))
+    numbers = _statistics(values, engine)
+    rows = []
+    for i, (name, p) in enumerate(found):
+        own, grad = numbers[2 * i], numbers[2 * i + 1]
+        shape = p.full_shape if isinstance(p, DistributedParameter) else tuple(p.shape)
+        rows.append({"name": name, "shape": shape, **own, "grad_std": grad["std"], "grad_mean": grad["mean"]})
+    return rows
+
+
+def format_summary(summary: Sequence[dict[str, Any]]) -> str:
+    """A table of what `inspect_model` or `InspectTensor.get_summary` returned."""
+    width = max([len("name"), *(len(row["name"]) for row in summary)])
+    lines = [f"{'name':<{width}} {'shape':<20}" + "".join(f" {column:>11}" for column in _COLUMNS[2:])]
+    for row in summary:
+        numbers = "".join(f" {row[column]:>11.4f}" for column in _COLUMNS[2:])
+        lines.append(f"{row['name']:<{width}} {tuple(row['shape'])!s:<20}{numbers}")
+    return "\n".join(lines)
+
+
+@dataclass
+class Record:
+    """A tensor that was recorded.
+
+    Attributes:
+        name, group: as given to `record_tensor`.
+        tensor: the tensor itself; differentiable where it was recorded by autograd.
+        grad: the gradient of the loss (with the loss scale), after backward; else None.
+    """
+
+    name: str
+    group: str | None
+    tensor: Tensor
+    grad: Tensor | None = None
+
+
+class InspectTensor:
+    """What was recorded inside a `with inspect_tensor() as inspector` statement."""
+
+    def __init__(self) -> None:
+        self._records: dict[int, Record] = {}
+
+    @property
+    def summary(self) -> list[dict[str, Any]]:
+        """`name`, `group`, `tensor`, `grad` of each record, in order."""
+        return [vars(record).copy() for record in self.records]
+
+    @property
+    def records(self) -> list[Record]:
+        """In the order of the forward pass."""
+        return list(self._records.values())
+
+    def get_summary(self) -> list[dict[str, Any]]:
+        """Statistics over all ranks; all ranks call it, having recorded the same names.
+
+        Returns:
+            For each record: `name` (with `group.` before it), `shape` (dim 0 times the number of ranks), and the numbers of
+            `inspect_model`.
+        """
+        engine = world().engine
+        values: list[np.ndarray] = []
+        for record in self.records:
+            grad = record.grad
+            values += [_flat(record.tensor), np.zeros(1) if grad is None else _flat(grad)]
+        numbers = _statistics(values, engine)
+        rows = []
+        for i, record in enumerate(self.records):
+            shape = tuple(record.tensor.shape)
+            own, grad = numbers[2 * i], numbers[2 * i + 1]
+            name = record.name if record.group is None else f"{record.group}.{record.name}"
+            whole = (shape[0] * engine.size, *shape[1:]) if shape else (engine.size,)
+            rows.append({"name": name, "shape": whole, **own, "grad_std": grad["std"], "grad_mean": grad["mean"]})
+        return rows
+
+    def get_tensor(self, name: str, group: str | None = None, index: int | None = None) -> Any:
+        """The tensors recorded under a name, in order, or the index-th of them.
+
+        Raises:
+            KeyError: there is none.
+        """
+        found = [r.tensor for r in self.records if r.name == name and r.group == group]
+        if not found:
+            known = sorted({r.name if r.group is None else f"{r.name} (group {r.group})" for r in self.records})
+            raise KeyError(f"no tensor {name!r} was recorded in group {group!r}; recorded: {', '.join(known) or 'nothing'}")
+        return found if index is None else found[index]
+
+    def _take(self, place: int, name: str, group: str | None, x: Tensor, replaying: bool) -> None:
+        if not replaying or place not in self._records:
+            self._records[place] = Record(name, group, x)
+        if recording():
+            record = self._records[place]
+
+            def keep(grad: Tensor) -> None:
+                record.grad = grad
+
+            x.register_hook(keep)
+
+
+_active: list[InspectTensor] = []
+
+
+@contextlib.contextmanager
+def inspect_tensor() -> Iterator[InspectTensor]:
+    """Record what `record_tensor` is given inside the `with` statement, and the gradients of it; for looking: it costs copies.
+
+    Raises:
+        RuntimeError: one is active already.
+    """
+    if _active:
+        raise RuntimeError("inspect_tensor is active already; it cannot be nested")
+    made = InspectTensor()
+    _active.append(made)
+    try:
+        with hookable():
+            yield made
+    finally:
+        _active.pop()
+
+
+def record_tensor(x: Tensor, name: str, group: str | None = None) -> None:
+    """Have the active `inspect_tensor` record x; without one nothing happens.
+
+    Also inside of checkpointed Blocks: the value is that of the forward pass, the gradient that of the recomputed one.
+
+    Raises:
+        TypeError: x is a Parameter (`inspect_model` shows those), or no tensor.
+    """
+    if isinstance(x, Parameter) or not isinstance(x, Tensor):
+        raise TypeError(f"record_tensor takes a tensor, not a {type(x).__name__}; parameters are shown by inspect_model")
+    if not _active:
+        return
+    draws = context_of(world()).draws
+    place = draws.records
+    draws.records += 1
+    _active[0]._take(place, name, group, x, draws.replaying)
+
+
+def _named_parameters(model: nn.Cell, prefix: str) -> Iterator[tuple[str, Parameter]]:
+    """By path; a Block is transparent, a parameter in several places goes by the first."""
+    seen: set[int] = set()
+
+    def visit(path: str, cell: nn.Cell) -> Iterator[tuple[str, Parameter]]:
+        cell = cell.inner if isinstance(cell, Block) else cell
+        for name, p in parameter_table(cell).items():
+            if p is not None and id(p) not in seen:
+                seen.add(id(p))
+                yield f"{path}{name}", p
+        for name, child in child_table(cell).items():
+            if child is not None:
+                yield from visit(f"{path}{name}.", child)
+
+    return visit(prefix, model)
+
+
+def _gradient(here: Any, p: Parameter) -> np.ndarray | None:
+    """The accumulated gradient, unscaled."""
+    if not p.requires_grad:
+        return None
+    for manager in context_of(here).managers:
+        grad = manager.grad(p)
+        if grad is not None:
+            return host_array(grad) / np.float32(manager.loss_scale)
+    return None
+
+
+def _own_part(p: Parameter, x: Any, first: bool) -> np.ndarray:
+    """What this rank adds to the statistics: its shard without padding; of a whole parameter everything, on one rank."""
+    if x is None:
+        return np.zeros(1 if first else 0)
+    values = _flat(x)
+    if not isinstance(p, DistributedParameter):
+        return values if first else values[:0]
+    start, stop = p.owned
+    return values[: stop - start]
+
+
+def _flat(x: Tensor | np.ndarray) -> np.ndarray:
+    return host_array(x).reshape(-1).astype(np.float64)
+
+
+def _statistics(values: Iterable[np.ndarray], engine: Engine) -> list[dict[str, float]]:
+    """Of each array over all ranks, in two passes; four collectives in all."""
+    arrays = list(values)
+
+    def reduce(numbers: list[float], op: str = "sum") -> np.ndarray:
+        return host_array(engine.all_reduce([from_host(np.array(numbers, np.float64))], op, "inspect").wait()[0])
+
+    counts = np.maximum(reduce([x.size for x in arrays]), 1)
+    with np.errstate(all="ignore"):
+        means = reduce([x.sum() for x in arrays]) / counts
+        squares = reduce([((x - mean) ** 2).sum() for x, mean in zip(arrays, means)])
+        largest = reduce([x.max(initial=-np.inf) for x in arrays], "max")
+        least = reduce([x.min(initial=np.inf) for x in arrays], "min")
+        deviations = np.sqrt(squares / np.maximum(counts - 1, 1))
+    return [
+        {"std": float(s), "mean": float(m), "max": float(a), "min": float(b)}
+        for s, m, a, b in zip(deviations, means, largest, least)
+    ]

@@ -1,0 +1,120 @@
+"""Every name that scripts written for BMTrain use is there, or says what to use instead."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import subprocess
+import sys
+from types import ModuleType
+
+import pytest
+from mindspore import nn
+
+import bmtrain_ms as bms
+
+# What `import bmtrain as bmt` gives, as far as it makes sense here.
+FUNCTIONS = (
+    "init_distributed rank world_size print_block print_dict print_rank see_memory init_parameters grouped_parameters synchronize "
+    "sum_loss wait_loader gather_result save load BMTrainModelWrapper"
+)
+CLASSES = "DistributedParameter ParameterInitializer DistributedModule Block CheckpointBlock TransformerBlockList"
+MODULES = (
+    "nccl debug loss distributed nn optim inspect lr_scheduler benchmark utils store global_var init layer parameter block_layer "
+    "zero_context wrapper param_init"
+)
+
+# Further names that users touch, private ones among them.
+DEEPER = {
+    "store": "_save_to_rank0 broadcast_object allgather_objects save load",
+    "nccl": "commCount commRank allReduce broadcast reduce allGather reduceScatter send recv",
+    "distributed": "all_gather all_reduce broadcast reduce_scatter send_activations recv_activations",
+    "global_var": "config",
+    "block_layer": "Block CheckpointBlock TransformerBlockList",
+    "layer": "DistributedModule",
+    "parameter": "DistributedParameter",
+    "param_init": "ParameterInitializer init_parameters",
+    "wrapper": "BMTrainModelWrapper",
+    "init": "init_distributed is_initialized normal_ xavier_normal_",
+    "zero_context": "ZeroContext",
+    "utils": "AverageRecorder round_up grouped_parameters print_rank",
+    "optim": "OptimManager AdamOptimizer AdamOffloadOptimizer",
+    "loss": "FusedCrossEntropy",
+    "lr_scheduler": "Cosine Linear Noam NoDecay Exponential",
+    "inspect": "inspect_model inspect_tensor record_tensor format_summary",
+    "debug": "set get append extend clear",
+    "benchmark": "all_gather reduce_scatter send_recv",
+    "nn": "Linear",
+}
+
+
+@pytest.mark.parametrize("name", FUNCTIONS.split())
+def test_functions(name: str):
+    assert inspect.isroutine(getattr(bms, name)) and name in bms.__all__
+
+
+@pytest.mark.parametrize("name", CLASSES.split())
+def test_classes(name: str):
+    assert inspect.isclass(getattr(bms, name)) and name in bms.__all__
+
+
+@pytest.mark.parametrize("name", MODULES.split())
+def test_modules(name: str):
+    assert isinstance(getattr(bms, name), ModuleType) and name in bms.__all__
+
+
+@pytest.mark.parametrize("module, name", [(module, name) for module, names in DEEPER.items() for name in names.split()])
+def test_names_in_modules(module: str, name: str):
+    assert hasattr(getattr(bms, module), name)
+
+
+def test_what_is_the_same():
+    assert bms.CheckpointBlock is bms.Block is bms.block_layer.Block
+    assert bms.global_var.config is bms.config
+    assert bms.store._save_to_rank0 is bms.store.state_dict
+    assert bms.store.save is bms.save and bms.store.load is bms.load
+    assert bms.nn.Linear.__mro__[1] is bms.DistributedModule and issubclass(bms.Block, nn.Cell)
+
+
+ABSENT = {
+    "PipelineTransformerBlockList": "pipeline parallelism is not part of this release; use TransformerBlockList",
+    "pipe_layer": "pipeline parallelism is not part of this release; use TransformerBlockList",
+    "load_nccl_pypi": "there is no NCCL to load: ranks talk over HCCL on Ascend, and over memory or MPI on CPU; delete the call",
+    "hook_func": "Blocks are made of differentiable functions, not of hooks; wrap the module in Block",
+    "optim_step": "since BMTrain 1.0 it is OptimManager: manager = bmtrain_ms.optim.OptimManager(...); manager.step()",
+}
+
+
+@pytest.mark.parametrize("name", ABSENT)
+def test_what_is_not_there_says_what_to_do(name: str):
+    with pytest.raises(AttributeError) as info:
+        getattr(bms, name)
+    assert str(info.value) == f"module 'bmtrain_ms' has no attribute {name!r}: {ABSENT[name]}"
+    assert not hasattr(bms, name) and name not in bms.__all__
+
+
+def test_other_names_are_unknown_as_in_any_module():
+    with pytest.raises(AttributeError) as info:
+        _ = bms.nonsense
+    assert str(info.value) == "module 'bmtrain_ms' has no attribute 'nonsense'"
+    with pytest.raises(ImportError, match="cannot import name 'nonsense' from 'bmtrain_ms'"):
+        exec("from bmtrain_ms import nonsense")
+
+
+def test_all_is_complete_sorted_and_true():
+    assert bms.__all__ == sorted(set(bms.__all__))
+    assert all(getattr(bms, name) is not None for name in bms.__all__)
+    public = {name for name in vars(bms) if not name.startswith("_")}
+    assert public - set(bms.__all__) == {"Any"}
+
+
+def test_modules_are_reached_without_importing_them():
+    """BMTrain's own example uses `bmt.benchmark`, which its `__init__` does not import."""
+    code = f"import bmtrain_ms as b; [getattr(b, name) for name in {MODULES.split()!r}]"
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+
+
+def test_real_modules_can_be_imported_by_their_path():
+    for name in ("nccl", "debug", "loss", "distributed", "optim", "inspect", "lr_scheduler", "benchmark", "utils", "store"):
+        assert importlib.import_module(f"bmtrain_ms.{name}") is getattr(bms, name)
