@@ -241,8 +241,12 @@ class _Call:
 
         def backward(grads: tuple[Tensor, ...]) -> list[Tensor]:
             gathered = kept[0] if keep else self.pipeline.enter(self.group, Phase.BACKWARD)
-            with self.measure(f"backward {self.group.label}"):
-                pulled = self._pull(gathered, grads)
+            try:
+                with self.measure(f"backward {self.group.label}"):
+                    pulled = self._pull(gathered, grads)
+            except BaseException:
+                self.pipeline.leave(gathered)
+                raise
             here = len(self.differentiable)
             shards = self.reducer.reduce(self.group, self.trainable, pulled[here:]) if self.trainable else []
             self.pipeline.leave(gathered)
