@@ -30,7 +30,7 @@ def inspect_model(model: nn.Cell, param_name: str, prefix: str = "") -> list[dic
     Returns:
         For each parameter, in the model's order: `name`, `shape` (of the full tensor), `std` (n - 1 in the denominator), `mean`,
         `max`, `min`, and `grad_std`, `grad_mean` of the gradient that `OptimManager.backward` accumulated, without the loss
-        scale; 0 where there is none or the parameter is frozen.
+        scale (as it is now: call this before `step`, which may change it); 0 where there is none or the parameter is frozen.
     """
     found = [(name, p) for name, p in _named_parameters(model, prefix) if fnmatch.fnmatchcase(name, param_name)]
     if not found:
@@ -228,9 +228,10 @@ def _statistics(values: Iterable[np.ndarray], engine: Engine) -> list[dict[str, 
     def reduce(numbers: list[float], op: str = "sum") -> np.ndarray:
         return host_array(engine.all_reduce([from_host(np.array(numbers, np.float64))], op, "inspect").wait()[0])
 
-    counts = np.maximum(reduce([x.size for x in arrays]), 1)
     with np.errstate(all="ignore"):
-        means = reduce([x.sum() for x in arrays]) / counts
+        sizes, sums = reduce([float(x.size) for x in arrays] + [x.sum() for x in arrays]).reshape(2, -1)
+        counts = np.maximum(sizes, 1)
+        means = sums / counts
         squares = reduce([((x - mean) ** 2).sum() for x, mean in zip(arrays, means)])
         largest = reduce([x.max(initial=-np.inf) for x in arrays], "max")
         least = reduce([x.min(initial=np.inf) for x in arrays], "min")
