@@ -104,7 +104,7 @@ class InspectTensor:
         values: list[np.ndarray] = []
         for record in self.records:
             grad = record.grad
-            values += [_flat(record.tensor), np.zeros(1) if grad is None else _flat(grad)]
+            values += [_flat(record.tensor), np.zeros(record.tensor.size) if grad is None else _flat(grad)]
         numbers = _statistics(values, engine)
         rows = []
         for i, record in enumerate(self.records):
