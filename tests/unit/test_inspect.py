@@ -76,6 +76,22 @@ def test_summary_of_tensors(way: str):
         check_row(row, value, grad)
 
 
+@pytest.mark.parametrize("way", WAYS)
+def test_recomputation_records_gradients_only(way: str):
+    """The tensors stay those of the forward pass, in its order."""
+    model, at_the_end = build(way), []
+    with inspect_tensor() as inspector:
+
+        def loss(x: Tensor) -> Tensor:
+            value = (model.layers(x) ** 2).sum()
+            at_the_end.extend(inspector.get_tensor("y"))
+            return value
+
+        ms.grad(loss)(Tensor(batch()))
+    after = inspector.get_tensor("y")
+    assert len(after) == LAYERS and all(a is b for a, b in zip(at_the_end, after))
+
+
 def test_summary_lists_what_was_recorded():
     inspector = train(build("plain"), batch())[0]
     assert [list(row) for row in inspector.summary] == [["name", "group", "tensor", "grad"]] * 3 * LAYERS
@@ -377,6 +393,19 @@ def test_frozen_parameters_between_passes(trained):
             assert (stepped[name]["mean"] == after[name]["mean"]) == is_frozen, name
 
 
+def test_frozen_after_the_pass(trained):
+    """The gradient is still accumulated, but will not be used."""
+    model, _, run = trained
+    run()
+    parameter = model.head.parameter("weight")
+    before = inspect_model(model, "head.weight")[0]
+    parameter.requires_grad = False
+    frozen = inspect_model(model, "head.weight")[0]
+    parameter.requires_grad = True
+    assert before["grad_std"] > 0 and frozen == {**before, "grad_std": 0.0, "grad_mean": 0.0}
+    assert inspect_model(model, "head.weight") == [before]
+
+
 def test_what_is_not_finite_is_shown():
     cell = nn.Cell()
     cell.nan = bms.DistributedParameter(np.array([1.0, np.nan], np.float32))
@@ -389,8 +418,8 @@ def test_what_is_not_finite_is_shown():
 def test_large_offsets_do_not_hide_the_deviation():
     """Two passes: the mean is subtracted before squaring."""
     cell = nn.Cell()
-    cell.p = bms.DistributedParameter(np.array([1e4, 1e4 + 0.25], np.float32))
-    assert inspect_model(cell, "*")[0]["std"] == pytest.approx(0.25 / 2**0.5, rel=1e-9)
+    cell.p = bms.DistributedParameter(np.array([12345677, 12345678, 12345680], np.float32))
+    assert inspect_model(cell, "*")[0]["std"] == pytest.approx((7 / 3) ** 0.5, rel=1e-9)
 
 
 # Text #
