@@ -93,7 +93,7 @@ def custom_op(forward: Callable[..., Tensors], backward: Callable[[Tensors], Seq
         outputs = forward(*inputs)
     recorded = executor.call_custom_bprop(_Op(backward), outputs, *inputs)
     recorded = outputs if recorded is None else recorded  # 2.5 marks the outputs in place
-    return tuple(x * 1 for x in recorded) if _hookable[0] else recorded
+    return tuple(x.copy() for x in recorded) if _hookable[0] else recorded
 
 
 def vjp(
