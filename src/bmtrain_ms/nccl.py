@@ -38,6 +38,8 @@ def broadcast(src: Tensor, dst: Tensor, root: int, comm: Engine) -> None:
 
 def reduce(src: Tensor, dst: Tensor, op: str, root: int, comm: Engine) -> None:
     """dst = reduction of src over the ranks, on rank `root`; on the others dst is left alone."""
+    if not 0 <= root < comm.size:
+        raise ValueError(f"root={root} is not a rank of this group of {comm.size} (0..{comm.size - 1})")
     with no_grad():
         result = comm.all_reduce([src], _op(op), "nccl.reduce").wait()[0]
         if comm.rank == root:
