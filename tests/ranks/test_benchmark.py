@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Callable
 
 import pytest
@@ -69,6 +70,14 @@ def test_one_rank(single_world: World, capsys: pytest.CaptureFixture):
     assert result.gib_per_second == 0.0 and capsys.readouterr().out.startswith(HEAD)
     with pytest.raises(ValueError, match=r"send_recv needs two ranks: bmtrain-ms launch -n 2 \.\.\."):
         benchmark.send_recv([1024])
+
+
+def test_the_median_without_the_warm_up(single_world: World, monkeypatch: pytest.MonkeyPatch):
+    """The start of two warm-ups, then start and end of three repetitions."""
+    moments = iter([0, 100, 200, 203, 300, 301, 400, 402])
+    monkeypatch.setattr(benchmark, "time", SimpleNamespace(perf_counter=lambda: next(moments)))
+    (result,) = benchmark.reduce_scatter([1024], repeats=3, warm_up=2)
+    assert result.seconds == 2.0 and next(moments, None) is None
 
 
 def test_sizes():
