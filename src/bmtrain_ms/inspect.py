@@ -136,7 +136,11 @@ class InspectTensor:
             def keep(grad: Tensor) -> None:
                 record.grad = grad
 
-            x.register_hook(keep)
+            try:
+                x.register_hook(keep)
+            except RuntimeError as error:  # 2.10, behind a stop_gradient: there will be no gradient
+                if "requires grad is false" not in str(error):
+                    raise
 
 
 _active: list[InspectTensor] = []
