@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib
+import os
 import pickle
 import random
 import subprocess
@@ -53,6 +54,17 @@ def test_one_rank_without_a_launcher():
     assert comm.is_initialized() and bmtrain_ms.is_initialized()
     assert (bmtrain_ms.rank(), bmtrain_ms.world_size()) == (0, 1)
     assert bmtrain_ms.synchronize() is None
+
+
+def test_many_worlds_leave_the_environment_as_it_is(monkeypatch: pytest.MonkeyPatch):
+    """MindSpore makes the search path of libraries longer each time, until no process can be started any more."""
+    monkeypatch.setenv("LD_LIBRARY_PATH", "/a:/b")
+    paths = []
+    for _ in range(3):
+        bmtrain_ms.init_distributed()
+        bmtrain_ms.shutdown()
+        paths.append(os.environ["LD_LIBRARY_PATH"])
+    assert paths[0].endswith("/a:/b") and len(set(paths)) == 1
 
 
 def test_defaults():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
 from typing import Any
 
 import mindspore as ms
@@ -181,6 +182,9 @@ def configure_cpu(threads: int) -> None:
         )
     ms.set_context(mode=ms.PYNATIVE_MODE)
     ms.set_device("CPU")
+    # each call puts MindSpore's folder in front once more: after some 1,900 worlds no process could be started any more
+    if "LD_LIBRARY_PATH" in os.environ:
+        os.environ["LD_LIBRARY_PATH"] = ":".join(dict.fromkeys(os.environ["LD_LIBRARY_PATH"].split(":")))
     ms.runtime.launch_blocking()
     from mindspore.device_context.cpu import op_tuning
 
