@@ -75,6 +75,26 @@ def test_master_starts_from_what_was_loaded():
     assert p.asnumpy().tolist() == [3.0, 4.0]
 
 
+def test_float64_is_refused():
+    p = Parameter(Tensor(np.ones(2, np.float64)), name="wide")
+    with pytest.raises(ValueError) as info:
+        AdamOptimizer([p])
+    assert str(info.value) == (
+        "parameter wide is float64, and updates are computed in float32: make it float32, or use an optimizer of MindSpore's"
+    )
+
+
+def test_one_parameter_is_no_list_and_is_a_group_of_one():
+    p = parameters(shapes={"a": (3,)})[0]
+    with pytest.raises(TypeError, match="params must be a list of parameters or of groups, not one DistributedParameter"):
+        AdamOptimizer(p)
+    with pytest.raises(TypeError, match="not one dict: put it in a list"):
+        AdamOptimizer({"params": [p]})
+    with pytest.raises(ValueError, match=r"a parameter group has no params; it has \['lr'\]"):
+        AdamOptimizer([{"lr": 1.0}])
+    assert AdamOptimizer([{"params": p}]).parameters == [p]
+
+
 def test_weight_decay_is_decoupled():
     """It shrinks the parameter by lr * decay whatever the gradient, and stays out of the moments."""
     p = bms.DistributedParameter(np.array([2.0, -4.0], np.float32), name="p")

@@ -10,7 +10,7 @@ from mindspore import Parameter, Tensor, ops
 
 from ..compat.runtime import device_target, from_host, host_array, is_at, numpy_dtype, values, writable_array
 from .base import ParamState, ShardOptimizer
-from .host_adam import Coefficients, Delta, Update, Workers, run
+from .host_adam import Coefficients, Delta, Update, Workers, bits, round_to, run
 
 
 class Adam(ShardOptimizer):
@@ -98,8 +98,8 @@ class HostState(ParamState):
         self._moments = [np.zeros(shape, np.float32) for _ in range(2)]
         self._has_master = low or not shared
         self._master = np.empty(shape if self._has_master else 0, np.float32)
-        # filled at the first step: the parameter may be loaded or initialised until then
-        self._master_made, self._made_from = False, 0
+        self._master_version: int | None = None  # the parameter's `replaced` when the master was compared with it
+        self._master_made = False  # filled at the first step: the parameter may be loaded or initialised until then
         self._known, self._known_version = self._master, None  # the parameter's memory, see `_memory`
         self._staged = np.empty(shape, numpy_dtype(p.dtype)) if low and not shared else None
 
@@ -118,7 +118,7 @@ class HostState(ParamState):
 
     def new_values(self) -> np.ndarray:
         """What the parameter is to become after an update, where its memory is not shared."""
-        return self._master_of() if self._staged is None else self._staged
+        return self._master if self._staged is None else self._staged
 
     def tensors(self) -> dict[str, Tensor]:
         named = {"exp_avg": from_host(self._moments[0]), "exp_avg_sq": from_host(self._moments[1])}
@@ -148,11 +148,17 @@ class HostState(ParamState):
         return memory
 
     def _master_of(self) -> np.ndarray:
-        """The float32 copy; made from the parameter at first use."""
-        version = getattr(self._p, "replaced", 0)
-        if not self._master_made or (self.step == 0 and version != self._made_from):  # loaded after a look at the state
+        """The float32 copy. Where the parameter was changed by others since, e.g. loaded, the master follows it; where it still is
+        the master's rounding, as after loading both in any order, the master keeps its bits."""
+        version = getattr(self._p, "replaced", None)
+        if not self._master_made:
             self._master[...] = host_array(self._p)
-            self._master_made, self._made_from = True, version
+        elif version is None or version != self._master_version:
+            now = host_array(self._p).reshape(-1)
+            expected = np.empty_like(now)
+            round_to(self._master.reshape(-1), expected)
+            np.copyto(self._master.reshape(-1), now, where=bits(now) != bits(expected), casting="unsafe")
+        self._master_made, self._master_version = True, version
         return self._master
 
 
@@ -164,6 +170,7 @@ class DeviceState(ParamState):
         self._p = p
         self._moments = tuple(ops.zeros(tuple(p.shape), ms.float32) for _ in range(2))
         self._master: Tensor | None = None  # made at the first step: the parameter may be loaded or initialised until then
+        self._master_version: int | None = None  # the parameter's `replaced` when the master was compared with it
         self._fused = ops.AdamWeightDecay()
 
     def tensors(self) -> dict[str, Tensor]:
@@ -183,8 +190,15 @@ class DeviceState(ParamState):
         self._fused(target, *self._moments, c.rate, c.beta1, c.beta2, c.eps, decay, grad)
         if target is not self._p:
             self._p.set_data(target.astype(self._p.dtype))
+            self._master_version = getattr(self._p, "replaced", None)
 
     def _ensure_master(self) -> Tensor:
+        """As in `HostState._master_of`."""
+        p, version = self._p, getattr(self._p, "replaced", None)
         if self._master is None:
-            self._master = self._p.astype(ms.float32)
+            self._master = p.astype(ms.float32)
+        elif version is None or version != self._master_version:
+            rounded, now = self._master.astype(p.dtype).astype(ms.float32), p.astype(ms.float32)
+            ops.assign(self._master, ops.where(rounded == now, self._master, now))
+        self._master_version = version
         return self._master

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import Any, Iterable, Sequence
 
+import mindspore as ms
 from mindspore import Parameter, Tensor
 
 from ..comm import World, is_initialized, world
@@ -51,6 +52,8 @@ class ShardOptimizer(ABC):
     """
 
     def __init__(self, params: Iterable[Any], defaults: dict[str, Any]):
+        if isinstance(params, (Parameter, dict)):
+            raise TypeError(f"params must be a list of parameters or of groups, not one {type(params).__name__}: put it in a list")
         entries = list(params)
         if entries and not isinstance(entries[0], dict):
             entries = [{"params": entries}]
@@ -60,7 +63,10 @@ class ShardOptimizer(ABC):
             unknown = sorted(set(entry) - set(defaults) - {"params", "group", "name"})
             if unknown:
                 raise ValueError(f"a parameter group has unknown settings {unknown}; known are {sorted(defaults)}")
-            own = {"params": list(entry["params"]), "own_lr": entry.get("lr")}
+            if "params" not in entry:
+                raise ValueError(f"a parameter group has no params; it has {sorted(entry)}")
+            inner = entry["params"]  # one parameter is a group of one, as in PyTorch; its elements are not parameters
+            own = {"params": [inner] if isinstance(inner, Parameter) else list(inner), "own_lr": entry.get("lr")}
             self.param_groups.append({**defaults, **entry, **own})
         for group in self.param_groups:
             self._check(group)
@@ -68,6 +74,12 @@ class ShardOptimizer(ABC):
             raise ValueError("the optimizer got no parameters; is everything frozen?")
         if len({id(p) for p in self.parameters}) < len(self.parameters):
             raise ValueError("a parameter appears twice in the optimizer's groups")
+        wide = [p.name for p in self.parameters if p.dtype == ms.float64]
+        if wide:
+            raise ValueError(
+                f"parameter {wide[0]} is float64, and updates are computed in float32: make it float32, or use an optimizer of "
+                "MindSpore's"
+            )
 
     @abstractmethod
     def _check(self, group: dict[str, Any]) -> None:

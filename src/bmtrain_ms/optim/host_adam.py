@@ -185,11 +185,17 @@ def _note(delta: Delta, p: np.ndarray, t: np.ndarray, u: np.ndarray, c: Coeffici
 def round_to(source: np.ndarray, out: np.ndarray) -> None:
     """float32 -> float16 or bfloat16, to the nearest value, ties to even."""
     if out.dtype != numpy_dtype(ms.bfloat16):
-        np.copyto(out, source, casting="same_kind")
+        with np.errstate(over="ignore", under="ignore", invalid="ignore"):
+            np.copyto(out, source, casting="same_kind")
         return
-    bits = source.view(np.uint32)  # the type's own cast takes twice as long
-    rounded = ((bits >> 16) & 1) + bits + np.uint32(0x7FFF)
+    wide = source.view(np.uint32)  # the type's own cast takes twice as long
+    rounded = ((wide >> 16) & 1) + wide + np.uint32(0x7FFF)
     nan = np.isnan(source)
     if nan.any():
-        rounded[nan] = bits[nan] | np.uint32(0x400000)
+        rounded[nan] = wide[nan] | np.uint32(0x400000)
     out.view(np.uint16)[...] = rounded >> 16
+
+
+def bits(array: np.ndarray) -> np.ndarray:
+    """The same memory as integers, so that NaN equals itself and -0.0 is not 0.0."""
+    return array.view(f"u{array.itemsize}")
