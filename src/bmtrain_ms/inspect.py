@@ -30,7 +30,7 @@ def inspect_model(model: nn.Cell, param_name: str, prefix: str = "") -> list[dic
     Returns:
         For each parameter, in the model's order: `name`, `shape` (of the full tensor), `std` (n - 1 in the denominator), `mean`,
         `max`, `min`, and `grad_std`, `grad_mean` of the gradient that `OptimManager.backward` accumulated, without the loss
-        scale (as it is now: call this before `step`, which may change it); 0 where there is none or the parameter is frozen.
+        scale; 0 where there is none or the parameter is frozen.
     """
     found = [(name, p) for name, p in _named_parameters(model, prefix) if fnmatch.fnmatchcase(name, param_name)]
     if not found:
@@ -206,7 +206,7 @@ def _gradient(here: Any, p: Parameter) -> np.ndarray | None:
     for manager in context_of(here).managers:
         grad = manager.grad(p)
         if grad is not None:
-            return host_array(grad) / np.float32(manager.loss_scale)
+            return host_array(grad) / np.float32(manager.grads_scale)
     return None
 
 

@@ -20,29 +20,35 @@ from .compat.runtime import overwrite
 GroupRate = tuple[Optional[float], Callable[[float], None]]
 
 
+# Kept in an optimizer of MindSpore's: the rates that its groups were given for themselves, before a schedule wrote over them.
+_OWN_RATES = "_bmtrain_ms_own_rates"
+
+
 def group_rates(optimizer: Any) -> list[GroupRate]:
     """How to set the rate of each parameter group of an optimizer: ours, or MindSpore's.
+
+    MindSpore's do not say which groups were given a rate: a group whose rate is that of the optimizer has none of its own.
 
     Raises:
         TypeError: it is not an optimizer, or it computes its rate by itself.
     """
     if hasattr(optimizer, "param_groups"):
-        default = getattr(optimizer, "defaults", {}).get("lr")
-        return [(_own_rate(group, default), _setter(group)) for group in optimizer.param_groups]
-    if isinstance(optimizer, nn.Optimizer) and not optimizer.dynamic_lr:
+        setters = [_setter(group) for group in optimizer.param_groups]
+        if all("own_lr" in group for group in optimizer.param_groups):
+            return list(zip([group["own_lr"] for group in optimizer.param_groups], setters))
+        default, rates = getattr(optimizer, "defaults", {}).get("lr"), [float(group["lr"]) for group in optimizer.param_groups]
+    elif isinstance(optimizer, nn.Optimizer) and not optimizer.dynamic_lr:
         if not optimizer.is_group_lr:
             return [(None, _writer(optimizer.learning_rate))]
-        return [(float(rate.asnumpy()), _writer(rate)) for rate in optimizer.learning_rate]
-    if isinstance(optimizer, nn.Optimizer):
+        setters = [_writer(rate) for rate in optimizer.learning_rate]
+        default, rates = getattr(optimizer, "init_learning_rate", None), [float(rate.asnumpy()) for rate in optimizer.learning_rate]
+    elif isinstance(optimizer, nn.Optimizer):
         raise TypeError(f"this {type(optimizer).__name__} has a schedule of its own; give it a constant learning_rate")
-    raise TypeError(f"{type(optimizer).__name__} has no param_groups: it is not an optimizer that a schedule can drive")
-
-
-def _own_rate(group: dict[str, Any], default: Any) -> float | None:
-    if "own_lr" in group:
-        return group["own_lr"]
-    rate = float(group["lr"])
-    return None if default is None or np.float32(rate) == np.float32(default) else rate  # MindSpore keeps it as a float32
+    else:
+        raise TypeError(f"{type(optimizer).__name__} has no param_groups: it is not an optimizer that a schedule can drive")
+    if not hasattr(optimizer, _OWN_RATES):
+        setattr(optimizer, _OWN_RATES, [None if default is None or np.float32(x) == np.float32(default) else x for x in rates])
+    return list(zip(getattr(optimizer, _OWN_RATES), setters))
 
 
 def _setter(group: dict[str, Any]) -> Callable[[float], None]:
@@ -108,12 +114,28 @@ class WarmupLRScheduler:
         return {k: v for k, v in vars(self).items() if k != "optimizer" and not k.startswith("_")}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue where `state` was taken."""
-        own = set(self.state_dict())
-        if set(state) != own:
-            raise ValueError(f"this is not the state of a {type(self).__name__}: it has {sorted(state)}, expected {sorted(own)}")
+        """Continue where `state` was taken.
+
+        Raises:
+            ValueError: it is that of another class.
+        """
+        self.check_state_dict(state)
         vars(self).update(state)
         self._apply()
+
+    def check_state_dict(self, state: Any) -> None:
+        """Whether `load_state_dict` would take it; changes nothing.
+
+        Raises:
+            ValueError: it would not.
+        """
+        own, kind = self.state_dict(), type(self).__name__
+        if not isinstance(state, dict) or set(state) != set(own):
+            found = sorted(state) if isinstance(state, dict) else type(state).__name__
+            raise ValueError(f"this is not the state of a {kind}: it has {found}, expected {sorted(own)}")
+        odd = [name for name, x in own.items() if isinstance(x, (int, float)) and not isinstance(state[name], (int, float))]
+        if odd:
+            raise ValueError(f"this is not the state of a {kind}: {odd[0]} is {state[odd[0]]!r}")
 
     def _apply(self) -> None:
         self._current_lr = self.get_lr()

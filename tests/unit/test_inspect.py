@@ -286,16 +286,16 @@ def test_the_loss_itself_is_recorded():
 
 def test_replay_numbers_as_the_first_pass_did():
     draws = Draws(seed=1, rank=0)
-    draws.next_key(0)
+    draws.next_key()
     start = draws.count, draws.records
-    first = [draws.next_key(0).tolist() for _ in range(2)]
+    first = [draws.next_key().tolist() for _ in range(2)]
     draws.records += 3
     for _ in range(2):
         with draws.replay(start):
             assert draws.replaying and draws.records == 0
-            assert [draws.next_key(0).tolist() for _ in range(2)] == first
+            assert [draws.next_key().tolist() for _ in range(2)] == first
             with draws.replay((1, 7)):  # recomputation inside of recomputation
-                assert draws.records == 7 and draws.next_key(0).tolist() == first[0]
+                assert draws.records == 7 and draws.next_key().tolist() == first[0]
             assert (draws.count, draws.records, draws.replaying) == (3, 0, True)
         assert (draws.count, draws.records, draws.replaying) == (3, 3, False)
     with pytest.raises(ZeroDivisionError), draws.replay(start):

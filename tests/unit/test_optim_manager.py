@@ -349,6 +349,7 @@ def test_counters_survive(capsys):
         "skipped_steps": 2,
         "skipped_in_a_row": 1,
         "overflows_left": 1,
+        "grads_scale": 64.0,
     }
     second.manager.load_state_dict(state)
     events = "!..!...!!"
@@ -362,7 +363,7 @@ def test_counters_survive(capsys):
 def test_a_state_from_before_the_later_counters(capsys):
     s = Setting(loss_scale=64.0, hysteresis=2)
     state = s.manager.state_dict(tensors=False)
-    for key in ("skipped_in_a_row", "overflows_left"):
+    for key in ("skipped_in_a_row", "overflows_left", "grads_scale"):
         del state[key]
     other = Setting(loss_scale=2.0, hysteresis=2)
     other.manager.load_state_dict(json.loads(json.dumps(state)))

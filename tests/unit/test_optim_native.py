@@ -213,6 +213,52 @@ def test_a_groups_own_rate_is_its_peak(kind, own, default):
         schedule.step()
 
 
+@pytest.mark.parametrize("kind", ["groups", "experimental groups", "Momentum", "experimental.AdamW"])
+def test_a_second_schedule_finds_the_rates_that_were_given(kind):
+    """The first has written over them."""
+    params = [Parameter(Tensor(initial(name)), name=name) for name in SHAPES]
+    optimizer = MAKERS[kind](params)
+    own = 0.5 if "groups" in kind else None
+    NoDecay(optimizer, 0.3, 10, 20)
+    assert set(rates(optimizer)) == {0.0}
+    schedule = NoDecay(optimizer, 0.2, 2, 10)
+    schedule.step()
+    seen = rates(optimizer)
+    assert seen[-1] == pytest.approx(0.1) or seen[0] == pytest.approx(0.1)
+    assert {round(x, 6) for x in seen} == ({0.1, round(own / 2, 6)} if own else {0.1})
+
+
+@pytest.mark.parametrize("default", [0.1, 0.7])
+def test_groups_without_a_rate_follow_the_schedule(default):
+    """Whatever the optimizer's own rate is."""
+    params = [Parameter(Tensor(initial(name)), name=name) for name in SHAPES]
+    optimizer = nn.Adam([{"params": params[:1], "lr": 0.5}, {"params": params[1:]}], default)
+    NoDecay(optimizer, 0.2, 0, 10)
+    assert rates(optimizer) == pytest.approx([0.5, 0.2, 0.2])
+
+
+@pytest.mark.parametrize(
+    "make, text",
+    [
+        (lambda params: nn.Lamb(params, 0.1), "Lamb needs whole parameters, and one is sharded; use an optimizer"),
+        (lambda params: nn.LARS(nn.Momentum(params, 0.1, 0.9)), "LARS needs whole parameters, and one is sharded"),
+        (lambda params: nn.AdaFactor(params, 0.1, relative_step=False), "AdaFactor needs whole parameters, and one is sharded"),
+        (
+            lambda params: nn.Momentum([{"params": params, "grad_centralization": True}], 0.1, 0.9),
+            "grad_centralization needs whole parameters, and one is sharded",
+        ),
+    ],
+    ids=["Lamb", "LARS", "AdaFactor", "centralization"],
+)
+def test_what_needs_whole_parameters_is_refused(single_world, make, text):
+    """Norms and means over a shard are not those of the parameter; also at one rank, where a shard is flat."""
+    model = Sum()
+    with pytest.raises(ValueError, match=text):
+        OptimManager().add_optimizer(make(model.trainable_params()))
+    whole = [Parameter(Tensor(initial(name)), name=name) for name in SHAPES]
+    OptimManager().add_optimizer(make(whole))
+
+
 @pytest.mark.parametrize(
     "make",
     [

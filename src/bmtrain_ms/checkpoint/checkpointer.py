@@ -327,6 +327,7 @@ class Checkpointer:
             "seed": here.seed,
             "clock": here.engine.clock.step,
             "draws": context_of(here).draws.count,
+            "draw_step": context_of(here).draws.step,
             "generators": gather_json(mine, here.engine, "checkpoint generators"),
             "mesh": {"ranks": here.engine.size, "shard_size": here.shards.size},
             "layout": gather_json(here.launch.local_size, here.engine, "checkpoint layout"),
@@ -374,7 +375,8 @@ class Checkpointer:
             self._manager.load_state_dict(state["manager"])
             here = self._world
             here.engine.clock.step = int(state["clock"])
-            context_of(here).draws.count = int(state["draws"])
+            draws = context_of(here).draws
+            draws.count, draws.step = int(state["draws"]), int(state["draw_step"])
             generators = state["generators"]
             mine = generators[here.engine.rank if len(generators) == here.engine.size else 0]
             version, words, gauss = mine["python"]

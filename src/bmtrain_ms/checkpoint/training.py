@@ -31,6 +31,7 @@ def save_training(file_name: str | Path, model: nn.Cell, manager: OptimManager, 
         "version": _VERSION,
         "seed": here.seed,
         "clock": here.engine.clock.step,
+        "draw_step": context_of(here).draws.step,
         "manager": manager.state_dict(tensors=False),
         "extra": extra,
     }
@@ -53,7 +54,8 @@ def load_training(file_name: str | Path, model: nn.Cell, manager: OptimManager) 
     load_entries(file_name, training_entries(model, manager), here)
     manager.load_state_dict(state["manager"])
     here.engine.clock.step = state["clock"]
-    context_of(here).draws.count = 0
+    draws = context_of(here).draws
+    draws.count, draws.step = 0, state.get("draw_step", state["clock"])
     return state["extra"]
 
 

@@ -16,8 +16,9 @@ from ..zero.random import chunks, uniform
 class Dropout(nn.Cell):
     """Zeroes elements with probability `p` in training and scales the rest by 1 / (1 - p) (Srivastava et al., 2014).
 
-    The mask is drawn from a counter-based generator keyed by the run's seed, the rank, the step and the number of the draw in the
-    step. So a recomputed forward pass, and a resumed run, draw the same mask; MindSpore's own dropout does neither on CPU.
+    The mask is drawn from a counter-based generator keyed by the run's seed, the rank, the step (skipped ones do not count) and
+    the number of the draw in the step. So a recomputed forward pass, and a resumed run, draw the same mask; MindSpore's own dropout
+    does neither on CPU.
 
     Raises:
         ValueError: p is not in [0, 1).
@@ -47,7 +48,7 @@ class ReplayingDropout(nn.Dropout):
 
 def _drop(x: Tensor, p: float) -> Tensor:
     here = world()
-    key = context_of(here).draws.next_key(here.engine.clock.step)
+    key = context_of(here).draws.next_key()
     size = int(np.prod(x.shape))
     mask = np.empty(size, numpy_dtype(x.dtype))
     for first, words, inside in chunks(key, 0, size):

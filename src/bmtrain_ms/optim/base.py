@@ -145,14 +145,34 @@ class ShardOptimizer(ABC):
         Raises:
             ValueError: of other groups or parameters, or shards of another number of ranks.
         """
-        if len(state["groups"]) != len(self.param_groups) or len(state["steps"]) != len(self.parameters):
-            raise ValueError(
-                f"the state has {len(state['groups'])} groups and {len(state['steps'])} parameters, this optimizer has "
-                f"{len(self.param_groups)} and {len(self.parameters)}"
-            )
+        self.check_state_dict(state)
         if "tensors" in state:
             from_arrays(self.state_tensors(), state)
         for group, saved in zip(self.param_groups, state["groups"]):
             group.update({k: tuple(v) if isinstance(v, list) else v for k, v in saved.items()})
         for p, step in zip(self.parameters, state["steps"]):
             self._state(p).step = int(step)
+
+    def check_state_dict(self, state: Any) -> None:
+        """Whether the settings and steps would be taken by `load_state_dict`, which checks tensors by itself; changes nothing.
+
+        Raises:
+            ValueError: they would not.
+        """
+        groups, steps = (state.get("groups"), state.get("steps")) if isinstance(state, dict) else (None, None)
+        if not (isinstance(groups, list) and isinstance(steps, list)):
+            raise ValueError(f"this is not the state of an {type(self).__name__}: it has no groups and steps")
+        if len(groups) != len(self.param_groups) or len(steps) != len(self.parameters):
+            raise ValueError(
+                f"the state has {len(groups)} groups and {len(steps)} parameters, this optimizer has {len(self.param_groups)} and "
+                f"{len(self.parameters)}"
+            )
+        if not all(type(step) is int and step >= 0 for step in steps):
+            raise ValueError(f"the state's steps must be numbers of 0 or more, not {steps[:5]}")
+        for saved in groups:
+            if not isinstance(saved, dict):
+                raise ValueError(f"a group of the state is {type(saved).__name__}, not a dictionary of settings")
+            try:
+                self._check({**self.defaults, **saved})
+            except TypeError as error:
+                raise ValueError(f"a group of the state has a setting of a wrong type: {error}") from error

@@ -28,8 +28,8 @@ class StepResult:
 
     Attributes:
         updated: False: the gradient was not finite, and the step was skipped.
-        grad_norm: of the step's gradient over all ranks, before clipping and without the loss scale: what `clip_grad_norm`
-            returned, else the 2-norm that the search for overflows computes, else (neither happened) None.
+        grad_norm: of the step's gradient over all ranks, before clipping and without the loss scale: what the last
+            `clip_grad_norm` returned, else the 2-norm that the search for overflows computes, else (neither happened) None.
         loss_scale: the next step's.
         skipped_steps: of the whole run.
         skipped_in_a_row: ending with this one.
@@ -46,20 +46,21 @@ class StepResult:
 
 
 _COUNTERS = ("loss_scale", "loss_scale_enabled", "steps_since_last_scale", "skipped_steps")
-_LATER_COUNTERS = ("skipped_in_a_row", "overflows_left")  # not in states saved before these existed
+_LATER_COUNTERS = ("skipped_in_a_row", "overflows_left", "grads_scale")  # not in states saved before these existed
 
 
 class OptimManager:
     """Drives training steps (BMTrain: `optim.OptimManager`).
 
     Gradients are the mean over the ranks of what each rank's loss gives, kept as float32 shards, and carry the loss scale until
-    `step`. Several calls of `backward` add up.
+    `step`. Several calls of `backward` add up. A skipped step leaves no trace but the lower scale and the counters: the next one
+    draws the random numbers (dropout) that it would have drawn.
 
     Args:
         loss_scale: initial scale; None turns scaling, and skipping, off.
         loss_scale_factor: the scale is divided by it after an overflow, and multiplied after `loss_scale_steps` steps without.
         loss_scale_steps: see there.
-        min_loss_scale, max_loss_scale: the scale stays between them.
+        min_loss_scale, max_loss_scale: the scale stays between them; the initial one must be.
         grad_scale: what the sum of the ranks' gradients is divided by; default: the number of ranks, so that it is their mean.
         hysteresis: how many overflows it takes to lower the scale, counted since it was last raised (Megatron-LM).
         max_skipped_steps: after so many skipped steps in a row `step` raises; None: never.
@@ -91,12 +92,17 @@ class OptimManager:
             )
         if not 0 < min_loss_scale <= max_loss_scale:
             raise ValueError(f"need 0 < min_loss_scale <= max_loss_scale, not {min_loss_scale}, {max_loss_scale}")
+        if loss_scale is not None and not min_loss_scale <= loss_scale <= max_loss_scale:
+            raise ValueError(
+                f"loss_scale must be from min_loss_scale={min_loss_scale} to max_loss_scale={max_loss_scale}, not {loss_scale}"
+            )
         if grad_scale is not None and not 0 < grad_scale < math.inf:
             raise ValueError(f"grad_scale must be positive and finite, or None, not {grad_scale}")
         if hysteresis < 1 or (max_skipped_steps is not None and max_skipped_steps < 1):
             raise ValueError(f"hysteresis and max_skipped_steps must be at least 1, not {hysteresis}, {max_skipped_steps}")
         self.loss_scale_enabled = loss_scale is not None
         self.loss_scale = 1.0 if loss_scale is None else float(loss_scale)
+        self.grads_scale = self.loss_scale  # of the gradients that are there; `loss_scale` may have moved on
         self.loss_scale_factor = max(loss_scale_factor, 1.0 / loss_scale_factor)
         self.loss_scale_steps = loss_scale_steps
         self.min_loss_scale, self.max_loss_scale = min_loss_scale, max_loss_scale
@@ -124,10 +130,12 @@ class OptimManager:
             lr_scheduler: one of `bmtrain_ms.lr_scheduler`, or None.
 
         Raises:
-            ValueError: it shares a parameter with an optimizer added before.
+            ValueError: it shares a parameter, or the schedule, with an optimizer added before; or needs whole parameters.
             TypeError: it is not an optimizer.
         """
         driver = adapted(optimizer)
+        if lr_scheduler is not None and any(lr_scheduler is other for other in self.lr_schedulers):
+            raise ValueError("this schedule steps with another optimizer already, and would step twice; make one for each")
         known = {id(p) for other in self.drivers for p in other.parameters}
         shared = [p.name for p in driver.parameters if id(p) in known]
         if shared:
@@ -138,8 +146,7 @@ class OptimManager:
 
     def scale_loss(self, loss: Tensor) -> Tensor:
         """loss * loss_scale, for those who differentiate by themselves."""
-        factor = self.loss_scale * self._factor
-        return loss if factor == 1.0 else loss * factor
+        return self._scaled(loss, self.loss_scale)
 
     def zero_grad(self) -> None:
         """Forget the accumulated gradients."""
@@ -147,7 +154,7 @@ class OptimManager:
         self._grad_norm = None
 
     def grad(self, p: Parameter) -> Tensor | None:
-        """The accumulated gradient of a parameter's shard, float32, times the loss scale; None if there is none yet."""
+        """The accumulated gradient of a parameter's shard, float32, times `grads_scale`; None if there is none yet."""
         return self._grads.get(id(p))
 
     def backward(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -180,35 +187,40 @@ class OptimManager:
             if not isinstance(loss, Tensor) or loss.size != 1:
                 what = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
                 raise TypeError(f"forward must return a scalar loss, or a tuple that starts with it, not {what}")
-            return self.scale_loss(loss)
+            return self._scaled(loss, scale)
 
+        scale = self.grads_scale if self._grads else self.loss_scale
         _, grads = ms.value_and_grad(loss_of_forward, None, params)()
         grads, self._stepped = average_whole(params, list(grads), self._world), False
-        self._grad_norm = None
+        self._grad_norm, self.grads_scale = None, scale
         self._whole.update(id(p) for p in params if not isinstance(p, DistributedParameter))
         for p in params:
             self._add(p, grads.pop(0))  # let go of each: with accumulation there are two otherwise
         return returned[0]
 
-    def clip_grad_norm(
-        self, param_groups: Iterable[dict[str, Any]], max_norm: float, norm_type: float = 2.0, eps: float = 1e-6
-    ) -> float:
+    def clip_grad_norm(self, param_groups: Any, max_norm: float, norm_type: float = 2.0, eps: float = 1e-6) -> float:
         """Scale gradients down so that their norm over all ranks is at most `max_norm`.
 
         Args:
-            param_groups: as in `optimizer.param_groups`; their parameters are clipped together.
+            param_groups: whose gradients are clipped together: `optimizer.param_groups`, parameters, or an optimizer (MindSpore's
+                have no `param_groups`).
             norm_type: p of the p-norm, or `inf`.
 
         Returns:
             The norm before clipping, without the loss scale; not finite after an overflow, and then nothing is scaled.
+
+        Raises:
+            ValueError: `max_norm` or `norm_type` is not positive.
         """
-        ids = [id(p) for group in param_groups for p in group["params"] if id(p) in self._grads]
+        if not (max_norm > 0 and norm_type > 0):
+            raise ValueError(f"max_norm and norm_type must be positive, not {max_norm}, {norm_type}")
+        ids = [id(p) for p in _parameters_of(param_groups) if id(p) in self._grads]
         norm = self._norm(ids, float(norm_type))
-        coefficient = max_norm * self.loss_scale / (norm + eps)
+        coefficient = max_norm * self.grads_scale / (norm + eps)
         if math.isfinite(norm) and coefficient < 1.0:
             for i in ids:
                 self._grads[i] = scaled(self._grads[i], coefficient)
-        self._grad_norm = norm / self.loss_scale
+        self._grad_norm = norm / self.grads_scale
         return self._grad_norm
 
     def step(self) -> StepResult:
@@ -220,16 +232,17 @@ class OptimManager:
         Raises:
             GradientOverflowError: `max_skipped_steps` were skipped in a row.
         """
-        self._count()
         if self.loss_scale_enabled:
             norm = self._norm(list(self._grads), 2.0)
             if self._grad_norm is None:
-                self._grad_norm = norm / self.loss_scale
+                self._grad_norm = norm / self.grads_scale
             if not math.isfinite(norm):
+                self._count(made=False)
                 return self._skip()
+        self._count()
         for driver, scheduler in zip(self.drivers, self.lr_schedulers):
             with self._world.measure("optimizer step"):
-                driver.step(self._grads, 1.0 / self.loss_scale)
+                driver.step(self._grads, 1.0 / self.grads_scale)
             if scheduler is not None:
                 scheduler.step()
         self.skipped_in_a_row, self._stepped = 0, True
@@ -242,8 +255,8 @@ class OptimManager:
         return StepResult(True, norm, self.loss_scale, self.skipped_steps, 0)
 
     def discard_step(self) -> None:
-        """Count a step without making it; its gradients are forgotten."""
-        self._count()
+        """Count a step without making it; its gradients are forgotten, and the next draws the same random numbers."""
+        self._count(made=False)
         self.zero_grad()
 
     def state_dict(self, gather_opt: bool = False, tensors: bool = True) -> dict[str, Any]:
@@ -261,26 +274,47 @@ class OptimManager:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue where `state` was taken.
+        """Continue where `state` was taken; the limits of the scale are this manager's. Nothing is changed if it does not fit.
 
         Raises:
-            ValueError: another number of optimizers, or a schedule on one side only.
+            ValueError: see `check_state_dict`.
         """
-        mine = [s is None for s in self.lr_schedulers]
-        theirs = [s is None for s in state["lr_schedulers"]]
-        if len(state["optimizers"]) != len(self.optimizers) or mine != theirs:
-            raise ValueError(
-                f"the state has {len(theirs)} optimizers (schedule missing: {theirs}), this manager has {len(mine)} ({mine})"
-            )
+        self.check_state_dict(state)
         for driver, saved in zip(self.drivers, state["optimizers"]):
             driver.load_state_dict(saved)
         for name in _COUNTERS:
             setattr(self, name, state[name])
+        self.grads_scale = self.loss_scale
         for name in _LATER_COUNTERS:
             setattr(self, name, state.get(name, getattr(self, name)))
+        self.overflows_left = min(self.overflows_left, self.hysteresis)
+        if self.loss_scale_enabled:
+            self.loss_scale = min(max(self.loss_scale, self.min_loss_scale), self.max_loss_scale)
         for scheduler, saved in zip(self.lr_schedulers, state["lr_schedulers"]):
             if scheduler is not None:
                 scheduler.load_state_dict(saved)
+
+    def check_state_dict(self, state: dict[str, Any]) -> None:
+        """Whether `load_state_dict` would take it; changes nothing.
+
+        Raises:
+            ValueError: another number of optimizers, a schedule on one side only, states that do not fit them, or no such state.
+        """
+        saved: dict[str, Any] = state if isinstance(state, dict) else {}
+        known = [*_COUNTERS, *(name for name in _LATER_COUNTERS if name in saved)]
+        wrong = [name for name in known if not isinstance(saved.get(name), (int, float)) or not 0 <= saved[name] < math.inf]
+        wrong += [name for name in ("optimizers", "lr_schedulers") if not isinstance(saved.get(name), list)]
+        if wrong:
+            raise ValueError(f"this is not the state of an OptimManager: {wrong[0]} is missing, or wrong")
+        optimizers, schedules = saved["optimizers"], saved["lr_schedulers"]
+        mine, theirs = [s is None for s in self.lr_schedulers], [s is None for s in schedules]
+        if len(optimizers) != len(self.optimizers) or mine != theirs:
+            raise ValueError(
+                f"the state has {len(theirs)} optimizers (schedule missing: {theirs}), this manager has {len(mine)} ({mine})"
+            )
+        for part, its in [*zip(self.drivers, optimizers), *zip(self.lr_schedulers, schedules)]:
+            if hasattr(part, "check_state_dict"):  # not those of others, which are taken as they are
+                part.check_state_dict(its)
 
     # For checkpoints #
 
@@ -309,9 +343,13 @@ class OptimManager:
 
     # Implementation #
 
-    def _count(self) -> None:
+    def _count(self, made: bool = True) -> None:
         self._world.engine.clock.step += 1
-        context_of(self._world).draws.count = 0  # random draws are numbered within the step: a resumed run repeats them
+        context_of(self._world).draws.next_step(made)
+
+    def _scaled(self, loss: Tensor, scale: float) -> Tensor:
+        factor = scale * self._factor
+        return loss if factor == 1.0 else loss * factor
 
     def _add(self, p: Parameter, grad: Tensor) -> None:
         before = self._grads.get(id(p))
@@ -372,6 +410,16 @@ class OptimManager:
     def _rescale(self, scale: float) -> None:
         self.loss_scale = min(max(scale, self.min_loss_scale), self.max_loss_scale)
         self.steps_since_last_scale = 0
+
+
+def _parameters_of(what: Any) -> list[Parameter]:
+    """Of an optimizer, groups, or a list of parameters."""
+    if isinstance(what, Parameter):
+        return [what]
+    items: Any = getattr(what, "param_groups", None) or getattr(what, "parameters", what)
+    if isinstance(items, dict) or not isinstance(items, Iterable):
+        raise TypeError(f"clip_grad_norm takes an optimizer, its param_groups or a list of parameters, not {type(what).__name__}")
+    return [p for item in items for p in (item["params"] if isinstance(item, dict) else [item])]
 
 
 def _like(p: Parameter) -> DistributedParameter | None:

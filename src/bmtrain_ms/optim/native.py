@@ -15,15 +15,29 @@ from ..zero import DistributedParameter
 from .base import announce_change
 from .state import StateTensors, from_arrays, to_arrays
 
+# What they compute for a parameter takes all of its elements, or its axes; a shard is flat, and a part.
+_WHOLE = tuple(getattr(nn, name) for name in ("AdaFactor", "LARS", "Lamb") if hasattr(nn, name))
+
 
 class NativeOptimizer:
     """Gives an optimizer of `mindspore.nn`, `mindspore.experimental.optim` or `mindspore.mint.optim` the interface of ours.
+
+    Raises:
+        ValueError: it needs whole parameters (norms of each parameter, rows and columns), and they are sharded.
 
     Its moments are sharded as the parameters are, because it clones them. It has no float32 masters, updates all of its parameters
     in every step, and keeps moments in the parameters' type; all of this is MindSpore's.
     """
 
     def __init__(self, optimizer: Any):
+        sharded = [p.name for p in optimizer.parameters if isinstance(p, DistributedParameter)]
+        centralised = any(getattr(optimizer, "grad_centralization_flags", ()))
+        if sharded and (isinstance(optimizer, _WHOLE) or centralised):
+            what = "grad_centralization" if centralised else type(optimizer).__name__
+            raise ValueError(
+                f"{what} needs whole parameters, and {sharded[0]} is sharded; use an optimizer that works element by element, as "
+                "bmtrain_ms.optim.AdamOptimizer, nn.Momentum or nn.AdamWeightDecay do"
+            )
         self.optimizer = optimizer
         self._replaced: dict[int, int] = {}  # id of parameter -> its `replaced` at the last step
         low = sorted({str(p.dtype) for p in self.parameters if p.dtype != ms.float32})
@@ -81,13 +95,20 @@ class NativeOptimizer:
         Raises:
             ValueError: of another optimizer, other parameters, or shards of another number of ranks.
         """
-        mine = type(self.optimizer).__name__
-        if state.get("native") != mine:
-            raise ValueError(f"the state is that of {state.get('native') or 'an optimizer of bmtrain_ms'}, this is a {mine}")
+        self.check_state_dict(state)
         if "tensors" in state:
             from_arrays(self.state_tensors(), state)
         for rate, (_, set_rate) in zip(state["rates"], group_rates(self.optimizer) if state["rates"] else ()):
             set_rate(rate)
+
+    def check_state_dict(self, state: Any) -> None:
+        """As `ShardOptimizer.check_state_dict`."""
+        mine, saved = type(self.optimizer).__name__, state if isinstance(state, dict) else {}
+        if saved.get("native") != mine:
+            raise ValueError(f"the state is that of {saved.get('native') or 'an optimizer of bmtrain_ms'}, this is a {mine}")
+        rates = saved.get("rates")
+        if not isinstance(rates, list) or len(rates) != len(_rates(self.optimizer)) or not all(type(x) is float for x in rates):
+            raise ValueError(f"the state has the rates {rates!r}, this {mine} needs {len(_rates(self.optimizer))} numbers")
 
 
 def _rates(optimizer: Any) -> list[float]:

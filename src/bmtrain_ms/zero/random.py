@@ -52,6 +52,7 @@ class Draws:
     A draw's key is (seed, rank, step, number of the draw within the step).
 
     Attributes:
+        step: steps made so far, without those that were skipped: so the next one draws what a run would that never saw it.
         count: draws so far in this step.
         records: tensors recorded so far.
         replaying: a forward pass is being repeated.
@@ -59,7 +60,12 @@ class Draws:
 
     def __init__(self, seed: int, rank: int):
         self._seed, self._rank = seed, rank
-        self.count, self.records, self.replaying = 0, 0, False
+        self.step, self.count, self.records, self.replaying = 0, 0, 0, False
+
+    def next_step(self, made: bool) -> None:
+        """Count a step, if it was made, and number from 0: a resumed run repeats the numbers."""
+        self.step += made
+        self.count = 0
 
     @contextlib.contextmanager
     def replay(self, start: tuple[int, int]) -> Iterator[None]:
@@ -71,7 +77,7 @@ class Draws:
         finally:
             self.count, self.records, self.replaying = before
 
-    def next_key(self, step: int) -> np.ndarray:
+    def next_key(self) -> np.ndarray:
         """The key of the next draw."""
         self.count += 1
-        return key_of(self._seed, "draw", self._rank, step, self.count)
+        return key_of(self._seed, "draw", self._rank, self.step, self.count)
