@@ -176,8 +176,8 @@ def _count_elements(model: nn.Cell, report: WrapReport) -> None:
     blocks = [cell for _, cell in _cells(model) if _is_wrapped(cell)]
     inside = {id(p) for block in blocks for _, cell in _cells(block) for p in parameter_table(cell).values()}
     for p in {id(p): p for _, p in found}.values():
-        report.elements += p.numel
-        report.elements_outside += 0 if id(p) in inside else p.numel
+        report.elements += p.full_size
+        report.elements_outside += 0 if id(p) in inside else p.full_size
         report.shard_bytes += p.nbytes
     outside = [model]
     reached: set[int] = set()

@@ -100,7 +100,7 @@ def offload_rank(case: str) -> None:
 
     bms.init_distributed()
     params = [bms.DistributedParameter(bms.empty(1 << 20), name=f"p{i}") for i in range(16)]
-    grads = [from_host(np.ones(p.numel, np.float32)) for p in params]
+    grads = [from_host(np.ones(p.full_size, np.float32)) for p in params]
 
     class Link(Transfer):
         seconds = 0.0

@@ -65,7 +65,7 @@ def run_rank(case: str, start: float, use_checkpoint: bool) -> None:
             "step_ms": 1e3 * statistics.median(times[WARM_UP:]),
             "peak_mib": int(status["VmHWM"].split()[0]) / 1024,
             "first_step_s": first,
-            "parameters": sum(p.numel for p in model.get_parameters()),
+            "parameters": sum(p.full_size for p in model.get_parameters()),
         }
         if outer.rank == 0:
             print("RESULT " + json.dumps(report), flush=True)

@@ -112,8 +112,8 @@ def full(world: World, p: bms.DistributedParameter, shard: Tensor | None = None)
     """The full values of a parameter, or of a tensor sharded as it is."""
     engine = getattr(world.shards, "inner", world.shards)
     gathered = engine.all_gather([p if shard is None else shard]).wait()[0].asnumpy()
-    assert not gathered[p.numel :].any(), f"padding of {p.name} is not zero"
-    return gathered[: p.numel].reshape(p.full_shape).astype(np.float32)
+    assert not gathered[p.full_size :].any(), f"padding of {p.name} is not zero"
+    return gathered[: p.full_size].reshape(p.full_shape).astype(np.float32)
 
 
 def train_sharded(

@@ -54,7 +54,7 @@ def received(make: Callable[[], Any], shape: Sequence[int], others: Sequence[Any
             manager.clip_grad_norm(optimizer.param_groups, 1.0)
             manager.step()
     scalars = sum(event.received for event in engine.events if event.label == "grad norm")
-    return Counted(sum(event.received for event in engine.events) - scalars, scalars, [p.numel for p in optimizer.parameters])
+    return Counted(sum(event.received for event in engine.events) - scalars, scalars, [p.full_size for p in optimizer.parameters])
 
 
 def expected(parameters: Sequence[int], ranks: int, setting: Setting) -> int:

@@ -47,8 +47,8 @@ class Odd(nn.Cell):
         """The bits of the full tensors."""
         sharded = {p.name: p for p in self.get_parameters() if isinstance(p, bms.DistributedParameter)}
         gathered = {name: world.engine.all_gather([p]).wait()[0].asnumpy() for name, p in sharded.items()}
-        assert not any(gathered[name][p.numel :].any() for name, p in sharded.items()), "padding is not zero"
-        bits = {name: gathered[name][: p.numel].tobytes() for name, p in sharded.items()}
+        assert not any(gathered[name][p.full_size :].any() for name, p in sharded.items()), "padding is not zero"
+        bits = {name: gathered[name][: p.full_size].tobytes() for name, p in sharded.items()}
         return {**bits, "count": self.count.asnumpy().tobytes()}
 
 

@@ -153,7 +153,7 @@ def persistent(world: Any) -> tuple[int, int]:
         model = nn.CellList([bms.Block(Layer(width)) for width in (129, 250, 333)])
         optimizer = bms.optim.AdamOptimizer(model.trainable_params())
         stored = sum(t.nbytes for p in optimizer.parameters for t in (p, *optimizer.state_of(p).values()))
-        return stored, sum(12 * p.numel for p in optimizer.parameters) // world.engine.size
+        return stored, sum(12 * p.full_size for p in optimizer.parameters) // world.engine.size
 
 
 @pytest.mark.parametrize("ranks", [2, 3, 4])

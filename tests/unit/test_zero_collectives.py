@@ -122,7 +122,7 @@ def test_a_group_travels_in_one_collective(single_world):
 def test_gathered_bytes_never_exceed_one_plus_prefetch_blocks(single_world, prefetch, use_checkpoint):
     with recording_world(single_world, prefetch) as world:
         model = Chain(8, use_checkpoint)
-        block = sum(p.numel * 4 for p in model.layers[0].get_parameters())
+        block = sum(p.full_size * 4 for p in model.layers[0].get_parameters())
         pipeline = context_of(world).pipeline
         for _ in range(3):
             one_step(model, x_of())
@@ -197,7 +197,7 @@ def test_changed_order_is_noticed_and_costs_only_a_gather(single_world):
         for a, b in zip(again[1], grads):
             np.testing.assert_array_equal(a, b)
         assert len(again[2]) == 9  # learnt
-        assert context_of(world).pipeline.meter.peak <= 2 * sum(p.numel * 4 for p in blocks[0].get_parameters())
+        assert context_of(world).pipeline.meter.peak <= 2 * sum(p.full_size * 4 for p in blocks[0].get_parameters())
 
 
 def test_nothing_is_gathered_ahead_across_an_update(single_world):
@@ -281,7 +281,7 @@ def test_parameters_written_between_evaluations(single_world, write, tmp_path):
             evaluate(other, x)
             evaluate(one, x)  # gathers ahead what comes next
             for p in other.get_parameters():
-                values = np.full(p.full_shape, 0.1 * (1 + p.numel % 3), np.float32)
+                values = np.full(p.full_shape, 0.1 * (1 + p.full_size % 3), np.float32)
                 if write == "set_shard":
                     p.set_shard(from_host(values.reshape(-1).copy()))
                 elif write == "copy_full":

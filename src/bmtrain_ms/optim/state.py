@@ -81,7 +81,7 @@ def _whole(name: str, like: DistributedParameter | None, x: Tensor) -> np.ndarra
     if like is None:
         return _copy(x)
     gathered = host_array(like.world.shards.all_gather([x], label=f"state {name}").wait()[0])
-    return gathered[: like.numel].reshape(like.full_shape).copy()
+    return gathered[: like.full_size].reshape(like.full_shape).copy()
 
 
 def _my_part(name: str, like: DistributedParameter | None, x: Tensor, saved: np.ndarray) -> np.ndarray:

@@ -82,11 +82,11 @@ class ParamGroup:
 
     def _pad(self, p: DistributedParameter, grad: Tensor) -> Buffer:
         """(size * shard_length,): an array on the host."""
-        missing = self.engine.size * p.shard_length - p.numel
+        missing = self.engine.size * p.shard_length - p.full_size
         if not self.engine.lands_in_place:
             flat = grad.reshape(-1)
             return ops.cat((flat, ops.zeros((missing,), grad.dtype))) if missing else flat
-        values = result_array(grad, p.numel)
+        values = result_array(grad, p.full_size)
         return np.concatenate([values, np.zeros(missing, values.dtype)]) if missing else values
 
 
@@ -209,7 +209,7 @@ class Gathered:
 
     def _allocate(self) -> None:
         self._buffer, self._landing = self._carve(self.group.sizes)
-        self._tensors = [from_host(x[: p.numel].reshape(p.full_shape)) for p, x in zip(self.group.params, self._landing)]
+        self._tensors = [from_host(x[: p.full_size].reshape(p.full_shape)) for p, x in zip(self.group.params, self._landing)]
 
     def _carve(self, sizes: Sequence[tuple[int, np.dtype]]) -> tuple[HostBuffer, list[np.ndarray]]:
         """Flat arrays of (elements, type) in one buffer of the pool."""
@@ -267,7 +267,7 @@ class Gathered:
                 else:
                     parts = [arrived.pop(0) for _ in wire.sizes(p.shard_length)]
                     flat = wire.decode_on_device(parts, self.group.engine.size, p.shard_length, p.dtype)
-                full.append(flat[: p.numel].reshape(p.full_shape))
+                full.append(flat[: p.full_size].reshape(p.full_shape))
         return full
 
 

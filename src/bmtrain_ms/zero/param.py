@@ -49,8 +49,8 @@ class DistributedParameter(Parameter):
         in_world: the ranks that share it; default: the current world.
 
     Attributes:
-        full_shape, numel: of the full tensor.
-        shard_length: ceil(numel / ranks); equal on every rank, padded with zeros.
+        full_shape, full_size: of the full tensor; `size` and `numel()` are the shard's.
+        shard_length: ceil(full_size / ranks); equal on every rank, padded with zeros.
         replaced: how often `set_data` gave it other memory.
 
     Raises:
@@ -75,12 +75,12 @@ class DistributedParameter(Parameter):
         super().__init__(self, name=name, requires_grad=requires_grad)
         self.world = in_world or world()
         self.full_shape = tuple(int(n) for n in data.shape)
-        self.numel = element_count(self.full_shape)
-        if not self.numel:
+        self.full_size = element_count(self.full_shape)
+        if not self.full_size:
             raise ValueError(f"a parameter of shape {self.full_shape} has no elements; leave it out of the model")
         if not is_float(self):
             raise ValueError(f"a parameter must be of a floating-point type, not {self.dtype}; keep integers in a buffer")
-        self.shard_length = -(-self.numel // self.world.shards.size)
+        self.shard_length = -(-self.full_size // self.world.shards.size)
         self.init_method, self.group = init_method, group
         self.has_hooks, self.replaced = False, 0
         self._alone: ParamGroup | None = None
@@ -90,8 +90,8 @@ class DistributedParameter(Parameter):
     @property
     def owned(self) -> tuple[int, int]:
         """First and one past the last element of the flattened full tensor that this rank owns; may be empty."""
-        start = min(self.world.shards.rank * self.shard_length, self.numel)
-        return start, min(start + self.shard_length, self.numel)
+        start = min(self.world.shards.rank * self.shard_length, self.full_size)
+        return start, min(start + self.shard_length, self.full_size)
 
     # BMTrain's names for the same things #
 
