@@ -3,8 +3,6 @@
 Importing the package patches MindSpore at run time (see `bmtrain_ms.compat`); MindSpore's files are never touched.
 """
 
-from typing import Any
-
 from . import compat
 
 compat.install()
@@ -30,6 +28,7 @@ from . import (
     wrapper,
     zero,
 )
+from .absent import absent
 from .checkpoint import load, save
 from .comm import init_distributed, is_initialized, rank, shutdown, synchronize, world_size
 from .global_var import config
@@ -72,8 +71,7 @@ _ABSENT = {
 }
 
 
-def __getattr__(name: str) -> Any:
-    raise AttributeError(f"module 'bmtrain_ms' has no attribute {name!r}" + (f": {_ABSENT[name]}" if name in _ABSENT else ""))
+__getattr__ = absent(__name__, _ABSENT)
 
 
 __all__ = [

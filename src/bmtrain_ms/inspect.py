@@ -115,22 +115,27 @@ class InspectTensor:
             rows.append({"name": name, "shape": whole, **own, "grad_std": grad["std"], "grad_mean": grad["mean"]})
         return rows
 
-    def get_tensor(self, name: str, group: str | None = None, index: int | None = None) -> Any:
-        """The tensors recorded under a name, in order, or the index-th of them.
+    def get_tensor(self, name: str, group: str | None = None, index: int | None = None) -> Tensor:
+        """The tensor recorded under a name: the first, or the index-th of them.
 
         Raises:
             KeyError: there is none.
+            IndexError: there are fewer.
         """
         found = [r.tensor for r in self.records if r.name == name and r.group == group]
         if not found:
             known = sorted({r.name if r.group is None else f"{r.name} (group {r.group})" for r in self.records})
             raise KeyError(f"no tensor {name!r} was recorded in group {group!r}; recorded: {', '.join(known) or 'nothing'}")
-        return found if index is None else found[index]
+        index = 0 if index is None else index
+        if not -len(found) <= index < len(found):
+            raise IndexError(f"{name!r} was recorded {len(found)} times, there is no index {index}")
+        return found[index]
 
-    def _take(self, place: int, name: str, group: str | None, x: Tensor, replaying: bool) -> None:
+    def _take(self, place: int, made: Record, replaying: bool, with_grad: bool) -> None:
+        x = made.tensor
         if not replaying or place not in self._records:
-            self._records[place] = Record(name, group, x)
-        if recording():
+            self._records[place] = made
+        if with_grad and recording():
             record = self._records[place]
 
             def keep(grad: Tensor) -> None:
@@ -164,10 +169,13 @@ def inspect_tensor() -> Iterator[InspectTensor]:
         _active.pop()
 
 
-def record_tensor(x: Tensor, name: str, group: str | None = None) -> None:
+def record_tensor(x: Tensor, name: str, group: str | None = None, requires_grad: bool = True) -> None:
     """Have the active `inspect_tensor` record x; without one nothing happens.
 
     Also inside of checkpointed Blocks: the value is that of the forward pass, the gradient that of the recomputed one.
+
+    Args:
+        requires_grad: record its gradient too.
 
     Raises:
         TypeError: x is a Parameter (`inspect_model` shows those), or no tensor.
@@ -179,7 +187,7 @@ def record_tensor(x: Tensor, name: str, group: str | None = None) -> None:
     draws = context_of(world()).draws
     place = draws.records
     draws.records += 1
-    _active[0]._take(place, name, group, x, draws.replaying)
+    _active[0]._take(place, Record(name, group, x), draws.replaying, requires_grad)
 
 
 def _named_parameters(model: nn.Cell, prefix: str) -> Iterator[tuple[str, Parameter]]:

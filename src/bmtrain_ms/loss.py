@@ -4,7 +4,13 @@ from __future__ import annotations
 
 from mindspore import Tensor, nn
 
+from .absent import absent
 from .nn import functional
+
+__getattr__ = absent(
+    __name__,
+    {"_function": "OptimManager looks for overflows by itself: manager.step().updated; the loss is nn.functional.cross_entropy"},
+)
 
 
 class FusedCrossEntropy(nn.Cell):

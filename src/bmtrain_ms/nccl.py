@@ -7,11 +7,22 @@ from __future__ import annotations
 
 from mindspore import Tensor
 
+from .absent import absent
 from .comm import Engine
 from .compat.autograd import no_grad
 from .compat.runtime import overwrite
 
 _OPS = {"sum": "sum", "avg": "mean", "max": "max", "min": "min"}
+
+
+_MADE = "init_distributed makes the communicators; take config['comm'], or comm.world().engine.subgroup(ranks)"
+__getattr__ = absent(
+    __name__,
+    {
+        **dict.fromkeys(("NCCLCommunicator", "getUniqueId", "commInitRank", "commDestroy"), _MADE),
+        **dict.fromkeys(("groupStart", "groupEnd"), "delete the call: an engine takes a list of tensors as one collective"),
+    },
+)
 
 
 def commCount(comm: Engine) -> int:

@@ -13,6 +13,7 @@ import mindspore as ms
 import numpy as np
 from mindspore import Tensor
 
+from .absent import absent
 from .checkpoint import load, load_state_dict, save, state_dict
 from .comm import Engine, world
 from .compat.runtime import from_host, host_array, numpy_dtype
@@ -21,6 +22,16 @@ __all__ = ["allgather_objects", "broadcast_object", "load", "load_state_dict", "
 
 _save_to_rank0 = state_dict  # BMTrain's name, which ModelCenter uses
 _MARK = "__bmtrain_ms__"
+_WHOLE = "state_dict(model) gives rank 0 whole arrays, save(model, file) writes them without holding the model"
+__getattr__ = absent(
+    __name__,
+    {
+        "_save_to_local_rank0": _WHOLE,
+        "_save_to_infer_model": _WHOLE,
+        "DistributedTensorWrapper": "a DistributedParameter says where its shard lies: owned, full_shape, gather()",
+        "DistributedStateDictWrapper": "checkpoint.Checkpointer saves and loads shards",
+    },
+)
 
 
 def broadcast_object(obj: Any, comm: Engine | None = None, src: int = 0) -> Any:

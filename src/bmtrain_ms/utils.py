@@ -9,6 +9,7 @@ import mindspore as ms
 import numpy as np
 from mindspore import Parameter, Tensor, nn
 
+from .absent import absent
 from .comm import Engine, is_initialized, world
 from .comm import rank as this_rank
 from .compat.cells import child_table, parameter_table
@@ -17,6 +18,13 @@ from .compat.runtime import device_target, from_host, host_array
 from .distributed import all_reduce
 from .zero import Block, DistributedParameter, context_of
 
+__getattr__ = absent(
+    __name__,
+    {
+        "check_torch_version": "there is no torch here; MindSpore's version is in bmtrain_ms.compat.versions",
+        "tp_split_tensor": "tensor parallelism is not part of this release",
+    },
+)
 WIDTH = 60  # of the blocks that are printed
 
 

@@ -160,10 +160,21 @@ def test_called_twice():
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
-        ({"tp_size": 2}, r"^tp_size=2, pipe_size=-1: tensor and pipeline parallel layers are not part of this release; use t"),
-        ({"pipe_size": 2}, r"^tp_size=1, pipe_size=2: tensor and pipeline .* use tp_size=1, pipe_size=-1 \(ZeRO shards over"),
-        ({"pipe_size": 0}, r"^tp_size=1, pipe_size=0: tensor and pipeline parallel"),
-        ({"tp_size": 0}, r"^tp_size=0, pipe_size=-1: tensor and pipeline parallel"),
+        (
+            {"tp_size": 2},
+            r"^tp_size=2, pipe_size=-1, num_micro_batches=None: tensor and pipeline parallel layers are not",
+        ),
+        (
+            {"pipe_size": 2},
+            r"^tp_size=1, pipe_size=2, num_micro_batches=None: tensor and pipeline .* use tp_size=1, pipe_size=-1 \(Z",
+        ),
+        ({"pipe_size": 0}, r"^tp_size=1, pipe_size=0, num_micro_batches=None: tensor and pipeline parallel"),
+        ({"tp_size": 0}, r"^tp_size=0, pipe_size=-1, num_micro_batches=None: tensor and pipeline parallel"),
+        ({"num_micro_batches": 4}, r"^tp_size=1, pipe_size=-1, num_micro_batches=4: tensor and pipeline parallel"),
+        (
+            {"init_method": "tcp://a:1"},
+            r"^init_method='tcp://a:1': ranks find each other by what mpiexec or msrun says; use 'env://'$",
+        ),
         ({"prefetch": -1}, r"^prefetch must be 0 \(off\) or more, not -1$"),
         ({"timeout": 0}, r"^timeout must be a positive number of seconds, not 0$"),
         ({"timeout": -2.5}, r"^timeout must be a positive number of seconds, not -2\.5$"),
@@ -176,8 +187,15 @@ def test_refused_arguments(arguments: dict, text: str):
 
 
 def test_accepted_edges():
-    made = bmtrain_ms.init_distributed(0, 1, 1, prefetch=0, timeout=0.5)
-    assert made.prefetch == 0
+    made = bmtrain_ms.init_distributed("env://", 5, 1, None, 1, prefetch=0, timeout=0.5)  # BMTrain's order
+    assert (made.prefetch, made.seed) == (0, 5)
+
+
+def test_a_seed_without_its_name():
+    with pytest.raises(TypeError) as info:
+        bmtrain_ms.init_distributed(3)  # type: ignore[arg-type]
+    assert str(info.value) == "init_method must be 'env://', not 3; a seed is given by its name: init_distributed(seed=3)"
+    assert not comm.is_initialized()
 
 
 def test_an_engine_of_ones_own():

@@ -84,11 +84,11 @@ def test_recomputation_records_gradients_only(way: str):
 
         def loss(x: Tensor) -> Tensor:
             value = (model.layers(x) ** 2).sum()
-            at_the_end.extend(inspector.get_tensor("y"))
+            at_the_end.extend(inspector.get_tensor("y", index=i) for i in range(LAYERS))
             return value
 
         ms.grad(loss)(Tensor(batch()))
-    after = inspector.get_tensor("y")
+    after = [record.tensor for record in inspector.records if record.name == "y"]
     assert len(after) == LAYERS and all(a is b for a, b in zip(at_the_end, after))
 
 
@@ -225,7 +225,10 @@ def test_get_tensor():
     """Upstream's never finds anything by group or index."""
     inspector = train(build("list"), batch())[0]
     every = inspector.records
-    assert inspector.get_tensor("y") == [every[1].tensor, every[4].tensor, every[7].tensor]
+    assert inspector.get_tensor("y") is every[1].tensor and inspector.get_tensor("y", index=1) is every[4].tensor
+    for index in (3, -4):
+        with pytest.raises(IndexError, match=f"'y' was recorded 3 times, there is no index {index}"):
+            inspector.get_tensor("y", index=index)
     assert inspector.get_tensor("x", group="inputs", index=2) is every[6].tensor
     assert inspector.get_tensor("z", index=0) is every[2].tensor and inspector.get_tensor("z", None, -1) is every[8].tensor
     for name, group in (("x", None), ("y", "inputs"), ("w", None)):
@@ -236,6 +239,18 @@ def test_get_tensor():
         pass
     with pytest.raises(KeyError, match="recorded: nothing"):
         empty.get_tensor("x")
+
+
+def test_a_record_without_its_gradient():
+    def loss(x: Tensor) -> Tensor:
+        record_tensor(x * 2.0, "with")
+        y = x * 3.0
+        record_tensor(y, "without", requires_grad=False)
+        return (y * y).sum()
+
+    with inspect_tensor() as inspector:
+        ms.grad(loss)(Tensor(np.ones(2, np.float32)))
+    assert [(r.name, r.grad is None) for r in inspector.records][1] == ("without", True)
 
 
 # What it is made of #

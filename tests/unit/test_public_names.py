@@ -8,6 +8,7 @@ import subprocess
 import sys
 from types import ModuleType
 
+import numpy as np
 import pytest
 from mindspore import nn
 
@@ -93,6 +94,43 @@ def test_what_is_not_there_says_what_to_do(name: str):
     assert not hasattr(bms, name) and name not in bms.__all__
 
 
+DEEPER_ABSENT = {
+    "nccl": {"commInitRank": "init_distributed makes the communicators", "groupStart": "delete the call: an engine takes a list"},
+    "store": {
+        "_save_to_infer_model": "state_dict(model) gives rank 0 whole",
+        "DistributedTensorWrapper": "a DistributedParameter says",
+    },
+    "utils": {"check_torch_version": "there is no torch here", "tp_split_tensor": "tensor parallelism is not part of this release"},
+    "loss": {"_function": "OptimManager looks for overflows by itself: manager.step().updated"},
+}
+
+
+@pytest.mark.parametrize("module, name", [(module, name) for module, names in DEEPER_ABSENT.items() for name in names])
+def test_modules_say_what_to_do_instead(module: str, name: str):
+    with pytest.raises(AttributeError) as info:
+        getattr(getattr(bms, module), name)
+    start = f"module 'bmtrain_ms.{module}' has no attribute {name!r}: {DEEPER_ABSENT[module][name]}"
+    assert str(info.value).startswith(start)
+    with pytest.raises(AttributeError, match=f"^module 'bmtrain_ms.{module}' has no attribute 'nonsense'$"):
+        _ = getattr(bms, module).nonsense
+
+
+def test_options_of_what_is_not_there_yet_are_taken_at_their_defaults(single_world):
+    p = bms.DistributedParameter(bms.empty(2, 3), True, None, None, False)
+    assert p._original_shape == (2, 3) and p.numel() == p.size == 6 and p.gather_all().shape == (2, 3)
+    p._copy_data(np.ones((2, 3), np.float32))
+    assert p.asnumpy().tolist() == [1.0] * 6
+    with pytest.raises(ValueError, match="tp_mode=True needs tensor-parallel layers"):
+        bms.DistributedParameter(bms.empty(2, 3), tp_mode=True)
+    layer = bms.nn.Linear(2, 2)
+    bms.Block(layer, True, 3, False, "BLOCK")
+    for options in ({"initialized": True}, {"mode": "PIPE"}):
+        with pytest.raises(
+            ValueError, match=r"Block\(initialized=.*\) is for pipelines, which are not part of this release: leave both out"
+        ):
+            bms.Block(bms.nn.Linear(2, 2), **options)
+
+
 def test_other_names_are_unknown_as_in_any_module():
     with pytest.raises(AttributeError) as info:
         _ = bms.nonsense
@@ -105,7 +143,7 @@ def test_all_is_complete_sorted_and_true():
     assert bms.__all__ == sorted(set(bms.__all__))
     assert all(getattr(bms, name) is not None for name in bms.__all__)
     public = {name for name in vars(bms) if not name.startswith("_")}
-    assert public - set(bms.__all__) == {"Any"}
+    assert public - set(bms.__all__) == {"absent"}
 
 
 def test_modules_are_reached_without_importing_them():

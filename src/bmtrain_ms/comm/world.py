@@ -152,9 +152,11 @@ def use_world(temporary: World) -> Iterator[World]:
 
 
 def init_distributed(
+    init_method: str = "env://",
     seed: int = 0,
-    tp_size: int = 1,
     pipe_size: int = -1,
+    num_micro_batches: int | None = None,
+    tp_size: int = 1,
     *,
     prefetch: int = 1,
     gather_dtype: str | None = None,
@@ -172,9 +174,10 @@ def init_distributed(
     On CPU each rank gets its share of the cores, and operations run synchronously (`compat.runtime.configure_cpu`).
 
     Args:
+        init_method: only `env://`: what the launcher says.
         seed: of initialisation and of all randomness.
+        pipe_size, num_micro_batches: pipeline stages and their micro batches; only -1 (off) or 1, and None so far.
         tp_size: tensor-parallel size; only 1 so far.
-        pipe_size: pipeline stages; -1 (off) or 1 so far.
         prefetch: gather this many groups ahead of the one that computes; 0 turns overlap off.
         gather_dtype: gather parameters in fewer bits: `bfloat16`, `float16` or `int8`; what each costs: `bmtrain_ms.zero.wire`.
         shard_size: shard over so many neighbouring ranks (those of a node) and replicate across: more memory, and gathers that
@@ -186,14 +189,19 @@ def init_distributed(
 
     Raises:
         RuntimeError: called twice, after an operation on CPU, or the launcher does not fit the device.
+        TypeError: `init_method` is a number: the seed is the second argument.
         ValueError: an option out of range, or a parallel size that is not available.
     """
     if _current:
         raise RuntimeError("init_distributed was called before; call bmtrain_ms.shutdown() first to start over")
-    if tp_size != 1 or pipe_size not in (-1, 1):
+    if not isinstance(init_method, str):
+        raise TypeError(f"init_method must be 'env://', not {init_method!r}; a seed is given by its name: init_distributed(seed=3)")
+    if init_method != "env://":
+        raise ValueError(f"init_method={init_method!r}: ranks find each other by what mpiexec or msrun says; use 'env://'")
+    if tp_size != 1 or pipe_size not in (-1, 1) or num_micro_batches is not None:
         raise ValueError(
-            f"tp_size={tp_size}, pipe_size={pipe_size}: tensor and pipeline parallel layers are not part of this release; "
-            "use tp_size=1, pipe_size=-1 (ZeRO shards over all ranks)"
+            f"tp_size={tp_size}, pipe_size={pipe_size}, num_micro_batches={num_micro_batches}: tensor and pipeline parallel layers "
+            "are not part of this release; use tp_size=1, pipe_size=-1 (ZeRO shards over all ranks)"
         )
     if prefetch < 0:
         raise ValueError(f"prefetch must be 0 (off) or more, not {prefetch}")

@@ -41,14 +41,27 @@ class Block(nn.Cell):
         inner_module: a Cell all of whose parameters are `DistributedParameter`.
         use_checkpoint: recompute the forward pass in backward instead of keeping its activations.
         zero_level: 3 gathers again for backward; 2 keeps the gathered parameters from forward to backward.
+        initialized, mode: of pipelines in BMTrain; only False and `BLOCK` so far.
 
     Raises:
         TypeError: `inner_module` is not a Cell.
         ValueError: a parameter is not a `DistributedParameter`, there is none, a Block is inside, or `zero_level` is not 2 or 3.
     """
 
-    def __init__(self, inner_module: nn.Cell, use_checkpoint: bool = True, zero_level: int = 3):
+    def __init__(
+        self,
+        inner_module: nn.Cell,
+        use_checkpoint: bool = True,
+        zero_level: int = 3,
+        initialized: bool = False,
+        mode: str = "BLOCK",
+    ):
         super().__init__(auto_prefix=False)
+        if initialized or mode != "BLOCK":
+            raise ValueError(
+                f"Block(initialized={initialized}, mode={mode!r}) is for pipelines, which are not part of this release: "
+                "leave both out"
+            )
         if not isinstance(inner_module, nn.Cell):
             raise TypeError(f"Block wraps a Cell, not a {type(inner_module).__name__}")
         if zero_level not in (2, 3):

@@ -45,6 +45,7 @@ class DistributedParameter(Parameter):
         requires_grad: whether to differentiate; may be toggled later.
         init_method: a `ParameterInitializer`, used by `init_parameters`.
         group: name of a parameter group (`grouped_parameters`).
+        tp_mode: shard over tensor-parallel ranks; only False so far.
         name: unique in the model; by default the Cell it is assigned to names it.
         in_world: the ranks that share it; default: the current world.
 
@@ -55,7 +56,7 @@ class DistributedParameter(Parameter):
 
     Raises:
         RuntimeError: `init_distributed` has not been called.
-        ValueError: `data` has no elements or is not of a floating-point type.
+        ValueError: `data` has no elements or is not of a floating-point type, or `tp_mode`.
     """
 
     def __new__(cls, data: Any, *args: Any, in_world: World | None = None, **kwargs: Any) -> DistributedParameter:
@@ -68,10 +69,13 @@ class DistributedParameter(Parameter):
         requires_grad: bool = True,
         init_method: Any = None,
         group: str | None = None,
+        tp_mode: bool = False,
         *,
         name: str | None = None,
         in_world: World | None = None,
     ):
+        if tp_mode:
+            raise ValueError("tp_mode=True needs tensor-parallel layers, which are not part of this release; use tp_mode=False")
         super().__init__(self, name=name, requires_grad=requires_grad)
         self.world = in_world or world()
         self.full_shape = tuple(int(n) for n in data.shape)
@@ -94,6 +98,13 @@ class DistributedParameter(Parameter):
         return start, min(start + self.shard_length, self.full_size)
 
     # BMTrain's names for the same things #
+
+    def gather_all(self) -> Tensor:
+        """`gather`, which there also gathers over tensor-parallel ranks."""
+        return self.gather()
+
+    def _copy_data(self, full: Tensor | np.ndarray) -> None:
+        self.copy_full(full)
 
     @property
     def _original_shape(self) -> tuple[int, ...]:
