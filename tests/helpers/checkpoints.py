@@ -12,7 +12,7 @@ from mindspore import Tensor, nn
 
 import bmtrain_ms as bms
 from bmtrain_ms.checkpoint import Checkpointer
-from bmtrain_ms.checkpoint import sharded as sharded_module
+from bmtrain_ms.checkpoint import format as format_module
 from bmtrain_ms.comm import World, make_hierarchy, use_world
 from bmtrain_ms.comm.launch import Launch
 from bmtrain_ms.lr_scheduler import Linear
@@ -159,7 +159,7 @@ def equal(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> bool:
 def counted_bytes() -> Iterator[dict[str, int]]:
     """How many bytes of each rank's file are read in the `with` block."""
     counts: dict[str, int] = {}
-    kind = sharded_module._RegularFile
+    kind = format_module.RegularFile
     read = kind.read
 
     def counting(self: Any, start: int, count: int) -> bytes:

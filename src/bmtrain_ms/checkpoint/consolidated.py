@@ -3,11 +3,14 @@
 model-00001-of-00002.safetensors
 model-00002-of-00002.safetensors
 model.safetensors.index.json     {"metadata": {"total_size": bytes}, "weight_map": {name: file}}
+
+The index cannot name files elsewhere; a file beside it may be a link to one elsewhere, as in Hugging Face's cache.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 from pathlib import Path
@@ -18,10 +21,11 @@ import numpy as np
 from ..compat.runtime import numpy_dtype
 from .errors import CheckpointError
 from .folder import sync_folder
-from .format import Reader, TensorInfo
+from .format import Reader, RegularFile, TensorInfo
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+_LARGEST_INDEX = 1 << 30  # bytes
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
 _PLAIN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*\.safetensors")
 
@@ -137,15 +141,20 @@ class ConsolidatedReader:
 
 
 def _weight_map(path: Path) -> list[tuple[Path, list[str] | None]]:
+    with RegularFile(path, links=True) as opened:
+        if opened.size > _LARGEST_INDEX:
+            raise CheckpointError(f"{path} is {opened.size} bytes long, which no index is")
+        text = opened.read(0, opened.size)
     try:
-        weights: Any = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        weights: Any = json.loads(text)["weight_map"]
         files: dict[str, list[str]] = {}
         for name, file in weights.items():
             if not isinstance(file, str) or not _PLAIN.fullmatch(file):
                 raise ValueError(f"tensor {name} is said to be in {file!r}, which is not the name of a file beside the index")
             files.setdefault(file, []).append(name)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"{path} is damaged: {error}") from error
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        what = f"it has no {error}" if isinstance(error, KeyError) else error
+        raise CheckpointError(f"{path} is damaged: {what}") from error
     if not files:
         raise CheckpointError(f"{path} names no file")
     return [(path.parent / file, names) for file, names in files.items()]
@@ -153,4 +162,4 @@ def _weight_map(path: Path) -> list[tuple[Path, list[str] | None]]:
 
 def tensor_bytes(dtype: Any, shape: Sequence[int]) -> int:
     """Of a tensor."""
-    return int(np.prod(shape, dtype=np.int64)) * numpy_dtype(dtype).itemsize
+    return math.prod(shape) * numpy_dtype(dtype).itemsize

@@ -1,7 +1,7 @@
 """One safetensors file: its header, and byte ranges of its tensors.
 
-Reading goes through the `safetensors` library for validation and through a memory map for ranges; writing makes the header here,
-because the library wants the whole model in memory.
+Both are made and read here, and not by the `safetensors` library: it wants the whole model in memory to write it, and reads through
+a memory map, where a file that another process cuts ends this one.
 """
 
 from __future__ import annotations
@@ -10,15 +10,15 @@ import contextlib
 import json
 import math
 import os
+import stat
 import struct
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Callable, Mapping
+from typing import Any, Mapping, Sequence
 
 import mindspore as ms
 import numpy as np
-from safetensors import SafetensorError, safe_open
 
 from ..compat.runtime import numpy_dtype
 from .errors import CheckpointError
@@ -36,6 +36,9 @@ TYPE_NAMES = {
     ms.bool_: "BOOL",
 }
 DTYPES: dict[str, Any] = {name: dtype for dtype, name in TYPE_NAMES.items()}
+LARGEST = 1 << 62  # no number of elements or bytes reaches it
+_MOST_AXES = 32  # NumPy's limit
+_LONGEST_HEADER = 1 << 30  # bytes
 
 
 @dataclass(frozen=True)
@@ -49,7 +52,17 @@ class TensorInfo:
     @property
     def count(self) -> int:
         """Number of elements."""
-        return int(np.prod(self.shape, dtype=np.int64))
+        return math.prod(self.shape)
+
+
+def is_count(x: Any) -> bool:
+    """Whether it can be a number of elements or bytes: not negative, and not too large to calculate with."""
+    return type(x) is int and 0 <= x < LARGEST
+
+
+def is_shape(x: Any) -> bool:
+    """Whether it can be a tensor's shape, as JSON has it."""
+    return isinstance(x, list) and len(x) <= _MOST_AXES and all(map(is_count, x))
 
 
 def plan(
@@ -69,7 +82,7 @@ def plan(
     for name, (dtype, shape) in tensors.items():
         if dtype not in TYPE_NAMES:
             raise CheckpointError(f"tensor {name} is {dtype}, which safetensors cannot store")
-        begin, end = end, end + int(np.prod(shape, dtype=np.int64)) * numpy_dtype(dtype).itemsize
+        begin, end = end, end + math.prod(shape) * numpy_dtype(dtype).itemsize
         entries[name] = {"dtype": TYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
         spans[name] = begin
     text = json.dumps(entries, separators=(",", ":")).encode()
@@ -79,44 +92,116 @@ def plan(
     return header, infos, len(header) + end
 
 
-def check_header(path: Path, read: Callable[[int, int], bytes], size: int) -> dict[str, TensorInfo]:
-    """The tensors of a safetensors file of `size` bytes, from its header, of which nothing is believed.
+class RegularFile:
+    """A file that is nothing but a file, read at positions. Anything else is refused before it is opened: a pipe would wait.
 
     Args:
-        read: (position, count) -> bytes of the file.
+        path: of the file.
+        links: whether a link to a file will do.
+
+    Raises:
+        CheckpointError: it is missing, not a file, or cannot be opened.
+    """
+
+    def __init__(self, path: Path, links: bool = False):
+        self.path = path
+        self._file = -1
+        try:
+            if not links and path.is_symlink():
+                raise CheckpointError(f"{path} is a link, which a checkpoint does not have")
+            if not stat.S_ISREG(os.stat(path).st_mode):
+                raise CheckpointError(f"{path} is not a file")
+            follow = 0 if links else getattr(os, "O_NOFOLLOW", 0)
+            self._file = os.open(path, os.O_RDONLY | follow | getattr(os, "O_NONBLOCK", 0))
+            info = os.fstat(self._file)
+        except FileNotFoundError as error:
+            raise CheckpointError(f"{path} does not exist (or is not visible from this host)") from error
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{path} cannot be opened: {getattr(error, 'strerror', error)}") from error
+        if not stat.S_ISREG(info.st_mode):  # changed in between
+            self.close()
+            raise CheckpointError(f"{path} is not a file")
+        self.size = info.st_size
+
+    def read(self, start: int, count: int) -> bytes:
+        """Exactly so many bytes.
+
+        Raises:
+            CheckpointError: the file ends before, or cannot be read.
+        """
+        if start + count > self.size:  # before they are allocated
+            raise CheckpointError(f"{self.path} ends before byte {start + count}: it is truncated")
+        pieces, missing = [], count
+        while missing:
+            try:
+                piece = os.pread(self._file, missing, start + count - missing)
+            except OSError as error:
+                raise CheckpointError(f"{self.path} cannot be read: {error.strerror}") from error
+            if not piece:
+                raise CheckpointError(f"{self.path} ends before byte {start + count}: it is truncated")
+            pieces.append(piece)
+            missing -= len(piece)
+        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+    def close(self) -> None:
+        """A second call does nothing."""
+        if self._file >= 0:
+            os.close(self._file)
+            self._file = -1
+
+    def __enter__(self) -> RegularFile:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def read_header(file: RegularFile) -> tuple[dict[str, TensorInfo], dict[str, str]]:
+    """The tensors of a safetensors file, and the strings beside them, from its header, of which nothing is believed.
 
     Raises:
         CheckpointError: it is no safetensors file, or truncated, or tensors overlap or leave the file.
     """
+    path, size = file.path, file.size
     if size < 8:
         raise CheckpointError(f"{path} is {size} bytes long: it is truncated")
-    length = struct.unpack("<Q", read(0, 8))[0]
-    if length > size - 8:
+    length = struct.unpack("<Q", file.read(0, 8))[0]
+    if length > min(size - 8, _LONGEST_HEADER):
         raise CheckpointError(f"{path} is truncated, or not a safetensors file: its header would be {length} bytes long")
     try:
-        entries = json.loads(read(8, length))
+        entries = json.loads(file.read(8, length))
         if not isinstance(entries, dict):
             raise ValueError("the header is not an object")
-        entries.pop("__metadata__", None)
+        metadata = entries.pop("__metadata__", {})
+        if not (isinstance(metadata, dict) and all(isinstance(x, str) for x in metadata.values())):
+            raise ValueError("the metadata are not strings")
+        unknown = {str(entry["dtype"]) for entry in entries.values()} - set(DTYPES)
+        if unknown:
+            raise CheckpointError(f"{path} has tensors of types {sorted(unknown)}, which MindSpore does not have")
         infos, spans = {}, []
         for name, entry in entries.items():
-            dtype, shape, (begin, end) = DTYPES[entry["dtype"]], tuple(entry["shape"]), entry["data_offsets"]
-            if not all(type(n) is int and 0 <= n < 1 << 62 for n in (*shape, begin, end)):
+            dtype, shape, (begin, end) = DTYPES[entry["dtype"]], entry["shape"], entry["data_offsets"]
+            if not (is_shape(shape) and is_count(begin) and is_count(end)):
                 raise ValueError(f"tensor {name} has an impossible shape or place")
             if end - begin != math.prod(shape) * numpy_dtype(dtype).itemsize:
-                raise ValueError(f"tensor {name} has {end - begin} bytes, its shape {shape} needs another number")
-            infos[name] = TensorInfo(dtype, shape, 8 + length + begin)
+                raise ValueError(f"tensor {name} has {end - begin} bytes, its shape {tuple(shape)} needs another number")
+            infos[name] = TensorInfo(dtype, tuple(shape), 8 + length + begin)
             spans.append((begin, end))
-        reached = 0
-        for begin, end in sorted(spans):
-            if begin != reached:
-                raise ValueError("tensors overlap, or leave a gap")
-            reached = end
-        if 8 + length + reached != size:
-            raise ValueError(f"the file has {size} bytes, its tensors end at {8 + length + reached}")
+        _check_spans(spans, 8 + length, size)
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"{path} is damaged: {error}") from error
-    return infos
+        what = f"a tensor has no {error}" if isinstance(error, KeyError) else error
+        raise CheckpointError(f"{path} is damaged: {what}") from error
+    return infos, metadata
+
+
+def _check_spans(spans: Sequence[tuple[int, int]], start: int, size: int) -> None:
+    reached = 0
+    for begin, end in sorted(spans):
+        if begin != reached:
+            raise ValueError("tensors overlap, or leave a gap")
+        reached = end
+    if start + reached != size:
+        raise ValueError(f"the file has {size} bytes, its tensors end at {start + reached}")
 
 
 class AtomicFile:
@@ -158,7 +243,7 @@ class AtomicFile:
 
 
 class Reader:
-    """A safetensors file, validated on opening, read by ranges.
+    """A safetensors file, checked on opening, read by ranges.
 
     Raises:
         CheckpointError: missing, truncated or malformed.
@@ -166,36 +251,24 @@ class Reader:
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
+        self._file = RegularFile(self.path, links=True)  # Hugging Face's cache is made of links
         try:
-            with safe_open(str(self.path), framework="np") as checked:  # offsets, overlaps, sizes, dtypes
-                self.metadata: dict[str, str] = dict(checked.metadata() or {})
-            self._map = np.memmap(str(self.path), np.uint8, "r")
-        except FileNotFoundError as error:
-            raise CheckpointError(f"{self.path} does not exist (or is not visible from this host)") from error
-        except (OSError, ValueError, SafetensorError) as error:
-            raise CheckpointError(f"{self.path} is not a complete safetensors file: {error}") from error
-        length = int(self._map[:8].view("<u8")[0])
-        entries = json.loads(bytes(self._map[8 : 8 + length]))
-        entries.pop("__metadata__", None)
-        unknown = {e["dtype"] for e in entries.values()} - set(DTYPES)
-        if unknown:
-            raise CheckpointError(f"{self.path} has tensors of types {sorted(unknown)}, which MindSpore does not have")
-        self.tensors = {
-            name: TensorInfo(DTYPES[e["dtype"]], tuple(e["shape"]), 8 + length + e["data_offsets"][0])
-            for name, e in entries.items()
-        }
+            self.tensors, self.metadata = read_header(self._file)
+        except BaseException:
+            self.close()
+            raise
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
         """Elements [start, stop) of the flattened tensor; a copy, only those bytes are read."""
         info = self.tensors[name]
         dtype = numpy_dtype(info.dtype)
         stop = info.count if stop is None else stop
-        raw = self._map[info.start + start * dtype.itemsize : info.start + stop * dtype.itemsize]
-        return np.array(raw).view(dtype)
+        raw = self._file.read(info.start + start * dtype.itemsize, max(0, stop - start) * dtype.itemsize)
+        return np.frombuffer(raw, np.uint8).view(dtype)
 
     def close(self) -> None:
         """Let go of the file."""
-        del self._map
+        self._file.close()
 
     def __enter__(self) -> Reader:
         return self

@@ -11,8 +11,9 @@ not read; sizes are compared with those of the files before anything is allocate
 from __future__ import annotations
 
 import json
+import math
 import os
-import stat
+import reprlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,13 +24,12 @@ import xxhash
 
 from ..compat.runtime import numpy_dtype
 from .errors import CheckpointError
-from .format import DTYPES, TYPE_NAMES, TensorInfo, check_header, plan
+from .format import DTYPES, LARGEST, TYPE_NAMES, RegularFile, TensorInfo, is_count, is_shape, plan, read_header
 
 INDEX = "index.json"
 VERSION = 2
 HASHED = 4 << 20  # bytes that share a hash
 _LARGEST_INDEX = 1 << 30  # bytes
-_LARGEST_TENSOR = 1 << 62  # bytes
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class IndexedTensor:
     @property
     def count(self) -> int:
         """Elements of the full tensor."""
-        return int(np.prod(self.shape, dtype=object)) if self.shape else 1
+        return math.prod(self.shape)
 
     @property
     def itemsize(self) -> int:
@@ -115,7 +115,7 @@ def read_index(folder: Path) -> Index:
         CheckpointError: it is missing, not ours, of a later version, or says what cannot be.
     """
     path = folder / INDEX
-    with _opened(path) as file:
+    with RegularFile(path) as file:
         if file.size > _LARGEST_INDEX:
             raise CheckpointError(f"{path} is {file.size} bytes long, which no index is")
         text = file.read(0, file.size)
@@ -132,13 +132,13 @@ def _parsed(raw: Any) -> Index:
     if not isinstance(raw, dict) or raw.get("format") != "bmtrain_ms":
         raise CheckpointError("it is not the index of a bmtrain_ms checkpoint")
     version: Any = raw.get("version")
-    if not _is_count(version):
+    if not is_count(version):
         raise CheckpointError("it has no version")
     _expect(version <= VERSION, f"it has format version {version}, this bmtrain_ms reads up to {VERSION}; upgrade")
     checksum = raw.pop("checksum", None)
     _expect(checksum == _checksum(raw), "it is damaged: its checksum differs")
     ranks, identity, state, tensors = _fields(raw, "ranks", "identity", "state", "tensors")
-    if not (_is_count(ranks) and 1 <= ranks <= 99999):
+    if not (is_count(ranks) and 1 <= ranks <= 99999):
         raise CheckpointError(f"it says that {ranks!r} ranks wrote it")
     if not (isinstance(identity, str) and isinstance(state, dict) and isinstance(tensors, dict)):
         raise CheckpointError("parts of it are missing")
@@ -151,10 +151,10 @@ def _tensor(name: str, entry: Any, ranks: int) -> IndexedTensor:
     dtype, shape, shard, hashes = _fields(entry, "dtype", "shape", "shard", "hashes")
     if not (isinstance(dtype, str) and dtype in DTYPES):
         raise CheckpointError(f"tensor {name} is of the unknown type {dtype!r}")
-    _expect(isinstance(shape, list) and all(map(_is_count, shape)), f"tensor {name} has the impossible shape {shape!r}")
-    _expect(shard is None or (_is_count(shard) and shard >= 1), f"tensor {name} has the impossible shard length {shard!r}")
+    _expect(is_shape(shape), f"tensor {name} has the impossible shape {reprlib.repr(shape)}")
+    _expect(shard is None or (is_count(shard) and shard >= 1), f"tensor {name} has the impossible shard length {shard!r}")
     made = IndexedTensor(DTYPES[dtype], tuple(shape), shard, ())
-    _expect(made.count * made.itemsize < _LARGEST_TENSOR, f"tensor {name} of shape {shape} is too large to exist")
+    _expect(made.count * made.itemsize < LARGEST, f"tensor {name} of shape {shape} is too large to exist")
     _expect(shard is None or shard * ranks >= made.count, f"tensor {name} has pieces for fewer elements than its shape")
     pieces = 1 if shard is None else ranks
     texts = isinstance(hashes, list) and len(hashes) == pieces and all(isinstance(h, list) for h in hashes)
@@ -170,57 +170,9 @@ def _fields(raw: dict[str, Any], *names: str) -> list[Any]:
     return [raw.get(name) for name in names]
 
 
-def _is_count(x: Any) -> bool:
-    return type(x) is int and 0 <= x < _LARGEST_TENSOR
-
-
 def _expect(condition: bool, what: str) -> None:
     if not condition:
         raise CheckpointError(what)
-
-
-class _RegularFile:
-    """A file that is neither a link nor anything but a file; read at positions."""
-
-    def __init__(self, path: Path):
-        self.path = path
-        try:
-            self._file = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0))
-        except OSError as error:
-            what = "is a link, which a checkpoint does not have" if path.is_symlink() else f"cannot be opened: {error.strerror}"
-            raise CheckpointError(f"{path} {what}") from error
-        info = os.fstat(self._file)
-        if not stat.S_ISREG(info.st_mode):
-            os.close(self._file)
-            raise CheckpointError(f"{path} is not a file")
-        self.size = info.st_size
-
-    def read(self, start: int, count: int) -> bytes:
-        """Exactly so many bytes."""
-        pieces, missing = [], count
-        while missing:
-            piece = os.pread(self._file, missing, start + count - missing)
-            if not piece:
-                raise CheckpointError(f"{self.path} ends before byte {start + count}: it is truncated")
-            pieces.append(piece)
-            missing -= len(piece)
-        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
-
-    def close(self) -> None:
-        """A second call does nothing."""
-        if self._file >= 0:
-            os.close(self._file)
-            self._file = -1
-
-    def __enter__(self) -> _RegularFile:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-
-def _opened(path: Path) -> _RegularFile:
-    return _RegularFile(path)
 
 
 class ShardedReader:
@@ -237,7 +189,7 @@ class ShardedReader:
     def __init__(self, folder: Path, only: Sequence[int] | None = None):
         self.folder, self.index = folder, read_index(folder)
         self._whole = 0 if only is None else only[0]  # whose file whole tensors are read from
-        self._files: dict[int, tuple[_RegularFile, dict[str, TensorInfo]]] = {}
+        self._files: dict[int, tuple[RegularFile, dict[str, TensorInfo]]] = {}
         self._last: tuple[tuple[str, int, int] | None, bytes] = None, b""  # the block read last: the next range may begin in it
         try:
             for rank in range(self.index.ranks) if only is None else only:
@@ -326,10 +278,10 @@ class ShardedReader:
             self._last = (name, rank, i), block
             yield position, block
 
-    def _open(self, rank: int) -> tuple[_RegularFile, dict[str, TensorInfo]]:
-        file = _RegularFile(self.folder / file_name(rank, self.index.ranks))
+    def _open(self, rank: int) -> tuple[RegularFile, dict[str, TensorInfo]]:
+        file = RegularFile(self.folder / file_name(rank, self.index.ranks))
         try:
-            infos = check_header(file.path, file.read, file.size)
+            infos, _ = read_header(file)
             for name, tensor in self.index.tensors.items():
                 first, last = tensor.piece(rank)
                 if first == last or (tensor.shard is None and rank != self._whole):
