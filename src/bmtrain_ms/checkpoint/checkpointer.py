@@ -6,34 +6,27 @@ import atexit
 import contextlib
 import json
 import os
-import platform
-import random
 import secrets
 import shutil
 import sys
 import threading
 import weakref
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any, Callable, Mapping
 
-import mindspore as ms
 import numpy as np
 from mindspore import nn
 
 from ..comm import World, world
-from ..compat import versions
 from ..compat.runtime import from_host, host_array
 from ..optim import OptimManager
-from ..zero import context_of
 from .errors import CheckpointError
 from .folder import FolderLock, checkpoint_name, exchange, latest_in, point_to, prune, sweep, sync_folder
+from .run_state import checked, collected
 from .sharded import INDEX, Index, IndexedTensor, ShardedReader, file_name, read_index, write_rank_file
-from .store import Entry, LoadResult, _agree, apply_entries, companion_entry, compare, gather_json
-from .training import load_training, training_entries
-
-_GRADIENT = "gradient."
+from .store import Entry, LoadResult, _agree, apply_entries, compare, gather_json
+from .training import GRADIENT, entries_to_load, entries_to_save, load_file, shapes_as_named_here
 
 
 @dataclass(frozen=True)
@@ -128,7 +121,7 @@ class Checkpointer:
             self.finish()
         self._take_lock()
         entries = self._entries()
-        state = self._state(step, copied)
+        state = collected(self._manager, self._world, step, copied, self._shared)
         target = self._begin(step)
         self._running = saving = _Saving(step, target, entries, state, self._path_in(target), self._pieces(entries, copy=not wait))
         if wait:
@@ -185,9 +178,13 @@ class Checkpointer:
     def load(self, path: str | Path | None = None, strict: bool = True) -> Resumed | None:
         """Restore a checkpoint, written by any number of ranks, or by an older bmtrain_ms.
 
+        Nothing is changed unless all ranks can open it and it fits. Bytes that were damaged on the disk are noticed when they are
+        read: then some tensors have been changed already, and another checkpoint must be loaded.
+
         Args:
             path: a checkpoint, a folder of checkpoints, or a file of `save_training`; default: the latest of this folder.
-            strict: raise where names differ; otherwise they are returned.
+            strict: raise where names differ, and if the run that saved had another seed, with which dropout would be another;
+                otherwise the names are returned, and the seed stays this run's.
 
         Returns:
             None if there is no checkpoint.
@@ -198,8 +195,8 @@ class Checkpointer:
         self.finish()
         source = self.folder if path is None else Path(path)
         if source.is_file():
-            extra = load_training(source, self._model, self._manager)
-            return Resumed(int(extra.get("step", self._world.engine.clock.step)), extra, source, LoadResult([], []))
+            state, result = load_file(source, self._model, self._manager, strict)
+            return Resumed(state.step, state.extra, source, result)
         found = source if (source / INDEX).exists() else latest_in(source)
         names = gather_json(None if found is None else found.name, self._world.engine, "checkpoint to load")
         if len(set(names)) > 1:
@@ -311,113 +308,51 @@ class Checkpointer:
         prune(self.folder, self._keep_last, self._keep_every)
 
     def _entries(self) -> dict[str, Entry]:
-        entries = training_entries(self._model, self._manager)
-        for name, (like, tensor) in self._manager.gradients().items():
-            entries[f"{_GRADIENT}{name}"] = companion_entry(like, tensor)
-        return entries
-
-    def _state(self, step: int, extra: dict[str, Any]) -> dict[str, Any]:
-        here = self._world
-        kind, keys, position, has_gauss, cached = np.random.get_state()
-        mine = {"python": random.getstate(), "numpy": [kind, keys.tolist(), position, has_gauss, cached]}
-        return {
-            "step": step,
-            "extra": extra,
-            "manager": self._manager.state_dict(tensors=False),
-            "seed": here.seed,
-            "clock": here.engine.clock.step,
-            "draws": context_of(here).draws.count,
-            "draw_step": context_of(here).draws.step,
-            "generators": gather_json(mine, here.engine, "checkpoint generators"),
-            "mesh": {"ranks": here.engine.size, "shard_size": here.shards.size},
-            "layout": gather_json(here.launch.local_size, here.engine, "checkpoint layout"),
-            "shared_storage": self._shared,
-            "versions": _versions(),
-        }
+        return entries_to_save(self._model, self._manager)
 
     # Loading #
 
     def _load(self, folder: Path, strict: bool) -> Resumed:
-        engine, what = self._world.engine, f"{folder} cannot be loaded"
+        here, what = self._world, f"{folder} cannot be loaded"
+        layout = None if self._shared else gather_json(here.launch.local_size, here.engine, "checkpoint layout")
         error: BaseException | None = None
         with contextlib.ExitStack() as stack:
-            only = None if self._shared else [self._world.shards.rank]
             try:
-                self._check_layout(folder)
-                reader = stack.enter_context(ShardedReader(folder, only))
-                state = reader.index.state
-                entries, sources = self._matched(reader)
-                theirs = {target: reader.index.tensors[source].shape for target, source in sources.items()}
-                used = set(sources.values())
-                theirs.update({n: t.shape for n, t in reader.index.tensors.items() if n not in used and not _is_spare(n, sources)})
-                result = compare(theirs, entries, strict, str(folder))
-            except (OSError, CheckpointError) as caught:
+                if layout is not None:
+                    self._check_layout(folder, layout)
+                reader = stack.enter_context(ShardedReader(folder, None if self._shared else [here.shards.rank]))
+                state = checked(reader.index.state, self._manager, here, strict, str(folder))
+                entries, sources = entries_to_load(self._model, self._manager, reader.shapes)
+                result = compare(shapes_as_named_here(reader.shapes, sources), entries, strict, str(folder))
+            except Exception as caught:  # whatever it is: the other ranks wait
                 error = caught
-            _agree(engine, error, what)
-            identities = gather_json(reader.index.identity, engine, "checkpoint identity")
+            _agree(here.engine, error, what)
+            identities = gather_json(reader.index.identity, here.engine, "checkpoint identity")
             if len(set(identities)) > 1:
                 raise CheckpointError(
                     f"{folder} holds different checkpoints on different hosts (rank 0: {identities[0]}, others: "
                     f"{sorted(set(identities) - {identities[0]})}): they cannot be mixed"
                 )
             try:
-                gradients = {name: entry for name, entry in entries.items() if name.startswith(_GRADIENT)}
-                apply_entries({n: e for n, e in entries.items() if n in sources}, _renamed(reader.read, sources), self._world)
-            except (OSError, CheckpointError) as caught:
+                apply_entries({n: e for n, e in entries.items() if n in sources}, _renamed(reader.read, sources), here)
+            except Exception as caught:
                 error = caught
-            _agree(engine, error, what)
-        self._manager.restore_gradients({n[len(_GRADIENT) :]: e.get() for n, e in gradients.items()})
-        self._restore(state, what)
-        return Resumed(state["step"], state["extra"], folder, result)
+            _agree(here.engine, error, what)
+        self._manager.restore_gradients({n[len(GRADIENT) :]: e.get() for n, e in entries.items() if n.startswith(GRADIENT)})
+        state.restore(self._manager, here)
+        return Resumed(state.step, state.extra, folder, result)
 
-    def _restore(self, state: dict[str, Any], what: str) -> None:
-        try:
-            self._manager.load_state_dict(state["manager"])
-            here = self._world
-            here.engine.clock.step = int(state["clock"])
-            draws = context_of(here).draws
-            draws.count, draws.step = int(state["draws"]), int(state["draw_step"])
-            generators = state["generators"]
-            mine = generators[here.engine.rank if len(generators) == here.engine.size else 0]
-            version, words, gauss = mine["python"]
-            random.setstate((version, tuple(words), gauss))
-            kind, keys, position, has_gauss, cached = mine["numpy"]
-            np.random.set_state((kind, np.array(keys, np.uint32), position, has_gauss, cached))
-        except (KeyError, TypeError, ValueError, IndexError, OverflowError, AttributeError) as error:
-            raise CheckpointError(f"{what}: {error}") from error
-
-    def _matched(self, reader: ShardedReader) -> tuple[dict[str, Entry], dict[str, str]]:
-        """Entries to fill, and what each is read from: masters and 16-bit parameters stand for each other."""
-        entries = training_entries(self._model, self._manager)
-        there = reader.index.tensors
-        likes = self._manager.parameters_by_name()
-        for name in there:
-            p = likes.get(name[len(_GRADIENT) :]) if name.startswith(_GRADIENT) else None
-            if p is not None:
-                entries[name] = companion_entry(*self._manager.empty_gradient(p))
-        sources = {name: name for name in entries if name in there}
-        for name in entries:
-            marker = name.find(".master.")
-            if name not in there and name.startswith("optimizer.") and marker > 0 and name[marker + 8 :] in there:
-                sources[name] = name[marker + 8 :]  # saved in float32: the parameter was its own master
-        for name in there:
-            marker = name.find(".master.")
-            own = name[marker + 8 :]
-            is_master = name.startswith("optimizer.") and marker > 0 and name not in entries
-            if is_master and own in entries and entries[own].dtype == ms.float32:
-                sources[own] = name  # saved in 16 bits: the master is the better parameter
-        return entries, sources
-
-    def _check_layout(self, folder: Path) -> None:
+    def _check_layout(self, folder: Path, layout: list[int]) -> None:
         """Before files are opened, which would be said to be missing."""
-        if self._shared:
-            return
-        mesh, here = read_index(folder).state.get("mesh"), {"ranks": self._world.engine.size, "shard_size": self._world.shards.size}
-        if mesh != here:
-            raise CheckpointError(
-                f"without shared storage a checkpoint is resumed by the layout that wrote it: {mesh}, not {here}; bring its files "
-                "to one folder and resume with shared storage"
-            )
+        saved, size = read_index(folder).state, self._world.shards.size
+        theirs = {"mesh": saved.get("mesh"), "ranks per host": saved.get("layout")}
+        ours = {"mesh": {"ranks": self._world.engine.size, "shard_size": size}, "ranks per host": layout}
+        for name, mine in ours.items():
+            if theirs[name] != mine:
+                raise CheckpointError(
+                    f"without shared storage a checkpoint is resumed by the layout that wrote it: {name} {theirs[name]}, not "
+                    f"{mine}; bring its files to one folder and resume with shared storage"
+                )
 
 
 _all: weakref.WeakSet[Checkpointer] = weakref.WeakSet()
@@ -483,17 +418,3 @@ class _Saving:
 
 def _renamed(read: Callable[[str, int, int], np.ndarray], sources: Mapping[str, str]) -> Callable[[str, int, int], np.ndarray]:
     return lambda name, start, stop: read(sources[name], start, stop)
-
-
-def _is_spare(name: str, sources: Mapping[str, str]) -> bool:
-    """A 16-bit parameter whose master was read in its place."""
-    return name in sources
-
-
-def _versions() -> dict[str, str]:
-    try:
-        own = metadata.version("bmtrain-ms")
-    except metadata.PackageNotFoundError:  # run from a checkout that is not installed
-        own = "unknown"
-    python = platform.python_version()
-    return {"bmtrain_ms": own, "mindspore": versions.version(), "numpy": np.__version__, "python": python}

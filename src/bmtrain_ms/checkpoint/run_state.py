@@ -1,0 +1,135 @@
+"""What a training state holds beside its tensors: counters, schedules, generators of random numbers, and what the caller added."""
+
+from __future__ import annotations
+
+import platform
+import random
+from dataclasses import dataclass
+from importlib import metadata
+from typing import Any, Optional
+
+import numpy as np
+
+from ..comm import World
+from ..compat import versions
+from ..optim import OptimManager
+from ..zero import context_of
+from .errors import CheckpointError
+from .format import is_count
+from .store import gather_json
+
+_NUMPY_WORDS = 624  # of its generator's state
+
+
+@dataclass(frozen=True)
+class RunState:
+    """What was saved, checked: `restore` does not fail.
+
+    Attributes:
+        step, extra: see `Checkpointer.save`.
+        manager: of `OptimManager.state_dict`.
+        clock, draw_step, draws: steps that were counted, those of them that were made, and random draws in the step.
+        generators: states of Python's and NumPy's, of this rank; None: not saved.
+    """
+
+    step: int
+    extra: dict[str, Any]
+    manager: dict[str, Any]
+    clock: int
+    draw_step: int
+    draws: int
+    generators: Optional[tuple[Any, Any]]
+
+    def restore(self, manager: OptimManager, here: World) -> None:
+        """Go on from it."""
+        manager.load_state_dict(self.manager)
+        here.engine.clock.step = self.clock
+        draws = context_of(here).draws
+        draws.count, draws.step = self.draws, self.draw_step
+        if self.generators is not None:
+            random.setstate(self.generators[0])
+            np.random.set_state(self.generators[1])
+
+
+def collected(manager: OptimManager, here: World, step: int, extra: dict[str, Any], shared: bool) -> dict[str, Any]:
+    """What `checked` takes; JSON can hold it. All ranks call it."""
+    kind, keys, position, has_gauss, cached = np.random.get_state()
+    mine = {"python": random.getstate(), "numpy": [kind, keys.tolist(), position, has_gauss, cached]}
+    return {
+        "step": step,
+        "extra": extra,
+        "manager": manager.state_dict(tensors=False),
+        "seed": here.seed,
+        "clock": here.engine.clock.step,
+        "draws": context_of(here).draws.count,
+        "draw_step": context_of(here).draws.step,
+        "generators": gather_json(mine, here.engine, "checkpoint generators"),
+        "mesh": {"ranks": here.engine.size, "shard_size": here.shards.size},
+        "layout": gather_json(here.launch.local_size, here.engine, "checkpoint layout"),
+        "shared_storage": shared,
+        "versions": _versions(),
+    }
+
+
+def checked(raw: Any, manager: OptimManager, here: World, strict: bool, where: str) -> RunState:
+    """What was collected; nothing is changed by looking at it.
+
+    Args:
+        strict: raise if the run had another seed.
+        where: what it was read from.
+
+    Raises:
+        CheckpointError: it is damaged, does not fit the manager, or (strict) is of another seed.
+    """
+    try:
+        seed, state = raw["seed"], _parsed(raw, manager, here)
+        if type(seed) is not int:
+            raise TypeError(f"its seed is {seed!r}")
+    except (KeyError, TypeError, ValueError, IndexError, OverflowError, AttributeError) as error:
+        what = f"its state has no {error}" if isinstance(error, KeyError) else error
+        raise CheckpointError(f"{where} cannot be loaded: {what}") from error
+    if strict and seed != here.seed:
+        raise CheckpointError(
+            f"{where} was saved by a run with seed {seed}, this one has seed {here.seed}: dropout would differ; use "
+            f"init_distributed(seed={seed}), or load with strict=False"
+        )
+    return state
+
+
+def _parsed(raw: Any, manager: OptimManager, here: World) -> RunState:
+    extra, generators = raw["extra"], raw.get("generators")
+    if not isinstance(extra, dict):
+        raise TypeError(f"its extra is {extra!r}, not an object")
+    clock, draws = raw["clock"], raw.get("draws", 0)  # files of `save_training` have no draws, old ones no draw_step
+    draw_step = raw.get("draw_step", clock)
+    step = raw["step"] if "step" in raw else extra.get("step", clock)
+    for name, number in (("step", step), ("clock", clock), ("draw_step", draw_step), ("number of draws", draws)):
+        if not is_count(number):
+            raise TypeError(f"its {name} is {number!r}")
+    manager.check_state_dict(raw["manager"])
+    mine = None
+    if generators is not None:
+        mine = _generators(generators[here.engine.rank if len(generators) == here.engine.size else 0])
+    return RunState(step, extra, raw["manager"], clock, draw_step, draws, mine)
+
+
+def _generators(mine: Any) -> tuple[Any, Any]:
+    """States that were tried on other generators."""
+    version, words, gauss = mine["python"]
+    python = version, tuple(words), gauss
+    random.Random().setstate(python)
+    kind, keys, position, has_gauss, cached = mine["numpy"]
+    if not (is_count(position) and position <= _NUMPY_WORDS):  # which NumPy would believe
+        raise ValueError(f"NumPy's generator is at {position!r} of {_NUMPY_WORDS} words")
+    numpy = kind, np.array(keys, np.uint32), position, has_gauss, cached
+    np.random.RandomState().set_state(numpy)
+    return python, numpy
+
+
+def _versions() -> dict[str, str]:
+    try:
+        own = metadata.version("bmtrain-ms")
+    except metadata.PackageNotFoundError:  # run from a checkout that is not installed
+        own = "unknown"
+    python = platform.python_version()
+    return {"bmtrain_ms": own, "mindspore": versions.version(), "numpy": np.__version__, "python": python}
