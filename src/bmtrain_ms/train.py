@@ -28,6 +28,7 @@ from .nn.functional import cross_entropy
 from .optim import AdamOptimizer, OptimManager
 
 EXIT_STOPPED = 75  # what a process ends with that was told to stop, and saved (EX_TEMPFAIL: try again)
+_SAME_REQUEST = 1.0  # seconds
 
 
 class TrainingError(RuntimeError):
@@ -72,16 +73,21 @@ class TrainSettings:
 
 
 class StopSignals:
-    """Inside the `with` statement SIGTERM, SIGINT and SIGUSR1 ask to stop; a second one ends the process at once."""
+    """Inside the `with` statement SIGTERM, SIGINT and SIGUSR1 ask to stop; a second one, a second later or more, ends the process.
+
+    One that comes sooner says the same again: a scheduler tells the launcher and the ranks, and the launcher tells the ranks too.
+    """
 
     def __init__(self) -> None:
         self.asked = False
+        self._asked_at = 0.0
         self._before: dict[int, Any] = {}
 
     def _ask(self, signum: int, frame: Any) -> None:
-        if self.asked:
+        if not self.asked:
+            self.asked, self._asked_at = True, time.monotonic()
+        elif time.monotonic() - self._asked_at >= _SAME_REQUEST:
             os._exit(128 + signum)  # the last checkpoint is complete, and stays
-        self.asked = True
 
     def __enter__(self) -> StopSignals:
         if threading.current_thread() is threading.main_thread():

@@ -241,13 +241,16 @@ def test_told_to_end(places, whole, signum, to):
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])
 def test_told_twice(places, whole, signum):
-    """It ends in the middle of the step; the last checkpoint is intact."""
+    """It ends in the middle of the step, unless both came in the same second; the last checkpoint is intact."""
     where = places["notes"]
     with job("train", LAUNCH, steps=12, pause=[0, 1], signals=2, save_every=3, **places) as process:
         until(lambda: all(notes(where, "pid", rank) for rank in range(RANKS)), process)
         process.send_signal(signum)
         until(lambda: all((where / f"asked-{rank}").exists() for rank in range(RANKS)), process)
-        assert process.poll() is None
+        start = time.monotonic()
+        for rank in range(RANKS):  # within a second: the same request once more, as a scheduler sends it to all processes
+            os.kill(int(notes(where, "pid", rank)[0]), signum)
+        until(lambda: time.monotonic() - start > 1.1, process)
         start = time.monotonic()
         process.send_signal(signum)
         assert process.wait(30) not in (0, EXIT_STOPPED)

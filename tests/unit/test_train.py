@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,10 @@ import pytest
 from mindspore import Tensor
 
 import bmtrain_ms as bms
+from bmtrain_ms import train as train_module
 from bmtrain_ms.data import TokenSampler
 from bmtrain_ms.model_center.model import Llama, LlamaConfig
-from bmtrain_ms.train import Trainer, TrainingError, TrainSettings, memory_mib, plot_log, read_log
+from bmtrain_ms.train import StopSignals, Trainer, TrainingError, TrainSettings, memory_mib, plot_log, read_log
 
 pytestmark = pytest.mark.usefixtures("single_world")
 
@@ -175,6 +177,24 @@ def test_with_a_loss_scale_the_step_is_skipped(tmp_path, capsys):
     assert [r["lr"] for r in records[: count + 1]] == [0.0] * (count + 1)  # the schedule waits
     assert t.manager.skipped_steps == count and records[-1]["loss"] < records[0]["loss"]
     assert capsys.readouterr().err.count("Gradient overflow: step skipped") == count
+
+
+# Signals #
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_a_second_signal_ends_the_process(monkeypatch, signum):
+    """Unless it comes within a second of the first: a scheduler's `kill` of the whole group comes from the launcher once more."""
+    now, ended, before = [100.0], [], signal.getsignal(signum)
+    monkeypatch.setattr(train_module.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(train_module.os, "_exit", ended.append)
+    with StopSignals() as stop:
+        assert not stop.asked
+        for seconds, codes in ((0.0, []), (0.0, []), (0.4, []), (0.5, []), (0.1, [128 + signum]), (9.0, [128 + signum] * 2)):
+            now[0] += seconds
+            signal.raise_signal(signum)
+            assert stop.asked and ended == codes
+    assert signal.getsignal(signum) is before
 
 
 # Resuming #
