@@ -13,7 +13,7 @@ import threading
 import weakref
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Callable, Mapping
+from typing import Any, Callable, Iterator, Mapping
 
 import numpy as np
 from mindspore import nn
@@ -22,7 +22,20 @@ from ..comm import World, world
 from ..compat.runtime import from_host, host_array
 from ..optim import OptimManager
 from .errors import CheckpointError
-from .folder import FolderLock, checkpoint_name, exchange, latest_in, point_to, prune, sweep, sync_folder
+from .folder import (
+    FolderLock,
+    checkpoint_name,
+    discard,
+    exchange,
+    latest_in,
+    point_to,
+    prune,
+    step_of,
+    steps_in,
+    sweep,
+    sync_folder,
+    write_text,
+)
 from .run_state import checked, collected
 from .sharded import INDEX, Index, IndexedTensor, ShardedReader, file_name, read_index, write_rank_file
 from .store import Entry, LoadResult, _agree, apply_entries, compare, gather_json
@@ -148,13 +161,13 @@ class Checkpointer:
         """Wait for the save in the background and give it its name; does nothing if there is none. All ranks call it.
 
         Raises:
-            CheckpointError: it failed on a rank; on every rank.
+            CheckpointError: it failed on a rank, and is not there; or it is, and an older one cannot be deleted; on every rank.
         """
         saving, self._running = self._running, None
         if saving is None:
             return
-        engine, what = self._world.engine, f"{self.folder / checkpoint_name(saving.step)} cannot be written"
-        error: BaseException | None = None
+        engine, final = self._world.engine, self.folder / checkpoint_name(saving.step)
+        what, error = f"{final} cannot be written", None
         hashes: dict[str, list[str]] = {}
         try:
             hashes = saving.result()
@@ -163,17 +176,22 @@ class Checkpointer:
         try:
             _agree(engine, error, what)
             everybody = gather_json(hashes, engine, "checkpoint hashes")
-            error = None
-            if self._is_chief:
-                try:
-                    self._publish(saving, everybody)
-                except (OSError, CheckpointError) as caught:
-                    error = caught
-            _agree(engine, error, what)
+            _agree(engine, self._as_chief(self._publish, saving, everybody), what)
         except CheckpointError:
-            if self._is_chief:
-                shutil.rmtree(saving.folder, ignore_errors=True)
+            self._as_chief(shutil.rmtree, saving.folder, ignore_errors=True)
+            engine.barrier("checkpoint removed").wait()  # no rank goes on with half of it there
             raise
+        failed = self._as_chief(prune, self.folder, self._keep_last, self._keep_every)
+        _agree(engine, failed, f"{final} was saved, but an older checkpoint cannot be deleted")
+
+    def _as_chief(self, action: Callable[..., Any], *args: Any, **kwargs: Any) -> Exception | None:
+        """What went wrong, whatever it is, where a chief did it: the other ranks wait to hear of it."""
+        if self._is_chief:
+            try:
+                action(*args, **kwargs)
+            except Exception as error:
+                return error
+        return None
 
     def load(self, path: str | Path | None = None, strict: bool = True) -> Resumed | None:
         """Restore a checkpoint, written by any number of ranks, or by an older bmtrain_ms.
@@ -194,10 +212,17 @@ class Checkpointer:
         """
         self.finish()
         source = self.folder if path is None else Path(path)
-        if source.is_file():
+        error: BaseException | None = None
+        is_file, found = False, None
+        try:
+            is_file = source.is_file()
+            found = source if (source / INDEX).exists() else latest_in(source)
+        except OSError as caught:
+            error = caught
+        _agree(self._world.engine, error, f"{source} cannot be read")
+        if is_file:
             state, result = load_file(source, self._model, self._manager, strict)
             return Resumed(state.step, state.extra, source, result)
-        found = source if (source / INDEX).exists() else latest_in(source)
         names = gather_json(None if found is None else found.name, self._world.engine, "checkpoint to load")
         if len(set(names)) > 1:
             raise CheckpointError(
@@ -209,44 +234,43 @@ class Checkpointer:
             if path is not None:
                 raise CheckpointError(f"{path} is no checkpoint, and there is none in it")
             return None
-        return self._load(found, strict)
+        return self._load(found, strict, _older(found) if found != source else "")
 
     def close(self) -> None:
         """Finish, and let another job save here."""
         try:
             self.finish()
         finally:
-            self._locked = False
-            if self._lock is not None:
-                self._lock.release()
-                self._lock = None
+            self._unlock()
 
     # Saving #
 
     def _take_lock(self) -> None:
         if self._locked:
             return
-        error: BaseException | None = None
-        if self._is_chief:
-            try:
-                self.folder.mkdir(parents=True, exist_ok=True)
-                self._lock = FolderLock(self.folder)
-                sweep(self.folder)
-            except (OSError, CheckpointError) as caught:
-                error = caught
-        _agree(self._world.engine, error, f"{self.folder} cannot be used")
+        try:
+            _agree(self._world.engine, self._as_chief(self._lock_folder), f"{self.folder} cannot be used")
+        except CheckpointError:
+            self._unlock()  # on a host where it went well
+            raise
         self._locked = True
+
+    def _lock_folder(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._lock = FolderLock(self.folder)
+        sweep(self.folder)
+
+    def _unlock(self) -> None:
+        self._locked = False
+        if self._lock is not None:
+            self._lock.release()
+            self._lock = None
 
     def _begin(self, step: int) -> Path:
         """The folder to write into, made by the chief."""
         token = gather_json(secrets.token_hex(8) if self._world.mesh.rank == 0 else None, self._world.engine, "checkpoint")[0]
-        target, error = self.folder / f".{checkpoint_name(step)}.{token}", None
-        if self._is_chief:
-            try:
-                target.mkdir()
-            except OSError as caught:
-                error = caught
-        _agree(self._world.engine, error, f"{target} cannot be made")
+        target = self.folder / f".{checkpoint_name(step)}.{token}"
+        _agree(self._world.engine, self._as_chief(target.mkdir), f"{target} cannot be made")
         return target
 
     def _path_in(self, folder: Path) -> Path | None:
@@ -286,33 +310,30 @@ class Checkpointer:
             for name, e in saving.entries.items()
         }
         index = Index(ranks, saving.folder.name.rsplit(".", 1)[1], saving.state, tensors)
-        with open(saving.folder / INDEX, "x", encoding="utf-8") as file:
-            file.write(index.to_json())
-            file.flush()
-            os.fsync(file.fileno())
+        write_text(saving.folder / INDEX, index.to_json())
         sync_folder(saving.folder)
         final = self.folder / checkpoint_name(saving.step)
         if final.exists():  # saved before, by this run or by one that went back
             replaced = saving.folder
             if not exchange(replaced, final):  # not Linux, or an old file system: for a moment there is none of this step
-                replaced = self.folder / f".{final.name}.old"
+                replaced = self.folder / f".{final.name}.old"  # which `sweep` would put back
                 shutil.rmtree(replaced, ignore_errors=True)
                 os.replace(final, replaced)
                 os.replace(saving.folder, final)
             sync_folder(self.folder)
-            shutil.rmtree(replaced, ignore_errors=True)
+            discard(replaced)
         else:
             os.replace(saving.folder, final)
         sync_folder(self.folder)
         point_to(self.folder, final.name)
-        prune(self.folder, self._keep_last, self._keep_every)
 
     def _entries(self) -> dict[str, Entry]:
         return entries_to_save(self._model, self._manager)
 
     # Loading #
 
-    def _load(self, folder: Path, strict: bool) -> Resumed:
+    def _load(self, folder: Path, strict: bool, advice: str) -> Resumed:
+        """`advice`: what else there is, if this one is damaged."""
         here, what = self._world, f"{folder} cannot be loaded"
         layout = None if self._shared else gather_json(here.launch.local_size, here.engine, "checkpoint layout")
         error: BaseException | None = None
@@ -320,7 +341,8 @@ class Checkpointer:
             try:
                 if layout is not None:
                     self._check_layout(folder, layout)
-                reader = stack.enter_context(ShardedReader(folder, None if self._shared else [here.shards.rank]))
+                with _advising(advice):
+                    reader = stack.enter_context(ShardedReader(folder, None if self._shared else [here.shards.rank]))
                 state = checked(reader.index.state, self._manager, here, strict, str(folder))
                 entries, sources = entries_to_load(self._model, self._manager, reader.shapes)
                 result = compare(shapes_as_named_here(reader.shapes, sources), entries, strict, str(folder))
@@ -334,7 +356,8 @@ class Checkpointer:
                     f"{sorted(set(identities) - {identities[0]})}): they cannot be mixed"
                 )
             try:
-                apply_entries({n: e for n, e in entries.items() if n in sources}, _renamed(reader.read, sources), here)
+                with _advising(advice):
+                    apply_entries({n: e for n, e in entries.items() if n in sources}, _renamed(reader.read, sources), here)
             except Exception as caught:
                 error = caught
             _agree(here.engine, error, what)
@@ -418,3 +441,20 @@ class _Saving:
 
 def _renamed(read: Callable[[str, int, int], np.ndarray], sources: Mapping[str, str]) -> Callable[[str, int, int], np.ndarray]:
     return lambda name, start, stop: read(sources[name], start, stop)
+
+
+def _older(checkpoint: Path) -> str:
+    """How to load another one; empty: there is none."""
+    folder, current = checkpoint.parent, step_of(checkpoint)
+    names = [checkpoint_name(step) for step in reversed(steps_in(folder)) if step < current]
+    if not names:
+        return ""
+    return f"; older ones are there: {', '.join(names[:5])}; load({str(folder / names[0])!r}) goes on from one"
+
+
+@contextlib.contextmanager
+def _advising(advice: str) -> Iterator[None]:
+    try:
+        yield
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}{advice}") from error

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
 from pathlib import Path
 from typing import Any, Mapping, Sequence
@@ -20,7 +19,7 @@ import numpy as np
 
 from ..compat.runtime import numpy_dtype
 from .errors import CheckpointError
-from .folder import sync_folder
+from .folder import replace_text
 from .format import Reader, RegularFile, TensorInfo
 
 INDEX = "model.safetensors.index.json"
@@ -71,13 +70,7 @@ def write_index(folder: Path, groups: Sequence[Sequence[str]], total: int) -> No
     """The index of several files; in one instant."""
     names = file_names(len(groups))
     index = {"metadata": {"total_size": total}, "weight_map": {x: file for file, group in zip(names, groups) for x in group}}
-    temporary = folder / f".{INDEX}.{os.getpid()}"
-    with open(temporary, "w", encoding="utf-8") as file:
-        json.dump(index, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, folder / INDEX)
-    sync_folder(folder)
+    replace_text(folder / INDEX, json.dumps(index, indent=1))
 
 
 class ConsolidatedReader:

@@ -1,7 +1,7 @@
 """A folder of checkpoints: which there are, which is the latest, which may go, and whose it is.
 
     step-00000360/    a checkpoint, see `sharded`; complete, because it got this name by a rename
-    .step-00000480.X  one that is being written, or was when its job died
+    .step-00000480.X  one that is being written, or was when its job died; .old: being replaced; .gone: being deleted
     latest            the name of the one to go on from; written last
     .lock             held by the job that saves here
 
@@ -21,6 +21,7 @@ import weakref
 from pathlib import Path
 
 from .errors import CheckpointError
+from .format import RegularFile
 from .sharded import INDEX
 
 LATEST = "latest"
@@ -33,6 +34,11 @@ def checkpoint_name(step: int) -> str:
     return f"step-{step:08}"
 
 
+def step_of(checkpoint: Path) -> int:
+    """What its name says."""
+    return int(checkpoint.name[len("step-") :])
+
+
 def steps_in(folder: Path) -> list[int]:
     """Of the complete checkpoints, ascending."""
     if not folder.is_dir():
@@ -43,8 +49,8 @@ def steps_in(folder: Path) -> list[int]:
 
 def latest_in(folder: Path) -> Path | None:
     """The checkpoint to go on from: what `latest` names, or, if that is gone, the one of the most steps; None: there is none."""
-    with contextlib.suppress(OSError, UnicodeDecodeError):
-        name = (folder / LATEST).read_text(encoding="utf-8").strip()
+    with contextlib.suppress(CheckpointError, UnicodeDecodeError), RegularFile(folder / LATEST) as file:
+        name = file.read(0, min(file.size, 64)).decode().strip()
         if _NAME.fullmatch(name) and (folder / name / INDEX).is_file():
             return folder / name
     steps = steps_in(folder)
@@ -53,13 +59,23 @@ def latest_in(folder: Path) -> Path | None:
 
 def point_to(folder: Path, name: str) -> None:
     """Make `name` the latest, in one instant."""
-    temporary = folder / f".{LATEST}.{os.getpid()}"
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(name + "\n")
+    replace_text(folder / LATEST, name + "\n")
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a file; it appears under its name, complete and on the disk, in one instant."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    write_text(temporary, text)
+    os.replace(temporary, path)
+    sync_folder(path.parent)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file, and bring it to the disk."""
+    with open(path, "w", encoding="utf-8") as file:
+        file.write(text)
         file.flush()
         os.fsync(file.fileno())
-    os.replace(temporary, folder / LATEST)
-    sync_folder(folder)
 
 
 def exchange(new: Path, old: Path) -> bool:
@@ -83,28 +99,42 @@ def sync_folder(folder: Path) -> None:
 def prune(folder: Path, keep_last: int | None, keep_every: int | None) -> list[str]:
     """Delete checkpoints that need not be kept, oldest first; never the one that `latest` names. Returns their names.
 
-    Those of later steps than the latest, which a run that went back has left, are neither counted nor deleted. A checkpoint first
-    loses its name and then its files, so that none is ever found half deleted.
+    Those of later steps than the latest, which a run that went back has left, are neither counted nor deleted.
+
+    Raises:
+        OSError: one cannot be deleted.
     """
     if keep_last is None:
         return []
-    current = latest_in(folder)
-    gone = []
-    counted = [s for s in steps_in(folder) if current is None or checkpoint_name(s) <= current.name]
-    for step in counted[:-keep_last]:
-        name = checkpoint_name(step)
-        if (keep_every and step % keep_every == 0) or (current is not None and current.name == name):
+    latest = latest_in(folder)
+    if latest is None:
+        return []
+    current, gone = step_of(latest), []
+    counted = [step for step in steps_in(folder) if step <= current]
+    for step in counted[:-keep_last]:  # the latest is the last of them
+        if keep_every and step % keep_every == 0:
             continue
-        doomed = folder / f".{name}.old"
-        shutil.rmtree(doomed, ignore_errors=True)
-        os.replace(folder / name, doomed)
-        shutil.rmtree(doomed, ignore_errors=True)
+        name = checkpoint_name(step)
+        discard(folder / name)
         gone.append(name)
     return gone
 
 
+def discard(path: Path) -> None:
+    """Delete a checkpoint. It first loses its name and then its files, so that none is ever found half deleted."""
+    doomed = path.with_name(f".{path.name.lstrip('.')}.gone")
+    shutil.rmtree(doomed, ignore_errors=True)
+    os.replace(path, doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
+
+
 def sweep(folder: Path) -> None:
-    """Delete what dead jobs left: only the holder of the lock may."""
+    """Delete what dead jobs left; one that was about to be replaced gets its name back. Only the holder of the lock may do this."""
+    for path in folder.glob(".step-*.old"):
+        final = folder / path.name[1 : -len(".old")]
+        if not final.exists() and (path / INDEX).is_file():
+            os.replace(path, final)
+            sync_folder(folder)
     for path in folder.glob(".step-*"):
         shutil.rmtree(path, ignore_errors=True)
     for path in folder.glob(f".{LATEST}.*"):

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from ..compat.runtime import numpy_dtype
 from . import consolidated
 from .errors import CheckpointError
-from .folder import latest_in, sync_folder
+from .folder import latest_in, sync_folder, write_text
 from .format import AtomicFile, plan
 from .sharded import HASHED, INDEX, Index, IndexedTensor, ShardedReader, file_name
 
@@ -148,9 +148,10 @@ def reshard(path: str | Path, out: str | Path, ranks: int) -> Path:
             tensors = {n: replace(t, hashes=[hashes[r][n] for r in range(1 if t.shard is None else ranks)]) for n, t in new.items()}
             state = {**reader.index.state, "mesh": {"ranks": ranks, "shard_size": ranks}}
             index = Index(ranks, secrets.token_hex(8), state, tensors)
-            (temporary / INDEX).write_text(index.to_json(), encoding="utf-8")
+            write_text(temporary / INDEX, index.to_json())
             sync_folder(temporary)
             os.replace(temporary, target)
+            sync_folder(target.parent)
         except OSError as error:
             raise CheckpointError(f"{target} cannot be written: {error}") from error
         finally:
