@@ -198,6 +198,21 @@ def test_the_process_ends_while_a_step_is_moved_aside(single_world, run, tmp_pat
 # In the background #
 
 
+def test_training_goes_on_while_a_step_is_saved(run, tmp_path, gate):
+    """What is saved is what was there when `save` was called; memory for the copies is used again."""
+    for step in (2, 3):
+        gate.clear()
+        expected = run.everything()
+        run.save(step, wait=False)
+        run.train(range(step, step + 1))
+        assert not equal(run.everything(), expected)
+        gate.set()
+        run.checkpoints.finish()
+        run.load()
+        assert equal(run.everything(), expected)
+        run.train(range(8, 9))
+
+
 def test_a_second_save_waits(run, tmp_path, gate, monkeypatch):
     run.save(2, wait=False)
     assert not run.checkpoints.poll() and steps(tmp_path) == [1]
