@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import threading
@@ -15,7 +16,7 @@ from mindspore import nn
 import bmtrain_ms as bms
 from bmtrain_ms.checkpoint import Checkpointer, CheckpointError
 from bmtrain_ms.checkpoint import checkpointer as checkpointer_module
-from bmtrain_ms.checkpoint.sharded import HASHED, file_name
+from bmtrain_ms.checkpoint.sharded import HASHED, INDEX, _checksum, file_name
 from bmtrain_ms.comm import World
 from bmtrain_ms.comm.launch import Launch
 from bmtrain_ms.compat.memory import reset_peak_memory, resident_memory
@@ -352,7 +353,6 @@ def failing(world: World, folder: str, broken: int, error: BaseException) -> tup
                 pass
     finally:
         checkpointer_module.write_rank_file = write
-    world.engine.barrier("removed").wait()
     after_error = sorted(os.listdir(folder))
     assert run.checkpoints.poll()
     run.train(range(2, 3))
@@ -376,6 +376,33 @@ def test_an_error_on_one_rank_is_raised_on_all_and_they_go_on(run_ranks, tmp_pat
         assert (str(error) if rank == broken else f"rank(s) [{broken}] failed; see their messages") in text
         assert after_error == [".lock", "latest", "step-00000001"]
         assert names == [".lock", "latest", "step-00000001", "step-00000003"] and same
+
+
+def failing_at_the_end(world: World, folder: str) -> tuple[str, list[str]]:
+    """Rank 0 meets a defect when all have written; each rank's error, and what it sees then."""
+    point_to, run = checkpointer_module.point_to, Run(world, folder)
+    run.save(1)
+
+    def refusing(*args: Any) -> Any:
+        raise RuntimeError("a defect")
+
+    checkpointer_module.point_to = refusing
+    try:
+        with pytest.raises(CheckpointError) as info:
+            run.save(2)
+    finally:
+        checkpointer_module.point_to = point_to
+    there = [name for name in os.listdir(folder) if name.startswith(".step")]
+    run.save(3)
+    run.close()
+    return str(info.value), there
+
+
+def test_an_error_of_any_kind_does_not_leave_others_waiting(run_ranks, tmp_path):
+    (first, there), (second, other) = run_ranks(2, failing_at_the_end, folder=str(tmp_path), timeout=60)
+    assert first == f"{tmp_path}/step-00000002 cannot be written: a defect" and there == other == []
+    assert second == f"{tmp_path}/step-00000002 cannot be written: rank(s) [0] failed; see their messages"
+    assert Path(tmp_path, "latest").read_text() == "step-00000003\n"
 
 
 # Hosts #
@@ -449,6 +476,30 @@ def test_hosts_are_not_mixed(run_ranks, tmp_path):
     run_ranks(2, on_hosts, folders=here, hosts=1, layout=Layout(), resume=False)
     for text in run_ranks(2, error_of_loading, folders=[here[0], old[1]], hosts=1):
         assert "holds different checkpoints on different hosts" in text and "they cannot be mixed" in text
+
+
+def refused_unchanged(world: World, folders: list[str]) -> tuple[str, bool]:
+    """What `load` says, and whether everything is as it was."""
+    run = Run(world, folders[world.engine.rank], launch=host(world, 1), shared_storage=False)
+    run.train(range(5, 6))
+    before, counters = run.everything(), run.counters()
+    with pytest.raises(CheckpointError) as info:
+        run.load()
+    return str(info.value), equal(run.everything(), before) and run.counters() == counters
+
+
+def test_a_state_that_cannot_be_on_one_host(run_ranks, tmp_path):
+    """No rank changes anything, and none waits."""
+    here = [str(tmp_path / f"host{rank}") for rank in range(2)]
+    run_ranks(2, on_hosts, folders=here, hosts=1, layout=Layout(), resume=False)
+    index = Path(here[1], "step-00000002", INDEX)
+    raw = json.loads(index.read_text())
+    del raw["checksum"]
+    raw["state"]["clock"] = -1
+    index.write_text(json.dumps({**raw, "checksum": _checksum(raw)}))
+    (first, kept), (second, other) = run_ranks(2, refused_unchanged, folders=here, timeout=60)
+    assert kept and other and "rank(s) [1] failed; see their messages" in first
+    assert second == f"{index.parent} cannot be loaded: its clock is -1"
 
 
 def test_another_layout_needs_shared_storage(run_ranks, tmp_path):
