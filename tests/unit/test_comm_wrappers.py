@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from mindspore import Tensor
 
-from bmtrain_ms.comm import Clock, Engine, Event, FabricEngine, RecordingEngine, SingleEngine, Work
+from bmtrain_ms.comm import Clock, Engine, Event, FabricEngine, RecordingEngine, SingleEngine, Work, wrappers
 from bmtrain_ms.comm.engine import Done
 from bmtrain_ms.compat.runtime import from_host
 
@@ -124,85 +124,84 @@ def test_close_reaches_the_inner_engine():
     assert closed == [1]
 
 
-# The fabric; a sleep may be late but never early, so the lower bounds are exact and the upper ones have room #
-
-LATE = 0.06
+# The fabric, by a clock that moves only while somebody sleeps #
 
 
-def timed(action: Callable[[], Any]) -> tuple[float, float]:
-    """Seconds, and seconds of CPU; of this thread, because MindSpore's own spin for a while after an operation."""
-    threads = threading.active_count()
-    start, cpu = time.monotonic(), time.thread_time()
-    action()
-    assert threading.active_count() == threads
-    return time.monotonic() - start, time.thread_time() - cpu
+class Seconds:
+    """Takes the place of the `time` module."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+
+    def since(self, action: Callable[[], Any]) -> float:
+        start = self.now
+        action()
+        return self.now - start
 
 
-def test_latency_and_bandwidth_without_cpu():
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Seconds:
+    made = Seconds()
+    monkeypatch.setattr(wrappers, "time", made)
+    return made
+
+
+def test_latency_and_bandwidth(clock: Seconds):
     engine = FabricEngine(Four(), latency=0.05, bandwidth=1e4)
+    threads = threading.active_count()
     work = engine.all_gather([zeros(250)])  # 3 * 1000 bytes: 0.05 + 0.3 s
     assert not work.done()
-    seconds, cpu = timed(work.wait)
-    assert 0.34 < seconds < 0.35 + LATE
-    assert cpu < 0.05 * seconds
-    assert work.done()
-    assert timed(work.wait)[0] < LATE, "waiting again costs nothing"
+    clock.sleep(0.34)
+    assert not work.done()
+    assert clock.since(work.wait) == pytest.approx(0.01)
+    assert work.done() and threading.active_count() == threads
+    assert clock.since(work.wait) == 0.0, "waiting again costs nothing"
 
 
-def test_twice_the_bytes_take_twice_as_long():
+def test_twice_the_bytes_take_twice_as_long(clock: Seconds):
     engine = FabricEngine(Four(), latency=0, bandwidth=3e4)
-    one, _ = timed(lambda: engine.all_gather([zeros(250)]).wait())
-    two, _ = timed(lambda: engine.all_gather([zeros(250), zeros(250)]).wait())
-    assert 0.099 < one < 0.1 + LATE
-    assert 0.199 < two < 0.2 + LATE
+    assert clock.since(lambda: engine.all_gather([zeros(250)]).wait()) == pytest.approx(0.1)
+    assert clock.since(lambda: engine.all_gather([zeros(250), zeros(250)]).wait()) == pytest.approx(0.2)
 
 
-def test_transfers_of_a_rank_share_its_link():
+def test_transfers_of_a_rank_share_its_link(clock: Seconds):
     engine = FabricEngine(Four(), latency=0.05, bandwidth=3e4)
-
-    def three() -> None:
-        works = [engine.all_gather([zeros(250)]) for _ in range(3)]
-        assert [work.done() for work in works] == [False] * 3
-        for i, work in enumerate(works):
-            work.wait()
-            assert time.monotonic() - start > 0.149 * (i + 1)
-
-    start = time.monotonic()
-    seconds, cpu = timed(three)
-    assert 0.44 < seconds < 0.45 + LATE
-    assert cpu < 0.05 * seconds
+    works = [engine.all_gather([zeros(250)]) for _ in range(3)]
+    assert [work.done() for work in works] == [False] * 3
+    assert [clock.since(work.wait) for work in works] == pytest.approx([0.15] * 3)
 
 
-def test_subgroups_share_the_link():
+def test_subgroups_share_the_link(clock: Seconds):
     engine = FabricEngine(Four(), latency=0.1, bandwidth=1e9)
     sub = engine.subgroup([1, 3])
     assert isinstance(sub, FabricEngine)
     first, second = engine.barrier(), sub.barrier()
-    assert 0.19 < timed(lambda: [first.wait(), second.wait()])[0] < 0.2 + LATE
+    assert clock.since(lambda: [first.wait(), second.wait()]) == pytest.approx(0.2)
 
 
-def test_two_ranks_have_two_links():
-    one, two = FabricEngine(Four(), 0.15, 1e9), FabricEngine(Four(), 0.15, 1e9)
-    works = [one.barrier(), two.barrier()]
-    assert 0.14 < timed(lambda: [work.wait() for work in works])[0] < 0.15 + LATE
+def test_two_ranks_have_two_links(clock: Seconds):
+    works = [FabricEngine(Four(), 0.15, 1e9).barrier() for _ in range(2)]
+    assert clock.since(lambda: [work.wait() for work in works]) == pytest.approx(0.15)
 
 
-def test_an_idle_link_does_not_save_up():
+def test_an_idle_link_does_not_save_up(clock: Seconds):
     engine = FabricEngine(Four(), latency=0.1, bandwidth=1e9)
     engine.barrier().wait()
-    time.sleep(0.1)
-    assert timed(lambda: engine.barrier().wait())[0] > 0.099
+    clock.sleep(5.0)
+    assert clock.since(lambda: engine.barrier().wait()) == pytest.approx(0.1)
 
 
-def test_computation_hides_a_transfer():
+def test_computation_hides_a_transfer(clock: Seconds):
     engine = FabricEngine(Four(), latency=0.2, bandwidth=1e9)
-
-    def overlapped() -> None:
-        work = engine.barrier()
-        time.sleep(0.15)
-        work.wait()
-
-    assert 0.19 < timed(overlapped)[0] < 0.2 + LATE
+    work = engine.barrier()
+    clock.sleep(0.15)
+    assert clock.since(work.wait) == pytest.approx(0.05)
 
 
 def test_results_pass_through_the_fabric():

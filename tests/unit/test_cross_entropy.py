@@ -112,7 +112,7 @@ def test_types_of_targets(device, targets, integer):
     check(Tensor(numbers(4, 7)), np.array(targets, integer))
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     rows=st.integers(1, 40),
     classes=st.integers(1, 70),
