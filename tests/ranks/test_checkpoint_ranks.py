@@ -162,7 +162,7 @@ def test_loading_fails_on_all_ranks(run_ranks, tmp_path):
     assert errors[1] == (f"{missing} does not exist (or is not visible from this host)", True)
     Path(good).write_bytes(Path(good).read_bytes()[:-3])
     for text, unchanged in run_ranks(2, load_errors, paths=[good, good]):
-        assert text.startswith(f"{good} is not a complete safetensors file: ") and unchanged
+        assert text.startswith(f"{good} is damaged: the file has ") and unchanged
 
 
 def memory(world: World, path: str, nbytes: int) -> tuple[int, int]:

@@ -238,7 +238,7 @@ def read_metadata(path: str | Path, here: World) -> dict[str, str]:
     try:
         with ConsolidatedReader(path) as reader:
             metadata = reader.metadata
-    except (OSError, CheckpointError) as caught:
+    except Exception as caught:  # whatever it is: the other ranks wait
         error = caught
     _agree(here.engine, error, f"{path} cannot be loaded")
     return metadata
@@ -252,12 +252,12 @@ def load_entries(path: str | Path, entries: Mapping[str, Entry], here: World, st
             reader = stack.enter_context(ConsolidatedReader(path))
             shapes = {name: info.shape for name, info in reader.tensors.items()}
             result = compare(shapes, entries, strict, str(reader.path))
-        except (OSError, CheckpointError) as caught:
+        except Exception as caught:
             error = caught
         _agree(here.engine, error, f"{path} cannot be loaded")
         try:
             apply_entries({name: entry for name, entry in entries.items() if name in reader.tensors}, reader.read, here)
-        except (OSError, CheckpointError) as caught:
+        except Exception as caught:
             error = caught
         _agree(here.engine, error, f"{path} cannot be loaded")
     return result
