@@ -290,11 +290,19 @@ def test_truncated(tmp_path, keep):
     )
 
 
-@pytest.mark.parametrize("content", [b"\xff" * 64, b"PK\x03\x04" + b"\0" * 60, b"hello, world"], ids=["ones", "zip", "text"])
+@pytest.mark.parametrize("content", [b"\xff" * 64, b"hello, world"], ids=["ones", "text"])
 def test_garbage(tmp_path, content):
     (tmp_path / "file").write_bytes(content)
     refused(
         Odd(), tmp_path / "file", rf"{tmp_path}/file is truncated, or not a safetensors file: its header would be \d+ bytes long"
+    )
+
+
+@pytest.mark.parametrize("start", [b"PK\x03\x04\0\0\x08\x08", b"\x80\x02}q\0(X\x06"], ids=["zip", "pickle"])
+def test_a_file_of_torch_is_not_read_but_advice_is_given(tmp_path, start):
+    (tmp_path / "model.pt").write_bytes(start + b"\0" * 60)
+    refused(
+        Odd(), tmp_path / "model.pt", r"model.pt looks like a file of torch.save, .* safetensors.torch.save_file\(torch.load\(file"
     )
 
 

@@ -165,8 +165,14 @@ def read_header(file: RegularFile) -> tuple[dict[str, TensorInfo], dict[str, str
     path, size = file.path, file.size
     if size < 8:
         raise CheckpointError(f"{path} is {size} bytes long: it is truncated")
-    length = struct.unpack("<Q", file.read(0, 8))[0]
+    start = file.read(0, 8)
+    length = struct.unpack("<Q", start)[0]
     if length > min(size - 8, _LONGEST_HEADER):
+        if start[:2] in (b"PK", b"\x80\x02"):  # a zip archive, or a pickle
+            raise CheckpointError(
+                f"{path} looks like a file of torch.save, which may run anything when it is read. Convert it where torch is, once: "
+                "safetensors.torch.save_file(torch.load(file, weights_only=True), file + '.safetensors')"
+            )
         raise CheckpointError(f"{path} is truncated, or not a safetensors file: its header would be {length} bytes long")
     try:
         entries = json.loads(file.read(8, length))
