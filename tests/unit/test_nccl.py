@@ -100,3 +100,12 @@ def test_integers_have_no_mean_and_nobody_is_alone_to_talk_to():
         nccl.recv(x, 0, comm)
     with pytest.raises(ValueError, match="root=1 is not a rank"):
         nccl.reduce(x, x, "sum", 1, comm)
+
+
+def test_a_view_is_refused_instead_of_being_left_alone():
+    """MindSpore assigns nothing to it, and says nothing on 2.5."""
+    comm, whole = bms.config["comm"], tensor(1, 2, 3, 4, 5, 6)
+    for view in (whole[2:4], whole.reshape(2, 3).T):
+        with pytest.raises(ValueError, match=r"a tensor of shape \(.*\) is a view \(a slice, or transposed\), which cannot"):
+            nccl.allReduce(view + 1.0, view, "sum", comm)
+    assert whole.asnumpy().tolist() == [1, 2, 3, 4, 5, 6]

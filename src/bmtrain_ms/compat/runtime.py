@@ -105,7 +105,16 @@ def is_at(tensor: Tensor, array: np.ndarray) -> bool:
 
 
 def overwrite(tensor: Tensor, source: Tensor) -> None:
-    """Copy the values of `source`, of equal shape and type, into the memory of `tensor`."""
+    """Copy the values of `source`, of equal shape and type, into the memory of `tensor`.
+
+    Raises:
+        ValueError: `tensor` is a view that begins elsewhere, or has another order: MindSpore would write nothing.
+    """
+    if not tensor.is_contiguous() or tensor.storage_offset():
+        raise ValueError(
+            f"a tensor of shape {tuple(tensor.shape)} is a view (a slice, or transposed), which cannot be written into: copy it, "
+            "write into the copy, and put that back"
+        )
     array = host_array(tensor).reshape(-1) if _is_from_host(tensor) else writable_array(tensor)
     if array is None:
         ops.assign(tensor, source)
