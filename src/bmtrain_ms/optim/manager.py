@@ -310,7 +310,7 @@ class OptimManager:
         mine, theirs = [s is None for s in self.lr_schedulers], [s is None for s in schedules]
         if len(optimizers) != len(self.optimizers) or mine != theirs:
             raise ValueError(
-                f"the state has {len(theirs)} optimizers (schedule missing: {theirs}), this manager has {len(mine)} ({mine})"
+                f"the state has {len(optimizers)} optimizers (schedule missing: {theirs}), this manager has {len(mine)} ({mine})"
             )
         for part, its in [*zip(self.drivers, optimizers), *zip(self.lr_schedulers, schedules)]:
             if hasattr(part, "check_state_dict"):  # not those of others, which are taken as they are
