@@ -11,6 +11,7 @@ import functools
 import json
 import math
 import os
+import random
 import struct
 import tempfile
 import tracemalloc
@@ -29,6 +30,7 @@ from bmtrain_ms.checkpoint.consolidated import ConsolidatedReader
 from bmtrain_ms.checkpoint.format import plan
 from bmtrain_ms.checkpoint.sharded import INDEX, Index, IndexedTensor, ShardedReader, _checksum, file_name, write_rank_file
 from bmtrain_ms.compat.runtime import numpy_dtype
+from tests.helpers.checkpoints import Run
 
 pytestmark = pytest.mark.usefixtures("single_world")
 
@@ -364,3 +366,35 @@ def test_loading_a_model(place):
 
     check()
     assert len(good) == 200 and 0 < sum(good) < 80
+
+
+def test_states(place, single_world):
+    """Any state but the manager's, which checks its own: it loads, or nothing is changed."""
+    saved = Run(single_world, str(place))
+    saved.train(range(1))
+    saved.save(1)
+    run, index = Run(single_world, str(place)), place / "step-00000001" / INDEX
+    run.train(range(2, 3))
+    body = json.loads(index.read_text())
+    del body["checksum"]
+    manager = body["state"].pop("manager")
+    good = []
+
+    def everything() -> Any:
+        tensors = {name: x.tobytes() for name, x in run.everything().items()}
+        return tensors, run.world.engine.clock.step, random.getstate(), np.random.get_state()[1].tobytes()
+
+    @fuzzed(200)
+    @given(json_edits, st.booleans())
+    def check(changes: list[Any], strict: bool) -> None:
+        lie = {**body, "state": json_edited(body["state"], changes)}
+        lie["state"]["manager"] = manager
+        lie["checksum"] = _checksum(lie)
+        index.write_text(json.dumps(lie))
+        before = everything()
+        good.append(attempted(index.parent, lambda: run.load(strict=strict)))
+        assert good[-1] or everything() == before
+
+    check()
+    saved.close()
+    assert len(good) == 200 and 0 < sum(good) < 130  # e.g. extra may be anything
