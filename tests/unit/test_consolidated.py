@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import struct
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from safetensors.numpy import load_file, save_file
 import bmtrain_ms as bms
 from bmtrain_ms.checkpoint import CheckpointError, LoadResult
 from bmtrain_ms.checkpoint.consolidated import INDEX, SINGLE, ConsolidatedReader, file_names, size_in_bytes, split
+from bmtrain_ms.checkpoint.format import RegularFile
 
 pytestmark = pytest.mark.usefixtures("single_world")
 
@@ -231,6 +233,28 @@ def test_what_is_no_file(tmp_path, name, kind):
         refused(folder / name, rf"{folder}/file has neither")
     else:
         refused(folder / name if name == "file" else folder, rf"{folder}/{name} {text}")
+
+
+@pytest.mark.parametrize("kind", ["pipe", "link to a device", "folder"])
+def test_what_is_no_file_is_not_opened(tmp_path, monkeypatch, kind):
+    """Opening a device may do something."""
+    put(tmp_path / "it", kind, tmp_path / "target")
+    monkeypatch.setattr(os, "open", lambda *args: pytest.fail("it was opened"))
+    with pytest.raises(CheckpointError, match=rf"{tmp_path}/it is not a file"):
+        RegularFile(tmp_path / "it", links=True)
+
+
+def test_nothing_is_allocated_for_bytes_that_are_not_there(tmp_path):
+    (tmp_path / "file").write_bytes(b"12345678")
+    with RegularFile(tmp_path / "file") as file:
+        assert (file.read(2, 3), file.read(8, 0)) == (b"345", b"")
+        tracemalloc.start()
+        for start, count in ((0, 9), (8, 1), (1 << 40, 1), (0, 1 << 32)):
+            with pytest.raises(CheckpointError, match=rf"file ends before byte {start + count}: it is truncated"):
+                file.read(start, count)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert peak < 1 << 20
 
 
 # Headers #
