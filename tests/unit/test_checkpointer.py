@@ -23,6 +23,7 @@ from bmtrain_ms.comm.launch import Launch
 from bmtrain_ms.lr_scheduler import Linear
 from bmtrain_ms.nn.functional import cross_entropy
 from bmtrain_ms.optim import AdamOptimizer, OptimManager
+from bmtrain_ms.zero import context_of
 from tests.helpers.checkpoints import Layout, Run, equal
 from tests.helpers.models import Model, data
 from tests.helpers.ranks import ROOT
@@ -171,6 +172,23 @@ def test_another_number_of_ranks_per_host(single_world, tmp_path):
             text = r"resumed by the layout that wrote it: ranks per host \[1\], not \[2\]; bring its files to one folder and"
             refused(run, f"without shared storage a checkpoint is {text}")
     assert Run(single_world, str(tmp_path), launch=Launch("mpi", 0, 1, 0, 2)).load().step == 2
+
+
+def test_random_numbers_go_on(single_world, tmp_path):
+    """Python's, NumPy's with the half of a pair of normal numbers that is kept, and those of dropout within a step."""
+    run = Run(single_world, str(tmp_path), dropout=0.5)
+
+    def drawn() -> Any:
+        keys = context_of(run.world).draws.next_key(run.world.engine.clock.step).tolist()
+        return random.random(), random.gauss(0, 1), np.random.rand(3).tolist(), np.random.randn(3).tolist(), keys
+
+    drawn()  # there are kept halves now
+    run.save(4)
+    run.close()
+    expected = drawn()
+    assert drawn() != expected
+    run.load()
+    assert drawn() == expected
 
 
 # Files of save_training #
