@@ -63,8 +63,9 @@ class Checkpointer:
     """Checkpoints of one training run in one folder. All ranks make one, and call its methods together.
 
     What is saved: the model, every optimizer's masters, moments and steps, schedules, loss scaler, gradients that have been
-    accumulated, the run's seed and the counters of stateless randomness, Python's and NumPy's generators, and `extra`. The same
-    number of ranks goes on bit by bit as if it had never stopped; another one to the rounding of sums over ranks.
+    accumulated, the counters of stateless randomness, Python's and NumPy's generators, and `extra`. The same number of ranks with
+    the same seed, which is compared, goes on bit by bit as if it had never stopped; another number to the rounding of sums over
+    ranks.
 
     A checkpoint appears under its name complete, checked, and on the disk, or not at all; `latest` moves after that.
 
