@@ -179,7 +179,7 @@ def test_random_numbers_go_on(single_world, tmp_path):
     run = Run(single_world, str(tmp_path), dropout=0.5)
 
     def drawn() -> Any:
-        keys = context_of(run.world).draws.next_key(run.world.engine.clock.step).tolist()
+        keys = context_of(run.world).draws.next_key().tolist()
         return random.random(), random.gauss(0, 1), np.random.rand(3).tolist(), np.random.randn(3).tolist(), keys
 
     drawn()  # there are kept halves now
