@@ -248,7 +248,7 @@ class Trainer:
         resumed = self._folder().load(path)
         if resumed is None:
             return False
-        self.done = int(resumed.extra["step"])
+        self.done = resumed.step
         self._schedule.load_state_dict({**planned, "num_iter": self._schedule.num_iter})
         log = self.settings.log
         if self._engine.rank == 0 and log is not None and log.exists():

@@ -12,26 +12,13 @@ from mindspore import Parameter, Tensor, nn, ops
 import bmtrain_ms as bms
 from bmtrain_ms.zero import context_of
 from bmtrain_ms.zero.block import _contents
+from tests.helpers.blocks import MODES, build, x_of
 from tests.helpers.models import WIDTH, Dense, Residual
-
-MODES = pytest.mark.parametrize(
-    ("use_checkpoint", "zero_level"), [(True, 3), (False, 3), (True, 2), (False, 2)], ids=["ckpt3", "keep3", "ckpt2", "keep2"]
-)
 
 
 @pytest.fixture(autouse=True)
 def _world(single_world):
     yield single_world
-
-
-def x_of(seed=0, rows=4):
-    return Tensor(np.random.RandomState(seed).randn(rows, WIDTH).astype(np.float32))
-
-
-def build(inner, use_checkpoint=True, zero_level=3):
-    block = bms.Block(inner, use_checkpoint, zero_level)
-    bms.init_parameters(block)
-    return block
 
 
 def step(module, *inputs, **options):

@@ -16,7 +16,7 @@ import pytest
 from mindspore import Tensor
 
 import bmtrain_ms as bms
-from bmtrain_ms.checkpoint import Checkpointer, CheckpointError, LoadResult, load_training, save_training
+from bmtrain_ms.checkpoint import Checkpointer, CheckpointError, LoadResult, load_training, save_training, tools
 from bmtrain_ms.checkpoint.sharded import INDEX, _checksum
 from bmtrain_ms.comm import use_world
 from bmtrain_ms.comm.launch import Launch
@@ -172,6 +172,15 @@ def test_another_number_of_ranks_per_host(single_world, tmp_path):
             text = r"resumed by the layout that wrote it: ranks per host \[1\], not \[2\]; bring its files to one folder and"
             refused(run, f"without shared storage a checkpoint is {text}")
     assert Run(single_world, str(tmp_path), launch=Launch("mpi", 0, 1, 0, 2)).load().step == 2
+
+
+def test_a_resharded_checkpoint_has_no_layout_yet(single_world, tmp_path):
+    """Any hosts may have its files: without shared storage too."""
+    saved(single_world, tmp_path / "a", shared_storage=False)
+    tools.reshard(tmp_path / "a", tmp_path / "b" / "step-00000002", 1)
+    for local_size in (1, 2):
+        launch = Launch("mpi", 0, 1, 0, local_size)
+        assert Run(single_world, str(tmp_path / "b"), launch=launch, shared_storage=False).load().step == 2
 
 
 def test_random_numbers_go_on(single_world, tmp_path):

@@ -20,7 +20,7 @@ from safetensors.numpy import load_file, save_file
 import bmtrain_ms as bms
 from bmtrain_ms.checkpoint import CheckpointError, LoadResult
 from bmtrain_ms.checkpoint.consolidated import INDEX, SINGLE, ConsolidatedReader, file_names, size_in_bytes, split
-from bmtrain_ms.checkpoint.format import RegularFile
+from bmtrain_ms.checkpoint.format import AtomicFile, RegularFile
 
 pytestmark = pytest.mark.usefixtures("single_world")
 
@@ -342,3 +342,17 @@ def test_their_types_are_ours(tmp_path):
         for name, array in arrays.items():
             found = reader.read(name, 1, 4)
             assert found.dtype == array.dtype and found.tobytes() == array[1:4].tobytes()
+
+
+@pytest.mark.parametrize("where", ["write", "commit"])
+def test_a_defect_while_saving_is_told_as_an_error_of_the_checkpoint(single_world, tmp_path, monkeypatch, where):
+    """Whatever it is: on several ranks the others wait to hear of it."""
+    layer = bms.nn.Linear(2, 2)
+
+    def broken(*_: object) -> None:
+        raise RuntimeError("a defect")
+
+    monkeypatch.setattr(AtomicFile, where, broken)
+    with pytest.raises(CheckpointError, match=r"model\.safetensors cannot be written: a defect"):
+        bms.save(layer, tmp_path / "model.safetensors")
+    assert list(tmp_path.iterdir()) == []

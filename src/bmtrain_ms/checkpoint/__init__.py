@@ -1,4 +1,4 @@
-"""Checkpoints: one safetensors file, written as a stream, read at any number of ranks."""
+"""Checkpoints: sharded ones of a training run, and whole models as safetensors files; read at any number of ranks."""
 
 from .checkpointer import Checkpointer, Resumed
 from .errors import CheckpointError

@@ -134,7 +134,7 @@ class Checkpointer:
                 raise CheckpointError(f"step {self._running.step} is still being saved; wait for it, or use on_busy='wait'")
             self.finish()
         self._take_lock()
-        entries = self._entries()
+        entries = entries_to_save(self._model, self._manager)
         state = collected(self._manager, self._world, step, copied, self._shared)
         target = self._begin(step)
         self._running = saving = _Saving(step, target, entries, state, self._path_in(target), self._pieces(entries, copy=not wait))
@@ -328,9 +328,6 @@ class Checkpointer:
         sync_folder(self.folder)
         point_to(self.folder, final.name)
 
-    def _entries(self) -> dict[str, Entry]:
-        return entries_to_save(self._model, self._manager)
-
     # Loading #
 
     def _load(self, folder: Path, strict: bool, advice: str) -> Resumed:
@@ -372,7 +369,7 @@ class Checkpointer:
         theirs = {"mesh": saved.get("mesh"), "ranks per host": saved.get("layout")}
         ours = {"mesh": {"ranks": self._world.engine.size, "shard_size": size}, "ranks per host": layout}
         for name, mine in ours.items():
-            if theirs[name] != mine:
+            if theirs[name] != mine and not (name == "ranks per host" and theirs[name] is None):  # of `reshard`
                 raise CheckpointError(
                     f"without shared storage a checkpoint is resumed by the layout that wrote it: {name} {theirs[name]}, not "
                     f"{mine}; bring its files to one folder and resume with shared storage"

@@ -204,7 +204,7 @@ def save_entries(
             file = AtomicFile(path, header, size)
             if non_blocking:
                 file = DeferredFile(file)
-    except (OSError, CheckpointError) as caught:
+    except Exception as caught:  # whatever it is: the other ranks wait
         error = caught
     try:
         _agree(engine, error, f"{path} cannot be written")
@@ -214,7 +214,7 @@ def save_entries(
                     continue  # the other ranks expect every gather, written or not
                 try:
                     file.write(infos[name].start + position * piece.itemsize, piece)
-                except OSError as caught:
+                except Exception as caught:
                     error = caught
     except BaseException:  # e.g. another rank is gone
         if file is not None:
@@ -223,7 +223,7 @@ def save_entries(
     try:
         if file is not None:
             file.commit() if error is None else file.discard()
-    except OSError as caught:
+    except Exception as caught:
         error = caught
         file.discard()
     _agree(engine, error, f"{path} cannot be written")

@@ -148,7 +148,8 @@ def reshard(path: str | Path, out: str | Path, ranks: int) -> Path:
             with _bar("reshard", sum(t.count * t.itemsize for t in new.values())) as bar:
                 hashes = [_write_rank(temporary, reader, new, rank, ranks, bar) for rank in range(ranks)]
             tensors = {n: replace(t, hashes=[hashes[r][n] for r in range(1 if t.shard is None else ranks)]) for n, t in new.items()}
-            state = {**reader.index.state, "mesh": {"ranks": ranks, "shard_size": ranks}}
+            # no job has written it: any placing of so many ranks on hosts may resume it
+            state = {**reader.index.state, "mesh": {"ranks": ranks, "shard_size": ranks}, "layout": None}
             index = Index(ranks, secrets.token_hex(8), state, tensors)
             write_text(temporary / INDEX, index.to_json())
             sync_folder(temporary)

@@ -22,11 +22,11 @@ _WHOLE = tuple(getattr(nn, name) for name in ("AdaFactor", "LARS", "Lamb") if ha
 class NativeOptimizer:
     """Gives an optimizer of `mindspore.nn`, `mindspore.experimental.optim` or `mindspore.mint.optim` the interface of ours.
 
-    Raises:
-        ValueError: it needs whole parameters (norms of each parameter, rows and columns), and they are sharded.
-
     Its moments are sharded as the parameters are, because it clones them. It has no float32 masters, updates all of its parameters
     in every step, and keeps moments in the parameters' type; all of this is MindSpore's.
+
+    Raises:
+        ValueError: it needs whole parameters (norms of each parameter, rows and columns), and they are sharded.
     """
 
     def __init__(self, optimizer: Any):

@@ -45,7 +45,8 @@ class Block(nn.Cell):
 
     Raises:
         TypeError: `inner_module` is not a Cell.
-        ValueError: a parameter is not a `DistributedParameter`, there is none, a Block is inside, or `zero_level` is not 2 or 3.
+        ValueError: a parameter is not a `DistributedParameter`, there is none, a Block is inside, `zero_level` is not 2 or 3, or
+            an option is one of pipelines.
     """
 
     def __init__(
