@@ -17,11 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from mindspore import nn
 
 import bmtrain_ms as bms
 from bmtrain_ms.checkpoint import Checkpointer, CheckpointError, tools
 from bmtrain_ms.checkpoint import checkpointer as checkpointer_module
 from bmtrain_ms.checkpoint import folder as folder_module
+from bmtrain_ms.checkpoint.training import entries_to_save
 from bmtrain_ms.comm.engine import CommTimeoutError
 from bmtrain_ms.model_center.model import Llama, LlamaConfig
 from bmtrain_ms.optim import AdamOptimizer, OptimManager
@@ -37,6 +39,12 @@ def digest(pieces: dict[str, np.ndarray]) -> str:
         found.update(name.encode())
         found.update(pieces[name].tobytes())
     return found.hexdigest()
+
+
+def owned(checkpoints: Checkpointer, model: nn.Cell, manager: OptimManager) -> dict[str, np.ndarray]:
+    """What this rank would save."""
+    pieces = checkpoints._pieces(entries_to_save(model, manager), copy=False)
+    return {name: array for name, (_, array) in pieces.items()}
 
 
 class Job:
@@ -72,8 +80,7 @@ class Job:
         self.manager.step()
 
     def digest(self) -> str:
-        pieces = self.checkpoints._pieces(self.checkpoints._entries(), copy=False)
-        return digest({name: array for name, (_, array) in pieces.items()})
+        return digest(owned(self.checkpoints, self.model, self.manager))
 
     def save(self, step: int, wait: bool = True) -> None:
         self.note("state", f"{step} {self.digest()}")
@@ -245,8 +252,8 @@ def train(
     except Stopped:
         sys.exit(EXIT_STOPPED)
     trainer.close()
-    pieces = trainer.checkpoints._pieces(trainer.checkpoints._entries(), copy=False) if trainer.checkpoints else {}
-    Path(notes, f"final-{rank}").write_text(digest({name: array for name, (_, array) in pieces.items()}))
+    pieces = owned(trainer.checkpoints, model, trainer.manager) if trainer.checkpoints else {}
+    Path(notes, f"final-{rank}").write_text(digest(pieces))
 
 
 if __name__ == "__main__":
