@@ -216,8 +216,6 @@ def init_distributed(
         engine = _make_engine(launch, target, timeout)
     elif target == "CPU":
         _configure_cpu(launch)
-    if target == "CPU":
-        runtime.first_operation()
     for seed_it in (random.seed, np.random.seed, ms.set_seed):
         seed_it(seed)
     noted = Trace() if trace else None
