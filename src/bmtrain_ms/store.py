@@ -15,7 +15,7 @@ from mindspore import Tensor
 
 from .absent import absent
 from .checkpoint import load, load_state_dict, save, state_dict
-from .comm import Engine, world
+from .comm import Engine, all_gather_bytes, world
 from .compat.runtime import from_host, host_array, numpy_dtype
 
 __all__ = ["allgather_objects", "broadcast_object", "load", "load_state_dict", "save", "state_dict"]
@@ -44,21 +44,13 @@ def broadcast_object(obj: Any, comm: Engine | None = None, src: int = 0) -> Any:
         TypeError: another type is in it; on every rank.
     """
     engine = comm or world().engine
-    return _decoded(_all_bytes(_encoded(obj) if engine.rank == src else b"", engine, "broadcast_object")[src])
+    return _decoded(all_gather_bytes(engine, _encoded(obj) if engine.rank == src else b"", "broadcast_object")[src])
 
 
 def allgather_objects(obj: Any, comm: Engine | None = None) -> list[Any]:
     """Every rank's object, by rank; objects as in `broadcast_object`. All ranks call it."""
     engine = comm or world().engine
-    return [_decoded(text) for text in _all_bytes(_encoded(obj), engine, "allgather_objects")]
-
-
-def _all_bytes(text: bytes, engine: Engine, label: str) -> list[bytes]:
-    lengths = host_array(engine.all_gather([from_host(np.array([len(text)], np.int64))], label=label).wait()[0])
-    mine = np.zeros(max(int(lengths.max()), 1), np.uint8)
-    mine[: len(text)] = np.frombuffer(text, np.uint8)
-    rows = host_array(engine.all_gather([from_host(mine)], label=label).wait()[0]).reshape(engine.size, -1)
-    return [row[:n].tobytes() for row, n in zip(rows, lengths)]
+    return [_decoded(text) for text in all_gather_bytes(engine, _encoded(obj), "allgather_objects")]
 
 
 def _encoded(obj: Any) -> bytes:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import json
+import math
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,7 +18,7 @@ from typing import Any, Callable, Mapping, Sequence
 import numpy as np
 from mindspore import Parameter, Tensor, nn
 
-from ..comm import Engine, World, world
+from ..comm import Engine, World, all_gather_bytes, world
 from ..compat.runtime import from_host, host_array, numpy_dtype, overwrite
 from ..zero import DistributedParameter
 from .background import DeferredFile, pending
@@ -48,7 +49,7 @@ class Entry:
     @property
     def count(self) -> int:
         """Elements of the full tensor."""
-        return int(np.prod(self.shape, dtype=np.int64))
+        return math.prod(self.shape)
 
 
 @dataclass(frozen=True)
@@ -271,12 +272,7 @@ def apply_entries(entries: Mapping[str, Entry], read: Callable[[str, int, int], 
 
 def gather_json(value: Any, engine: Engine, label: str) -> list[Any]:
     """Every rank's value, which JSON can hold, by rank."""
-    text = np.frombuffer(json.dumps(value).encode(), np.uint8)
-    sizes = host_array(engine.all_gather([from_host(np.array([text.size], np.int64))], label=label).wait()[0])
-    padded = np.zeros(int(sizes.max()), np.uint8)
-    padded[: text.size] = text
-    rows = host_array(engine.all_gather([from_host(padded)], label=label).wait()[0]).reshape(engine.size, -1)
-    return [json.loads(row[:n].tobytes()) for row, n in zip(rows, sizes)]
+    return [json.loads(text) for text in all_gather_bytes(engine, json.dumps(value).encode(), label)]
 
 
 def _pieces(entry: Entry, engine: Engine, name: str) -> Any:

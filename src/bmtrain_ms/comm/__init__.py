@@ -1,6 +1,6 @@
 """Moving bytes between ranks."""
 
-from .engine import Buffer, Clock, CommError, CommTimeoutError, Engine, Label, Work
+from .engine import Buffer, Clock, CommError, CommTimeoutError, Engine, Label, Work, all_gather_bytes
 from .launch import Launch
 from .mesh import Mesh
 from .simulated import SimulatedEngine
@@ -41,6 +41,7 @@ __all__ = [
     "TracingEngine",
     "Work",
     "World",
+    "all_gather_bytes",
     "init_distributed",
     "is_initialized",
     "make_hierarchy",

@@ -15,7 +15,7 @@ from typing import Any, Sequence, Union
 import numpy as np
 from mindspore import Tensor
 
-from ..compat.runtime import is_float
+from ..compat.runtime import from_host, host_array, is_float
 
 Buffer = Union[Tensor, np.ndarray]
 REDUCE_OPS = ("sum", "mean", "max", "min")
@@ -183,3 +183,12 @@ class Engine(ABC):
             raise ValueError(f"a rank appears twice in the sub-group {list(ranks)}")
         if self.rank not in ranks:
             raise ValueError(f"rank {self.rank} is not in the sub-group {list(ranks)}: only its members create it")
+
+
+def all_gather_bytes(engine: Engine, data: bytes, label: str = "") -> list[bytes]:
+    """Every rank's bytes, however many they are, by rank."""
+    lengths = host_array(engine.all_gather([from_host(np.array([len(data)], np.int64))], label=label).wait()[0])
+    padded = np.zeros(max(int(lengths.max()), 1), np.uint8)
+    padded[: len(data)] = np.frombuffer(data, np.uint8)
+    rows = host_array(engine.all_gather([from_host(padded)], label=label).wait()[0]).reshape(engine.size, -1)
+    return [row[:n].tobytes() for row, n in zip(rows, lengths)]

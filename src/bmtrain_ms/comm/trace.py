@@ -9,11 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Iterator, Sequence
 
-import numpy as np
 from mindspore import Tensor
 
-from ..compat.runtime import from_host, host_array
-from .engine import Buffer, Engine, Work
+from .engine import Buffer, Engine, Work, all_gather_bytes
 from .wrappers import Around
 
 TRACKS = ("compute", "gather", "reduce", "other")  # rows of the picture, one group of them for each rank
@@ -101,12 +99,9 @@ def write_trace(path: str | Path, trace: Trace, engine: Engine) -> None:
     """
     offset = time.time() - time.monotonic()
     mine = json.dumps([_event(span, engine.rank, offset) for span in trace.spans]).encode()
-    lengths = host_array(engine.all_gather([from_host(np.array([len(mine)], np.int64))], label="trace").wait()[0])
-    padded = np.zeros(int(lengths.max()), np.uint8)
-    padded[: len(mine)] = np.frombuffer(mine, np.uint8)
-    rows = host_array(engine.all_gather([from_host(padded)], label="trace").wait()[0]).reshape(engine.size, -1)
+    everybody = all_gather_bytes(engine, mine, "trace")
     if engine.rank == 0:
-        events = [event for row, n in zip(rows, lengths) for event in json.loads(row[:n].tobytes())]
+        events = [event for text in everybody for event in json.loads(text)]
         start = min((event["ts"] for event in events), default=0.0)
         for event in events:
             event["ts"] -= start
