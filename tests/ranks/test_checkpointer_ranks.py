@@ -14,7 +14,7 @@ import pytest
 from mindspore import nn
 
 import bmtrain_ms as bms
-from bmtrain_ms.checkpoint import Checkpointer, CheckpointError
+from bmtrain_ms.checkpoint import Checkpointer, CheckpointError, tools
 from bmtrain_ms.checkpoint import checkpointer as checkpointer_module
 from bmtrain_ms.checkpoint.sharded import HASHED, INDEX, _checksum, file_name
 from bmtrain_ms.comm import World
@@ -476,6 +476,31 @@ def test_hosts_are_not_mixed(run_ranks, tmp_path):
     run_ranks(2, on_hosts, folders=here, hosts=1, layout=Layout(), resume=False)
     for text in run_ranks(2, error_of_loading, folders=[here[0], old[1]], hosts=1):
         assert "holds different checkpoints on different hosts" in text and "they cannot be mixed" in text
+
+
+def loaded_apart(world: World, folders: list[str]) -> Any:
+    """On a host for each rank, without shared storage."""
+    run = Run(world, folders[world.engine.rank], launch=host(world, 1), shared_storage=False)
+    assert run.load().step == 2
+    return run.everything()
+
+
+def test_shared_storage_divided_later(run_ranks, tmp_path):
+    """Refused as it is, as one file only has what is the same on all ranks; resharded, each host needs its ranks' files only."""
+    first = run_ranks(2, trained_and_saved, folder=str(tmp_path), steps=2)
+    for text in run_ranks(2, error_of_loading, folders=[str(tmp_path)] * 2, hosts=1):
+        assert text.endswith(
+            "it was saved with shared storage; resume with it, or write one that hosts may divide: bmtrain-ms ckpt reshard "
+            f"{tmp_path}/step-00000002 OUT --ranks 2"
+        )
+    for rank in range(2):
+        copy = tmp_path / f"host{rank}" / "step-00000002"
+        tools.reshard(tmp_path, copy, 2)
+        if rank:
+            shutil.copy(tmp_path / "host0" / "step-00000002" / INDEX, copy / INDEX)
+        os.remove(copy / file_name(1 - rank, 2))
+    for whole, mine in zip(first, run_ranks(2, loaded_apart, folders=[str(tmp_path / f"host{rank}") for rank in range(2)])):
+        assert equal(mine, whole)
 
 
 def refused_unchanged(world: World, folders: list[str]) -> tuple[str, bool]:

@@ -11,11 +11,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from mindspore import Parameter, Tensor
 from safetensors.numpy import load_file, save_file
 
 import bmtrain_ms as bms
+from bmtrain_ms.checkpoint import Checkpointer, tools
 from bmtrain_ms.checkpoint import folder as folder_module
-from bmtrain_ms.checkpoint import tools
 from bmtrain_ms.checkpoint.sharded import INDEX, ShardedReader, file_name, read_index
 from bmtrain_ms_cli.main import main
 from tests.helpers.checkpoints import Run, equal
@@ -220,6 +221,36 @@ def test_reshard_refuses(run, ckpt, tmp_path):
         main(["ckpt", "reshard", "a", "b", "--ranks", "0"])
     with pytest.raises(ValueError, match="ranks must be at least 1, not 0"):
         tools.reshard(tmp_path / "run", tmp_path / "out", 0)
+
+
+class Mixed(bms.DistributedModule):
+    """With a plain parameter, which is the same on all ranks."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = bms.DistributedParameter(bms.empty(6), init_method=bms.ParameterInitializer(bms.init.normal_))
+        self.plain = Parameter(Tensor(np.arange(4, dtype=np.float32)), name="plain")
+
+
+def test_every_copy_is_verified(single_world, ckpt, tmp_path):
+    """What is the same on all ranks is in every file of a resharded checkpoint, which hosts may divide."""
+    model, manager = Mixed(), bms.optim.OptimManager()
+    bms.init_parameters(model)
+    manager.add_optimizer(bms.optim.AdamOptimizer(model.trainable_params()))
+    checkpoints = Checkpointer(tmp_path / "mixed", model, manager)
+    checkpoints.save(1)
+    checkpoints.close()
+    out = tools.reshard(tmp_path / "mixed", tmp_path / "out", 2)
+    with ShardedReader(out) as reader:
+        name = next(n for n, t in reader.index.tensors.items() if t.shard is None and t.count)
+        second, infos = reader._files[1]
+        stored, at = reader.stored, infos[name].start
+        assert stored == sum(reader.verify()) > sum(t.count * t.itemsize for t in reader.index.tensors.values())
+    data = bytearray(Path(second.path).read_bytes())
+    data[at] ^= 1
+    Path(second.path).write_bytes(data)
+    code, text = ckpt("verify", out)
+    assert code == 2 and f"{second.path}: tensor {name} is damaged" in text
 
 
 def test_reshard_reaches_the_disk(run, tmp_path, monkeypatch):

@@ -366,6 +366,11 @@ class Checkpointer:
     def _check_layout(self, folder: Path, layout: list[int]) -> None:
         """Before files are opened, which would be said to be missing."""
         saved, size = read_index(folder).state, self._world.shards.size
+        if saved.get("shared_storage") is True and size > 1:  # only the first file has what is the same on all ranks
+            raise CheckpointError(
+                "it was saved with shared storage; resume with it, or write one that hosts may divide: bmtrain-ms ckpt reshard "
+                f"{folder} OUT --ranks {size}"
+            )
         theirs = {"mesh": saved.get("mesh"), "ranks per host": saved.get("layout")}
         ours = {"mesh": {"ranks": self._world.engine.size, "shard_size": size}, "ranks per host": layout}
         for name, mine in ours.items():

@@ -199,6 +199,11 @@ class ShardedReader:
             raise
 
     @property
+    def stored(self) -> int:
+        """Bytes of the tensors in the files that are here, copies counted."""
+        return sum(info.count * numpy_dtype(info.dtype).itemsize for _, infos in self._files.values() for info in infos.values())
+
+    @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Name -> shape of the full tensor."""
         return {name: t.shape for name, t in self.index.tensors.items()}
@@ -230,8 +235,8 @@ class ShardedReader:
         """
         for rank in range(self.index.ranks) if ranks is None else ranks:
             for name, tensor in self.index.tensors.items():
-                if tensor.shard is None and rank != self._whole:
-                    continue
+                if name not in self._files[rank][1]:
+                    continue  # nothing of it in this file, which `_open` allowed
                 first, last = tensor.piece(rank)
                 for _, block in self._blocks(name, rank, 0, (last - first) * tensor.itemsize):
                     yield len(block)
@@ -284,9 +289,9 @@ class ShardedReader:
             infos, _ = read_header(file)
             for name, tensor in self.index.tensors.items():
                 first, last = tensor.piece(rank)
-                if first == last or (tensor.shard is None and rank != self._whole):
-                    continue
                 info = infos.get(name)
+                if first == last or (info is None and tensor.shard is None and rank != self._whole):
+                    continue
                 if info is None or info.dtype != tensor.dtype or info.shape != (last - first,):
                     found = "is missing" if info is None else f"is {info.shape} {info.dtype}"
                     raise CheckpointError(

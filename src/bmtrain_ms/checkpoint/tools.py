@@ -85,12 +85,12 @@ def verify(path: str | Path) -> str:
         CheckpointError: it is damaged.
     """
     with open_checkpoint(path) as reader:
-        total = sum(t.nbytes for t in _tensors(reader).values())
         if isinstance(reader, ShardedReader):
-            with _bar("verify", total) as bar:
+            with _bar("verify", reader.stored) as bar:
                 for size in reader.verify():
                     bar.update(size)
-            return f"{reader.folder} is sound: {_size(total)} in {reader.index.ranks} file(s), every hash is right"
+            return f"{reader.folder} is sound: {_size(reader.stored)} in {reader.index.ranks} file(s), every hash is right"
+        total = sum(t.nbytes for t in _tensors(reader).values())
         return f"{reader.path} is a complete file; {_size(total)}. It has no hashes: a changed value cannot be seen"
 
 
@@ -123,7 +123,7 @@ def consolidate(path: str | Path, out: str | Path, max_shard_size: int | str = "
 
 
 def reshard(path: str | Path, out: str | Path, ranks: int) -> Path:
-    """Write a sharded checkpoint as so many ranks would have; loading does not need it, a file per host's disk may.
+    """Write a sharded checkpoint as so many ranks would have without shared storage; loading with it does not need that.
 
     Args:
         out: folder of the new checkpoint; must not exist.
@@ -145,11 +145,11 @@ def reshard(path: str | Path, out: str | Path, ranks: int) -> Path:
         temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}")
         try:
             temporary.mkdir(parents=True)
-            with _bar("reshard", sum(t.count * t.itemsize for t in new.values())) as bar:
+            with _bar("reshard", sum(t.count * t.itemsize * (ranks if t.shard is None else 1) for t in new.values())) as bar:
                 hashes = [_write_rank(temporary, reader, new, rank, ranks, bar) for rank in range(ranks)]
             tensors = {n: replace(t, hashes=[hashes[r][n] for r in range(1 if t.shard is None else ranks)]) for n, t in new.items()}
-            # no job has written it: any placing of so many ranks on hosts may resume it
-            state = {**reader.index.state, "mesh": {"ranks": ranks, "shard_size": ranks}, "layout": None}
+            # no job has written it: any placing of so many ranks on hosts may resume it, with shared storage or without
+            state = {**reader.index.state, "mesh": {"ranks": ranks, "shard_size": ranks}, "layout": None, "shared_storage": False}
             index = Index(ranks, secrets.token_hex(8), state, tensors)
             write_text(temporary / INDEX, index.to_json())
             sync_folder(temporary)
@@ -244,9 +244,9 @@ def _write(path: Path, reader: AnyReader, tensors: dict[str, _Tensor], bar: tqdm
 def _write_rank(
     folder: Path, reader: ShardedReader, tensors: dict[str, IndexedTensor], rank: int, ranks: int, bar: tqdm
 ) -> dict[str, list[str]]:
-    """One rank's file; name -> hashes."""
-    mine = {n: t.piece(rank) for n, t in tensors.items() if t.shard is not None or rank == 0}
-    mine = {n: (start, stop) for n, (start, stop) in mine.items() if start < stop}
+    """One rank's file, which a host may have to itself: with the whole tensors; name -> hashes."""
+    pieces = {n: t.piece(rank) for n, t in tensors.items()}
+    mine = {n: (start, stop) for n, (start, stop) in pieces.items() if start < stop}
     header, infos, size = plan({n: (tensors[n].dtype, (stop - start,)) for n, (start, stop) in mine.items()}, {"format": "pt"})
     file = AtomicFile(folder / file_name(rank, ranks), header, size)
     hashes: dict[str, list[str]] = {name: [] for name in tensors}
