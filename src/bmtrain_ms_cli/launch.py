@@ -9,9 +9,12 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import FrameType
 from typing import Mapping, Sequence
+
+SAME_REQUEST = 1.0  # seconds, as `train.StopSignals` has it: a scheduler signals every process, and some signal twice
 
 
 class LaunchError(RuntimeError):
@@ -21,8 +24,8 @@ class LaunchError(RuntimeError):
 def launch(script: Sequence[str], ranks: int, launcher: str = "auto", variables: Mapping[str, str] | None = None) -> int:
     """Run a Python script with its arguments on `ranks` processes of this host and wait for them.
 
-    The first SIGTERM or SIGINT is passed on to the ranks, which may save and end (`train.StopSignals`); the second, and under
-    `msrun` every one (it would orphan its workers), to the whole process group.
+    The first SIGTERM or SIGINT is passed on to the ranks, which may save and end (`train.StopSignals`), and so is what comes within
+    a second of it; later ones, and under `msrun` every one (it would orphan its workers), to the whole process group.
 
     Args:
         script: its path, then its arguments.
@@ -51,11 +54,12 @@ def launch(script: Sequence[str], ranks: int, launcher: str = "auto", variables:
         command = _mpi_command(script, ranks) if ranks > 1 else [sys.executable, *script]  # one rank needs no MPI
     process = subprocess.Popen(command, env=env, start_new_session=True)
 
-    asked: list[int] = []
+    asked: list[float] = []
 
     def pass_on(signum: int, frame: FrameType | None) -> None:
-        asked.append(signum)
-        chosen = _ranks_of(process.pid) if launcher != "msrun" and len(asked) == 1 else []
+        asked.append(time.monotonic())
+        same_request = asked[-1] - asked[0] < SAME_REQUEST
+        chosen = _ranks_of(process.pid) if launcher != "msrun" and same_request else []
         with contextlib.suppress(ProcessLookupError):  # it has just ended by itself
             if not chosen:
                 os.killpg(process.pid, signum)
