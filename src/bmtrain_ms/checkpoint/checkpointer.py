@@ -11,6 +11,7 @@ import shutil
 import sys
 import threading
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Callable, Iterator, Mapping
@@ -37,7 +38,7 @@ from .folder import (
     write_text,
 )
 from .run_state import checked, collected
-from .sharded import INDEX, Index, IndexedTensor, ShardedReader, file_name, read_index, write_rank_file
+from .sharded import INDEX, Index, IndexedTensor, ShardedReader, file_name, read_index, useful_threads, write_rank_file
 from .store import Entry, LoadResult, _agree, apply_entries, compare, gather_json
 from .training import GRADIENT, entries_to_load, entries_to_save, load_file, shapes_as_named_here
 
@@ -281,7 +282,7 @@ class Checkpointer:
 
     def _pieces(self, entries: Mapping[str, Entry], copy: bool) -> dict[str, tuple[Any, np.ndarray]]:
         """What this rank owns, flat; copied into memory that is kept for the next time."""
-        pieces = {}
+        pieces, copies = {}, []
         rank, engine = self._world.shards.rank, self._world.engine
         for name, entry in entries.items():
             array = host_array(entry.get()).reshape(-1)
@@ -296,9 +297,11 @@ class Checkpointer:
                 kept = self._snapshots.get(name)
                 if kept is None or kept.shape != array.shape or kept.dtype != array.dtype:
                     kept = self._snapshots[name] = np.empty_like(array)
-                np.copyto(kept, array)
+                copies.append((kept, array))
                 array = kept
             pieces[name] = entry.dtype, np.ascontiguousarray(array)
+        with ThreadPoolExecutor(useful_threads()) as pool:  # training waits for it
+            list(pool.map(lambda pair: np.copyto(*pair), copies))
         return pieces
 
     def _publish(self, saving: _Saving, hashes: list[dict[str, list[str]]]) -> None:
