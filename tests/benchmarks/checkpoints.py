@@ -21,8 +21,9 @@ WARM, ROUNDS, TENSORS = 2, 5, 32  # a virtual machine gives memory for files onl
 CAUSE = (
     "Files are written in pieces of 128 KiB: larger ones take larger pages, which this virtual machine has to ask its host for "
     "(2 GB: 0.5 s in pieces of 64 or 128 KiB, 0.5 to 5.5 s in pieces of 256 KiB to 4 MiB). Every 64 MiB the disk is asked to "
-    "begin: 1.05 s in all instead of 1.7 s. `cp` is measured on its own and keeps its last copy: in turn with saving it got the memory "
-    "that saving had just given back. The stall is the copy of the state, some 0.15 s; its share grew as saving became faster."
+    "begin: 1.05 s in all instead of 1.7 s. `cp` is measured on its own and keeps its last copy: in turn with saving it got the "
+    "memory that saving had just given back. The stall is the copy of the state, some 0.15 s; its share grew as "
+    "saving became faster."
 )
 
 
