@@ -7,7 +7,9 @@ with a rate of its own keeps that as its peak: it gets own / s of the others' ra
 
 from __future__ import annotations
 
+import copy
 import math
+import reprlib
 from typing import Any, Callable, Optional
 
 import mindspore as ms
@@ -119,15 +121,14 @@ class WarmupLRScheduler:
         Raises:
             ValueError: it is that of another class.
         """
-        self.check_state_dict(state)
-        vars(self).update(state)
+        vars(self).update(self.check_state_dict(state))
         self._apply()
 
-    def check_state_dict(self, state: Any) -> None:
-        """Whether `load_state_dict` would take it; changes nothing.
+    def check_state_dict(self, state: Any) -> dict[str, Any]:
+        """What `load_state_dict` takes of it; changes nothing.
 
         Raises:
-            ValueError: it would not.
+            ValueError: it would not take it.
         """
         own, kind = self.state_dict(), type(self).__name__
         if not isinstance(state, dict) or set(state) != set(own):
@@ -136,6 +137,16 @@ class WarmupLRScheduler:
         odd = [name for name, x in own.items() if isinstance(x, (int, float)) and not isinstance(state[name], (int, float))]
         if odd:
             raise ValueError(f"this is not the state of a {kind}: {odd[0]} is {state[odd[0]]!r}")
+        trial = copy.copy(self)
+        vars(trial).update(state)
+        try:
+            rate = float(trial.get_lr())
+            trial.num_iter += 1
+            if not (math.isfinite(rate) and math.isfinite(trial.get_lr())):
+                raise ValueError("the rate is not finite")
+        except (ArithmeticError, ValueError, TypeError) as error:
+            raise ValueError(f"this is not the state of a {kind}: no rate follows from {reprlib.repr(state)}: {error}") from error
+        return state
 
     def _apply(self) -> None:
         self._current_lr = self.get_lr()

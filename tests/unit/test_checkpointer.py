@@ -137,7 +137,40 @@ def test_another_model(single_world, tmp_path):
     after, expected = other.everything(), small.everything()
     for name, x in after.items():
         assert x.tobytes() == (kept if "wait" in name else expected)[name].tobytes(), name
-    assert resumed.step == 2 and other.counters() == small.counters()
+    [theirs], [mine] = (run.counters()["optimizers"] for run in (small, other))
+    steps = dict(zip(mine["groups"][0].pop("names"), mine["steps"]))
+    theirs["groups"][0].pop("names")
+    assert resumed.step == 2 and steps.pop("layers.0.a.wait") == 1 and set(steps.values()) == {2}
+    assert mine["groups"] == theirs["groups"]
+
+
+@pytest.mark.parametrize("sharded", [True, False])
+def test_another_number_of_trained_parameters(single_world, tmp_path, sharded):
+    """A layer is frozen, or thawed, between two runs: only without `strict`."""
+    whole, frozen = Run(single_world, str(tmp_path / "whole")), Run(single_world, str(tmp_path / "frozen"))
+    for p in frozen.model.layers[0].get_parameters():
+        p.requires_grad = False
+    optimizer = AdamOptimizer(frozen.model.trainable_params())
+    frozen.manager = OptimManager()
+    frozen.manager.add_optimizer(optimizer, Linear(optimizer, 0.02, 2, 12))
+    frozen.checkpoints = Checkpointer(tmp_path / "frozen", frozen.model, frozen.manager)
+    own = [f"optimizer.0.{kind}.{p.name}" for p in frozen.model.layers[0].get_parameters() for kind in ("exp_avg", "exp_avg_sq")]
+    for run in (whole, frozen):
+        run.manager.zero_grad()
+        run.backward(0)
+        run.manager.step()
+        with use_world(run.world):
+            if sharded:
+                run.save(1)
+            else:
+                save_training(run.checkpoints.folder.with_suffix(".safetensors"), run.model, run.manager, {})
+    suffix = "" if sharded else ".safetensors"
+    for run, source, direction in ((frozen, "whole", "unexpected"), (whole, "frozen", "missing")):
+        path = str(tmp_path / source) + suffix
+        refused(run, rf"does not fit the model; {len(own)} {direction} in the file: ", path)
+        result = run.load(path, strict=False).result
+        assert sorted(getattr(result, direction)) == sorted(own), direction
+        assert run.manager.state_dict(tensors=False)["optimizers"][0]["steps"] == [1] * len(run.manager.drivers[0].parameters)
 
 
 def test_other_shapes_are_refused_even_if_not_strict(single_world, tmp_path):

@@ -10,7 +10,7 @@ from mindspore import Tensor, nn
 
 import bmtrain_ms as bms
 from bmtrain_ms.optim import AdamOptimizer, OptimManager
-from tests.helpers.optim import Setting, same
+from tests.helpers.optim import Setting, numbers, parameters, same, states
 
 pytestmark = pytest.mark.usefixtures("single_world")
 
@@ -118,6 +118,29 @@ def test_limits_are_this_manager_s_not_the_state_s():
         (lambda s: s["optimizers"][0].pop("groups"), "this is not the state of an AdamOptimizer: it has no groups and steps"),
         (lambda s: s["optimizers"][0].update(steps=[1, -1]), r"the state's steps must be numbers of 0 or more, not \[1, -1\]"),
         (lambda s: s["optimizers"][0].update(steps=[1]), "the state has 1 groups and 1 parameters, this optimizer has 1 and 2"),
+        (
+            lambda s: s["optimizers"][0]["groups"][0].update(names=[[], {}]),
+            r"a group of the state has parameters called \[\[\], {}\]",
+        ),
+        (lambda s: s["optimizers"][0]["groups"][0].update(names=["bias"] * 2), r"2 steps, for parameters called \[{'bias'}\]"),
+        (
+            lambda s: s["optimizers"][0]["groups"][0].update(names=["bias", "x"]),
+            r"group of the parameters \['bias', 'x'\], this optim",
+        ),
+        (
+            lambda s: s["optimizers"][0]["groups"][0].update(params=[]),
+            r"unknown settings \['params'\]; known are \['betas', 'eps', ",
+        ),
+        (lambda s: s["optimizers"][0]["groups"][0].update(lr=10**400), "need lr, weight_decay >= 0"),
+        (lambda s: s["optimizers"][0]["groups"][0].update(hold_steps=math.nan), "hold_steps must be 0 or more"),
+        (lambda s: s["optimizers"][0].update(steps=[1, 10**400]), r"the state's steps must be numbers of 0 or more"),
+        (lambda s: s.update(loss_scale=0), "loss_scale is missing, or wrong"),
+        (
+            lambda s: s["lr_schedulers"][0].update(num_iter=10**400),
+            "this is not the state of a Linear: no rate follows from .*num_iter",
+        ),
+        (lambda s: s["lr_schedulers"][0].update(start_lr=math.inf), "no rate follows from .*: the rate is not finite"),
+        (lambda s: s["lr_schedulers"][0].update(warmup_iter=0, num_iter=-1), "no rate follows from .*division by zero"),
         (lambda s: s["optimizers"][0]["groups"][0].update(lr=-1.0), "need lr, weight_decay >= 0"),
         (lambda s: s["optimizers"][0]["groups"][0].update(betas=None), "a group of the state has a setting of a wrong type"),
         (lambda s: s["optimizers"][0].update(groups=[3]), "a group of the state is int, not a dictionary of settings"),
@@ -135,6 +158,90 @@ def test_a_state_that_does_not_fit_changes_nothing(change, text):
     with pytest.raises(ValueError, match=text):
         target.manager.load_state_dict(state)
     assert same(target.everything(), before) and target.manager.state_dict(tensors=False) == scalars
+
+
+def test_the_last_optimizer_s_tensors_are_looked_at_before_the_first_s_are_changed():
+    def managers() -> tuple[OptimManager, list[AdamOptimizer]]:
+        made = [AdamOptimizer([p]) for p in parameters(shapes={"first": (3,), "last": (4,)})]
+        manager = OptimManager()
+        for optimizer in made:
+            manager.add_optimizer(optimizer)
+            optimizer([Tensor(np.ones(optimizer.parameters[0].size, np.float32))])
+        return manager, made
+
+    (source, _), (target, optimizers) = managers(), managers()
+    state = source.state_dict(gather_opt=True)
+    for array in state["optimizers"][0]["tensors"].values():
+        array.fill(7.0)
+    state["optimizers"][1]["tensors"]["exp_avg.last"] = np.zeros(5, np.float32)
+    before = [x for optimizer in optimizers for x in states(optimizer)]
+    with pytest.raises(ValueError, match=r"exp_avg\.last has shape \(5,\) in the state, expected \(4,\)"):
+        target.load_state_dict(state)
+    assert same([x for optimizer in optimizers for x in states(optimizer)], before)
+
+
+@pytest.mark.parametrize("gather", [False, True])
+def test_without_strict_what_is_new_keeps_what_it_has(gather):
+    """Steps and settings go by name."""
+
+    def made(**shapes: tuple[int, ...]) -> AdamOptimizer:
+        return AdamOptimizer([{"params": [p], "lr": 0.5} for p in parameters(shapes=shapes)])
+
+    source, target = made(gone=(3,), kept=(4,)), made(new=(2,), kept=(4,))
+    for optimizer, steps in ((source, 3), (target, 1)):
+        for step in range(steps):
+            optimizer([Tensor(numbers(p.size, seed=step)) for p in optimizer.parameters])
+    source.param_groups[1]["lr"] = 0.25
+    state = source.state_dict(gather)
+    with pytest.raises(ValueError, match=r"the state has a group of the parameters \['gone'\], this optimizer has not"):
+        target.load_state_dict(state)
+    before = states(target)
+    target.load_state_dict(state, strict=False)
+    assert same(states(target), before[:2] + states(source)[2:])
+    assert target.state_dict(tensors=False)["steps"] == [1, 3]
+    assert [group["lr"] for group in target.param_groups] == [0.5, 0.25]
+    one = made(kept=(4,))
+    one.load_state_dict(state, strict=False)
+    assert same(states(one), states(source)[2:]) and one.state_dict(tensors=False)["steps"] == [3]
+    assert one.param_groups[0]["lr"] == 0.25
+    for group in state["groups"]:
+        del group["names"]  # as earlier versions wrote it
+    with pytest.raises(ValueError, match="the state has 2 groups and 2 parameters, this optimizer has 1 and 1"):
+        one.load_state_dict(state, strict=False)
+
+
+def test_groups_and_steps_go_by_name():
+    """Not by their order."""
+
+    def made(order: str) -> tuple[AdamOptimizer, dict[str, dict]]:
+        ps = dict(zip("ab", parameters(shapes={"a": (3,), "b": (4,)})))
+        groups = {"a": {"params": [ps["a"]], "lr": 0.1}, "b": {"params": [ps["b"]], "lr": 0.3, "weight_decay": 0.5}}
+        optimizer = AdamOptimizer([groups[name] for name in order])
+        return optimizer, {name: optimizer.param_groups[order.index(name)] for name in order}
+
+    (source, _), (target, groups) = made("ab"), made("ba")
+    p = source.parameters[0]
+    source.step({id(p): Tensor(np.ones(3, np.float32))})  # of a alone
+    source.param_groups[0]["lr"] = 0.2
+    target.load_state_dict(source.state_dict())
+    assert (groups["a"]["lr"], groups["a"]["weight_decay"]) == (0.2, 0.0)
+    assert (groups["b"]["lr"], groups["b"]["weight_decay"]) == (0.3, 0.5)
+    assert target.state_dict(tensors=False)["steps"] == [0, 1] and all(len(g["params"]) == 1 for g in groups.values())
+    together = AdamOptimizer(parameters(shapes={"a": (3,), "b": (4,)}))
+    with pytest.raises(ValueError, match="the state has 2 groups and 2 parameters, this optimizer has 1 and 2"):
+        together.load_state_dict(source.state_dict())
+    together.load_state_dict(source.state_dict(), strict=False)
+    assert together.param_groups[0]["lr"] == 1e-3  # neither of the two is more right
+    assert together.state_dict(tensors=False)["steps"] == [1, 0]
+
+
+@pytest.mark.parametrize("mine, theirs, expected", [(1024.0, None, 1024.0), (None, 64.0, 1.0), (1024.0, 64.0, 64.0)])
+def test_whether_losses_are_scaled_is_this_manager_s(mine, theirs, expected):
+    """A float16 run that goes on from a float32 one would write NaN into its parameters at the first overflow."""
+    source, target = Setting(loss_scale=theirs), Setting(loss_scale=mine)
+    source.run(2)
+    target.manager.load_state_dict(source.manager.state_dict())
+    assert (target.manager.loss_scale_enabled, target.manager.loss_scale) == (mine is not None, expected)
 
 
 @pytest.mark.parametrize("state", [None, 3, [], {}])

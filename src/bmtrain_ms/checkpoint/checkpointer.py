@@ -204,7 +204,8 @@ class Checkpointer:
         Args:
             path: a checkpoint, a folder of checkpoints, or a file of `save_training`; default: the latest of this folder.
             strict: raise where names differ, and if the run that saved had another seed, with which dropout would be another;
-                otherwise the names are returned, and the seed stays this run's.
+                otherwise the names are returned, what has none keeps its values (a parameter that is new to an optimizer begins
+                at step 0), and the seed stays this run's.
 
         Returns:
             None if there is no checkpoint.
@@ -344,9 +345,9 @@ class Checkpointer:
                     self._check_layout(folder, layout)
                 with _advising(advice):
                     reader = stack.enter_context(ShardedReader(folder, None if self._shared else [here.shards.rank]))
-                state = checked(reader.index.state, self._manager, here, strict, str(folder))
                 entries, sources = entries_to_load(self._model, self._manager, reader.shapes)
                 result = compare(shapes_as_named_here(reader.shapes, sources), entries, strict, str(folder))
+                state = checked(reader.index.state, self._manager, here, strict, str(folder))
             except Exception as caught:  # whatever it is: the other ranks wait
                 error = caught
             _agree(here.engine, error, what)

@@ -30,6 +30,7 @@ class RunState:
         manager: of `OptimManager.state_dict`.
         clock, draw_step, draws: steps that were counted, those of them that were made, and random draws in the step.
         generators: states of Python's and NumPy's, of this rank; None: not saved.
+        strict: whether the optimizers have the same parameters.
     """
 
     step: int
@@ -39,10 +40,11 @@ class RunState:
     draw_step: int
     draws: int
     generators: Optional[tuple[Any, Any]]
+    strict: bool
 
     def restore(self, manager: OptimManager, here: World) -> None:
         """Go on from it."""
-        manager.load_state_dict(self.manager)
+        manager.load_state_dict(self.manager, self.strict)
         here.engine.clock.step = self.clock
         draws = context_of(here).draws
         draws.count, draws.step = self.draws, self.draw_step
@@ -75,14 +77,14 @@ def checked(raw: Any, manager: OptimManager, here: World, strict: bool, where: s
     """What was collected; nothing is changed by looking at it.
 
     Args:
-        strict: raise if the run had another seed.
+        strict: raise if the run had another seed, or its optimizers other parameters.
         where: what it was read from.
 
     Raises:
         CheckpointError: it is damaged, does not fit the manager, or (strict) is of another seed.
     """
     try:
-        seed, state = raw["seed"], _parsed(raw, manager, here)
+        seed, state = raw["seed"], _parsed(raw, manager, here, strict)
         if type(seed) is not int:
             raise TypeError(f"its seed is {seed!r}")
     except (KeyError, TypeError, ValueError, IndexError, OverflowError, AttributeError) as error:
@@ -96,7 +98,7 @@ def checked(raw: Any, manager: OptimManager, here: World, strict: bool, where: s
     return state
 
 
-def _parsed(raw: Any, manager: OptimManager, here: World) -> RunState:
+def _parsed(raw: Any, manager: OptimManager, here: World, strict: bool) -> RunState:
     extra, generators = raw["extra"], raw.get("generators")
     if not isinstance(extra, dict):
         raise TypeError(f"its extra is {extra!r}, not an object")
@@ -106,11 +108,11 @@ def _parsed(raw: Any, manager: OptimManager, here: World) -> RunState:
     for name, number in (("step", step), ("clock", clock), ("draw_step", draw_step), ("number of draws", draws)):
         if not is_count(number):
             raise TypeError(f"its {name} is {number!r}")
-    manager.check_state_dict(raw["manager"])
+    manager.check_state_dict(raw["manager"], strict)
     mine = None
     if generators is not None:
         mine = _generators(generators[here.engine.rank if len(generators) == here.engine.size else 0])
-    return RunState(step, extra, raw["manager"], clock, draw_step, draws, mine)
+    return RunState(step, extra, raw["manager"], clock, draw_step, draws, mine, strict)
 
 
 def _generators(mine: Any) -> tuple[Any, Any]:

@@ -232,17 +232,18 @@ def save_entries(
         pending.append(file if isinstance(file, DeferredFile) else None)
 
 
-def read_metadata(path: str | Path, here: World) -> dict[str, str]:
-    """The strings in a file's header; on every rank alike."""
+def read_headers(path: str | Path, here: World) -> tuple[dict[str, str], dict[str, tuple[int, ...]]]:
+    """The strings in a file's header, and name -> shape of its tensors; on every rank alike."""
     error: BaseException | None = None
-    metadata: dict[str, str] = {}
+    metadata, shapes = {}, {}
     try:
         with ConsolidatedReader(path) as reader:
             metadata = reader.metadata
+            shapes = {name: info.shape for name, info in reader.tensors.items()}
     except Exception as caught:  # whatever it is: the other ranks wait
         error = caught
     _agree(here.engine, error, f"{path} cannot be loaded")
-    return metadata
+    return metadata, shapes
 
 
 def load_entries(path: str | Path, entries: Mapping[str, Entry], here: World, strict: bool = True) -> LoadResult:

@@ -9,13 +9,13 @@ from typing import Any, Mapping
 import mindspore as ms
 from mindspore import nn
 
-from ..comm import World, world
+from ..comm import world
 from ..optim import OptimManager
 from ..zero import context_of
 from .errors import CheckpointError
 from .format import is_count
 from .run_state import RunState, checked
-from .store import Entry, LoadResult, _agree, companion_entry, load_entries, model_entries, read_metadata, save_entries
+from .store import Entry, LoadResult, _agree, companion_entry, compare, load_entries, model_entries, read_headers, save_entries
 
 _VERSION = 1
 GRADIENT = "gradient."  # what names of accumulated gradients begin with
@@ -59,20 +59,22 @@ def load_training(file_name: str | Path, model: nn.Cell, manager: OptimManager, 
 def load_file(file_name: str | Path, model: nn.Cell, manager: OptimManager, strict: bool) -> tuple[RunState, LoadResult]:
     """See `load_training`."""
     here = world()
-    metadata = read_metadata(file_name, here)
+    metadata, shapes = read_headers(file_name, here)
     error: BaseException | None = None
     try:
-        state = _state_in(metadata, manager, here, strict, str(file_name))
+        raw, entries = _state_in(metadata, str(file_name)), training_entries(model, manager)
+        compare(shapes, entries, strict, str(file_name))  # first: it says best what is different
+        state = checked(raw, manager, here, strict, str(file_name))
     except Exception as caught:  # whatever it is: the other ranks wait
         error = caught
     _agree(here.engine, error, f"{file_name} cannot be loaded")
-    result = load_entries(file_name, training_entries(model, manager), here, strict)
+    result = load_entries(file_name, entries, here, strict)
     manager.restore_gradients({})
     state.restore(manager, here)
     return state, result
 
 
-def _state_in(metadata: Mapping[str, str], manager: OptimManager, here: World, strict: bool, where: str) -> RunState:
+def _state_in(metadata: Mapping[str, str], where: str) -> dict[str, Any]:
     if "bmtrain_ms" not in metadata:
         raise CheckpointError(f"{where} holds weights only; load it with bmtrain_ms.load(model, ...)")
     try:
@@ -84,7 +86,7 @@ def _state_in(metadata: Mapping[str, str], manager: OptimManager, here: World, s
         raise CheckpointError(f"{where} is damaged: its training state has the version {version!r}")
     if version > _VERSION:
         raise CheckpointError(f"{where} has format version {version}, this bmtrain_ms reads up to {_VERSION}; upgrade")
-    return checked(raw, manager, here, strict, where)
+    return raw
 
 
 # Tensors #

@@ -12,6 +12,8 @@ from ..compat.runtime import device_target, from_host, host_array, is_at, numpy_
 from .base import ParamState, ShardOptimizer
 from .host_adam import Coefficients, Delta, Update, Workers, bits, round_to, run
 
+_LARGEST = 2.0**127  # what float32 can hold
+
 
 class Adam(ShardOptimizer):
     """What Adam is, wherever it keeps its state."""
@@ -19,9 +21,10 @@ class Adam(ShardOptimizer):
     def _check(self, group: dict[str, Any]) -> None:
         lr, betas, eps, decay = group["lr"], group["betas"], group["eps"], group["weight_decay"]
         # eps = 0 would make 0 / 0 of a gradient that has always been zero, as that of the padding is
-        if lr < 0 or eps <= 0 or decay < 0 or len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
+        possible = all(0 <= x < _LARGEST for x in (lr, eps, decay))
+        if not possible or eps <= 0 or len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
             raise ValueError(f"need lr, weight_decay >= 0, eps > 0 and 0 <= betas < 1, not {lr}, {decay}, {eps}, {betas}")
-        if group["hold_steps"] < 0:
+        if not 0 <= group["hold_steps"] < _LARGEST:
             raise ValueError(f"hold_steps must be 0 or more, not {group['hold_steps']}")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from abc import ABC, abstractmethod
 from typing import Any, Iterable, Sequence
 
@@ -10,9 +11,11 @@ from mindspore import Parameter, Tensor
 
 from ..comm import World, is_initialized, world
 from ..zero import DistributedParameter, context_of
-from .state import StateTensors, from_arrays, named_states, to_arrays
+from .state import StateTensors, check_arrays, from_arrays, named_states, to_arrays
 
 _UNSAVED = ("params", "own_lr")  # of a group: what it is made of, not a setting
+_LABELS = ("group", "name")  # of a group: the user's
+_LARGEST = 1 << 62  # no number of steps reaches it
 
 
 def average_whole(params: Sequence[Parameter], grads: list[Tensor], here: World | None) -> list[Tensor]:
@@ -60,7 +63,7 @@ class ShardOptimizer(ABC):
         self.defaults = defaults
         self.param_groups: list[dict[str, Any]] = []
         for entry in entries:
-            unknown = sorted(set(entry) - set(defaults) - {"params", "group", "name"})
+            unknown = sorted(set(entry) - set(defaults) - {"params", *_LABELS})
             if unknown:
                 raise ValueError(f"a parameter group has unknown settings {unknown}; known are {sorted(defaults)}")
             if "params" not in entry:
@@ -134,45 +137,83 @@ class ShardOptimizer(ABC):
             tensors: False leaves them out; the rest is JSON-serialisable.
         """
         state = {
-            "groups": [{k: v for k, v in group.items() if k not in _UNSAVED} for group in self.param_groups],
+            "groups": [
+                {**{k: v for k, v in group.items() if k not in _UNSAVED}, "names": [p.name for p in group["params"]]}
+                for group in self.param_groups
+            ],
             "steps": [self._state(p).step for p in self.parameters],
         }
         return {**state, **to_arrays(self.state_tensors(), gather)} if tensors else state
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what `state_dict` returned, the groups' settings included. Nothing is changed if it does not fit.
+    def load_state_dict(self, state: dict[str, Any], strict: bool = True) -> None:
+        """Restore what `state_dict` returned, the groups' settings included: those of the group that had the same parameters, by
+        name. Nothing is changed if it does not fit.
+
+        Args:
+            strict: False: parameters that the state does not have keep what they have, and those that are not here are left out. A
+                group takes the settings of the one that had all of its parameters which the state has.
 
         Raises:
-            ValueError: of other groups or parameters, or shards of another number of ranks.
+            ValueError: of other groups or parameters (strict), other shapes, or shards of another number of ranks.
         """
-        self.check_state_dict(state)
-        if "tensors" in state:
-            from_arrays(self.state_tensors(), state)
-        for group, saved in zip(self.param_groups, state["groups"]):
-            group.update({k: tuple(v) if isinstance(v, list) else v for k, v in saved.items()})
-        for p, step in zip(self.parameters, state["steps"]):
-            self._state(p).step = int(step)
+        self.check_state_dict(state, strict)
+        from_arrays(self.state_tensors(), state)
+        groups = self._named_groups(state["groups"])
+        settings = {name: group for group in groups for name in group["names"]}
+        for group in self.param_groups:
+            theirs = [settings[p.name] for p in group["params"] if p.name in settings]
+            if theirs and all(saved is theirs[0] for saved in theirs):
+                group.update({k: tuple(v) if isinstance(v, list) else v for k, v in theirs[0].items() if k != "names"})
+        steps = dict(zip([name for group in groups for name in group["names"]], state["steps"]))
+        for p in self.parameters:
+            if p.name in steps:
+                self._state(p).step = steps[p.name]
 
-    def check_state_dict(self, state: Any) -> None:
-        """Whether the settings and steps would be taken by `load_state_dict`, which checks tensors by itself; changes nothing.
+    def check_state_dict(self, state: Any, strict: bool = True) -> None:
+        """Whether `load_state_dict` would take it; changes nothing.
 
         Raises:
-            ValueError: they would not.
+            ValueError: it would not.
         """
         groups, steps = (state.get("groups"), state.get("steps")) if isinstance(state, dict) else (None, None)
         if not (isinstance(groups, list) and isinstance(steps, list)):
             raise ValueError(f"this is not the state of an {type(self).__name__}: it has no groups and steps")
-        if len(groups) != len(self.param_groups) or len(steps) != len(self.parameters):
+        if not all(type(step) is int and 0 <= step < _LARGEST for step in steps):
+            raise ValueError(f"the state's steps must be numbers of 0 or more, not {reprlib.repr(steps)}")
+        for saved in groups:
+            self._check_group(saved)
+        named = all("names" in saved for saved in groups)
+        counts = len(groups), len(steps)
+        if (strict or not named) and counts != (len(self.param_groups), len(self.parameters)):
             raise ValueError(
-                f"the state has {len(groups)} groups and {len(steps)} parameters, this optimizer has {len(self.param_groups)} and "
+                f"the state has {counts[0]} groups and {counts[1]} parameters, this optimizer has {len(self.param_groups)} and "
                 f"{len(self.parameters)}"
             )
-        if not all(type(step) is int and step >= 0 for step in steps):
-            raise ValueError(f"the state's steps must be numbers of 0 or more, not {steps[:5]}")
-        for saved in groups:
-            if not isinstance(saved, dict):
-                raise ValueError(f"a group of the state is {type(saved).__name__}, not a dictionary of settings")
-            try:
-                self._check({**self.defaults, **saved})
-            except TypeError as error:
-                raise ValueError(f"a group of the state has a setting of a wrong type: {error}") from error
+        theirs = [set(saved["names"]) for saved in self._named_groups(groups)]
+        if sum(map(len, theirs)) != len(steps) or len(set().union(*theirs)) != len(steps):
+            raise ValueError(f"the state has {len(steps)} steps, for parameters called {reprlib.repr(theirs)}")
+        other = [names for names in theirs if names not in [{p.name for p in group["params"]} for group in self.param_groups]]
+        if strict and other:
+            raise ValueError(f"the state has a group of the parameters {reprlib.repr(sorted(other[0]))}, this optimizer has not")
+        check_arrays(self.state_tensors(), state, strict)
+
+    def _check_group(self, saved: Any) -> None:
+        """One that was saved."""
+        if not isinstance(saved, dict):
+            raise ValueError(f"a group of the state is {type(saved).__name__}, not a dictionary of settings")
+        unknown = sorted(set(saved) - set(self.defaults) - {"names", *_LABELS})
+        if unknown:
+            raise ValueError(f"a group of the state has unknown settings {unknown}; known are {sorted(self.defaults)}")
+        names = saved.get("names", [])
+        if not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+            raise ValueError(f"a group of the state has parameters called {reprlib.repr(names)}")
+        try:
+            self._check({**self.defaults, **saved})
+        except TypeError as error:
+            raise ValueError(f"a group of the state has a setting of a wrong type: {error}") from error
+
+    def _named_groups(self, groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Saved ones; those of earlier versions, which have no names, go by their order."""
+        if all("names" in saved for saved in groups):
+            return groups
+        return [{**saved, "names": [p.name for p in own["params"]]} for saved, own in zip(groups, self.param_groups)]

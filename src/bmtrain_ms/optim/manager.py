@@ -45,6 +45,7 @@ class StepResult:
         return self.updated
 
 
+_LARGEST = 2.0**127  # no scale and no count reaches it
 _COUNTERS = ("loss_scale", "loss_scale_enabled", "steps_since_last_scale", "skipped_steps")
 _LATER_COUNTERS = ("skipped_in_a_row", "overflows_left", "grads_scale")  # not in states saved before these existed
 
@@ -220,8 +221,8 @@ class OptimManager:
         if math.isfinite(norm) and coefficient < 1.0:
             for i in ids:
                 self._grads[i] = scaled(self._grads[i], coefficient)
-        self._grad_norm = norm / self.grads_scale
-        return self._grad_norm
+        self._grad_norm = unscaled = norm / self.grads_scale
+        return unscaled
 
     def step(self) -> StepResult:
         """Update the parameters and the rates, or, after an overflow, skip both and lower the loss scale.
@@ -273,28 +274,31 @@ class OptimManager:
             "lr_schedulers": [None if s is None else s.state_dict() for s in self.lr_schedulers],
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue where `state` was taken; the limits of the scale are this manager's. Nothing is changed if it does not fit.
+    def load_state_dict(self, state: dict[str, Any], strict: bool = True) -> None:
+        """Continue where `state` was taken; whether losses are scaled, and the limits of the scale, are this manager's, e.g. where
+        float16 goes on from float32. Nothing is changed if it does not fit.
+
+        Args:
+            strict: False: optimizers may have other parameters and groups, see `AdamOptimizer.load_state_dict`.
 
         Raises:
             ValueError: see `check_state_dict`.
         """
-        self.check_state_dict(state)
+        self.check_state_dict(state, strict)
         for driver, saved in zip(self.drivers, state["optimizers"]):
-            driver.load_state_dict(saved)
-        for name in _COUNTERS:
-            setattr(self, name, state[name])
-        self.grads_scale = self.loss_scale
-        for name in _LATER_COUNTERS:
+            driver.load_state_dict(saved, *([] if strict or not hasattr(driver, "check_state_dict") else [False]))
+        self.grads_scale = state.get("grads_scale", state["loss_scale"])
+        for name in ("skipped_steps", "skipped_in_a_row"):
             setattr(self, name, state.get(name, getattr(self, name)))
-        self.overflows_left = min(self.overflows_left, self.hysteresis)
-        if self.loss_scale_enabled:
-            self.loss_scale = min(max(self.loss_scale, self.min_loss_scale), self.max_loss_scale)
+        if self.loss_scale_enabled and state["loss_scale_enabled"]:
+            self.loss_scale = min(max(state["loss_scale"], self.min_loss_scale), self.max_loss_scale)
+            self.steps_since_last_scale = state["steps_since_last_scale"]
+            self.overflows_left = min(state.get("overflows_left", self.overflows_left), self.hysteresis)
         for scheduler, saved in zip(self.lr_schedulers, state["lr_schedulers"]):
             if scheduler is not None:
                 scheduler.load_state_dict(saved)
 
-    def check_state_dict(self, state: dict[str, Any]) -> None:
+    def check_state_dict(self, state: dict[str, Any], strict: bool = True) -> None:
         """Whether `load_state_dict` would take it; changes nothing.
 
         Raises:
@@ -302,7 +306,8 @@ class OptimManager:
         """
         saved: dict[str, Any] = state if isinstance(state, dict) else {}
         known = [*_COUNTERS, *(name for name in _LATER_COUNTERS if name in saved)]
-        wrong = [name for name in known if not isinstance(saved.get(name), (int, float)) or not 0 <= saved[name] < math.inf]
+        wrong = [name for name in known if not isinstance(saved.get(name), (int, float)) or not 0 <= saved[name] < _LARGEST]
+        wrong += [name for name in ("loss_scale", "grads_scale") if not wrong and saved.get(name, 1.0) <= 0]
         wrong += [name for name in ("optimizers", "lr_schedulers") if not isinstance(saved.get(name), list)]
         if wrong:
             raise ValueError(f"this is not the state of an OptimManager: {wrong[0]} is missing, or wrong")
@@ -312,9 +317,12 @@ class OptimManager:
             raise ValueError(
                 f"the state has {len(optimizers)} optimizers (schedule missing: {theirs}), this manager has {len(mine)} ({mine})"
             )
-        for part, its in [*zip(self.drivers, optimizers), *zip(self.lr_schedulers, schedules)]:
-            if hasattr(part, "check_state_dict"):  # not those of others, which are taken as they are
-                part.check_state_dict(its)
+        for driver, its in zip(self.drivers, optimizers):
+            if hasattr(driver, "check_state_dict"):  # not those of others, which are taken as they are
+                driver.check_state_dict(its, strict)
+        for scheduler, its in zip(self.lr_schedulers, schedules):
+            if hasattr(scheduler, "check_state_dict"):
+                scheduler.check_state_dict(its)
 
     # For checkpoints #
 

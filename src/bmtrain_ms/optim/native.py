@@ -13,7 +13,7 @@ from ..compat.runtime import is_float
 from ..lr_scheduler import group_rates
 from ..zero import DistributedParameter
 from .base import announce_change
-from .state import StateTensors, from_arrays, to_arrays
+from .state import StateTensors, check_arrays, from_arrays, to_arrays
 
 # What they compute for a parameter takes all of its elements, or its axes; a shard is flat, and a part.
 _WHOLE = tuple(getattr(nn, name) for name in ("AdaFactor", "LARS", "Lamb") if hasattr(nn, name))
@@ -89,26 +89,31 @@ class NativeOptimizer:
         state = {"native": type(self.optimizer).__name__, "rates": _rates(self.optimizer)}
         return {**state, **to_arrays(self.state_tensors(), gather)} if tensors else state
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what `state_dict` returned.
+    def load_state_dict(self, state: dict[str, Any], strict: bool = True) -> None:
+        """Restore what `state_dict` returned; `strict` as in `ShardOptimizer.load_state_dict`.
 
         Raises:
-            ValueError: of another optimizer, other parameters, or shards of another number of ranks.
+            ValueError: of another optimizer, other parameters (strict), or shards of another number of ranks.
         """
-        self.check_state_dict(state)
-        if "tensors" in state:
-            from_arrays(self.state_tensors(), state)
-        for rate, (_, set_rate) in zip(state["rates"], group_rates(self.optimizer) if state["rates"] else ()):
+        self.check_state_dict(state, strict)
+        from_arrays(self.state_tensors(), state)
+        rates = state["rates"] if len(state["rates"]) == len(_rates(self.optimizer)) else []
+        for rate, (_, set_rate) in zip(rates, group_rates(self.optimizer) if rates else ()):
             set_rate(rate)
 
-    def check_state_dict(self, state: Any) -> None:
+    def check_state_dict(self, state: Any, strict: bool = True) -> None:
         """As `ShardOptimizer.check_state_dict`."""
         mine, saved = type(self.optimizer).__name__, state if isinstance(state, dict) else {}
         if saved.get("native") != mine:
             raise ValueError(f"the state is that of {saved.get('native') or 'an optimizer of bmtrain_ms'}, this is a {mine}")
         rates = saved.get("rates")
-        if not isinstance(rates, list) or len(rates) != len(_rates(self.optimizer)) or not all(type(x) is float for x in rates):
+        if (
+            not isinstance(rates, list)
+            or not all(type(x) is float for x in rates)
+            or (strict and len(rates) != len(_rates(self.optimizer)))
+        ):
             raise ValueError(f"the state has the rates {rates!r}, this {mine} needs {len(_rates(self.optimizer))} numbers")
+        check_arrays(self.state_tensors(), saved, strict)
 
 
 def _rates(optimizer: Any) -> list[float]:

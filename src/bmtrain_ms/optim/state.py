@@ -39,30 +39,39 @@ def to_arrays(named: StateTensors, gather: bool) -> dict[str, Any]:
     }
 
 
-def from_arrays(named: StateTensors, state: Mapping[str, Any]) -> None:
-    """Write the arrays into the tensors; nothing is written if one does not fit.
+def check_arrays(named: StateTensors, state: Mapping[str, Any], strict: bool) -> None:
+    """Whether `from_arrays` would take them; nothing to check where `state` was made without tensors.
 
     Raises:
-        ValueError: other names or shapes, or shards of another number of ranks.
+        ValueError: other names (strict) or shapes, or shards of another number of ranks.
     """
+    if "tensors" not in state:
+        return
     saved = state["tensors"]
-    if set(saved) != set(named):
+    if strict and set(saved) != set(named):
         missing, extra = sorted(set(named) - set(saved)), sorted(set(saved) - set(named))
         raise ValueError(f"the optimizer's state does not fit; missing: {missing[:5]}, unexpected: {extra[:5]}")
-    pieces = {}
     for name, (like, x) in named.items():
-        if state["is_whole"]:
-            pieces[name] = _my_part(name, like, x, saved[name])
+        if name not in saved:
             continue
+        shape = tuple(x.shape) if like is None or not state["is_whole"] else like.full_shape
+        if tuple(saved[name].shape) != shape:
+            raise ValueError(f"{name} has shape {tuple(saved[name].shape)} in the state, expected {shape}")
         mine, theirs = None if like is None else _shard_of(like), state["shards"][name]
-        if mine != theirs:
+        if not state["is_whole"] and mine != theirs:
             raise ValueError(
                 f"{name} was saved by {_where(theirs)}, this is {_where(mine)}; save with state_dict(gather=True), or with "
                 "checkpoint.save_training, to load at another number of ranks"
             )
-        pieces[name] = _fitting(name, saved[name], tuple(x.shape))
-    for name, piece in pieces.items():
-        overwrite(named[name][1], from_host(piece))
+
+
+def from_arrays(named: StateTensors, state: Mapping[str, Any]) -> None:
+    """Write arrays that `check_arrays` took into the tensors."""
+    for name, saved in state.get("tensors", {}).items():
+        if name in named:
+            like, x = named[name]
+            array = np.asarray(saved, order="C")
+            overwrite(x, from_host(_shard(like, array) if like is not None and state["is_whole"] else array))
 
 
 def _copy(x: Tensor) -> np.ndarray:
@@ -84,18 +93,9 @@ def _whole(name: str, like: DistributedParameter | None, x: Tensor) -> np.ndarra
     return gathered[: like.full_size].reshape(like.full_shape).copy()
 
 
-def _my_part(name: str, like: DistributedParameter | None, x: Tensor, saved: np.ndarray) -> np.ndarray:
-    whole = _fitting(name, saved, tuple(x.shape) if like is None else like.full_shape)
-    if like is None:
-        return whole
+def _shard(like: DistributedParameter, whole: np.ndarray) -> np.ndarray:
+    """What this rank stores of it."""
     start, stop = like.owned
-    shard = np.zeros(like.shard_length, saved.dtype)
+    shard = np.zeros(like.shard_length, whole.dtype)
     shard[: stop - start] = whole.reshape(-1)[start:stop]
     return shard
-
-
-def _fitting(name: str, saved: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """The array, contiguous, if it has that shape."""
-    if tuple(saved.shape) != shape:
-        raise ValueError(f"{name} has shape {tuple(saved.shape)} in the state, expected {shape}")
-    return np.asarray(saved, order="C")
