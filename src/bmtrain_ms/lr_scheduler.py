@@ -75,13 +75,15 @@ class WarmupLRScheduler:
         optimizer: its groups receive the rate; also one of `mindspore.nn` or `mindspore.experimental.optim` with a constant rate.
         start_lr: peak rate s.
         warmup_iter: w.
-        end_iter: e; must not be smaller than w.
+        end_iter: e; must not be smaller than w. `NoDecay`, `Noam` and `Exponential` have no end, and take anything.
         num_iter: steps done so far.
     """
 
+    _has_end = True
+
     def __init__(self, optimizer: Any, start_lr: float, warmup_iter: int, end_iter: int, num_iter: int = 0):
         self._groups = group_rates(optimizer)
-        if warmup_iter < 0 or end_iter < warmup_iter:
+        if warmup_iter < 0 or (self._has_end and end_iter < warmup_iter):
             raise ValueError(f"need 0 <= warmup_iter <= end_iter, not warmup_iter={warmup_iter}, end_iter={end_iter}")
         self.optimizer = optimizer
         self.start_lr, self.warmup_iter, self.end_iter, self.num_iter = start_lr, warmup_iter, end_iter, num_iter
@@ -161,12 +163,16 @@ class WarmupLRScheduler:
 class NoDecay(WarmupLRScheduler):
     """s."""
 
+    _has_end = False
+
     def get_lr_decay(self, num_iter: int) -> float:
         return self.start_lr
 
 
 class Noam(WarmupLRScheduler):
     """s / sqrt(n); warm-up s / sqrt(w) * n / w (Vaswani et al., 2017)."""
+
+    _has_end = False
 
     def get_lr_warmup(self, num_iter: int) -> float:
         return self.start_lr / math.sqrt(self.warmup_iter) * num_iter / self.warmup_iter
@@ -194,6 +200,8 @@ class Cosine(WarmupLRScheduler):
 
 class Exponential(WarmupLRScheduler):
     """s * gamma^(n - w)."""
+
+    _has_end = False
 
     def __init__(self, optimizer: Any, start_lr: float, warmup_iter: int, end_iter: int, num_iter: int = 0, gamma: float = 0.95):
         self.gamma = gamma

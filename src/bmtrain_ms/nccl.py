@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from mindspore import Tensor
 
+from . import distributed
 from .absent import absent
 from .comm import Engine
 from .compat.autograd import no_grad
@@ -36,9 +37,9 @@ def commRank(comm: Engine) -> int:
 
 
 def allReduce(src: Tensor, dst: Tensor, op: str, comm: Engine) -> None:
-    """dst = reduction of src over the ranks; `op`: sum, avg, max or min; dst may be src."""
+    """dst = reduction of src over the ranks; `op`: sum, avg, max, min or (of floats) prod; dst may be src."""
     with no_grad():
-        _into(dst, comm.all_reduce([src], _op(op), "nccl.allReduce").wait()[0])
+        _into(dst, _all_reduced(src, op, comm, "nccl.allReduce"))
 
 
 def broadcast(src: Tensor, dst: Tensor, root: int, comm: Engine) -> None:
@@ -52,7 +53,7 @@ def reduce(src: Tensor, dst: Tensor, op: str, root: int, comm: Engine) -> None:
     if not 0 <= root < comm.size:
         raise ValueError(f"root={root} is not a rank of this group of {comm.size} (0..{comm.size - 1})")
     with no_grad():
-        result = comm.all_reduce([src], _op(op), "nccl.reduce").wait()[0]
+        result = _all_reduced(src, op, comm, "nccl.reduce")
         if comm.rank == root:
             _into(dst, result)
 
@@ -66,7 +67,10 @@ def allGather(src: Tensor, dst: Tensor, comm: Engine) -> None:
 def reduceScatter(src: Tensor, dst: Tensor, op: str, comm: Engine) -> None:
     """dst = this rank's part of the reduction of src, which has ranks times the elements."""
     with no_grad():
-        _into(dst, comm.reduce_scatter([src.reshape(-1)], _op(op), "nccl.reduceScatter").wait()[0])
+        if op == "prod":
+            _into(dst, distributed.reduce_scatter(src.reshape(-1), op, comm))
+        else:
+            _into(dst, comm.reduce_scatter([src.reshape(-1)], _op(op), "nccl.reduceScatter").wait()[0])
 
 
 def send(src: Tensor, peer: int, comm: Engine) -> None:
@@ -81,9 +85,15 @@ def recv(dst: Tensor, peer: int, comm: Engine) -> None:
         _into(dst, comm.recv([dst], peer, "nccl.send").wait()[0])
 
 
+def _all_reduced(src: Tensor, op: str, comm: Engine, label: str) -> Tensor:
+    if op == "prod":
+        return distributed.all_reduce(src, op, comm)
+    return comm.all_reduce([src], _op(op), label).wait()[0]
+
+
 def _op(op: str) -> str:
     if op not in _OPS:
-        raise ValueError(f"unknown reduction {op!r}; choose one of {', '.join(_OPS)} (prod: bmtrain_ms.distributed.all_reduce)")
+        raise ValueError(f"unknown reduction {op!r}; choose one of {', '.join(_OPS)}, prod")
     return _OPS[op]
 
 

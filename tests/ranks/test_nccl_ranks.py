@@ -45,7 +45,7 @@ def run(world: World, name: str, op: str, dtype: str, root: int) -> tuple[list, 
 
 def expected(name: str, op: str, ranks: int, root: int) -> list[np.ndarray]:
     x = given(ranks)
-    reduced = {"sum": x.sum, "avg": x.mean, "max": x.max, "min": x.min}[op](0)
+    reduced = {"sum": x.sum, "avg": x.mean, "max": x.max, "min": x.min, "prod": x.prod}[op](0)
     untouched = np.full(out_shape(name, ranks), -1, np.float32)
     return {
         "allReduce": [reduced] * ranks,
@@ -57,7 +57,7 @@ def expected(name: str, op: str, ranks: int, root: int) -> list[np.ndarray]:
 
 
 CASES = [
-    *[(name, op) for name in ("allReduce", "reduce", "reduceScatter") for op in ("sum", "avg", "max", "min")],
+    *[(name, op) for name in ("allReduce", "reduce", "reduceScatter") for op in ("sum", "avg", "max", "min", "prod")],
     ("broadcast", "sum"),
     ("allGather", "sum"),
 ]
@@ -66,7 +66,7 @@ CASES = [
 @pytest.mark.parametrize("name, op", CASES)
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_results(run_ranks: Run, ranks: int, name: str, op: str):
-    dtypes = ("float32", "float16", "bfloat16") if op == "avg" else ("float32", "float16", "bfloat16", "int32")
+    dtypes = ("float32", "float16", "bfloat16") if op in ("avg", "prod") else ("float32", "float16", "bfloat16", "int32")
     for dtype in dtypes:
         answers = run_ranks(ranks, run, name=name, op=op, dtype=dtype, root=ranks - 1)
         for rank, ((dst, src), wanted) in enumerate(zip(answers, expected(name, op, ranks, ranks - 1))):
@@ -138,7 +138,7 @@ def does_not_fit(world: World) -> tuple[list[str], list[float]]:
         lambda: nccl.reduceScatter(src, Tensor(np.zeros(4, np.float32)), "sum", world.engine),
         lambda: nccl.allReduce(src, Tensor(np.zeros(4, np.int32)), "sum", world.engine),
         lambda: nccl.reduceScatter(src[:3], Tensor(np.zeros(4, np.float32)), "sum", world.engine),
-        lambda: nccl.allReduce(src, src, "prod", world.engine),
+        lambda: nccl.allReduce(src, src, "product", world.engine),
         lambda: nccl.send(src, 2, world.engine),
     ):
         with pytest.raises(ValueError) as info:
@@ -158,7 +158,9 @@ def test_what_does_not_fit_is_an_error_on_every_rank(run_ranks: Run):
         "dst has 4 elements of Int32, the result 4 of Float32",
     ]
     assert first[0][3].startswith("reduce_scatter splits dim 0 over 2 ranks, which a tensor of shape (3,) does not allow")
-    assert first[0][4].startswith("unknown reduction 'prod'") and first[0][5].startswith("dst=2 is not a rank of this group of 2")
+    assert first[0][4].startswith("unknown reduction 'product'") and first[0][5].startswith(
+        "dst=2 is not a rank of this group of 2"
+    )
 
 
 def inside_a_loss(world: World) -> tuple[list[float], list[float]]:

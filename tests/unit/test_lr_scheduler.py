@@ -165,6 +165,16 @@ def test_bad_lengths(w, e):
     assert target.param_groups[0]["lr"] == -1.0
 
 
+@pytest.mark.parametrize("end", [-1, None, 3])
+def test_schedules_that_have_no_end_take_anything_as_one(end):
+    for kind in (NoDecay, Noam, Exponential):
+        ours, other = (kind(optimizer(), 1.0, 4, e) for e in (end, 1000))
+        for _ in range(8):
+            assert ours.current_lr == other.current_lr
+            ours.step()
+            other.step()
+
+
 @pytest.mark.parametrize("decay", [1, 11])
 def test_bad_decay_start(decay):
     with pytest.raises(ValueError, match=f"need warmup_iter <= decay_iter <= end_iter, not 2, {decay}, 10"):

@@ -165,6 +165,24 @@ def test_clip_grad_norm(kind, scale):
     assert s.manager.clip_grad_norm(s.optimizer.param_groups, 9.0, kind) == pytest.approx(2.5, rel=1e-5)
 
 
+def test_the_inf_norm_as_a_string():
+    s = Setting()
+    s.backward(0)
+    assert s.manager.clip_grad_norm(s.optimizer.param_groups, 1e9, "inf") == max(np.abs(g).max() for g in s.gradients(0))
+
+
+@pytest.mark.parametrize("kind", [0.5, 3.0, 6.0, 40.0])
+@pytest.mark.parametrize("factor", [2.0**-70, 1.0, 2.0**70])
+def test_powers_stay_inside_of_float32(kind, factor):
+    """10 * 2^24 to the sixth is more than float32 holds, and 1e-20 cubed less: neither is an overflow, or nothing."""
+    s = Setting(loss_scale=2.0**24)
+    s.backward(0, factor)
+    g = np.abs(np.concatenate(s.gradients(0)).astype(np.float64)) * factor
+    expected = g.max() * ((g / g.max()) ** kind).sum() ** (1 / kind)
+    assert s.manager.clip_grad_norm(s.optimizer.param_groups, expected / 2, kind) == pytest.approx(expected, rel=1e-5)
+    assert s.manager.clip_grad_norm(s.optimizer.param_groups, expected, kind) == pytest.approx(expected / 2, rel=1e-5)
+
+
 def test_clipping_counts_in_the_step():
     """Adam with eps as large as the gradients is sensitive to their scale."""
     s = Setting(loss_scale=32.0, schedule=False)

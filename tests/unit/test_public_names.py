@@ -116,11 +116,11 @@ def test_modules_say_what_to_do_instead(module: str, name: str):
 
 
 def test_options_of_what_is_not_there_yet_are_taken_at_their_defaults(single_world):
-    p = bms.DistributedParameter(bms.empty(2, 3), True, None, None, False)
+    p = bms.DistributedParameter(bms.empty(2, 3), True, None, None, False, -1)
     assert p._original_shape == (2, 3) and p.numel() == p.size == 6 and p.gather_all().shape == (2, 3)
     p._copy_data(np.ones((2, 3), np.float32))
     assert p.asnumpy().tolist() == [1.0] * 6
-    with pytest.raises(ValueError, match="tp_mode=True needs tensor-parallel layers"):
+    with pytest.raises(ValueError, match="tp_mode=True, tp_split_dim=-1 need tensor-parallel layers"):
         bms.DistributedParameter(bms.empty(2, 3), tp_mode=True)
     layer = bms.nn.Linear(2, 2)
     bms.Block(layer, True, 3, False, "BLOCK")

@@ -17,7 +17,7 @@ class Linear(DistributedModule):
     Args:
         in_features, out_features: sizes of the last dim of x and y.
         bias: whether there is one; starts at zero.
-        dtype: of the parameters; x must have the same.
+        dtype: of the parameters; x must have the same. None: float32.
         init_std: of the normal distribution that W starts with; None: xavier normal.
     """
 
@@ -30,6 +30,7 @@ class Linear(DistributedModule):
         init_std: float | None = None,
     ):
         super().__init__()
+        dtype = ms.float32 if dtype is None else dtype
         self.in_features, self.out_features = in_features, out_features
         if init_std is None:
             method = ParameterInitializer(init.xavier_normal_)

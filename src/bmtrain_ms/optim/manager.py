@@ -199,13 +199,13 @@ class OptimManager:
             self._add(p, grads.pop(0))  # let go of each: with accumulation there are two otherwise
         return returned[0]
 
-    def clip_grad_norm(self, param_groups: Any, max_norm: float, norm_type: float = 2.0, eps: float = 1e-6) -> float:
+    def clip_grad_norm(self, param_groups: Any, max_norm: float, norm_type: float | str = 2.0, eps: float = 1e-6) -> float:
         """Scale gradients down so that their norm over all ranks is at most `max_norm`.
 
         Args:
             param_groups: whose gradients are clipped together: `optimizer.param_groups`, parameters, or an optimizer (MindSpore's
                 have no `param_groups`).
-            norm_type: p of the p-norm, or `inf`.
+            norm_type: p of the p-norm; `inf`, also as a string, for the largest absolute value.
 
         Returns:
             The norm before clipping, without the loss scale; not finite after an overflow, and then nothing is scaled.
@@ -213,10 +213,11 @@ class OptimManager:
         Raises:
             ValueError: `max_norm` or `norm_type` is not positive.
         """
+        norm_type = float(norm_type)
         if not (max_norm > 0 and norm_type > 0):
             raise ValueError(f"max_norm and norm_type must be positive, not {max_norm}, {norm_type}")
         ids = [id(p) for p in _parameters_of(param_groups) if id(p) in self._grads]
-        norm = self._norm(ids, float(norm_type))
+        norm = self._norm(ids, norm_type)
         coefficient = max_norm * self.grads_scale / (norm + eps)
         if math.isfinite(norm) and coefficient < 1.0:
             for i in ids:
@@ -377,9 +378,16 @@ class OptimManager:
             mine = math.nan if any(math.isnan(x) for x in largest) else max(largest, default=0.0)
             gathered = host_array(self._world.shards.all_gather([_scalar(mine)], label="grad norm").wait()[0])
             return float(np.max(gathered))
-        mine = sum(square_sum(g) if p == 2.0 else host_array((g.abs() ** p).sum()).item() for g in grads)
+        unit = 1.0
+        if p == 2.0:
+            mine = sum(map(square_sum, grads))
+        else:  # powers of what is at most 1: those of a scaled gradient leave float32
+            unit = self._norm(ids, math.inf)
+            if not 0.0 < unit < math.inf:
+                return unit
+            mine = sum(host_array(((g.abs() * (1.0 / unit)) ** p).sum()).item() for g in grads)
         total = host_array(self._world.shards.all_reduce([_scalar(mine)], label="grad norm").wait()[0]).item()
-        return total ** (1.0 / p) if math.isfinite(total) else total
+        return unit * total ** (1.0 / p) if math.isfinite(total) else total
 
     def _skip(self) -> StepResult:
         old, norm = self.loss_scale, self._grad_norm

@@ -38,15 +38,15 @@ class Block(nn.Cell):
     tuples, lists and dicts at any depth receive gradients. A list or tuple as result becomes a tuple, as in BMTrain.
 
     Args:
-        inner_module: a Cell all of whose parameters are `DistributedParameter`.
+        inner_module: a Cell all of whose parameters are `DistributedParameter`. One without any is called as it is.
         use_checkpoint: recompute the forward pass in backward instead of keeping its activations.
         zero_level: 3 gathers again for backward; 2 keeps the gathered parameters from forward to backward.
         initialized, mode: of pipelines in BMTrain; only False and `BLOCK` so far.
 
     Raises:
         TypeError: `inner_module` is not a Cell.
-        ValueError: a parameter is not a `DistributedParameter`, there is none, a Block is inside, `zero_level` is not 2 or 3, or
-            an option is one of pipelines.
+        ValueError: a parameter is not a `DistributedParameter`, a Block is inside, `zero_level` is not 2 or 3, or an option is one
+            of pipelines.
     """
 
     def __init__(
@@ -102,6 +102,8 @@ class Block(nn.Cell):
     def construct(self, *args: Any, **kwargs: Any) -> Any:
         if self._function is None and self.inner.training != self.training:
             self.inner.training = self.training  # set_train on a parent sees the Block and the children, not the inner module
+        if not self._slots:  # nothing to gather; recomputing it would draw dropout anew
+            return _Call._result(self.run(*args, **kwargs))
         self._refuse_replaced_parameters()
         leaves, rebuild = flatten((args, kwargs))
         call = _Call(self, context_of(self.group.world), leaves, rebuild)
@@ -399,8 +401,6 @@ def _find_slots(module: nn.Cell) -> list[tuple[DistributedParameter, list[tuple[
                     "DistributedParameter (use bmtrain_ms.nn layers), or have requires_grad=False"
                 )
             slots.setdefault(id(parameter), (parameter, []))[1].append((cell, name))
-    if not slots:
-        raise ValueError(f"{type(module).__name__} has no parameters: there is nothing to gather, call it directly")
     return list(slots.values())
 
 

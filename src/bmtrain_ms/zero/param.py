@@ -45,7 +45,7 @@ class DistributedParameter(Parameter):
         requires_grad: whether to differentiate; may be toggled later.
         init_method: a `ParameterInitializer`, used by `init_parameters`.
         group: name of a parameter group (`grouped_parameters`).
-        tp_mode: shard over tensor-parallel ranks; only False so far.
+        tp_mode, tp_split_dim: shard over tensor-parallel ranks, along a dim; only False and -1 so far.
         name: unique in the model; by default the Cell it is assigned to names it.
         in_world: the ranks that share it; default: the current world.
 
@@ -70,12 +70,16 @@ class DistributedParameter(Parameter):
         init_method: Any = None,
         group: str | None = None,
         tp_mode: bool = False,
+        tp_split_dim: int = -1,
         *,
         name: str | None = None,
         in_world: World | None = None,
     ):
-        if tp_mode:
-            raise ValueError("tp_mode=True needs tensor-parallel layers, which are not part of this release; use tp_mode=False")
+        if tp_mode or tp_split_dim != -1:
+            raise ValueError(
+                f"tp_mode={tp_mode}, tp_split_dim={tp_split_dim} need tensor-parallel layers, which are not part of this release; "
+                "leave them out"
+            )
         super().__init__(self, name=name, requires_grad=requires_grad)
         self.world = in_world or world()
         self.full_shape = tuple(int(n) for n in data.shape)
