@@ -18,6 +18,7 @@ from mindspore import Tensor, nn
 from tqdm import tqdm
 
 from .checkpoint import Checkpointer
+from .checkpoint.folder import replace_text
 from .comm import world
 from .compat.autograd import no_grad
 from .compat.memory import resident_memory
@@ -25,7 +26,7 @@ from .compat.runtime import from_host, host_array
 from .data import TokenSampler
 from .lr_scheduler import Cosine
 from .nn.functional import cross_entropy
-from .optim import AdamOptimizer, OptimManager
+from .optim import AdamOptimizer, GradientOverflowError, OptimManager
 
 EXIT_STOPPED = 75  # what a process ends with that was told to stop, and saved (EX_TEMPFAIL: try again)
 _SAME_REQUEST = 1.0  # seconds
@@ -68,7 +69,7 @@ class TrainSettings:
     def __post_init__(self) -> None:
         for name in ("steps", "bad_steps", "save_every", "save_minutes"):
             value = getattr(self, name)
-            if value is not None and value <= 0:
+            if value is not None and not value > 0:
                 raise ValueError(f"{name} must be positive, not {value}")
 
 
@@ -76,16 +77,18 @@ class StopSignals:
     """Inside the `with` statement SIGTERM, SIGINT and SIGUSR1 ask to stop; a second one, a second later or more, ends the process.
 
     One that comes sooner says the same again: a scheduler tells the launcher and the ranks, and the launcher tells the ranks too.
+    One that comes too late for anybody to look at `asked` has its usual effect when the `with` statement ends.
     """
 
     def __init__(self) -> None:
         self.asked = False
+        self._signum = 0
         self._asked_at = 0.0
         self._before: dict[int, Any] = {}
 
     def _ask(self, signum: int, frame: Any) -> None:
         if not self.asked:
-            self.asked, self._asked_at = True, time.monotonic()
+            self.asked, self._asked_at, self._signum = True, time.monotonic(), signum
         elif time.monotonic() - self._asked_at >= _SAME_REQUEST:
             os._exit(128 + signum)  # the last checkpoint is complete, and stays
 
@@ -95,9 +98,11 @@ class StopSignals:
                 self._before[signum] = signal.signal(signum, self._ask)
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         for signum, handler in self._before.items():
             signal.signal(signum, handler)
+        if self._before and self.asked and kind is None:
+            signal.raise_signal(self._signum)
         self._before = {}
 
 
@@ -139,25 +144,44 @@ class Trainer:
     def fit(self, until: int | None = None) -> None:
         """Train up to step `until` (default: all), with a progress bar and a log line per step on rank 0.
 
+        What is saved in the background is complete when it returns, or raises one of these:
+
         Raises:
             TrainingError: `bad_steps` in a row had a loss or a gradient that is not finite, and there is no loss scaling.
+            GradientOverflowError: see `OptimManager.step`.
             Stopped: a signal came.
+            CheckpointError: a checkpoint cannot be written, or another job saves to the folder.
         """
         until = self.settings.steps if until is None else min(until, self.settings.steps)
         self.model.set_train(True)
         chief = self._engine.rank == 0
         bar = tqdm(total=self.settings.steps, initial=self.done, disable=not chief, desc="train", mininterval=1.0)
+        if self.checkpoints is not None:
+            self.checkpoints.lock()
         with bar, StopSignals() as self._stop:
-            while self.done < until:
-                record = self.train_step()
-                if chief:
-                    self._log(record)
-                    bar.update()
-                    bar.set_postfix_str(
-                        f"loss {record['loss']:.3f} lr {record['lr']:.1e} |g| {record['grad_norm']:.2f} "
-                        f"{record['tokens_per_second']:.0f} tok/s {record['memory_mib']} MiB"
-                    )
-                self._save_if_due()
+            try:
+                while self.done < until:
+                    record = self.train_step()
+                    if chief:
+                        self._log(record)
+                        bar.update()
+                        bar.set_postfix_str(
+                            f"loss {record['loss']:.3f} lr {record['lr']:.1e} |g| {record['grad_norm']:.2f} "
+                            f"{record['tokens_per_second']:.0f} tok/s {record['memory_mib']} MiB"
+                        )
+                    self._save_if_due()
+                told = self._engine.all_reduce([from_host(np.array([self._stop.asked], np.float32))], "max", "told to stop")
+                if host_array(told.wait()[0])[0]:  # in the last step, after its loss was known
+                    self._told = True, False
+                    self._save_if_due()
+            except (TrainingError, GradientOverflowError):  # on every rank alike
+                self._finish_saving()
+                raise
+            self._finish_saving()
+
+    def _finish_saving(self) -> None:
+        if self.checkpoints is not None:
+            self.checkpoints.finish()
 
     def _save_if_due(self) -> None:
         stop, due = self._told
@@ -171,7 +195,7 @@ class Trainer:
         every = self.settings.save_every
         if due or (every and self.done % every == 0):
             self._saved_at = time.monotonic()
-            self.checkpoints.save(self.done, {"step": self.done}, wait=False)
+            self.checkpoints.save(self.done, self._extra(), wait=False)
         else:
             self.checkpoints.poll()
 
@@ -229,32 +253,47 @@ class Trainer:
             ValueError: the trainer has no folder.
             CheckpointError: it cannot be written.
         """
-        self._folder().save(self.done, {"step": self.done})
+        self._folder().save(self.done, self._extra())
 
     def close(self) -> None:
         """Finish what is being saved, and let another job save to the folder."""
         if self.checkpoints is not None:
             self.checkpoints.close()
 
-    def resume(self, path: str | Path | None = None) -> bool:
+    def resume(self, path: str | Path | None = None, other_data: bool = False) -> bool:
         """Go on from a checkpoint (default: the latest of the folder), at any number of ranks; the log loses the lines behind it.
 
         The schedule is that of this run's settings: with more `steps` than before it is stretched.
 
+        Args:
+            other_data: whether the sampler may be another one than that of the run that saved, of which step `done` is next.
+
         Returns:
             Whether there was one.
+
+        Raises:
+            CheckpointError: see `Checkpointer.load`.
+            ValueError: the sampler is another one: it would repeat or leave out data.
         """
         planned = self._schedule.state_dict()
         resumed = self._folder().load(path)
         if resumed is None:
             return False
+        before, now = resumed.extra.get("data"), self.sampler.described
+        if not other_data and before not in (None, now):
+            raise ValueError(
+                f"{resumed.path} was saved by a run on the data {before}, this one has {now}: step {resumed.step} would be at "
+                "another place in them. Use the same, or resume(other_data=True)"
+            )
         self.done = resumed.step
         self._schedule.load_state_dict({**planned, "num_iter": self._schedule.num_iter})
         log = self.settings.log
         if self._engine.rank == 0 and log is not None and log.exists():
-            kept = [line for line in read_log(log) if line["step"] <= self.done]
-            log.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+            replace_text(log, "".join(json.dumps(line) + "\n" for line in _readable(log) if line["step"] <= self.done))
         return True
+
+    def _extra(self) -> dict[str, Any]:
+        return {"step": self.done, "data": self.sampler.described}
 
     def _loss(self, inputs: Tensor, targets: Tensor) -> Tensor:
         logits = self.model(inputs)
@@ -267,8 +306,6 @@ class Trainer:
             return self.manager.step().updated
         self._bad += 1
         if self._bad >= self.settings.bad_steps:
-            if self.checkpoints is not None:
-                self.checkpoints.finish()
             where = "" if self.checkpoints is None else f" The last good checkpoint is in {self.checkpoints.folder}."
             raise TrainingError(
                 f"loss {loss}, gradient norm {grad_norm} at step {self.done + 1}, and not finite for {self._bad} step(s) in a row, "
@@ -314,6 +351,23 @@ def read_log(path: str | Path) -> list[dict[str, Any]]:
             records.append(json.loads(line))
         except json.JSONDecodeError as error:
             raise ValueError(f"{path}, line {number} is not JSON: {error}") from error
+    return records
+
+
+def _readable(log: Path) -> list[dict[str, Any]]:
+    """The records that are there. A power loss leaves zeros for what was not written; that must not keep a run from going on."""
+    records, damaged = [], 0
+    for line in log.read_bytes().split(b"\n"):
+        try:
+            record = json.loads(line) if line else None
+        except ValueError:  # of UnicodeDecodeError and JSONDecodeError too
+            record = line
+        if isinstance(record, dict) and isinstance(record.get("step"), int):
+            records.append(record)
+        elif record is not None:
+            damaged += 1
+    if damaged:
+        sys.stderr.write(f"WARNING: {log} has {damaged} damaged line(s), which are left out\n")
     return records
 
 

@@ -37,6 +37,7 @@ class WrapReport:
     Attributes:
         blocks: path -> class of each layer that became a Block.
         not_checkpointed: path -> why the Block keeps its activations.
+        not_blocks: path -> why a repeated layer did not become a Block.
         buffers: names of parameters that stay whole on every rank.
         tied: name -> the other paths of a parameter that is in several cells.
         dropouts: how many `nn.Dropout` draw masks that can be repeated now.
@@ -46,6 +47,7 @@ class WrapReport:
 
     blocks: dict[str, str] = field(default_factory=dict)
     not_checkpointed: dict[str, str] = field(default_factory=dict)
+    not_blocks: dict[str, str] = field(default_factory=dict)
     buffers: list[str] = field(default_factory=list)
     tied: dict[str, list[str]] = field(default_factory=dict)
     dropouts: int = 0
@@ -60,9 +62,9 @@ class WrapReport:
         ]
         for kind in sorted(set(self.blocks.values())):
             lines.append(f"  blocks of {kind}: {', '.join(path for path, k in self.blocks.items() if k == kind)}")
-        why = self.not_checkpointed
-        reasons = {reason: [path for path, r in why.items() if r == reason] for reason in why.values()}
-        lines += [f"  not checkpointed, because of {reason}: {', '.join(paths)}" for reason, paths in reasons.items()]
+        for what, why in (("not checkpointed", self.not_checkpointed), ("not a block", self.not_blocks)):
+            reasons = {reason: [path for path, r in why.items() if r == reason] for reason in why.values()}
+            lines += [f"  {what}, because of {reason}: {', '.join(paths)}" for reason, paths in reasons.items()]
         lines += [f"  tied: {name} = {', '.join(others)}" for name, others in self.tied.items()]
         if self.buffers:
             lines.append(f"  whole on every rank: {', '.join(self.buffers)}")
@@ -88,7 +90,7 @@ def BMTrainModelWrapper(
     `CellList`s, `SequentialCell`s and `CellDict`s of a class that is there more than once. Parameters elsewhere are gathered when
     they are read. `nn.Dropout` draws from the run's stateless generator. Layers with running statistics (BatchNorm), or with a
     dropout that is a mere number in a cell, are not checkpointed: recomputation would update the one twice, and draw the other
-    anew.
+    anew. Parameters in a `ParameterTuple`, as those of `nn.LSTM`, stay whole on every rank, and a layer that has some is no Block.
 
     A model built under `mindspore.nn.utils.no_init_parameters()` is initialised here, one parameter at a time, so no rank ever
     holds more than its shards and one full parameter. MindSpore's initialisers draw one after the other: the values are those of
@@ -126,6 +128,9 @@ def BMTrainModelWrapper(
             report.dropouts += 1
     for path, cell in _repeated_layers(cells) if chosen is None else chosen:
         if _is_wrapped(cell):
+            continue
+        if in_tuple := _in_parameter_tuple(cell):
+            report.not_blocks[path] = in_tuple
             continue
         reason = _not_replayable(cell) if use_checkpoint else None
         Block.in_place(cell, use_checkpoint and reason is None, zero_level)
@@ -202,6 +207,7 @@ def _shard_parameters(cells: list[tuple[str, nn.Cell]], buffers: Sequence[str], 
     """Put a DistributedParameter wherever a Parameter is, the same one wherever the same is."""
     found: dict[int, _Found] = {}
     whole: set[int] = set()
+    in_tuples = {id(p) for _, cell in cells for listed in parameter_lists(cell).values() for p in listed}
     matched: set[str] = set()
     for path, cell in cells:
         for name, p in parameter_table(cell).items():
@@ -212,7 +218,7 @@ def _shard_parameters(cells: list[tuple[str, nn.Cell]], buffers: Sequence[str], 
             here.paths.append(_join(path, name))
             patterns = [x for x in buffers if fnmatch.fnmatchcase(here.paths[-1], x) or fnmatch.fnmatchcase(p.name, x)]
             matched.update(patterns)
-            if not isinstance(p, DistributedParameter) and (patterns or name in _RUNNING or not is_float(p)):
+            if not isinstance(p, DistributedParameter) and (patterns or name in _RUNNING or not is_float(p) or id(p) in in_tuples):
                 whole.add(id(p))
     missing = [x for x in buffers if x not in matched]
     if missing:
@@ -260,7 +266,7 @@ def _compare(digests: list[tuple[str, int]]) -> None:
 
 def _refuse_hidden(cells: list[tuple[str, nn.Cell]], sharded: set[int]) -> None:
     for path, cell in cells:
-        for name, value in [*vars(cell).items(), *parameter_lists(cell).items()]:
+        for name, value in vars(cell).items():
             held = [] if name in ("_params", "_params_list") else [x for x in flatten(value)[0] if isinstance(x, Parameter)]
             if not any(id(x) in sharded for x in held):
                 continue
@@ -333,6 +339,15 @@ def _matching(cells: list[tuple[str, nn.Cell]], patterns: Sequence[str]) -> list
         if inner:
             raise ValueError(f"layers: {inner[0]} is inside {path}; a Block cannot be inside another, name only one of them")
     return list(chosen.values())
+
+
+def _in_parameter_tuple(cell: nn.Cell) -> str | None:
+    """Which trained parameters of a layer are not sharded because of a ParameterTuple, or None."""
+    for _, c in _cells(cell):
+        for name, listed in parameter_lists(c).items():
+            if any(p.requires_grad and not isinstance(p, DistributedParameter) for p in listed):
+                return f"the ParameterTuple {type(c).__name__}.{name}"
+    return None
 
 
 def _not_replayable(cell: nn.Cell) -> str | None:

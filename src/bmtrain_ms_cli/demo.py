@@ -80,6 +80,13 @@ def _check(options: DemoOptions) -> None:
         raise LaunchError(f"--trace {options.trace}: there is no folder {options.trace.resolve().parent}")
     if options.text is not None:
         _check_text(options.text)
+    if options.save_minutes is not None and not 0 < options.save_minutes < float("inf"):
+        raise LaunchError(f"--save-minutes must be positive, not {options.save_minutes}")
+    saved = sorted((options.out / "checkpoints").glob("step-*"))
+    if saved and not options.resume and "BMTRAIN_MS_DEMO" not in os.environ:  # later, ranks may have begun to save
+        raise LaunchError(
+            f"there is a run in {options.out} already ({saved[-1].name}); go on with --resume, choose another --out, or delete it"
+        )
     if options.resume and not (options.out / "checkpoints").is_dir():
         raise LaunchError(f"--resume: there is no folder checkpoints in {options.out}; run without --resume first")
 

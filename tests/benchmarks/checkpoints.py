@@ -22,8 +22,8 @@ CAUSE = (
     "Files are written in pieces of 128 KiB: larger ones take larger pages, which this virtual machine has to ask its host for "
     "(2 GB: 0.5 s in pieces of 64 or 128 KiB, 0.5 to 5.5 s in pieces of 256 KiB to 4 MiB). Every 64 MiB the disk is asked to "
     "begin: 1.05 s in all instead of 1.7 s. `cp` is measured on its own and keeps its last copy: in turn with saving it got the "
-    "memory that saving had just given back. The stall is the copy of the state, some 0.15 s; its share grew as "
-    "saving became faster."
+    "memory that saving had just given back. The stall is the copy of the state, and what `poll` does when all is written: the "
+    "index and the names. The files of the checkpoint before are deleted by a thread."
 )
 
 
@@ -69,8 +69,10 @@ def rank(gigabytes: float, folder: str) -> None:
     bms.synchronize()
     stall = []
     for _ in range(WARM + ROUNDS):
-        stall.append(timed(lambda: checkpoints.save(next(steps), wait=False)))
-        checkpoints.finish()
+        seconds = timed(lambda: checkpoints.save(next(steps), wait=False))
+        while not checkpoints._running.done():
+            time.sleep(0.01)
+        stall.append(seconds + timed(checkpoints.finish))
     load = [timed(lambda: checkpoints.load()) for _ in range(WARM + ROUNDS)]
     checkpoints.close()
     report({"save": save, "copy": copies, "stall": stall, "load": load, "rank": [world.engine.rank]})

@@ -21,8 +21,8 @@ from mindspore import nn
 
 import bmtrain_ms as bms
 from bmtrain_ms.checkpoint import Checkpointer, CheckpointError, tools
-from bmtrain_ms.checkpoint import checkpointer as checkpointer_module
 from bmtrain_ms.checkpoint import folder as folder_module
+from bmtrain_ms.checkpoint import saving as saving_module
 from bmtrain_ms.checkpoint.training import entries_to_save
 from bmtrain_ms.comm.engine import CommTimeoutError
 from bmtrain_ms.model_center.model import Llama, LlamaConfig
@@ -43,7 +43,7 @@ def digest(pieces: dict[str, np.ndarray]) -> str:
 
 def owned(checkpoints: Checkpointer, model: nn.Cell, manager: OptimManager) -> dict[str, np.ndarray]:
     """What this rank would save."""
-    pieces = checkpoints._pieces(entries_to_save(model, manager), copy=False)
+    pieces = checkpoints._owned(entries_to_save(model, manager))
     return {name: array for name, (_, array) in pieces.items()}
 
 
@@ -151,7 +151,7 @@ def kill_before(n: int) -> None:
 
     for name in ("replace", "fsync", "mkdir", "rmdir", "unlink"):
         setattr(os, name, counted(getattr(os, name)))
-    checkpointer_module.exchange = counted(checkpointer_module.exchange)
+    folder_module.exchange = counted(folder_module.exchange)
 
 
 def full(folder: str, notes: str, broken: int) -> None:
@@ -193,14 +193,14 @@ def stuck(folder: str, notes: str, broken: int, timeout: float) -> None:
     """One rank stops while it writes its second checkpoint."""
     job = Job(folder, notes, timeout)
     job.save(1)
-    write = checkpointer_module.write_rank_file
+    write = saving_module.write_rank_file
 
     def stopping(*args: Any) -> Any:
         if job.rank == broken:
             os.kill(os.getpid(), signal.SIGSTOP)
         return write(*args)
 
-    checkpointer_module.write_rank_file = stopping
+    saving_module.write_rank_file = stopping
     start = time.monotonic()
     try:
         job.step()

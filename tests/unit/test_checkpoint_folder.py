@@ -15,9 +15,12 @@ from bmtrain_ms.checkpoint import folder as folder_module
 from bmtrain_ms.checkpoint.folder import (
     LATEST,
     FolderLock,
+    Naming,
     checkpoint_name,
-    discard,
+    delete,
+    doomed,
     exchange,
+    find_latest,
     latest_in,
     point_to,
     prune,
@@ -110,7 +113,20 @@ def test_a_pointer_at_nothing(tmp_path, content):
     make(tmp_path, 1, 2)
     (tmp_path / "step-00000004").mkdir()
     (tmp_path / LATEST).write_bytes(content)
-    assert latest_in(tmp_path) == tmp_path / "step-00000002"
+    found, wrong = find_latest(tmp_path)
+    assert found == latest_in(tmp_path) == tmp_path / "step-00000002"
+    assert (
+        wrong.startswith(f"{tmp_path}/latest says ") and "which is no checkpoint here; going on from step-00000002, which" in wrong
+    )
+
+
+def test_no_pointer(tmp_path):
+    make(tmp_path, 1, 2)
+    assert find_latest(tmp_path)[1].startswith(
+        f"{tmp_path}/latest does not exist (or is not visible from this host); going on from "
+    )
+    point_to(tmp_path, "step-00000001")
+    assert find_latest(tmp_path) == (tmp_path / "step-00000001", "")
 
 
 @pytest.mark.parametrize("kind", ["folder", "pipe", "link", "huge"])
@@ -127,7 +143,9 @@ def test_a_pointer_that_is_no_file(tmp_path, kind):
     else:
         (tmp_path / LATEST).write_text("step-00000001\n")
         os.truncate(tmp_path / LATEST, 1 << 40)
-    assert latest_in(tmp_path) == tmp_path / "step-00000002"
+    texts = {"folder": "is not a file", "pipe": "is not a file", "link": "is a link, which", "huge": "which is no checkpoint here"}
+    found, wrong = find_latest(tmp_path)
+    assert found == tmp_path / "step-00000002" and texts[kind] in wrong and "Name another one if that is not right" in wrong
 
 
 def test_the_pointer_moves_in_one_instant(tmp_path, monkeypatch):
@@ -158,7 +176,10 @@ def test_prune(tmp_path, keep_last, keep_every, left):
     steps = [2, 4, 5, 6, 8, 10]
     make(tmp_path, *steps)
     point_to(tmp_path, checkpoint_name(10))
-    assert prune(tmp_path, keep_last, keep_every) == [checkpoint_name(step) for step in steps if step not in left]
+    going = prune(tmp_path, keep_last, keep_every)
+    assert [path.name for path in going] == [f".{checkpoint_name(step)}.gone" for step in steps if step not in left]
+    assert steps_in(tmp_path) == left  # at once; the files go later
+    delete(going)
     assert names(tmp_path) == [LATEST, *map(checkpoint_name, left)]
 
 
@@ -175,7 +196,7 @@ def test_what_is_later_than_the_latest_is_not_touched(tmp_path, keep_last):
 def test_long_names_are_in_order(tmp_path):
     make(tmp_path, 99999998, 99999999, 100000000)
     point_to(tmp_path, checkpoint_name(10**8))
-    assert prune(tmp_path, 2, None) == ["step-99999998"]
+    assert [path.name for path in prune(tmp_path, 2, None)] == [".step-99999998.gone"]
 
 
 def test_clocks_play_no_part(tmp_path):
@@ -188,20 +209,18 @@ def test_clocks_play_no_part(tmp_path):
     point_to(tmp_path, checkpoint_name(3))
     os.utime(tmp_path / LATEST, (0, 0))
     assert latest_in(tmp_path) == tmp_path / checkpoint_name(3)
-    assert prune(tmp_path, 2, None) == [checkpoint_name(1)]
+    assert [path.name for path in prune(tmp_path, 2, None)] == [".step-00000001.gone"]
 
 
 def test_nothing_is_pruned_in_an_empty_folder(tmp_path):
     assert prune(tmp_path, 1, None) == [] and prune(tmp_path / "none", 1, 1) == []
 
 
-def test_a_name_goes_before_files(tmp_path, monkeypatch):
+def test_a_name_goes_before_files(tmp_path):
     """Of which some may be left: it is never found half deleted."""
     make(tmp_path, 1, 2)
-    monkeypatch.setattr(folder_module.shutil, "rmtree", lambda *args, **kwargs: None)  # as if the process were killed
-    discard(tmp_path / "step-00000001")
+    assert doomed(tmp_path / "step-00000001") == tmp_path / ".step-00000001.gone"
     assert steps_in(tmp_path) == [2] and names(tmp_path) == [".step-00000001.gone", "step-00000002"]
-    monkeypatch.undo()
     sweep(tmp_path)
     assert names(tmp_path) == ["step-00000002"]
 
@@ -244,7 +263,76 @@ def test_exchange(tmp_path):
     assert not exchange(tmp_path / "step-00000001", tmp_path / "none")
 
 
+@pytest.mark.parametrize("exchanges", [True, False])
+@pytest.mark.parametrize("before", [True, False], ids=["replaces", "new"])
+def test_naming_and_undoing_it(tmp_path, monkeypatch, exchanges, before):
+    if not exchanges:
+        monkeypatch.setattr(folder_module, "exchange", lambda *paths: False)
+    complete(tmp_path / ".step-00000001.abc", 8)
+    if before:
+        make(tmp_path, 1)
+    naming = Naming(tmp_path / ".step-00000001.abc", tmp_path / "step-00000001")
+    naming.do()
+    assert (tmp_path / "step-00000001" / INDEX).read_text() == "8"
+    if before:
+        assert naming.replaced is not None and (naming.replaced / INDEX).read_text() == "1"
+    else:
+        assert naming.replaced is None
+    naming.undo()
+    assert names(tmp_path) == ["step-00000001"] * before
+    assert not before or (tmp_path / "step-00000001" / INDEX).read_text() == "1"
+
+
+@pytest.mark.parametrize("fails_at", [1, 2])
+def test_undoing_half_of_a_naming(tmp_path, monkeypatch, fails_at):
+    """Where names cannot be exchanged: one rename of two."""
+    complete(tmp_path / ".step-00000001.abc", 8)
+    make(tmp_path, 1)
+    calls, replace = [], os.replace
+
+    def failing(*paths: Path) -> None:
+        calls.append(paths)
+        if len(calls) == fails_at:
+            raise OSError(5, "Input/output error")
+        replace(*paths)
+
+    monkeypatch.setattr(folder_module, "exchange", lambda *paths: False)
+    monkeypatch.setattr(os, "replace", failing)
+    naming = Naming(tmp_path / ".step-00000001.abc", tmp_path / "step-00000001")
+    with pytest.raises(OSError, match="Input/output error"):
+        naming.do()
+    naming.undo()
+    assert names(tmp_path) == ["step-00000001"] and (tmp_path / "step-00000001" / INDEX).read_text() == "1"
+
+
 # Whose it is #
+
+
+def test_a_lock_that_is_a_link(tmp_path):
+    """What it points to is not written to."""
+    victim = tmp_path / "victim"
+    victim.write_text("mine")
+    (tmp_path / ".lock").symlink_to(victim)
+    with pytest.raises(OSError, match="symbolic links"):
+        FolderLock(tmp_path)
+    assert victim.read_text() == "mine"
+
+
+def test_temporary_names_that_are_links(tmp_path):
+    victim = tmp_path / "victim"
+    victim.write_text("mine")
+    (tmp_path / f".{LATEST}.{os.getpid()}").symlink_to(victim)
+    point_to(tmp_path, "step-00000001")
+    assert victim.read_text() == "mine" and (tmp_path / LATEST).read_text() == "step-00000001\n"
+
+
+def test_a_file_system_without_locks(tmp_path, monkeypatch):
+    """Not another job's."""
+    monkeypatch.setattr(folder_module.fcntl, "flock", lambda *args: (_ for _ in ()).throw(OSError(37, "No locks available")))
+    with pytest.raises(
+        CheckpointError, match=rf"^{tmp_path}/\.lock cannot be locked, so .*: No locks available; choose a folder on"
+    ):
+        FolderLock(tmp_path)
 
 
 def test_one_job_at_a_time(tmp_path):

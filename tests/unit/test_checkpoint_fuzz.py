@@ -6,8 +6,10 @@ are the same in every run.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
+import io
 import json
 import math
 import os
@@ -46,7 +48,7 @@ TENSORS = {
 
 @functools.cache
 def originals() -> dict[str, np.ndarray]:
-    """Flat; not made on import, because bfloat16 takes an operation of MindSpore."""
+    """Flat."""
     return {
         name: np.random.default_rng(i).integers(0, 2, math.prod(shape)).astype(numpy_dtype(dtype))
         for i, (name, (dtype, shape)) in enumerate(TENSORS.items())
@@ -276,13 +278,18 @@ def test_headers_of_shards(place, shards):
 def whole(place) -> dict[str, bytes]:
     """Two files and their index."""
     groups = [list(TENSORS)[:2], list(TENSORS)[2:]]
+    with consolidated.Replacement(place) as new:
+        write_files(new.folder, groups)
+        new.commit(groups, 0)
+    return {path.name: path.read_bytes() for path in place.iterdir()}
+
+
+def write_files(folder: Path, groups: list[list[str]]) -> None:
     for name, group in zip(consolidated.file_names(2), groups):
         header, _, size = plan({x: TENSORS[x] for x in group}, {"format": "pt"})
         content = header + b"".join(originals()[x].tobytes() for x in group)
         assert len(content) == size
-        (place / name).write_bytes(content)
-    consolidated.write_index(place, groups, 0)
-    return {path.name: path.read_bytes() for path in place.iterdir()}
+        (folder / name).write_bytes(content)
 
 
 def read_whole(folder: Path, right: bool) -> None:
@@ -368,8 +375,9 @@ def test_loading_a_model(place):
     assert len(good) == 200 and 0 < sum(good) < 80
 
 
-def test_states(place, single_world):
-    """Any state but the manager's, which checks its own: it loads, or nothing is changed."""
+@pytest.mark.parametrize("part", ["manager", "others"])
+def test_states(place, single_world, part):
+    """Any state, the manager's or the rest: it loads, and training goes on, or nothing is changed."""
     saved = Run(single_world, str(place))
     saved.train(range(1))
     saved.save(1)
@@ -378,7 +386,7 @@ def test_states(place, single_world):
     body = json.loads(index.read_text())
     del body["checksum"]
     manager = body["state"].pop("manager")
-    good = []
+    good, content = [], index.read_text()
 
     def everything() -> Any:
         tensors = {name: x.tobytes() for name, x in run.everything().items()}
@@ -387,13 +395,20 @@ def test_states(place, single_world):
     @fuzzed(200)
     @given(json_edits, st.booleans())
     def check(changes: list[Any], strict: bool) -> None:
-        lie = {**body, "state": json_edited(body["state"], changes)}
-        lie["state"]["manager"] = manager
+        if part == "manager":
+            lie = {**body, "state": {**body["state"], "manager": json_edited(manager, changes)}}
+        else:
+            lie = {**body, "state": {**json_edited(body["state"], changes), "manager": manager}}
         lie["checksum"] = _checksum(lie)
         index.write_text(json.dumps(lie))
         before = everything()
         good.append(attempted(index.parent, lambda: run.load(strict=strict)))
         assert good[-1] or everything() == before
+        if good[-1]:
+            with contextlib.redirect_stderr(io.StringIO()):
+                run.train(range(3, 4))
+            index.write_text(content)
+            run.load()
 
     check()
     saved.close()

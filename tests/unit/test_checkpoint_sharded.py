@@ -101,7 +101,7 @@ def test_any_range_of_any_tensor(tmp_path_factory, tensors, ranks, data):
     index, flat = write(folder, {f"tensor.{i}": t for i, t in enumerate(tensors)}, ranks)
     assert read_index(folder) == index
     with ShardedReader(folder) as reader:
-        assert reader.shapes == {n: t.shape for n, t in index.tensors.items()}
+        assert reader.described == {n: (t.shape, t.dtype) for n, t in index.tensors.items()}
         for name, expected in flat.items():
             start = data.draw(st.integers(0, expected.size))
             stop = data.draw(st.integers(start, expected.size))

@@ -15,9 +15,10 @@ from mindspore import Parameter, Tensor
 from safetensors.numpy import load_file, save_file
 
 import bmtrain_ms as bms
-from bmtrain_ms.checkpoint import Checkpointer, tools
+from bmtrain_ms.checkpoint import Checkpointer, CheckpointError, LoadResult, tools
 from bmtrain_ms.checkpoint import folder as folder_module
 from bmtrain_ms.checkpoint.sharded import INDEX, ShardedReader, file_name, read_index
+from bmtrain_ms.optim import AdamOptimizer, OptimManager
 from bmtrain_ms_cli.main import main
 from tests.helpers.checkpoints import Run, equal
 
@@ -217,10 +218,52 @@ def test_reshard_refuses(run, ckpt, tmp_path):
     before = sorted(os.listdir(tmp_path))
     code, text = ckpt("reshard", tmp_path / "run", tmp_path / "out", "--ranks", 2)
     assert code == 2 and "is damaged" in text and sorted(os.listdir(tmp_path)) == before
+    code, text = ckpt("reshard", tmp_path / "run", tmp_path / "out", "--ranks", 100000)
+    assert code == 2 and text == "ranks must be from 1 to 99999, not 100000"
     with pytest.raises(SystemExit):
         main(["ckpt", "reshard", "a", "b", "--ranks", "0"])
-    with pytest.raises(ValueError, match="ranks must be at least 1, not 0"):
+    with pytest.raises(ValueError, match="ranks must be from 1 to 99999, not 0"):
         tools.reshard(tmp_path / "run", tmp_path / "out", 0)
+
+
+def test_consolidate_over_what_it_reads(run, ckpt, tmp_path):
+    """It would be gone if the disk were full."""
+    ckpt("consolidate", tmp_path / "run", tmp_path / "model")
+    before = (tmp_path / "model" / "model.safetensors").read_bytes()
+    for source in (tmp_path / "model", tmp_path / "model" / "model.safetensors"):
+        code, text = ckpt("consolidate", source, tmp_path / "model")
+        assert code == 2 and text.startswith(f"{tmp_path}/model is where {tmp_path}/model")
+        assert text.endswith(" is read from; choose another folder")
+    code, text = ckpt("consolidate", tmp_path / "run", tmp_path / "run" / "step-00000002")
+    assert code == 2 and "is read from; choose another folder" in text
+    flip(tmp_path / "run" / "step-00000002" / file_name(0, 1))
+    for options in ([], ["--max-shard-size", "200"]):
+        assert ckpt("consolidate", "--everything", tmp_path / "run", tmp_path / "model", *options)[0] == 2
+    assert os.listdir(tmp_path / "model") == ["model.safetensors"]
+    assert (tmp_path / "model" / "model.safetensors").read_bytes() == before
+
+
+def test_parameters_that_are_called_as_a_state(ckpt, single_world, tmp_path):
+    """They are the model's; and a name can be one thing only."""
+    model = bms.DistributedModule()
+    for name in ("optimizer", "gradient", "other"):
+        child = bms.DistributedModule()
+        child.weight = bms.DistributedParameter(np.full(4, len(name), np.float32))
+        setattr(model, name, child)
+    manager = OptimManager()
+    manager.add_optimizer(AdamOptimizer(model.trainable_params()))
+    checkpoints = Checkpointer(tmp_path / "run", model, manager)
+    manager.backward(lambda: sum((child.weight * 2.0).sum() for child in (model.optimizer, model.gradient, model.other)))
+    checkpoints.save(1)  # with gradients
+    assert ckpt("consolidate", tmp_path / "run", tmp_path / "out")[0] == 0
+    whole = load_file(tmp_path / "out" / "model.safetensors")
+    assert set(whole) == {"optimizer.weight", "gradient.weight", "other.weight"}
+    manager.zero_grad()
+    assert checkpoints.load().result == LoadResult([], []) and len(manager.gradients()) == 3
+    model.other.parameter("weight").name = "optimizer.0.exp_avg.gradient.weight"
+    with pytest.raises(CheckpointError, match=r"a parameter of the model is called optimizer\.0\.exp_avg\.grad"):
+        checkpoints.save(2)
+    checkpoints.close()
 
 
 class Mixed(bms.DistributedModule):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -17,8 +18,9 @@ import pytest
 from bmtrain_ms.checkpoint import Checkpointer, CheckpointError
 from bmtrain_ms.checkpoint import checkpointer as checkpointer_module
 from bmtrain_ms.checkpoint import folder as folder_module
+from bmtrain_ms.checkpoint import saving as saving_module
 from bmtrain_ms.checkpoint.folder import latest_in
-from bmtrain_ms.checkpoint.sharded import file_name
+from bmtrain_ms.checkpoint.sharded import INDEX, file_name
 from tests.helpers.checkpoints import Layout, Run, equal
 from tests.helpers.ranks import ROOT
 
@@ -40,13 +42,13 @@ def run(single_world: Any, tmp_path: Path) -> Iterator[Run]:
 @pytest.fixture
 def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
     """Nothing is written until it is set."""
-    opened, write = threading.Event(), checkpointer_module.write_rank_file
+    opened, write = threading.Event(), saving_module.write_rank_file
 
     def waiting(*args: Any) -> Any:
         assert opened.wait(30)
         return write(*args)
 
-    monkeypatch.setattr(checkpointer_module, "write_rank_file", waiting)
+    monkeypatch.setattr(saving_module, "write_rank_file", waiting)
     yield opened
     opened.set()
 
@@ -99,9 +101,25 @@ def test_extra_that_contains_itself(run, tmp_path):
         run.save(2, extra)
 
 
-def test_a_negative_step(run, tmp_path):
-    with pytest.raises(ValueError, match="step must be 0 or more, not -1"):
-        run.save(-1)
+@pytest.mark.parametrize("step", [-1, 5.0, True, "3", None, 2**62, np.bool_(True)])
+def test_what_is_no_step(run, tmp_path, step):
+    """5.0 would be saved under a name that nobody finds."""
+    with pytest.raises(ValueError, match=f"step must be a whole number of 0 or more, not {re.escape(repr(step))}"):
+        run.save(step)
+    only_the_first_is_there(run, tmp_path)
+
+
+def test_numpy_s_numbers_are_steps(run, tmp_path):
+    run.save(np.int64(6))
+    assert run.load().step == 6 and steps(tmp_path) == [1, 6]
+
+
+@pytest.mark.parametrize("extra", [[1, 2], "here", 3, [], 0])
+def test_extra_is_a_dictionary(run, tmp_path, extra):
+    """What could not be loaded is not saved."""
+    with pytest.raises(ValueError, match=f"extra must be a dictionary, not {type(extra).__name__}: save"):
+        run.save(2, extra)
+    only_the_first_is_there(run, tmp_path)
 
 
 @pytest.mark.parametrize("options", [{"keep_last": 0}, {"keep_every": 0}, {"keep_last": -1, "keep_every": 2}])
@@ -161,7 +179,7 @@ def test_retention(single_world, tmp_path, options, left):
 @pytest.mark.parametrize("atomic", [True, False], ids=["exchanged", "moved aside"])
 def test_a_step_that_is_saved_again(run, tmp_path, monkeypatch, atomic):
     if not atomic:
-        monkeypatch.setattr(checkpointer_module, "exchange", lambda new, old: False)
+        monkeypatch.setattr(folder_module, "exchange", lambda new, old: False)
     run.train(range(1, 2))
     expected = run.everything()
     run.save(1)
@@ -172,7 +190,7 @@ def test_a_step_that_is_saved_again(run, tmp_path, monkeypatch, atomic):
 
 def test_the_process_ends_while_a_step_is_moved_aside(single_world, run, tmp_path, monkeypatch):
     """Between the two renames: the next job has the one from before."""
-    monkeypatch.setattr(checkpointer_module, "exchange", lambda new, old: False)
+    monkeypatch.setattr(folder_module, "exchange", lambda new, old: False)
     expected, replace, calls = run.everything(), os.replace, []
 
     def dying(*args: Any) -> None:
@@ -258,7 +276,7 @@ NEXT: dict[str, Callable[[Run], Any]] = {
 @pytest.mark.parametrize("error", [FULL, MemoryError("no memory"), AssertionError("a defect")], ids=lambda e: type(e).__name__)
 def test_an_error_is_raised_by_what_comes_next(run, tmp_path, monkeypatch, what, error):
     """Once; the one from before is there."""
-    monkeypatch.setattr(checkpointer_module, "write_rank_file", failing(error))
+    monkeypatch.setattr(saving_module, "write_rank_file", failing(error))
     run.save(2, wait=False)
     run.checkpoints._running._thread.join(30)
     with pytest.raises(CheckpointError) as info:
@@ -282,20 +300,33 @@ model = bms.DistributedModule()
 model.weight = bms.DistributedParameter(np.ones(9, np.float32))
 manager = OptimManager()
 manager.add_optimizer(AdamOptimizer(model.trainable_params()))
-checkpoints = Checkpointer(sys.argv[1], model, manager)
-checkpoints.save(1)
-checkpoints.save(2, wait=False)
+def main():
+    checkpoints = Checkpointer(sys.argv[1], model, manager)
+    checkpoints.save(1)
+    checkpoints.save(2, wait=False)
+main()
 """
 
 
 def test_a_process_that_ends_at_once(tmp_path):
-    """What nobody waited for is told; it is no checkpoint."""
+    """What nobody waited for is told, if nobody keeps the Checkpointer too; it is no checkpoint."""
     env = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "GLOG_v": "3"}
     command = [sys.executable, "-W", "ignore", "-c", AT_EXIT, str(tmp_path)]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60, check=False)
     where = tmp_path / "step-00000002"
+    assert done.stderr.count("ERROR") == 1
     assert f"ERROR: {where} was not saved: the process ends before Checkpointer.finish() or close()\n" in done.stderr
     assert done.returncode == 0 and latest_in(tmp_path).name == "step-00000001"
+
+
+def test_an_error_that_nobody_asked_for_is_told_at_exit(tmp_path):
+    """Itself: the disk is full, and not that the process ends."""
+    limited = AT_EXIT.replace("checkpoints.save(2", "resource.setrlimit(resource.RLIMIT_FSIZE, (64, 64))\n    checkpoints.save(2")
+    env = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "GLOG_v": "3"}
+    command = [sys.executable, "-W", "ignore", "-c", f"import resource\n{limited}", str(tmp_path)]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60, check=False)
+    assert f"ERROR: {tmp_path}/step-00000002 was not saved: [Errno 27] File too large\n" in done.stderr
+    assert latest_in(tmp_path).name == "step-00000001"
 
 
 # Disks #
@@ -328,17 +359,84 @@ def test_a_full_disk(run, tmp_path, monkeypatch, wait):
     assert equal(run.everything(), expected) and steps(tmp_path) == [1, 2]
 
 
-@pytest.mark.parametrize("name", ["write_text", "sync_folder", "point_to", "exchange"])
+@pytest.mark.parametrize("name", ["write_text", "sync_folder", "exchange"])
 @pytest.mark.parametrize("error", [FULL, RuntimeError("a defect")], ids=["OSError", "RuntimeError"])
 def test_an_error_at_the_end(run, tmp_path, monkeypatch, name, error):
     """Whatever it is, it is a CheckpointError; there is a checkpoint, and nothing half done."""
-    monkeypatch.setattr(checkpointer_module, name, failing(error))
+    monkeypatch.setattr(folder_module if name == "exchange" else checkpointer_module, name, failing(error))
     with pytest.raises(CheckpointError) as info:
         run.save(1 if name == "exchange" else 2)
     assert "cannot be written: " in str(info.value) and str(error) in str(info.value)
     monkeypatch.undo()
     assert latest_in(tmp_path).name == "step-00000001" and not [name for name in names(tmp_path) if name.startswith(".step")]
     assert run.load().step == 1
+
+
+@pytest.mark.parametrize("step", [1, 2], ids=["again", "new"])
+def test_an_error_after_the_naming_is_undone(run, tmp_path, monkeypatch, step):
+    """The name is there, and cannot be brought to the disk: the one from before gets it back."""
+    before = (tmp_path / "step-00000001" / INDEX).read_bytes()
+    monkeypatch.setattr(folder_module, "sync_folder", failing(FULL))
+    with pytest.raises(CheckpointError, match=rf"step-0000000{step} cannot be written: \[Errno 28\]"):
+        run.save(step)
+    monkeypatch.undo()
+    only_the_first_is_there(run, tmp_path)
+    assert (tmp_path / "step-00000001" / INDEX).read_bytes() == before
+
+
+def test_a_pointer_that_cannot_be_moved(run, tmp_path, monkeypatch):
+    """The checkpoint is there, and the message says so."""
+    monkeypatch.setattr(checkpointer_module, "point_to", failing(FULL))
+    text = rf"^{tmp_path}/step-00000002 was saved, but {tmp_path}/latest cannot be moved to it: \[Errno 28\]"
+    with pytest.raises(CheckpointError, match=text):
+        run.save(2)
+    monkeypatch.undo()
+    assert steps(tmp_path) == [1, 2] and latest_in(tmp_path).name == "step-00000001"
+    assert run.load(tmp_path / "step-00000002").step == 2
+
+
+def test_no_memory_for_a_copy(run, tmp_path, monkeypatch):
+    """Told as what it is, and nothing is left of it; the next one succeeds."""
+    monkeypatch.setattr(checkpointer_module.np, "empty_like", failing(MemoryError("no memory")))
+    with pytest.raises(CheckpointError, match=r"step-00000002\.[0-9a-f]+ cannot be written: no memory"):
+        run.save(2, wait=False)
+    monkeypatch.undo()
+    only_the_first_is_there(run, tmp_path)
+    run.save(2, wait=False)
+    run.checkpoints.finish()
+    assert steps(tmp_path) == [1, 2]
+
+
+def test_interrupted_while_it_saves(run, tmp_path, monkeypatch):
+    """Ctrl-C in Python: the next save is not that one's end."""
+    monkeypatch.setattr(saving_module, "write_rank_file", failing(KeyboardInterrupt()))
+    with pytest.raises(KeyboardInterrupt):
+        run.save(2)
+    monkeypatch.undo()
+    only_the_first_is_there(run, tmp_path)
+    run.save(3)
+    assert steps(tmp_path) == [1, 3]
+
+
+def test_files_are_deleted_while_training_goes_on(single_world, tmp_path, monkeypatch):
+    """Which takes as long as writing them; the next save waits for it, as there may not be room for both."""
+    run, may, delete = Run(single_world, str(tmp_path), keep_last=1), threading.Event(), checkpointer_module.delete
+
+    def waiting(folders: Any) -> None:
+        assert may.wait(30)
+        delete(folders)
+
+    run.save(1)
+    monkeypatch.setattr(checkpointer_module, "delete", waiting)
+    run.save(2, wait=False)
+    run.checkpoints.finish()
+    assert names(tmp_path) == [".lock", ".step-00000001.gone", "latest", "step-00000002"]
+    threading.Timer(0.2, may.set).start()
+    run.save(3, wait=False)
+    assert may.is_set() and ".step-00000001.gone" not in names(tmp_path)
+    run.close()
+    assert names(tmp_path) == [".lock", "latest", "step-00000003"]
+    assert not run.checkpoints._snapshots  # nor is memory kept
 
 
 def test_nowhere_to_save(single_world, tmp_path):
@@ -373,7 +471,7 @@ def test_an_old_one_that_cannot_be_deleted(single_world, tmp_path, monkeypatch):
     run = Run(single_world, str(tmp_path), keep_last=1)
     run.save(1)
     monkeypatch.setattr(
-        folder_module, "discard", failing(PermissionError(13, "Permission denied", str(tmp_path / "step-00000001")))
+        checkpointer_module, "prune", failing(PermissionError(13, "Permission denied", str(tmp_path / "step-00000001")))
     )
     text = rf"^{tmp_path}/step-00000002 was saved, but an older checkpoint cannot be deleted: .*denied: '{tmp_path}/step-00000001'"
     with pytest.raises(CheckpointError, match=text):
@@ -426,7 +524,7 @@ def test_nothing_to_load(single_world, tmp_path):
 
 
 def test_a_folder_that_cannot_be_read(run, tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpointer_module, "latest_in", failing(PermissionError(13, "Permission denied")))
+    monkeypatch.setattr(checkpointer_module, "find_latest", failing(PermissionError(13, "Permission denied")))
     with pytest.raises(CheckpointError, match=rf"{tmp_path} cannot be read: \[Errno 13\] Permission denied"):
         run.load()
 

@@ -119,9 +119,10 @@ def test_an_earlier_save_is_not_mixed_in(tmp_path, before, after):
     assert same(values(other), values(model))
 
 
-def test_a_save_that_fails_leaves_nothing_to_load(tmp_path, monkeypatch):
-    """Rather than an old index with some of the new files."""
-    bms.save(Net(5), tmp_path, max_shard_size=124)
+def test_a_save_that_fails_leaves_the_one_before(tmp_path, monkeypatch):
+    before = Net(5)
+    bms.save(before, tmp_path, max_shard_size=124)
+    there = sorted(os.listdir(tmp_path))
     replace, calls = os.replace, []
 
     def failing(*args: Any) -> None:
@@ -133,7 +134,41 @@ def test_a_save_that_fails_leaves_nothing_to_load(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "replace", failing)
     with pytest.raises(CheckpointError, match=r"model-00002-of-00003\.safetensors cannot be written: .*No space left"):
         bms.save(Net(), tmp_path, max_shard_size=124)
-    refused(tmp_path, rf"{tmp_path} has neither {SINGLE} nor {INDEX}")
+    monkeypatch.undo()
+    assert sorted(os.listdir(tmp_path)) == there
+    model = Net()
+    bms.load(model, tmp_path)
+    assert same(values(model), values(before))
+
+
+@pytest.mark.parametrize("dtype, name", [(np.int32, "Int32"), (np.bool_, "Bool"), (np.uint16, "UInt16")])
+def test_types_that_hold_other_values(tmp_path, dtype, name):
+    """A float is no integer, and no truth value; without `strict` it becomes one, and that is returned."""
+    save_file({"p": np.ones(3, dtype)}, tmp_path / "file")
+    model = bms.DistributedModule()
+    model.p = bms.DistributedParameter(np.zeros(3, np.float32), name="p")
+    text = f"{name} in the file, Float32 here"
+    with pytest.raises(CheckpointError, match=f"file does not fit the model; 1 types differ: p: {text}$"):
+        bms.load(model, tmp_path / "file")
+    assert not model.p.asnumpy().any()
+    assert bms.load(model, tmp_path / "file", strict=False) == LoadResult([], [], [f"p: {text}"])
+    assert model.p.asnumpy().tolist() == [1.0] * 3
+
+
+def test_floats_of_another_size_are_converted(tmp_path):
+    """And that is returned too."""
+    save_file({"p": np.ones(3, np.float16)}, tmp_path / "file")
+    model = bms.DistributedModule()
+    model.p = bms.DistributedParameter(np.zeros(3, np.float32), name="p")
+    assert bms.load(model, tmp_path / "file").converted == ["p: Float16 in the file, Float32 here"]
+
+
+def test_fewer_files_than_before(tmp_path):
+    """None of the others is left."""
+    bms.save(Net(5), tmp_path, max_shard_size=124)
+    (tmp_path / "config.json").write_text("{}")
+    bms.save(Net(), tmp_path, max_shard_size="1GB")
+    assert sorted(os.listdir(tmp_path)) == ["config.json", SINGLE]
 
 
 # What is read #

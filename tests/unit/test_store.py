@@ -253,7 +253,7 @@ def test_a_state_is_a_copy():
 
 def test_values_are_converted():
     model = Mixed(1)
-    load_state_dict(model, {**state_dict(model), "half": np.full((3, 5), 1.00001, np.float64), "brain": np.ones((3, 5), int)})
+    load_state_dict(model, {**state_dict(model), "half": np.full((3, 5), 1.00001, np.float64), "brain": np.ones((3, 5))})
     state = state_dict(model)
     assert (state["half"] == 1.0).all() and (state["brain"].astype(np.float32) == 1.0).all()
 

@@ -6,6 +6,7 @@ import json
 import math
 import signal
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,12 @@ from mindspore import Tensor
 
 import bmtrain_ms as bms
 from bmtrain_ms import train as train_module
+from bmtrain_ms.checkpoint import CheckpointError
+from bmtrain_ms.checkpoint import saving as saving_module
 from bmtrain_ms.data import TokenSampler
 from bmtrain_ms.model_center.model import Llama, LlamaConfig
-from bmtrain_ms.train import StopSignals, Trainer, TrainingError, TrainSettings, memory_mib, plot_log, read_log
+from bmtrain_ms.optim import GradientOverflowError
+from bmtrain_ms.train import Stopped, StopSignals, Trainer, TrainingError, TrainSettings, memory_mib, plot_log, read_log
 
 pytestmark = pytest.mark.usefixtures("single_world")
 
@@ -194,10 +198,117 @@ def test_a_second_signal_ends_the_process(monkeypatch, signum):
             now[0] += seconds
             signal.raise_signal(signum)
             assert stop.asked and ended == codes
+        stop.asked = False
     assert signal.getsignal(signum) is before
 
 
+def test_a_signal_that_comes_too_late(monkeypatch):
+    """It has its usual effect, and is not swallowed; unless what was asked was done."""
+    came = []
+    before = signal.signal(signal.SIGUSR1, lambda *args: came.append(args[0]))
+    try:
+        with StopSignals():
+            signal.raise_signal(signal.SIGUSR1)
+            assert not came
+        assert came == [signal.SIGUSR1]
+        with pytest.raises(Stopped), StopSignals():
+            signal.raise_signal(signal.SIGUSR1)
+            raise Stopped
+        assert came == [signal.SIGUSR1]
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+
+
+def test_a_signal_in_the_last_step(tmp_path, monkeypatch):
+    """After its loss was known: `fit` stops as if it had come before."""
+    t = trainer(steps=3, folder=tmp_path)
+    monkeypatch.setattr(t, "_log", lambda record: signal.raise_signal(signal.SIGTERM) if record["step"] == 2 else None)
+    with pytest.raises(Stopped, match=f"stopped after step 2, as a signal asked; saved in {tmp_path}"):
+        t.fit(until=2)
+    again = trainer(steps=3, folder=tmp_path)
+    t.close()
+    assert again.resume() and again.done == 2
+
+
+# Saving in the background #
+
+
+@pytest.mark.parametrize("how", ["ends", "TrainingError", "GradientOverflowError"])
+def test_fit_finishes_what_it_saves(tmp_path, monkeypatch, how):
+    """The last save is complete when `fit` returns, or ends with an error of training."""
+    scaled = how == "GradientOverflowError"
+    t = trainer(steps=4, folder=tmp_path, save_every=3 if how == "ends" else 2, bad_steps=1, loss_scale=2.0 if scaled else None)
+    started = threading.Event()
+    write = saving_module.write_rank_file
+
+    def slow(*args: Any) -> Any:
+        assert started.wait(30)
+        return write(*args)
+
+    monkeypatch.setattr(saving_module, "write_rank_file", slow)
+    step = t.train_step
+
+    def stepping() -> Any:
+        if t.done == 2 and how != "ends":
+            threading.Timer(0.2, started.set).start()
+            raise TrainingError("bad") if not scaled else GradientOverflowError("bad")
+        return step()
+
+    monkeypatch.setattr(t, "train_step", stepping)
+    if how == "ends":
+        threading.Timer(0.2, started.set).start()
+        t.fit(until=3)
+    else:
+        with pytest.raises((TrainingError, GradientOverflowError), match="bad"):
+            t.fit()
+    assert t.checkpoints._running is None and (tmp_path / f"step-0000000{3 if how == 'ends' else 2}" / "index.json").exists()
+    t.close()
+
+
+def test_another_job_is_told_before_it_trains(tmp_path):
+    first, second = trainer(folder=tmp_path), trainer(folder=tmp_path, log=tmp_path / "log")
+    first.fit(until=1)
+    with pytest.raises(CheckpointError, match=f"another job saves to {tmp_path}"):
+        second.fit(until=1)
+    assert second.done == 0
+    first.close()
+    second.fit(until=1)
+    second.close()
+
+
 # Resuming #
+
+
+def test_resume_with_other_data(tmp_path):
+    """Nobody notices that some are left out, or come twice."""
+    t = trainer(folder=tmp_path)
+    t.fit(until=2)
+    t.save()
+    t.close()
+    for options in (
+        {"length": 6, "global_batch": 8},
+        {"length": 5, "global_batch": 4},
+        {"length": 6, "global_batch": 4, "seed": 1},
+    ):
+        other = trainer(folder=tmp_path)
+        other.sampler = TokenSampler(TOKENS, **options)
+        with pytest.raises(ValueError, match=r"was saved by a run on the data \{.*\}, this one has .*: step 2 would be at another"):
+            other.resume()
+        assert other.done == 0 and other.resume(other_data=True) and other.done == 2
+
+
+def test_a_damaged_log_does_not_keep_a_run_from_resuming(tmp_path, capsys):
+    """As a power loss leaves it; what is readable stays."""
+    log = tmp_path / "log"
+    t = trainer(folder=tmp_path, log=log)
+    t.fit(until=3)
+    t.save()
+    t.close()
+    lines = log.read_bytes().splitlines()
+    log.write_bytes(b"\n".join([lines[0], b"\0" * 50, b"\xff\xfe{", b"3", b'{"stop": 1}', lines[1], lines[2][:9]]))
+    assert trainer(folder=tmp_path, log=log).resume()
+    assert [r["step"] for r in read_log(log)] == [1, 2]
+    assert f"WARNING: {log} has 5 damaged line(s), which are left out" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("half", [False, True], ids=["fp32", "fp16"])
@@ -208,6 +319,7 @@ def test_resume_is_bit_equal_and_mends_the_log(tmp_path, half):
     t.fit(until=3)
     t.save()
     t.fit()
+    t.close()
     expected, final = steady(read_log(tmp_path / "log")), weights(t)
     bms.shutdown()
     bms.init_distributed(seed=0)
@@ -223,6 +335,7 @@ def test_resume_to_more_steps(tmp_path):
     t = trainer(steps=3, folder=tmp_path / "saved", log=tmp_path / "log")
     t.fit()
     t.save()
+    t.close()
     assert t.manager.optimizers[0].param_groups[0]["lr"] == 0.0
     more = trainer(steps=6, folder=tmp_path / "saved", log=tmp_path / "log")
     more.resume()

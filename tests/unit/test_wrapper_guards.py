@@ -118,6 +118,44 @@ def test_a_deep_copy_is_another_model(single_world):
 # Refusals and the report #
 
 
+class Recurrent(nn.Cell):
+    """MindSpore keeps an LSTM's parameters in ParameterTuples."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.rnn, self.outer = nn.Dense(WIDTH, WIDTH), nn.LSTM(WIDTH, WIDTH), nn.Dense(WIDTH, WIDTH)
+
+    def construct(self, x):
+        return self.outer(self.rnn(self.inner(x).reshape(1, *x.shape))[0].reshape(x.shape))
+
+
+def test_parameters_in_a_tuple_stay_whole(single_world):
+    """And the model trains as its unwrapped twin."""
+
+    def trained(wrapped: bool) -> tuple[list[np.ndarray], nn.Cell]:
+        ms.set_seed(1)
+        model = nn.SequentialCell([Recurrent() for _ in range(2)])
+        if wrapped:
+            wrap(model)
+        manager = bms.optim.OptimManager()
+        manager.add_optimizer(bms.optim.AdamOptimizer(model.trainable_params(), lr=0.1))
+        x = Tensor(np.random.default_rng(0).standard_normal((3, WIDTH)).astype(np.float32))
+        for _ in range(3):
+            manager.zero_grad()
+            manager.backward(lambda x: (model(x) ** 2).sum(), x)
+            manager.step()
+        return [p.asnumpy().reshape(-1) for p in model.get_parameters()], model
+
+    expected, _ = trained(False)
+    got, model = trained(True)
+    for a, b in zip(got, expected):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+    report = model.wrap_report
+    assert not report.blocks and set(report.not_blocks) == {"0", "1"} and len(report.buffers) == 8
+    assert "not a block, because of the ParameterTuple LSTM.w_ih_list: 0, 1" in str(report)
+    assert sum(isinstance(p, bms.DistributedParameter) for p in model.get_parameters()) == 8
+
+
 class Hidden(nn.Cell):
     def __init__(self, hide):
         super().__init__()
@@ -133,7 +171,6 @@ class Hidden(nn.Cell):
     [
         ("weights", lambda cell: setattr(cell, "weights", [cell.inner.weight])),
         ("_weights", lambda cell: setattr(cell, "_weights", {"deep": ([cell.inner.weight], 1)})),
-        ("both", lambda cell: setattr(cell, "both", ms.ParameterTuple((cell.inner.weight, cell.inner.bias)))),
     ],
 )
 def test_parameters_where_they_cannot_be_replaced_are_refused(name, hide):

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import json
-import os
 import secrets
 import shutil
 import sys
 import threading
-import weakref
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,11 +21,13 @@ from ..compat.runtime import from_host, host_array
 from ..optim import OptimManager
 from .errors import CheckpointError
 from .folder import (
+    LATEST,
     FolderLock,
+    Naming,
     checkpoint_name,
-    discard,
-    exchange,
-    latest_in,
+    delete,
+    doomed,
+    find_latest,
     point_to,
     prune,
     step_of,
@@ -37,10 +36,11 @@ from .folder import (
     sync_folder,
     write_text,
 )
-from .run_state import checked, collected
-from .sharded import INDEX, Index, IndexedTensor, ShardedReader, file_name, read_index, useful_threads, write_rank_file
+from .run_state import checked, checked_extra, checked_step, collected
+from .saving import Saving
+from .sharded import INDEX, Index, IndexedTensor, ShardedReader, file_name, read_index, useful_threads
 from .store import Entry, LoadResult, _agree, apply_entries, compare, gather_json
-from .training import GRADIENT, entries_to_load, entries_to_save, load_file, shapes_as_named_here
+from .training import GRADIENT, as_named_here, entries_to_load, entries_to_save, load_file
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Resumed:
         step: of the checkpoint.
         extra: what was passed to `save`.
         path: of the checkpoint.
-        result: names that did not match, with `strict=False`.
+        result: names that did not match, with `strict=False`, and types that were converted.
     """
 
     step: int
@@ -68,7 +68,8 @@ class Checkpointer:
     the same seed, which is compared, goes on bit by bit as if it had never stopped; another number to the rounding of sums over
     ranks.
 
-    A checkpoint appears under its name complete, checked, and on the disk, or not at all; `latest` moves after that.
+    A checkpoint appears under its name complete, checked, and on the disk, or not at all; `latest` moves after that. Without shared
+    storage it gets its name on all hosts or on none, and what it replaces goes when all have it.
 
     Args:
         folder: shared by all ranks, or, without shared storage, of that name on every host. Made if it is not there.
@@ -79,7 +80,6 @@ class Checkpointer:
         on_busy: when `save` comes while one is in the background: `wait` for it, or `refuse`.
 
     Raises:
-        CheckpointError: another job saves to the folder, or it cannot be made.
         ValueError: an option out of range.
     """
 
@@ -106,44 +106,58 @@ class Checkpointer:
         self._is_chief = mesh.rank == 0 if shared_storage else self._world.launch.local_rank == 0
         place = mesh.rank if shared_storage else self._world.launch.local_rank
         self._writes = place < self._world.shards.size  # replicas of a shard: the first of them that a folder sees
-        self._running: _Saving | None = None
+        self._running: Saving | None = None
         self._snapshots: dict[str, np.ndarray] = {}
         self._lock: FolderLock | None = None  # the chief's
         self._locked = False  # the same on every rank
-        _all.add(self)
+        self._deleting: threading.Thread | None = None
 
     def save(self, step: int, extra: dict[str, Any] | None = None, wait: bool = True) -> None:
         """Write a checkpoint.
 
         Args:
             step: steps done; names the checkpoint.
-            extra: JSON-serialisable; comes back from `load`, e.g. the position in the data.
+            extra: JSON-serialisable; comes back from `load` as rank 0 gave it, e.g. the position in the data.
             wait: False: return as soon as this rank's values are copied; a thread writes them. Call `poll` in every step from then
                 on, or `finish`: that is where the checkpoint gets its name, and where an error is raised.
 
         Raises:
-            CheckpointError: it cannot be written, or one is in the background and `on_busy` is `refuse`; on every rank.
+            CheckpointError: it cannot be written, another job saves to the folder, or a save is in the background and `on_busy` is
+                `refuse`; on every rank.
+            ValueError: `step` is not a number of steps, or `extra` not an object that JSON can hold.
         """
-        if step < 0:
-            raise ValueError(f"step must be 0 or more, not {step}")
-        try:
-            copied: dict[str, Any] = json.loads(json.dumps(extra or {}))  # a copy: what is changed later is not saved
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"extra must be what JSON can hold: {error}") from error
+        step, copied = checked_step(step), checked_extra(extra)
         if not self.poll():
             if self._on_busy == "refuse":
                 raise CheckpointError(f"step {self._running.step} is still being saved; wait for it, or use on_busy='wait'")
             self.finish()
-        self._take_lock()
+        self.lock()
         entries = entries_to_save(self._model, self._manager)
         state = collected(self._manager, self._world, step, copied, self._shared)
+        arrays = self._owned(entries)
         target = self._begin(step)
-        self._running = saving = _Saving(step, target, entries, state, self._path_in(target), self._pieces(entries, copy=not wait))
+        error, pieces = None, {}
+        try:
+            pieces = arrays if wait else self._copies(arrays)
+        except Exception as caught:  # out of memory: the other ranks must hear of it
+            error = caught
+        try:
+            _agree(self._world.engine, error, f"{target} cannot be written")
+        except CheckpointError:
+            self._as_chief(shutil.rmtree, target, ignore_errors=True)
+            raise
+        saving = Saving(step, target, entries, state, self._path_in(target), pieces)
         if wait:
-            saving.run()
+            try:
+                saving.run()
+            except BaseException:  # e.g. Ctrl-C: nothing is left of it
+                self._as_chief(shutil.rmtree, target, ignore_errors=True)
+                raise
+            self._set_running(saving)
             self.finish()
         else:
             saving.start()
+            self._set_running(saving)
 
     def poll(self) -> bool:
         """Finish the save in the background if all ranks have written; True if none is left. All ranks call it, e.g. every step.
@@ -162,10 +176,14 @@ class Checkpointer:
     def finish(self) -> None:
         """Wait for the save in the background and give it its name; does nothing if there is none. All ranks call it.
 
+        Older checkpoints that are not kept lose their names; a thread deletes their files, if a thread wrote this one.
+
         Raises:
-            CheckpointError: it failed on a rank, and is not there; or it is, and an older one cannot be deleted; on every rank.
+            CheckpointError: it failed on a rank, and is not there; or it is, and `latest` cannot be moved to it, or an older one
+                cannot be deleted; on every rank.
         """
-        saving, self._running = self._running, None
+        saving = self._running
+        self._set_running(None)
         if saving is None:
             return
         engine, final = self._world.engine, self.folder / checkpoint_name(saving.step)
@@ -175,15 +193,19 @@ class Checkpointer:
             hashes = saving.result()
         except Exception as caught:  # also what no one thought of: the other ranks must hear of it
             error = caught
+        naming = Naming(saving.folder, final)
         try:
             _agree(engine, error, what)
             everybody = gather_json(hashes, engine, "checkpoint hashes")
-            _agree(engine, self._as_chief(self._publish, saving, everybody), what)
+            _agree(engine, self._as_chief(self._write_index, saving, everybody), what)
+            _agree(engine, self._as_chief(naming.do), what)
         except CheckpointError:
-            self._as_chief(shutil.rmtree, saving.folder, ignore_errors=True)
+            self._as_chief(naming.undo)
             engine.barrier("checkpoint removed").wait()  # no rank goes on with half of it there
             raise
-        failed = self._as_chief(prune, self.folder, self._keep_last, self._keep_every)
+        failed = self._as_chief(point_to, self.folder, final.name)
+        _agree(engine, failed, f"{final} was saved, but {self.folder / LATEST} cannot be moved to it")
+        failed = self._as_chief(self._prune, naming, saving.in_background)
         _agree(engine, failed, f"{final} was saved, but an older checkpoint cannot be deleted")
 
     def _as_chief(self, action: Callable[..., Any], *args: Any, **kwargs: Any) -> Exception | None:
@@ -216,23 +238,19 @@ class Checkpointer:
         self.finish()
         source = self.folder if path is None else Path(path)
         error: BaseException | None = None
-        is_file, found = False, None
+        is_file, found, wrong = False, None, ""
         try:
             is_file = source.is_file()
-            found = source if (source / INDEX).exists() else latest_in(source)
+            found, wrong = (source, "") if (source / INDEX).exists() else find_latest(source)
         except OSError as caught:
             error = caught
         _agree(self._world.engine, error, f"{source} cannot be read")
         if is_file:
             state, result = load_file(source, self._model, self._manager, strict)
             return Resumed(state.step, state.extra, source, result)
-        names = gather_json(None if found is None else found.name, self._world.engine, "checkpoint to load")
-        if len(set(names)) > 1:
-            raise CheckpointError(
-                f"ranks see different latest checkpoints in {source}: "
-                + ", ".join(f"{name or 'none'} on rank {rank}" for rank, name in enumerate(names))
-                + ". Is the folder shared? If it is not, name one that every host has"
-            )
+        found = self._same_everywhere(source, found)
+        if wrong and self._world.mesh.rank == 0:
+            sys.stderr.write(f"WARNING: {wrong}\n")
         if found is None:
             if path is not None:
                 raise CheckpointError(f"{path} is no checkpoint, and there is none in it")
@@ -240,15 +258,20 @@ class Checkpointer:
         return self._load(found, strict, _older(found) if found != source else "")
 
     def close(self) -> None:
-        """Finish, and let another job save here."""
+        """Finish, let go of the memory for copies, and let another job save here."""
         try:
             self.finish()
         finally:
+            self._snapshots.clear()
+            self._join_deletion()
             self._unlock()
 
-    # Saving #
+    def lock(self) -> None:
+        """Keep other jobs from saving here, from now until `close`; the first `save` does it otherwise. All ranks call it.
 
-    def _take_lock(self) -> None:
+        Raises:
+            CheckpointError: another job saves here, or the folder cannot be made; on every rank.
+        """
         if self._locked:
             return
         try:
@@ -257,6 +280,8 @@ class Checkpointer:
             self._unlock()  # on a host where it went well
             raise
         self._locked = True
+
+    # Saving #
 
     def _lock_folder(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -269,8 +294,21 @@ class Checkpointer:
             self._lock.release()
             self._lock = None
 
+    def _set_running(self, saving: Saving | None) -> None:
+        self._running = saving
+        if saving is None:
+            _unfinished.pop(id(self), None)
+        else:
+            _unfinished[id(self)] = self
+
+    def _join_deletion(self) -> None:
+        if self._deleting is not None:
+            self._deleting.join()
+            self._deleting = None
+
     def _begin(self, step: int) -> Path:
         """The folder to write into, made by the chief."""
+        self._join_deletion()  # there would not be room for all of them
         token = gather_json(secrets.token_hex(8) if self._world.mesh.rank == 0 else None, self._world.engine, "checkpoint")[0]
         target = self.folder / f".{checkpoint_name(step)}.{token}"
         _agree(self._world.engine, self._as_chief(target.mkdir), f"{target} cannot be made")
@@ -281,9 +319,9 @@ class Checkpointer:
         shards = self._world.shards
         return folder / file_name(shards.rank, shards.size) if self._writes else None
 
-    def _pieces(self, entries: Mapping[str, Entry], copy: bool) -> dict[str, tuple[Any, np.ndarray]]:
-        """What this rank owns, flat; copied into memory that is kept for the next time."""
-        pieces, copies = {}, []
+    def _owned(self, entries: Mapping[str, Entry]) -> dict[str, tuple[Any, np.ndarray]]:
+        """What this rank writes, flat: name -> (dtype, array)."""
+        pieces = {}
         rank, engine = self._world.shards.rank, self._world.engine
         for name, entry in entries.items():
             array = host_array(entry.get()).reshape(-1)
@@ -294,45 +332,75 @@ class Checkpointer:
             elif entry.shard_length is not None:
                 start = min(rank * entry.shard_length, entry.count)
                 array = array[: min(start + entry.shard_length, entry.count) - start]
-            if copy and array.size:
-                kept = self._snapshots.get(name)
-                if kept is None or kept.shape != array.shape or kept.dtype != array.dtype:
-                    kept = self._snapshots[name] = np.empty_like(array)
-                copies.append((kept, array))
-                array = kept
             pieces[name] = entry.dtype, np.ascontiguousarray(array)
-        with ThreadPoolExecutor(useful_threads()) as pool:  # training waits for it
-            list(pool.map(lambda pair: np.copyto(*pair), copies))
         return pieces
 
-    def _publish(self, saving: _Saving, hashes: list[dict[str, list[str]]]) -> None:
-        """Index, name, pointer, in this order."""
+    def _copies(self, pieces: Mapping[str, tuple[Any, np.ndarray]]) -> dict[str, tuple[Any, np.ndarray]]:
+        """Of arrays, in memory that is kept for the next time."""
+        for name, (_, array) in pieces.items():
+            kept = self._snapshots.get(name)
+            if kept is None or kept.shape != array.shape or kept.dtype != array.dtype:
+                self._snapshots[name] = np.empty_like(array)
+        with ThreadPoolExecutor(useful_threads()) as pool:  # training waits for it
+            list(pool.map(lambda name: np.copyto(self._snapshots[name], pieces[name][1]), pieces))
+        return {name: (dtype, self._snapshots[name]) for name, (dtype, _) in pieces.items()}
+
+    def _write_index(self, saving: Saving, hashes: list[dict[str, list[str]]]) -> None:
         ranks = self._world.shards.size
         tensors = {
             name: IndexedTensor(
-                e.dtype, e.shape, e.shard_length, [hashes[r][name] for r in range(1 if e.shard_length is None else ranks)]
+                e.dtype,
+                e.shape,
+                e.shard_length,
+                [hashes[r][name] for r in range(1 if e.shard_length is None else ranks)],
+                e.of_model,
             )
             for name, e in saving.entries.items()
         }
         index = Index(ranks, saving.folder.name.rsplit(".", 1)[1], saving.state, tensors)
         write_text(saving.folder / INDEX, index.to_json())
         sync_folder(saving.folder)
-        final = self.folder / checkpoint_name(saving.step)
-        if final.exists():  # saved before, by this run or by one that went back
-            replaced = saving.folder
-            if not exchange(replaced, final):  # not Linux, or an old file system: for a moment there is none of this step
-                replaced = self.folder / f".{final.name}.old"  # which `sweep` would put back
-                shutil.rmtree(replaced, ignore_errors=True)
-                os.replace(final, replaced)
-                os.replace(saving.folder, final)
-            sync_folder(self.folder)
-            discard(replaced)
+
+    def _prune(self, naming: Naming, in_background: bool) -> None:
+        """Delete what was replaced, and what need not be kept."""
+        going = [] if naming.replaced is None else [doomed(naming.replaced)]
+        going += prune(self.folder, self._keep_last, self._keep_every)
+        if in_background:
+            self._deleting = threading.Thread(target=delete, args=(going,), name="bmtrain_ms-delete")
+            self._deleting.start()
         else:
-            os.replace(saving.folder, final)
-        sync_folder(self.folder)
-        point_to(self.folder, final.name)
+            delete(going)
 
     # Loading #
+
+    def _same_everywhere(self, source: Path, found: Path | None) -> Path | None:
+        """The checkpoint to load, on which all hosts agree: one that was getting its name may have it on some of them only."""
+        mine: dict[str, str | None] = {}
+        if found is not None and found != source and not self._shared:
+            mine = {checkpoint_name(step): _identity(source / checkpoint_name(step)) for step in steps_in(source)}
+        everybody = gather_json([None if found is None else found.name, mine], self._world.engine, "checkpoint to load")
+        names, common = [name for name, _ in everybody], []
+        for name, identity in mine.items():
+            if identity is not None and all(other.get(name) == identity for _, other in everybody):
+                common.append(source / name)
+        last = min(step_of(source / name) for name in names) if common else 0
+        older = [path for path in common if step_of(path) <= last]
+        if len(set(names)) == 1:
+            identities = {other.get(names[0]) for _, other in everybody}
+            if len(identities) == 1 or None in identities or not older:  # None: damaged, which loading says
+                return found
+        if older:
+            if self._world.mesh.rank == 0:
+                sys.stderr.write(
+                    f"WARNING: hosts have not the same latest checkpoint in {source} ({', '.join(sorted(set(names)))}); going on "
+                    f"from {older[-1].name}, the last that all have\n"
+                )
+            return older[-1]
+        raise CheckpointError(
+            f"ranks see different latest checkpoints in {source}: "
+            + ", ".join(f"{name or 'none'} on rank {rank}" for rank, name in enumerate(names))
+            + ". Is the folder shared? If it is not, name one that every host has"
+        )
 
     def _load(self, folder: Path, strict: bool, advice: str) -> Resumed:
         """`advice`: what else there is, if this one is damaged."""
@@ -345,8 +413,8 @@ class Checkpointer:
                     self._check_layout(folder, layout)
                 with _advising(advice):
                     reader = stack.enter_context(ShardedReader(folder, None if self._shared else [here.shards.rank]))
-                entries, sources = entries_to_load(self._model, self._manager, reader.shapes)
-                result = compare(shapes_as_named_here(reader.shapes, sources), entries, strict, str(folder))
+                entries, sources = entries_to_load(self._model, self._manager, reader.described)
+                result = compare(as_named_here(reader.described, sources), entries, strict, str(folder))
                 state = checked(reader.index.state, self._manager, here, strict, str(folder))
             except Exception as caught:  # whatever it is: the other ranks wait
                 error = caught
@@ -363,7 +431,8 @@ class Checkpointer:
             except Exception as caught:
                 error = caught
             _agree(here.engine, error, what)
-        self._manager.restore_gradients({n[len(GRADIENT) :]: e.get() for n, e in entries.items() if n.startswith(GRADIENT)})
+        gradients = {n[len(GRADIENT) :]: e.get() for n, e in entries.items() if n.startswith(GRADIENT) and not e.of_model}
+        self._manager.restore_gradients(gradients)
         state.restore(self._manager, here)
         return Resumed(state.step, state.extra, folder, result)
 
@@ -385,65 +454,29 @@ class Checkpointer:
                 )
 
 
-_all: weakref.WeakSet[Checkpointer] = weakref.WeakSet()
+_unfinished: dict[int, Checkpointer] = {}  # those that save in the background, which nobody else may keep
 
 
 def _report_at_exit() -> None:
     """Of what nobody waited for: it has no name, and is not a checkpoint."""
-    for checkpointer in _all:
-        saving = checkpointer._running
+    for checkpointer in _unfinished.values():
+        saving, why = checkpointer._running, "the process ends before Checkpointer.finish() or close()"
         if saving is not None:
-            where = checkpointer.folder / checkpoint_name(saving.step)
-            sys.stderr.write(f"ERROR: {where} was not saved: the process ends before Checkpointer.finish() or close()\n")
+            with contextlib.suppress(Exception):
+                saving.result()
+            if isinstance(saving.error, (OSError, MemoryError, CheckpointError)):  # nothing that a dying interpreter causes
+                why = str(saving.error)
+            sys.stderr.write(f"ERROR: {checkpointer.folder / checkpoint_name(saving.step)} was not saved: {why}\n")
 
 
 atexit.register(_report_at_exit)
 
 
-class _Saving:
-    """One save on this rank."""
-
-    def __init__(
-        self,
-        step: int,
-        folder: Path,
-        entries: Mapping[str, Entry],
-        state: dict[str, Any],
-        path: Path | None,
-        pieces: dict[str, tuple[Any, np.ndarray]],
-    ):
-        self.step, self.folder, self.entries, self.state = step, folder, entries, state
-        self._path = path
-        self._pieces = pieces
-        self._hashes: dict[str, list[str]] = {}
-        self._error: BaseException | None = None
-        self._thread: threading.Thread | None = None
-
-    def run(self) -> None:
-        """Write in this thread; an error is kept for `result`."""
-        try:
-            if self._path is not None:
-                self._hashes = write_rank_file(self._path, self._pieces, {"format": "pt"})
-        except Exception as caught:
-            self._error = caught
-        self._pieces = {}
-
-    def start(self) -> None:
-        """Write in a thread of its own."""
-        self._thread = threading.Thread(target=self.run, name="bmtrain_ms-checkpoint", daemon=True)
-        self._thread.start()
-
-    def done(self) -> bool:
-        """Whether `result` would return, or raise, at once."""
-        return self._thread is None or not self._thread.is_alive()
-
-    def result(self) -> dict[str, list[str]]:
-        """Name -> hashes of this rank's pieces; raises what writing raised."""
-        if self._thread is not None:
-            self._thread.join()
-        if self._error is not None:
-            raise self._error
-        return self._hashes
+def _identity(checkpoint: Path) -> str | None:
+    try:
+        return read_index(checkpoint).identity
+    except CheckpointError:
+        return None
 
 
 def _renamed(read: Callable[[str, int, int], np.ndarray], sources: Mapping[str, str]) -> Callable[[str, int, int], np.ndarray]:

@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
+import shutil
 from pathlib import Path
 from typing import Any, Mapping, Sequence
 
@@ -19,13 +21,14 @@ import numpy as np
 
 from ..compat.runtime import numpy_dtype
 from .errors import CheckpointError
-from .folder import replace_text
+from .folder import replace_text, sync_folder
 from .format import Reader, RegularFile, TensorInfo
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 _LARGEST_INDEX = 1 << 30  # bytes
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
+_ONE_OF_SEVERAL = re.compile(r"model-\d{5}-of-\d{5}\.safetensors", re.ASCII)
 _PLAIN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*\.safetensors")
 
 
@@ -60,17 +63,48 @@ def file_names(count: int) -> list[str]:
     return [SINGLE] if count == 1 else [f"model-{i:05}-of-{count:05}.safetensors" for i in range(1, count + 1)]
 
 
-def forget(folder: Path) -> None:
-    """Remove what says where tensors are, before other files are written: an old index would mix two models."""
-    (folder / INDEX).unlink(missing_ok=True)
-    (folder / SINGLE).unlink(missing_ok=True)
+class Replacement:
+    """Files that are written beside a model's folder's own, and take their place when all of them are there.
 
+    Attributes:
+        folder: to write `file_names` into; it is gone after the `with` statement.
+    """
 
-def write_index(folder: Path, groups: Sequence[Sequence[str]], total: int) -> None:
-    """The index of several files; in one instant."""
-    names = file_names(len(groups))
-    index = {"metadata": {"total_size": total}, "weight_map": {x: file for file, group in zip(names, groups) for x in group}}
-    replace_text(folder / INDEX, json.dumps(index, indent=1))
+    def __init__(self, target: Path):
+        self._target = target
+        self.folder = target / f".new-{os.getpid()}"
+
+    def __enter__(self) -> Replacement:
+        shutil.rmtree(self.folder, ignore_errors=True)
+        self.folder.mkdir(parents=True)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def commit(self, groups: Sequence[Sequence[str]], total: int) -> list[Path]:
+        """Have them be the model: name -> file of several is written last. An old index would mix two models, so it goes first.
+
+        Args:
+            groups: names of tensors in each file.
+            total: bytes of all tensors.
+
+        Returns:
+            The files.
+        """
+        names = file_names(len(groups))
+        for path in (self._target / INDEX, self._target / SINGLE):
+            path.unlink(missing_ok=True)
+        for path in self._target.iterdir():
+            if _ONE_OF_SEVERAL.fullmatch(path.name) and path.name not in names:
+                path.unlink()
+        for name in names:
+            os.replace(self.folder / name, self._target / name)
+        sync_folder(self._target)
+        if len(groups) > 1:
+            weights = {x: file for file, group in zip(names, groups) for x in group}
+            replace_text(self._target / INDEX, json.dumps({"metadata": {"total_size": total}, "weight_map": weights}, indent=1))
+        return [self._target / name for name in names]
 
 
 class ConsolidatedReader:
@@ -105,6 +139,11 @@ class ConsolidatedReader:
     def tensors(self) -> dict[str, TensorInfo]:
         """By name."""
         return {name: reader.tensors[name] for name, reader in self._of.items()}
+
+    @property
+    def described(self) -> dict[str, tuple[tuple[int, ...], Any]]:
+        """Name -> (shape, MindSpore dtype)."""
+        return {name: (info.shape, info.dtype) for name, info in self.tensors.items()}
 
     def read(self, name: str, start: int, stop: int) -> np.ndarray:
         """Elements [start, stop) of the flattened tensor."""

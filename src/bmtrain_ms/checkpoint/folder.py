@@ -10,7 +10,6 @@ Order is that of the steps; clocks play no part.
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import fcntl
 import os
@@ -19,6 +18,7 @@ import shutil
 import socket
 import weakref
 from pathlib import Path
+from typing import Sequence
 
 from .errors import CheckpointError
 from .format import RegularFile
@@ -48,13 +48,29 @@ def steps_in(folder: Path) -> list[int]:
 
 
 def latest_in(folder: Path) -> Path | None:
-    """The checkpoint to go on from: what `latest` names, or, if that is gone, the one of the most steps; None: there is none."""
-    with contextlib.suppress(CheckpointError, UnicodeDecodeError), RegularFile(folder / LATEST) as file:
-        name = file.read(0, min(file.size, 64)).decode().strip()
+    """The checkpoint to go on from."""
+    return find_latest(folder)[0]
+
+
+def find_latest(folder: Path) -> tuple[Path | None, str]:
+    """The checkpoint to go on from: what `latest` names, or, if that is gone, the one of the most steps; None: there is none.
+
+    And what is wrong with `latest`, if it was of no use; empty: nothing.
+    """
+    wrong = ""
+    try:
+        with RegularFile(folder / LATEST) as file:
+            name = file.read(0, min(file.size, 64)).decode(errors="replace").strip()
         if _NAME.fullmatch(name) and (folder / name / INDEX).is_file():
-            return folder / name
+            return folder / name, ""
+        wrong = f"{folder / LATEST} says {name!r}, which is no checkpoint here"
+    except CheckpointError as error:
+        wrong = str(error)
     steps = steps_in(folder)
-    return folder / checkpoint_name(steps[-1]) if steps else None
+    if not steps:
+        return None, ""
+    found = folder / checkpoint_name(steps[-1])
+    return found, f"{wrong}; going on from {found.name}, which has the most steps. Name another one if that is not right"
 
 
 def point_to(folder: Path, name: str) -> None:
@@ -65,14 +81,15 @@ def point_to(folder: Path, name: str) -> None:
 def replace_text(path: Path, text: str) -> None:
     """Write a file; it appears under its name, complete and on the disk, in one instant."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.unlink(missing_ok=True)
     write_text(temporary, text)
     os.replace(temporary, path)
     sync_folder(path.parent)
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file, and bring it to the disk."""
-    with open(path, "w", encoding="utf-8") as file:
+    """Write a file that is not there yet, not even as a link, and bring it to the disk."""
+    with open(path, "x", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
@@ -87,6 +104,45 @@ def exchange(new: Path, old: Path) -> bool:
     return rename(_HERE, os.fsencode(new), _HERE, os.fsencode(old), _EXCHANGE) == 0
 
 
+class Naming:
+    """Gives a complete folder its name, in one instant; can be undone until the files that it replaced are deleted.
+
+    Attributes:
+        replaced: where the checkpoint is that had the name before, if there was one.
+    """
+
+    def __init__(self, new: Path, final: Path):
+        self._new, self._final, self._done = new, final, False
+        self.replaced: Path | None = None
+
+    def do(self) -> None:
+        """Rename, and bring the name to the disk."""
+        if self._final.exists():  # saved before, by this run or by one that went back
+            if exchange(self._new, self._final):
+                self.replaced, self._done = self._new, True
+            else:  # not Linux, or an old file system: for a moment there is none of this step
+                old = self._final.with_name(f".{self._final.name}.old")  # which `sweep` would put back
+                shutil.rmtree(old, ignore_errors=True)
+                os.replace(self._final, old)
+                self.replaced = old
+        if not self._done:
+            os.replace(self._new, self._final)
+            self._done = True
+        sync_folder(self._final.parent)
+
+    def undo(self) -> None:
+        """As it was before, whatever of `do` was done; the new files are deleted."""
+        if self._done and self.replaced == self._new:
+            exchange(self._new, self._final)
+        else:
+            if self._done:
+                os.replace(self._final, self._new)
+            if self.replaced is not None:
+                os.replace(self.replaced, self._final)
+        shutil.rmtree(self._new, ignore_errors=True)
+        sync_folder(self._final.parent)
+
+
 def sync_folder(folder: Path) -> None:
     """Bring names in a folder to the disk."""
     handle = os.open(folder, os.O_RDONLY)
@@ -96,13 +152,15 @@ def sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
-def prune(folder: Path, keep_last: int | None, keep_every: int | None) -> list[str]:
-    """Delete checkpoints that need not be kept, oldest first; never the one that `latest` names. Returns their names.
+def prune(folder: Path, keep_last: int | None, keep_every: int | None) -> list[Path]:
+    """Take the names of checkpoints that need not be kept, oldest first; never of the one that `latest` names.
+
+    Returns folders whose files are still to be deleted, which may take as long as writing them.
 
     Those of later steps than the latest, which a run that went back has left, are neither counted nor deleted.
 
     Raises:
-        OSError: one cannot be deleted.
+        OSError: one cannot be renamed.
     """
     if keep_last is None:
         return []
@@ -114,18 +172,22 @@ def prune(folder: Path, keep_last: int | None, keep_every: int | None) -> list[s
     for step in counted[:-keep_last]:  # the latest is the last of them
         if keep_every and step % keep_every == 0:
             continue
-        name = checkpoint_name(step)
-        discard(folder / name)
-        gone.append(name)
+        gone.append(doomed(folder / checkpoint_name(step)))
     return gone
 
 
-def discard(path: Path) -> None:
-    """Delete a checkpoint. It first loses its name and then its files, so that none is ever found half deleted."""
-    doomed = path.with_name(f".{path.name.lstrip('.')}.gone")
-    shutil.rmtree(doomed, ignore_errors=True)
-    os.replace(path, doomed)
-    shutil.rmtree(doomed, ignore_errors=True)
+def doomed(path: Path) -> Path:
+    """Take a checkpoint's name, so that it is never found half deleted; returns where its files are."""
+    target = path.with_name(f".{path.name.lstrip('.')}.gone")
+    shutil.rmtree(target, ignore_errors=True)
+    os.replace(path, target)
+    return target
+
+
+def delete(folders: Sequence[Path]) -> None:
+    """With all files."""
+    for path in folders:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def sweep(folder: Path) -> None:
@@ -145,18 +207,25 @@ class FolderLock:
     """That one job only saves to a folder. The system lets go of it when the process ends, however it ends.
 
     Raises:
-        CheckpointError: another job has it.
+        CheckpointError: another job has it, or the file system has no locks.
     """
 
     def __init__(self, folder: Path):
-        self._file = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+        path = folder / ".lock"
+        self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        except BlockingIOError as error:
             holder = os.read(self._file, 200).decode(errors="replace").strip() or "unknown"
             os.close(self._file)
             raise CheckpointError(
                 f"another job saves to {folder} ({holder}); end it, or choose another folder: they would mix their checkpoints"
+            ) from error
+        except OSError as error:
+            os.close(self._file)
+            raise CheckpointError(
+                f"{path} cannot be locked, so that two jobs could mix their checkpoints: {error.strerror}; choose a folder on "
+                "another file system"
             ) from error
         os.ftruncate(self._file, 0)
         os.write(self._file, f"process {os.getpid()} on {socket.gethostname()}\n".encode())

@@ -33,6 +33,9 @@ TYPE_NAMES = {
     ms.int16: "I16",
     ms.int32: "I32",
     ms.int64: "I64",
+    ms.uint16: "U16",
+    ms.uint32: "U32",
+    ms.uint64: "U64",
     ms.bool_: "BOOL",
 }
 DTYPES: dict[str, Any] = {name: dtype for dtype, name in TYPE_NAMES.items()}
@@ -216,7 +219,8 @@ class AtomicFile:
     def __init__(self, path: Path, header: bytes, size: int):
         self.path = path
         self._temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        self._file = open(self._temporary, "wb")  # noqa: SIM115  (closed by commit or discard)
+        self._temporary.unlink(missing_ok=True)
+        self._file = open(self._temporary, "xb")  # noqa: SIM115  (closed by commit or discard)
         try:
             self._file.truncate(size)
             self._file.write(header)

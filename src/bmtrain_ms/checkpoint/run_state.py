@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import operator
 import platform
 import random
 from dataclasses import dataclass
@@ -51,6 +53,31 @@ class RunState:
         if self.generators is not None:
             random.setstate(self.generators[0])
             np.random.set_state(self.generators[1])
+
+
+def checked_step(step: Any) -> int:
+    """The number of steps that names a checkpoint.
+
+    Raises:
+        ValueError: it is none.
+    """
+    if isinstance(step, (bool, np.bool_)) or not hasattr(step, "__index__") or not is_count(operator.index(step)):
+        raise ValueError(f"step must be a whole number of 0 or more, not {step!r}")
+    return operator.index(step)
+
+
+def checked_extra(extra: Any) -> dict[str, Any]:
+    """A copy of what the caller adds: what is changed later is not saved.
+
+    Raises:
+        ValueError: it is not an object that JSON can hold.
+    """
+    if extra is not None and not isinstance(extra, dict):
+        raise ValueError(f"extra must be a dictionary, not {type(extra).__name__}: save(step, {{'position': ...}})")
+    try:
+        return json.loads(json.dumps(extra or {}))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"extra must be what JSON can hold: {error}") from error
 
 
 def collected(manager: OptimManager, here: World, step: int, extra: dict[str, Any], shared: bool) -> dict[str, Any]:

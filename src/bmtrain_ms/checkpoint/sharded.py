@@ -27,10 +27,12 @@ from .errors import CheckpointError
 from .format import DTYPES, LARGEST, TYPE_NAMES, RegularFile, TensorInfo, is_count, is_shape, plan, read_header
 
 INDEX = "index.json"
+STATE_PREFIXES = ("optimizer.", "gradient.")  # of names of tensors that are not the model's
 VERSION = 2
 HASHED = 4 << 20  # bytes that share a hash
 # Bytes of a `pwrite`: larger ones take larger pages of the page cache, which a virtual machine may have to ask its host for. 2 GB
 # took 0.5 s in pieces of 64 or 128 KiB, and 0.5 to 5.5 s in larger ones.
+MOST_RANKS = 99999
 WRITTEN = 128 << 10
 FLUSHED = 64 << 20  # bytes after which the system is asked to bring them to the disk
 _LARGEST_INDEX = 1 << 30  # bytes
@@ -46,12 +48,14 @@ class IndexedTensor:
         shard: elements of each rank's piece, the last shorter or empty; None: whole, in rank 0's file (in every rank's, without
             shared storage).
         hashes: of the pieces, by rank, or of the whole; for each 4 MiB a hexadecimal number.
+        of_model: False: of an optimizer, or a gradient.
     """
 
     dtype: Any
     shape: tuple[int, ...]
     shard: int | None
     hashes: Sequence[Sequence[str]]
+    of_model: bool = True
 
     @property
     def count(self) -> int:
@@ -90,7 +94,13 @@ class Index:
     def to_json(self) -> str:
         """The file's text."""
         tensors = {
-            name: {"dtype": TYPE_NAMES[t.dtype], "shape": list(t.shape), "shard": t.shard, "hashes": [list(h) for h in t.hashes]}
+            name: {
+                "dtype": TYPE_NAMES[t.dtype],
+                "shape": list(t.shape),
+                "shard": t.shard,
+                "hashes": [list(h) for h in t.hashes],
+                "of_model": t.of_model,
+            }
             for name, t in self.tensors.items()
         }
         known = {"format": "bmtrain_ms", "version": VERSION, "ranks": self.ranks, "identity": self.identity}
@@ -139,10 +149,11 @@ def _parsed(raw: Any) -> Index:
     if not is_count(version):
         raise CheckpointError("it has no version")
     _expect(version <= VERSION, f"it has format version {version}, this bmtrain_ms reads up to {VERSION}; upgrade")
+    _expect(version == VERSION, f"it has format version {version}, which no bmtrain_ms wrote as a folder")
     checksum = raw.pop("checksum", None)
     _expect(checksum == _checksum(raw), "it is damaged: its checksum differs")
     ranks, identity, state, tensors = _fields(raw, "ranks", "identity", "state", "tensors")
-    if not (is_count(ranks) and 1 <= ranks <= 99999):
+    if not (is_count(ranks) and 1 <= ranks <= MOST_RANKS):
         raise CheckpointError(f"it says that {ranks!r} ranks wrote it")
     if not (isinstance(identity, str) and isinstance(state, dict) and isinstance(tensors, dict)):
         raise CheckpointError("parts of it are missing")
@@ -167,7 +178,9 @@ def _tensor(name: str, entry: Any, ranks: int) -> IndexedTensor:
         start, stop = made.piece(rank)
         wanted = -(-(stop - start) * made.itemsize // HASHED)
         _expect(len(h) == wanted, f"tensor {name} has {len(h)} hashes of rank {rank}'s piece, which needs {wanted}")
-    return IndexedTensor(made.dtype, made.shape, shard, hashes)
+    of_model = entry.get("of_model", not name.startswith(STATE_PREFIXES))  # the first of version 2 did not say
+    _expect(isinstance(of_model, bool), f"tensor {name} may be of the model or not: {of_model!r}")
+    return IndexedTensor(made.dtype, made.shape, shard, hashes, of_model)
 
 
 def _fields(raw: dict[str, Any], *names: str) -> list[Any]:
@@ -208,9 +221,9 @@ class ShardedReader:
         return sum(info.count * numpy_dtype(info.dtype).itemsize for _, infos in self._files.values() for info in infos.values())
 
     @property
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Name -> shape of the full tensor."""
-        return {name: t.shape for name, t in self.index.tensors.items()}
+    def described(self) -> dict[str, tuple[tuple[int, ...], Any]]:
+        """Name -> (shape of the full tensor, MindSpore dtype)."""
+        return {name: (t.shape, t.dtype) for name, t in self.index.tensors.items()}
 
     def read(self, name: str, start: int, stop: int) -> np.ndarray:
         """Elements [start, stop) of the flattened full tensor.

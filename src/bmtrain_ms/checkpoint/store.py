@@ -10,7 +10,7 @@ import contextlib
 import difflib
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, Callable, Mapping, Sequence
@@ -22,10 +22,14 @@ from ..comm import Engine, World, all_gather_bytes, world
 from ..compat.runtime import from_host, host_array, numpy_dtype, overwrite
 from ..zero import DistributedParameter
 from .background import DeferredFile, pending
-from .consolidated import ConsolidatedReader, file_names, forget, size_in_bytes, split, tensor_bytes, write_index
+from .consolidated import ConsolidatedReader, Replacement, file_names, size_in_bytes, split, tensor_bytes
 from .errors import CheckpointError
-from .format import AtomicFile, plan
+from .format import TYPE_NAMES, AtomicFile, plan
 
+# What is there: name -> (shape, MindSpore dtype)
+Described = Mapping[str, tuple[tuple[int, ...], Any]]
+
+_DTYPES = {numpy_dtype(dtype): dtype for dtype in TYPE_NAMES}
 PIECE = 4 << 20  # bytes of each rank that travel at once
 
 
@@ -38,6 +42,7 @@ class Entry:
         get: this rank's flat shard (sharded), or the full tensor (replicated).
         set: takes what `get` gives.
         shard_length: elements per rank, the last padded; None: replicated on every rank.
+        of_model: False: of an optimizer, or a gradient.
     """
 
     shape: tuple[int, ...]
@@ -45,6 +50,7 @@ class Entry:
     get: Callable[[], Tensor]
     set: Callable[[Tensor], None]
     shard_length: int | None
+    of_model: bool = True
 
     @property
     def count(self) -> int:
@@ -54,10 +60,11 @@ class Entry:
 
 @dataclass(frozen=True)
 class LoadResult:
-    """What did not match: `missing` in the file, `unexpected` in the file."""
+    """What did not match: names `missing` in the file, `unexpected` ones in it, and which were `converted` from what to what."""
 
     missing: list[str]
     unexpected: list[str]
+    converted: list[str] = field(default_factory=list)
 
 
 def model_entries(model: nn.Cell) -> dict[str, Entry]:
@@ -78,7 +85,7 @@ def sharded_entry(p: DistributedParameter) -> Entry:
 def companion_entry(p: DistributedParameter | None, tensor: Tensor) -> Entry:
     """The entry of a tensor that is sharded as `p` is (a moment, a master), or the same on every rank; written in place."""
     shape, length = (tuple(tensor.shape), None) if p is None else (p.full_shape, p.shard_length)
-    return Entry(shape, tensor.dtype, lambda: tensor, lambda values: overwrite(tensor, values), length)
+    return Entry(shape, tensor.dtype, lambda: tensor, lambda values: overwrite(tensor, values), length, of_model=False)
 
 
 def _replicated_entry(p: Parameter) -> Entry:
@@ -108,21 +115,22 @@ def save(model: nn.Cell, file_name: str | Path, non_blocking: bool = False, max_
     sizes = {name: tensor_bytes(entry.dtype, entry.shape) for name, entry in entries.items()}
     groups = split(sizes, size_in_bytes(max_shard_size))
     folder, error = Path(file_name), None
-    try:
-        if here.engine.rank == 0:
-            folder.mkdir(parents=True, exist_ok=True)
-            forget(folder)
-    except OSError as caught:
-        error = caught
-    _agree(here.engine, error, f"{folder} cannot be made")
-    for name, group in zip(file_names(len(groups)), groups):
-        save_entries(folder / name, {x: entries[x] for x in group}, {"format": "pt"}, here)
-    try:
-        if here.engine.rank == 0 and len(groups) > 1:
-            write_index(folder, groups, sum(sizes.values()))
-    except OSError as caught:
-        error = caught
-    _agree(here.engine, error, f"{folder} cannot be written")
+    new = Replacement(folder)
+    with contextlib.ExitStack() as stack:
+        try:
+            if here.engine.rank == 0:
+                stack.enter_context(new)
+        except OSError as caught:
+            error = caught
+        _agree(here.engine, error, f"{folder} cannot be made")
+        for name, group in zip(file_names(len(groups)), groups):
+            save_entries(new.folder / name, {x: entries[x] for x in group}, {"format": "pt"}, here)
+        try:
+            if here.engine.rank == 0:
+                new.commit(groups, sum(sizes.values()))
+        except OSError as caught:
+            error = caught
+        _agree(here.engine, error, f"{folder} cannot be written")
 
 
 def wait_for_saves() -> None:
@@ -150,10 +158,10 @@ def load(model: nn.Cell, file_name: str | Path, strict: bool = True) -> LoadResu
     `file_name`: a safetensors file, or a folder, or an index, of several. Values are converted to the parameter's dtype.
 
     Args:
-        strict: raise where names differ; otherwise they are returned.
+        strict: raise where names differ, or types that hold other values (an integer is no float); otherwise they are returned.
 
     Raises:
-        CheckpointError: unreadable, another shape, or (strict) other names; on every rank.
+        CheckpointError: unreadable, another shape, or (strict) other names or types; on every rank.
     """
     wait_for_saves()
     return load_entries(file_name, model_entries(model), world(), strict)
@@ -183,7 +191,8 @@ def load_state_dict(model: nn.Cell, state: Mapping[str, Any], strict: bool = Tru
     """
     entries = model_entries(model)
     arrays = {name: host_array(x) if isinstance(x, Tensor) else np.asarray(x) for name, x in state.items()}
-    result = compare({name: x.shape for name, x in arrays.items()}, entries, strict, "the state", "it")
+    there = {name: (tuple(x.shape), _DTYPES.get(x.dtype)) for name, x in arrays.items()}
+    result = compare(there, entries, strict, "the state", "it")
     for name, entry in entries.items():
         if name in arrays:
             entry.set(from_host(_shard(partial(_elements, arrays[name].reshape(-1)), entry, world().shards)))
@@ -232,18 +241,17 @@ def save_entries(
         pending.append(file if isinstance(file, DeferredFile) else None)
 
 
-def read_headers(path: str | Path, here: World) -> tuple[dict[str, str], dict[str, tuple[int, ...]]]:
-    """The strings in a file's header, and name -> shape of its tensors; on every rank alike."""
+def read_headers(path: str | Path, here: World) -> tuple[dict[str, str], Described]:
+    """The strings in a file's header, and its tensors; on every rank alike."""
     error: BaseException | None = None
-    metadata, shapes = {}, {}
+    metadata, there = {}, {}
     try:
         with ConsolidatedReader(path) as reader:
-            metadata = reader.metadata
-            shapes = {name: info.shape for name, info in reader.tensors.items()}
+            metadata, there = reader.metadata, reader.described
     except Exception as caught:  # whatever it is: the other ranks wait
         error = caught
     _agree(here.engine, error, f"{path} cannot be loaded")
-    return metadata, shapes
+    return metadata, there
 
 
 def load_entries(path: str | Path, entries: Mapping[str, Entry], here: World, strict: bool = True) -> LoadResult:
@@ -252,8 +260,7 @@ def load_entries(path: str | Path, entries: Mapping[str, Entry], here: World, st
     with contextlib.ExitStack() as stack:
         try:
             reader = stack.enter_context(ConsolidatedReader(path))
-            shapes = {name: info.shape for name, info in reader.tensors.items()}
-            result = compare(shapes, entries, strict, str(reader.path))
+            result = compare(reader.described, entries, strict, str(reader.path))
         except Exception as caught:
             error = caught
         _agree(here.engine, error, f"{path} cannot be loaded")
@@ -311,21 +318,25 @@ def _shard(read: Callable[[int, int], np.ndarray], entry: Entry, engine: Engine)
     return shard
 
 
-def compare(
-    there: Mapping[str, tuple[int, ...]], entries: Mapping[str, Entry], strict: bool, what: str, where: str = "the file"
-) -> LoadResult:
-    """What does not match; `there`: name -> shape in the file, which messages call `where`.
+def compare(there: Described, entries: Mapping[str, Entry], strict: bool, what: str, where: str = "the file") -> LoadResult:
+    """What does not match; `there` is in the file, which messages call `where`.
 
     Raises:
-        CheckpointError: shapes differ, or (strict) names.
+        CheckpointError: shapes differ, or (strict) names, or types that hold other values: floats, integers, truth values.
     """
     result = LoadResult([name for name in entries if name not in there], [name for name in there if name not in entries])
-    shapes = [
-        f"{name}: {there[name]} in {where}, {entry.shape} here"
-        for name, entry in entries.items()
-        if name in there and there[name] != entry.shape
-    ]
+    shapes, kinds = [], []
+    for name, entry in entries.items():
+        shape, dtype = there.get(name, (entry.shape, entry.dtype))
+        if shape != entry.shape:
+            shapes.append(f"{name}: {shape} in {where}, {entry.shape} here")
+        if dtype != entry.dtype:
+            result.converted.append(f"{name}: {dtype} in {where}, {entry.dtype} here")
+            if _kind(dtype) != _kind(entry.dtype):
+                kinds.append(result.converted[-1])
     problems = []
+    if strict and kinds:
+        problems.append(f"{len(kinds)} types differ: " + _first(kinds))
     if shapes:
         problems.append(f"{len(shapes)} shapes differ: " + _first(shapes))
     if strict and result.missing:
@@ -335,6 +346,12 @@ def compare(
     if problems:
         raise CheckpointError(f"{what} does not fit the model; " + "; ".join(problems))
     return result
+
+
+def _kind(dtype: Any) -> str:
+    """`f` for floats, `i` for integers, `b` for truth values."""
+    kind = TYPE_NAMES.get(dtype, "?").lstrip("B")[:1]
+    return {"F": "f", "I": "i", "U": "i"}.get(kind, "b")
 
 
 def _with_hints(names: Sequence[str], candidates: Sequence[str]) -> list[str]:

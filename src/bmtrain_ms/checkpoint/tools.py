@@ -6,6 +6,7 @@ import math
 import os
 import secrets
 import shutil
+import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Iterator, Union
@@ -17,13 +18,12 @@ from tqdm import tqdm
 from ..compat.runtime import numpy_dtype
 from . import consolidated
 from .errors import CheckpointError
-from .folder import latest_in, sync_folder, write_text
+from .folder import find_latest, sync_folder, write_text
 from .format import AtomicFile, plan
-from .sharded import HASHED, INDEX, Index, IndexedTensor, ShardedReader, file_name
+from .sharded import HASHED, INDEX, MOST_RANKS, STATE_PREFIXES, Index, IndexedTensor, ShardedReader, file_name
 
 STEP = 4 << 20  # bytes at a time
 _COMPARED = 1 << 16  # elements at a time, of which there are wider copies
-_STATE = ("optimizer.", "gradient.")
 
 AnyReader = Union[ShardedReader, consolidated.ConsolidatedReader]
 
@@ -32,6 +32,7 @@ AnyReader = Union[ShardedReader, consolidated.ConsolidatedReader]
 class _Tensor:
     dtype: Any
     shape: tuple[int, ...]
+    of_model: bool
 
     @property
     def count(self) -> int:
@@ -50,7 +51,9 @@ def open_checkpoint(path: str | Path) -> AnyReader:
     """
     path = Path(path)
     if path.is_dir():
-        found = path if (path / INDEX).exists() else latest_in(path)
+        found, wrong = (path, "") if (path / INDEX).exists() else find_latest(path)
+        if wrong:
+            sys.stderr.write(f"WARNING: {wrong}\n")
         if found is not None:
             return ShardedReader(found)
     return consolidated.ConsolidatedReader(path)
@@ -98,28 +101,27 @@ def consolidate(path: str | Path, out: str | Path, max_shard_size: int | str = "
     """Write the model's tensors whole, with Hugging Face's index if they need several files.
 
     Args:
-        out: folder; made if it is not there.
+        out: folder; made if it is not there. A model that is in it stays until all of this one is written.
         everything: optimizer states too.
 
     Raises:
-        CheckpointError: damaged, or it cannot be written.
+        CheckpointError: damaged, or it cannot be written, or `out` is where it is read from.
     """
     folder, largest = Path(out), consolidated.size_in_bytes(max_shard_size)
     with open_checkpoint(path) as reader:
         tensors = _tensors(reader) if everything else _model_only(_tensors(reader))
-        groups = consolidated.split({name: t.nbytes for name, t in tensors.items()}, largest)
-        names = consolidated.file_names(len(groups))
+        source = reader.folder if isinstance(reader, ShardedReader) else reader.path
+        if folder.resolve() in (source.resolve(), source.resolve().parent if source.is_file() else None):
+            raise CheckpointError(f"{folder} is where {source} is read from; choose another folder")
+        sizes = {name: t.nbytes for name, t in tensors.items()}
+        groups = consolidated.split(sizes, largest)
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            consolidated.forget(folder)
-            with _bar("consolidate", sum(t.nbytes for t in tensors.values())) as bar:
-                for name, group in zip(names, groups):
-                    _write(folder / name, reader, {x: tensors[x] for x in group}, bar)
-            if len(groups) > 1:
-                consolidated.write_index(folder, groups, sum(t.nbytes for t in tensors.values()))
+            with consolidated.Replacement(folder) as new, _bar("consolidate", sum(sizes.values())) as bar:
+                for name, group in zip(consolidated.file_names(len(groups)), groups):
+                    _write(new.folder / name, reader, {x: tensors[x] for x in group}, bar)
+                return new.commit(groups, sum(sizes.values()))
         except OSError as error:
             raise CheckpointError(f"{folder} cannot be written: {error}") from error
-    return [folder / name for name in names]
 
 
 def reshard(path: str | Path, out: str | Path, ranks: int) -> Path:
@@ -130,10 +132,10 @@ def reshard(path: str | Path, out: str | Path, ranks: int) -> Path:
 
     Raises:
         CheckpointError: not a sharded checkpoint, damaged, or it cannot be written.
-        ValueError: `ranks` is not positive.
+        ValueError: `ranks` is not possible.
     """
-    if ranks < 1:
-        raise ValueError(f"ranks must be at least 1, not {ranks}")
+    if not 1 <= ranks <= MOST_RANKS:
+        raise ValueError(f"ranks must be from 1 to {MOST_RANKS}, not {ranks}")
     target = Path(out)
     if target.exists():
         raise CheckpointError(f"{target} exists; choose another name")
@@ -177,7 +179,7 @@ def diff(first: str | Path, second: str | Path) -> list[str]:
         with _bar("diff", sum(ours[name].nbytes for name in common)) as bar:
             for name in common:
                 x, y = ours[name], theirs[name]
-                if x != y:
+                if (x.dtype, x.shape) != (y.dtype, y.shape):
                     lines.append(f"! {name}: {x.dtype} {x.shape} against {y.dtype} {y.shape}")
                     continue
                 changed, largest = _difference(a, b, name, x, bar)
@@ -211,12 +213,17 @@ def _largest_difference(x: np.ndarray, y: np.ndarray) -> float:
 
 
 def _tensors(reader: AnyReader) -> dict[str, _Tensor]:
-    tensors = reader.index.tensors if isinstance(reader, ShardedReader) else reader.tensors
-    return {name: _Tensor(t.dtype, tuple(t.shape)) for name, t in tensors.items()}
+    if isinstance(reader, ShardedReader):
+        return {name: _Tensor(t.dtype, tuple(t.shape), t.of_model) for name, t in reader.index.tensors.items()}
+    training = "bmtrain_ms" in reader.metadata  # a file of `save_training`, whose tensors are told apart by their names alone
+    return {
+        name: _Tensor(t.dtype, tuple(t.shape), not (training and name.startswith(STATE_PREFIXES)))
+        for name, t in reader.tensors.items()
+    }
 
 
 def _model_only(tensors: dict[str, _Tensor]) -> dict[str, _Tensor]:
-    return {name: t for name, t in tensors.items() if not name.startswith(_STATE)}
+    return {name: t for name, t in tensors.items() if t.of_model}
 
 
 def _ranges(tensor: _Tensor, start: int = 0, stop: int | None = None) -> Iterator[tuple[int, int]]:

@@ -15,7 +15,18 @@ from ..zero import context_of
 from .errors import CheckpointError
 from .format import is_count
 from .run_state import RunState, checked
-from .store import Entry, LoadResult, _agree, companion_entry, compare, load_entries, model_entries, read_headers, save_entries
+from .store import (
+    Described,
+    Entry,
+    LoadResult,
+    _agree,
+    companion_entry,
+    compare,
+    load_entries,
+    model_entries,
+    read_headers,
+    save_entries,
+)
 
 _VERSION = 1
 GRADIENT = "gradient."  # what names of accumulated gradients begin with
@@ -59,11 +70,11 @@ def load_training(file_name: str | Path, model: nn.Cell, manager: OptimManager, 
 def load_file(file_name: str | Path, model: nn.Cell, manager: OptimManager, strict: bool) -> tuple[RunState, LoadResult]:
     """See `load_training`."""
     here = world()
-    metadata, shapes = read_headers(file_name, here)
+    metadata, there = read_headers(file_name, here)
     error: BaseException | None = None
     try:
         raw, entries = _state_in(metadata, str(file_name)), training_entries(model, manager)
-        compare(shapes, entries, strict, str(file_name))  # first: it says best what is different
+        compare(there, entries, strict, str(file_name))  # first: it says best what is different
         state = checked(raw, manager, here, strict, str(file_name))
     except Exception as caught:  # whatever it is: the other ranks wait
         error = caught
@@ -93,11 +104,15 @@ def _state_in(metadata: Mapping[str, str], where: str) -> dict[str, Any]:
 
 
 def training_entries(model: nn.Cell, manager: OptimManager) -> dict[str, Entry]:
-    """Every tensor of a training state, by name."""
+    """Every tensor of a training state, by name.
+
+    Raises:
+        CheckpointError: a parameter has the name of a tensor of the optimizer's.
+    """
     entries = model_entries(model)
     for i, driver in enumerate(manager.drivers):
         for name, (like, tensor) in driver.state_tensors().items():
-            entries[f"optimizer.{i}.{name}"] = companion_entry(like, tensor)
+            _add(entries, f"optimizer.{i}.{name}", companion_entry(like, tensor))
     return entries
 
 
@@ -105,23 +120,27 @@ def entries_to_save(model: nn.Cell, manager: OptimManager) -> dict[str, Entry]:
     """With the accumulated gradients."""
     entries = training_entries(model, manager)
     for name, (like, tensor) in manager.gradients().items():
-        entries[f"{GRADIENT}{name}"] = companion_entry(like, tensor)
+        _add(entries, f"{GRADIENT}{name}", companion_entry(like, tensor))
     return entries
 
 
-def entries_to_load(
-    model: nn.Cell, manager: OptimManager, there: Mapping[str, tuple[int, ...]]
-) -> tuple[dict[str, Entry], dict[str, str]]:
+def _add(entries: dict[str, Entry], name: str, entry: Entry) -> None:
+    if name in entries:
+        raise CheckpointError(f"a parameter of the model is called {name}, as a tensor of the training state is; rename it")
+    entries[name] = entry
+
+
+def entries_to_load(model: nn.Cell, manager: OptimManager, there: Described) -> tuple[dict[str, Entry], dict[str, str]]:
     """Entries to fill, and what each is read from: masters and 16-bit parameters stand for each other.
 
     Args:
-        there: name -> shape in the checkpoint.
+        there: what is in the checkpoint.
     """
     entries = training_entries(model, manager)
     likes = manager.parameters_by_name()
     for name in there:
         p = likes.get(name[len(GRADIENT) :]) if name.startswith(GRADIENT) else None
-        if p is not None:
+        if p is not None and name not in entries:
             entries[name] = companion_entry(*manager.empty_gradient(p))
     sources = {name: name for name in entries if name in there}
     for name in entries:
@@ -141,10 +160,10 @@ def _of_master(name: str) -> str:
     return own if optimizer.startswith("optimizer.") else ""
 
 
-def shapes_as_named_here(there: Mapping[str, tuple[int, ...]], sources: Mapping[str, str]) -> dict[str, tuple[int, ...]]:
-    """Name -> shape of what is read under that name, and of what nobody reads; a parameter whose master is read is not missed."""
+def as_named_here(there: Described, sources: Mapping[str, str]) -> Described:
+    """What is read under the names that it has here, and what nobody reads; a parameter whose master is read is not missed."""
     used = set(sources.values())
     return {
         **{target: there[source] for target, source in sources.items()},
-        **{name: shape for name, shape in there.items() if name not in used and name not in sources},
+        **{name: what for name, what in there.items() if name not in used and name not in sources},
     }

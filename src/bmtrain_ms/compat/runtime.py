@@ -166,8 +166,6 @@ def numpy_dtype(dtype: Any) -> np.dtype:
     """NumPy's name for a MindSpore type, or NumPy's own; bfloat16 is MindSpore's extension type."""
     if isinstance(dtype, np.dtype):
         return dtype
-    if dtype == ms.bfloat16:
-        return Tensor([0.0], ms.float32).astype(dtype).asnumpy().dtype
     return np.dtype(ms.dtype_to_nptype(dtype))
 
 

@@ -33,6 +33,11 @@ class TokenSampler:
                 "use more text, a shorter length or a smaller batch"
             )
 
+    @property
+    def described(self) -> dict[str, int]:
+        """What decides which window is in which place; JSON can hold it."""
+        return {"tokens": len(self._tokens), "length": self._length, "global_batch": self.global_batch, "seed": self._seed}
+
     def batch(self, step: int, rank: int = 0, ranks: int = 1) -> tuple[np.ndarray, np.ndarray]:
         """Inputs and targets of one rank at one step, counted from 0: int32, (global_batch / ranks, length) each.
 
