@@ -220,7 +220,7 @@ def test_one_rank_needs_no_launcher(spawned, script):
 
 def test_environment_of_the_ranks(spawned, script, monkeypatch):
     """Each rank gets its share of the cores, unless the user said something else."""
-    for name in ("GLOG_v", "OMP_NUM_THREADS", "BMTRAIN_MS_LOCAL_SIZE"):
+    for name in ("GLOG_v", "OMP_NUM_THREADS", "BMTRAIN_MS_LOCAL_SIZE", "GLIBC_TUNABLES"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)))
     monkeypatch.setenv("OTHER", "kept")
@@ -229,10 +229,13 @@ def test_environment_of_the_ranks(spawned, script, monkeypatch):
     assert [env["OMP_NUM_THREADS"] for _, env in spawned] == ["8", "2", "1"]
     assert [env["BMTRAIN_MS_LOCAL_SIZE"] for _, env in spawned] == ["1", "3", "16"]
     assert all(env["GLOG_v"] == "3" and env["OTHER"] == "kept" for _, env in spawned)
+    assert all(env["GLIBC_TUNABLES"] == "glibc.cpu.x86_non_temporal_threshold=0x400000" for _, env in spawned)
     monkeypatch.setenv("OMP_NUM_THREADS", "5")
     monkeypatch.setenv("GLOG_v", "0")
+    monkeypatch.setenv("GLIBC_TUNABLES", "glibc.malloc.perturb=0")
     launch([script], 4, "mpi")
     assert (spawned[-1][1]["OMP_NUM_THREADS"], spawned[-1][1]["GLOG_v"]) == ("5", "0")
+    assert spawned[-1][1]["GLIBC_TUNABLES"] == "glibc.malloc.perturb=0"
 
 
 def test_a_module_by_its_name(spawned, monkeypatch):
