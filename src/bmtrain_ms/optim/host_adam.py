@@ -1,7 +1,7 @@
 """Adam's arithmetic on the host: NumPy, in chunks that stay in the cache, on all cores of the process.
 
-A fused operation of MindSpore's reaches a quarter of the memory's bandwidth on CPU; this reaches more than 0.6 of it
-(docs/benchmarks/adam.md). Nothing here depends on the processor.
+A fused operation of MindSpore's reaches a quarter of the memory's bandwidth on CPU; this reaches 0.3 to 0.7 of it, by processor and
+cores (docs/benchmarks/adam.md). Nothing here depends on the processor.
 """
 
 from __future__ import annotations
