@@ -319,6 +319,7 @@ def test_numbers_that_cannot_be(tmp_path):
     "text, change",
     [
         ("it is not the index of a bmtrain_ms checkpoint", lambda raw: raw.update(format="other")),
+        ("it has format version 1, which no bmtrain_ms wrote as a folder", lambda raw: raw.update(version=1)),
         ("it has format version 3, this bmtrain_ms reads up to 2; upgrade", lambda raw: raw.update(version=3)),
         ("parts of it are missing", lambda raw: raw.pop("tensors")),
         ("parts of it are missing", lambda raw: raw.pop("state")),

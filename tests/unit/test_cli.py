@@ -129,6 +129,8 @@ def test_what_argparse_refuses(words, text, capsys):
         (["--prefetch", "-1"], "--prefetch must be 0 or more, not -1"),
         (["--text", "missing.txt"], "--text missing.txt does not exist"),
         (["--text", "."], "--text . does not exist"),
+        (["--save-minutes", "-1"], "--save-minutes must be positive, not -1.0"),
+        (["--save-minutes", "nan"], "--save-minutes must be positive, not nan"),
         (["--resume", "--out", "empty"], "--resume: there is no folder checkpoints in empty; run without --resume first"),
     ],
     ids=lambda x: " ".join(x) if isinstance(x, list) else "",
@@ -139,6 +141,14 @@ def test_what_demo_refuses(parent, started, words, text, capsys, tmp_path, monke
     assert exit_code("demo", *words) == 2
     assert capsys.readouterr().err == f"bmtrain-ms: {text}\n"
     assert not started and not list(tmp_path.iterdir())
+
+
+def test_demo_does_not_write_over_a_run(parent, started, capsys, tmp_path):
+    """Which a run that dies before its first save would go on from, with another tokenizer."""
+    (tmp_path / "checkpoints" / "step-00000004").mkdir(parents=True)
+    assert exit_code("demo", "--out", str(tmp_path)) == 2 and not started
+    text = f"there is a run in {tmp_path} already (step-00000004); go on with --resume, choose another --out, or delete it"
+    assert capsys.readouterr().err == f"bmtrain-ms: {text}\n"
 
 
 def test_help(capsys):

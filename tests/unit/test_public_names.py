@@ -122,6 +122,9 @@ def test_options_of_what_is_not_there_yet_are_taken_at_their_defaults(single_wor
     assert p.asnumpy().tolist() == [1.0] * 6
     with pytest.raises(ValueError, match="tp_mode=True, tp_split_dim=-1 need tensor-parallel layers"):
         bms.DistributedParameter(bms.empty(2, 3), tp_mode=True)
+    with pytest.raises(ValueError, match="tp_mode=False, tp_split_dim=0 need tensor-parallel layers"):
+        bms.DistributedParameter(bms.empty(2, 3), tp_split_dim=0)
+    assert bms.nn.Linear(2, 2, True, None).parameter("weight").asnumpy().dtype == np.float32
     layer = bms.nn.Linear(2, 2)
     bms.Block(layer, True, 3, False, "BLOCK")
     for options in ({"initialized": True}, {"mode": "PIPE"}):

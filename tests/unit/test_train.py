@@ -202,6 +202,12 @@ def test_a_second_signal_ends_the_process(monkeypatch, signum):
     assert signal.getsignal(signum) is before
 
 
+@pytest.mark.parametrize("value", [-1.0, 0.0, math.nan])
+def test_minutes_that_cannot_be(value):
+    with pytest.raises(ValueError, match=f"save_minutes must be positive, not {value}"):
+        TrainSettings(3, save_minutes=value)
+
+
 def test_a_signal_that_comes_too_late(monkeypatch):
     """It has its usual effect, and is not swallowed; unless what was asked was done."""
     came = []
