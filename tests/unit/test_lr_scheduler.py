@@ -175,6 +175,15 @@ def test_schedules_that_have_no_end_take_anything_as_one(end):
             other.step()
 
 
+def test_a_state_whose_next_rate_cannot_be():
+    """It would be refused in the middle of the first step."""
+    schedule = Exponential(optimizer(), 1.0, 0, 9)
+    before = schedule.state_dict()
+    with pytest.raises(ValueError, match="this is not the state of a Exponential: no rate follows from "):
+        schedule.load_state_dict({**before, "num_iter": 1, "gamma": 1e200})
+    assert schedule.state_dict() == before and schedule.current_lr == 1.0
+
+
 @pytest.mark.parametrize("decay", [1, 11])
 def test_bad_decay_start(decay):
     with pytest.raises(ValueError, match=f"need warmup_iter <= decay_iter <= end_iter, not 2, {decay}, 10"):
