@@ -10,7 +10,7 @@ from mindspore import Parameter, Tensor, nn, ops
 
 import bmtrain_ms as bms
 
-VOCABULARY, WIDTH, HEADS, INNER, LENGTH, ROWS, LAYERS = 17, 8, 2, 12, 6, 2, 2
+VOCABULARY, WIDTH, HEADS, INNER, LENGTH, ROWS = 17, 8, 2, 12, 6, 2
 
 
 class Linear(nn.Cell):
@@ -66,13 +66,13 @@ class Layer(nn.Cell):
 class Gpt(nn.Cell):
     """Logits of token ids."""
 
-    def __init__(self, dtype: Any = ms.float32):
+    def __init__(self, layers: int, dtype: Any = ms.float32):
         super().__init__()
         random = np.random.default_rng(7)
         table = Tensor(random.standard_normal((VOCABULARY, WIDTH)) * 0.5, ms.float32)
         places = Tensor(random.standard_normal((LENGTH, WIDTH)) * 0.5, ms.float32)
         self.table, self.places = Parameter(table.astype(dtype), name="table"), Parameter(places.astype(dtype), name="places")
-        self.layers = nn.CellList([Layer(random, dtype) for _ in range(LAYERS)])
+        self.layers = nn.CellList([Layer(random, dtype) for _ in range(layers)])
         self.norm, self.head = Norm(WIDTH, dtype), Linear(WIDTH, VOCABULARY, random, dtype)
 
     def construct(self, ids: Tensor) -> Tensor:
@@ -93,9 +93,9 @@ class ListGpt(Gpt):
         return self.layers(x, mask)
 
 
-def sharded(kind: str, dtype: Any = ms.float32) -> nn.Cell:
+def sharded(kind: str, layers: int, dtype: Any = ms.float32) -> nn.Cell:
     """`wrapper`; `list`: a TransformerBlockList that is called; `unrolled`: one whose Blocks are called."""
-    model = (ListGpt if kind == "list" else Gpt)(dtype)
+    model = (ListGpt if kind == "list" else Gpt)(layers, dtype)
     if kind == "wrapper":
         return bms.BMTrainModelWrapper(model, verbose=False)
     bms.BMTrainModelWrapper(model, layers=[], verbose=False)
