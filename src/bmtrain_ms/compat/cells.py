@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from mindspore import nn
+from mindspore import ParameterTuple, nn
 
 
 def parameter_table(cell: nn.Cell) -> dict[str, Any]:
@@ -19,7 +19,8 @@ def child_table(cell: nn.Cell) -> dict[str, Any]:
 
 def parameter_lists(cell: nn.Cell) -> dict[str, Any]:
     """Attribute name -> ParameterTuple; what is in it is in the parameter table too, under its own name."""
-    return cell.__dict__.get("_params_list") or {}
+    plain = {name: value for name, value in vars(cell).items() if isinstance(value, ParameterTuple)}  # 2.10
+    return {**(vars(cell).get("_params_list") or {}), **plain}
 
 
 def share_tables(cell: nn.Cell, with_cell: nn.Cell) -> None:
