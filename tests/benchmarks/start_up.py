@@ -59,6 +59,7 @@ def main(size: str) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # pip compiles what it installs; a checkout is compiled by its first import
     imports = []
     for _ in range(ROUNDS):
         output = subprocess.run([sys.executable, "-c", IMPORTS], check=True, capture_output=True, text=True).stdout
