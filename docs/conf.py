@@ -6,7 +6,7 @@ copyright = "the bmtrain_ms developers"
 
 extensions = ["sphinx.ext.autodoc", "sphinx.ext.napoleon", "myst_parser"]
 source_suffix = {".md": "markdown"}
-exclude_patterns = ["build", "examples"]
+exclude_patterns = ["build", "examples", "README.zh.md"]  # the last is for the repository's page, as README.md
 html_theme = "furo"
 
 default_role = "code"  # docstrings write `name`, as Markdown does

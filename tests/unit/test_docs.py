@@ -54,3 +54,14 @@ def test_links_between_pages_lead_somewhere(page):
     for target in re.findall(r"\]\(([^)#]+?)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
         if not target.startswith("http"):
             assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+def test_the_chinese_readme_shows_the_same_code():
+    """And has as many sections and rows of the status table."""
+    english, chinese = (path.read_text(encoding="utf-8") for path in (DOCS.parent / "README.md", DOCS / "README.zh.md"))
+    blocks = re.compile(r"^```.*?^```", re.MULTILINE | re.DOTALL)
+    assert blocks.findall(english) == blocks.findall(chinese)
+    for pattern in (r"^## ", r"^\|"):
+        assert len(re.findall(pattern, english, re.MULTILINE)) == len(re.findall(pattern, chinese, re.MULTILINE))
+    links = {(DOCS / target).resolve() for target in re.findall(r"\]\((?!http)([^)#]+)\)", chinese)}
+    assert links and all(link.exists() for link in links)
