@@ -75,11 +75,11 @@ class WarmupLRScheduler:
         optimizer: its groups receive the rate; also one of `mindspore.nn` or `mindspore.experimental.optim` with a constant rate.
         start_lr: peak rate s.
         warmup_iter: w.
-        end_iter: e; must not be smaller than w. `NoDecay`, `Noam` and `Exponential` have no end, and take anything.
+        end_iter: e. For `Linear`, `Cosine` and `WSD` it must not be smaller than w; the others have no end, and take anything.
         num_iter: steps done so far.
     """
 
-    _has_end = True
+    _has_end = False
 
     def __init__(self, optimizer: Any, start_lr: float, warmup_iter: int, end_iter: int, num_iter: int = 0):
         self._groups = group_rates(optimizer)
@@ -163,16 +163,12 @@ class WarmupLRScheduler:
 class NoDecay(WarmupLRScheduler):
     """s."""
 
-    _has_end = False
-
     def get_lr_decay(self, num_iter: int) -> float:
         return self.start_lr
 
 
 class Noam(WarmupLRScheduler):
     """s / sqrt(n); warm-up s / sqrt(w) * n / w (Vaswani et al., 2017)."""
-
-    _has_end = False
 
     def get_lr_warmup(self, num_iter: int) -> float:
         return self.start_lr / math.sqrt(self.warmup_iter) * num_iter / self.warmup_iter
@@ -184,12 +180,16 @@ class Noam(WarmupLRScheduler):
 class Linear(WarmupLRScheduler):
     """s * (e - n) / (e - w), 0 from e on."""
 
+    _has_end = True
+
     def get_lr_decay(self, num_iter: int) -> float:
         return max(0.0, self.start_lr * (self.end_iter - num_iter) / max(1, self.end_iter - self.warmup_iter))
 
 
 class Cosine(WarmupLRScheduler):
     """s * (1 + cos(pi * (n - w) / (e - w))) / 2, 0 from e on."""
+
+    _has_end = True
 
     def get_lr_decay(self, num_iter: int) -> float:
         if num_iter >= self.end_iter:
@@ -200,8 +200,6 @@ class Cosine(WarmupLRScheduler):
 
 class Exponential(WarmupLRScheduler):
     """s * gamma^(n - w)."""
-
-    _has_end = False
 
     def __init__(self, optimizer: Any, start_lr: float, warmup_iter: int, end_iter: int, num_iter: int = 0, gamma: float = 0.95):
         self.gamma = gamma
@@ -218,6 +216,8 @@ class WSD(WarmupLRScheduler):
         decay_iter: first step of the decay, between w and e.
         end_lr: rate from e on.
     """
+
+    _has_end = True
 
     def __init__(
         self,

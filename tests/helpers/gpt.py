@@ -104,6 +104,9 @@ def sharded(kind: str, layers: int, dtype: Any = ms.float32) -> nn.Cell:
 
 
 def tokens(step: int, rank: int) -> tuple[Tensor, Tensor]:
-    """Ids (ROWS, LENGTH), and the next ones, flat."""
-    ids = np.random.default_rng(1000 * step + rank).integers(0, VOCABULARY, (ROWS, LENGTH + 1)).astype(np.int32)
-    return Tensor(ids[:, :-1]), Tensor(ids[:, 1:].reshape(-1))
+    """Ids (ROWS, LENGTH), and the next ones, flat; -100 at the end of the first row: padding, which losses ignore."""
+    random = np.random.default_rng(1000 * step + rank)
+    ids = random.integers(0, VOCABULARY, (ROWS, LENGTH + 1)).astype(np.int32)
+    targets = ids[:, 1:].copy()
+    targets[0, LENGTH - random.integers(0, LENGTH) :] = -100
+    return Tensor(ids[:, :-1]), Tensor(targets.reshape(-1))

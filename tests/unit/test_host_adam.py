@@ -104,10 +104,72 @@ def test_compiled_loops_have_the_bits_of_numpy(dtype, setting, readonly):
         assert np.array_equal(host_adam.bits(mine[~nan]), host_adam.bits(theirs[~nan]))
 
 
-def test_numba_is_imported_at_the_first_step():
-    """It takes longer than all of bmtrain_ms."""
-    code = "import sys; from bmtrain_ms.optim import AdamOptimizer; sys.exit('numba' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+def test_numba_is_imported_with_the_first_optimizer():
+    """Not with the package: it takes longer than all of bmtrain_ms. Nor at the first step, if it cannot be."""
+    code = """
+import sys, numpy as np, bmtrain_ms as bms
+assert "numba" not in sys.modules
+sys.modules["numba"] = None
+bms.init_distributed()
+bms.optim.AdamOptimizer([bms.DistributedParameter(np.ones(3, np.float32))])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "ImportError: Adam on the host is compiled by numba, and it cannot be imported: import of numba" in done.stderr
+
+
+# What does not fit #
+
+
+@pytest.mark.parametrize("dtype", [ms.float32, ms.float16], ids=str)
+@pytest.mark.parametrize("size", [0, 4, 6, 40_000])
+def test_a_gradient_of_another_size(dtype, size):
+    """The loops are compiled and do not look: nothing is read or written beyond the arrays."""
+    (p,) = parameters(dtype, shapes={"layer.weight": (5,)})
+    optimizer, before = AdamOptimizer([p]), floats(p).copy()
+    with pytest.raises(
+        ValueError, match=f"the gradient for layer.weight has {size} elements, its shard 5: gradients are those of the"
+    ):
+        optimizer([Tensor(np.ones(size, np.float32)).astype(dtype)] if size else [Tensor(np.zeros(0, np.float32))])
+    assert np.array_equal(floats(p), before) and optimizer.state_dict()["steps"] == [0]
+    optimizer([Tensor(np.ones(5, np.float32))])
+    assert optimizer.state_dict()["steps"] == [1]
+
+
+def test_a_parameter_that_became_another():
+    p = ms.Parameter(Tensor(np.ones(4, np.float32)), name="w")
+    optimizer = AdamOptimizer([p])
+    p.set_dtype(ms.float16)
+    text = (
+        "parameter w was Float32 of 4 elements when the optimizer was made, and is Float16 of 4; make the optimizer after changing"
+    )
+    with pytest.raises(ValueError, match=text):
+        optimizer([Tensor(np.ones(4, np.float16))])
+
+
+@pytest.mark.parametrize("dtype", [np.int32, np.int64, np.uint8, np.float64])
+def test_gradients_of_other_types_are_numbers_too(dtype):
+    first, second = parameters(shapes={"a": (3,), "b": (3,)})
+    second.copy_full(first.asnumpy())
+    for p, kind in ((first, dtype), (second, np.float32)):
+        AdamOptimizer([p], lr=0.1)([Tensor(np.array([1, 2, 0]).astype(kind))])
+    assert np.array_equal(first.asnumpy(), second.asnumpy())
+
+
+@pytest.mark.parametrize("eps", [0.0, 1e-50, 1e-44])
+def test_an_eps_that_float32_does_not_have(eps):
+    """It would make 0 / 0 of a gradient that has always been zero, as that of the padding is."""
+    with pytest.raises(ValueError, match="need lr, weight_decay >= 0, eps > 0"):
+        AdamOptimizer(parameters(shapes={"a": (3,)}), eps=eps)
+
+
+def test_rounding_to_float32_is_a_copy():
+    values = np.array([1.0, 1e-41, np.inf, -0.0], np.float32)
+    out = np.ones_like(values)
+    round_to(values, out)
+    assert out.tobytes() == values.tobytes()
+    with pytest.raises(ValueError, match="4 values do not fit into 3"):
+        round_to(values, np.zeros(3, np.float16))
 
 
 @pytest.mark.parametrize("more", [-1, 0, 1, host_adam.CHUNK + 1])

@@ -167,7 +167,12 @@ def test_bad_lengths(w, e):
 
 @pytest.mark.parametrize("end", [-1, None, 3])
 def test_schedules_that_have_no_end_take_anything_as_one(end):
-    for kind in (NoDecay, Noam, Exponential):
+
+    class Own(WarmupLRScheduler):
+        def get_lr_decay(self, num_iter: int) -> float:
+            return self.start_lr / 2
+
+    for kind in (NoDecay, Noam, Exponential, Own):
         ours, other = (kind(optimizer(), 1.0, 4, e) for e in (end, 1000))
         for _ in range(8):
             assert ours.current_lr == other.current_lr

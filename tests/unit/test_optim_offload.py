@@ -434,3 +434,27 @@ def test_settings_out_of_range(bad, text):
 def test_unknown_settings():
     with pytest.raises(ValueError, match=r"a parameter group has unknown settings \['record_delta'\]"):
         AdamOffloadOptimizer([{"params": parameters(), "record_delta": True}])
+
+
+def test_the_variance_of_equal_deltas():
+    """Rounding must not make it negative: it is a standard deviation's square."""
+    (p,) = parameters(shapes={"a": (1000,)})
+    p.copy_full(np.zeros(1000, np.float32))
+    optimizer = AdamOffloadOptimizer([p], record_delta=True)
+    for step in range(5):
+        optimizer([Tensor(np.full(1000, 0.1 + 0.1 * step, np.float32))])
+        assert 0.0 <= optimizer.get_var_delta() < 1e-9
+
+
+@EVERY_TRANSFER
+def test_values_that_are_loaded_are_kept(transfer):
+    """In float32, whatever their bits: these are those of the master's bfloat16."""
+    (p,) = parameters(shapes={"a": (3,)})
+    p.copy_full(np.array([1.0, 1e-41, 2.0], np.float32))
+    optimizer = AdamOffloadOptimizer([p], lr=0.0, transfer=transfer())
+    optimizer([Tensor(np.zeros(3, np.float32))])
+    loaded = np.array([0x3F80, 0, 0x40A00000], np.uint32).view(np.float32)
+    p.copy_full(loaded)
+    optimizer.param_groups[0]["lr"] = 0.1
+    optimizer([Tensor(np.zeros(3, np.float32))])
+    assert p.asnumpy().tobytes() == loaded.tobytes()

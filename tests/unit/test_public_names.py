@@ -101,6 +101,10 @@ DEEPER_ABSENT = {
         "DistributedTensorWrapper": "a DistributedParameter says",
     },
     "utils": {"check_torch_version": "there is no torch here", "tp_split_tensor": "tensor parallelism is not part of this release"},
+    "nn": {
+        "ColumnParallelLinear": "tensor parallelism is not part of this release; use Linear",
+        "VPEmbedding": "tensor parallelism is not part of this release; use model_center.layer.Embedding",
+    },
     "loss": {"_function": "OptimManager looks for overflows by itself: manager.step().updated"},
 }
 

@@ -31,12 +31,17 @@ LOSSES = {"fused": FusedCrossEntropy(), "ops": lambda logits, y: ops.cross_entro
 
 @dataclass(frozen=True)
 class Size:
-    """Of a training; `scale`: the first loss scale of float16, halved after an overflow."""
+    """Of a training, with Noam's schedule; `scale`: the first loss scale of float16, halved after an overflow."""
 
     layers: int
     steps: int
     lr: float
+    warmup: int
     scale: float
+
+    def rate(self, made: int) -> float:
+        """After so many steps."""
+        return self.lr * min(made * self.warmup**-1.5, max(made, 1) ** -0.5)
 
 
 def make_optimizer(name: str, params: list[Any], lr: float) -> Any:
@@ -55,7 +60,8 @@ def train_sharded(world: World, size: Size, kind: str, loss: str, optimizer: str
     manager = bms.optim.OptimManager(loss_scale=size.scale if half else None)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*without a float32 copy")
-        manager.add_optimizer(make_optimizer(optimizer, model.trainable_params(), size.lr))
+        made = make_optimizer(optimizer, model.trainable_params(), size.lr)
+        manager.add_optimizer(made, bms.lr_scheduler.Noam(made, size.lr, size.warmup, size.steps))
     groups = [{"params": model.trainable_params()}]
     losses, norms, scales = [], [], []
     for step in range(size.steps):
@@ -90,15 +96,17 @@ def train_plain(world: World, size: Size, loss: str, optimizer: str, half: bool)
         means = [g.reshape(world.engine.size, *p.shape).astype(np.float64).mean(0) / scale for g, p in zip(gathered, params)]
         norms.append(float(np.sqrt(sum((g**2).sum() for g in means))))
         means = [g * min(1.0, LIMIT / (norms[-1] + 1e-6)) for g in means]
+        made, rate = len(norms), size.rate(len(norms) - 1)
         if native is not None:
+            ops.assign(native.learning_rate, Tensor(rate, ms.float32))  # in place, for what is compiled already
             native(tuple(Tensor(g.astype(np.float32)).astype(p.dtype) for g, p in zip(means, params)))
             continue
-        made, (beta1, beta2) = len(norms), ADAM["betas"]
+        beta1, beta2 = ADAM["betas"]
         for p, master, (m, v), g in zip(params, masters, moments, means):
             m += (1 - beta1) * (g - m)
             v += (1 - beta2) * (g * g - v)
             update = m / (1 - beta1**made) / (np.sqrt(v / (1 - beta2**made)) + ADAM["eps"])
-            master -= size.lr * (update + ADAM["weight_decay"] * master)
+            master -= rate * (update + ADAM["weight_decay"] * master)
             p.set_data(Tensor(master.astype(np.float32)).astype(p.dtype))
     return {"losses": losses, "norms": norms, "scales": scales, "final": by_path(world, model), "initial": initial}
 
@@ -122,7 +130,7 @@ def same_bits(got: dict[str, Any], other: dict[str, Any], setting: str) -> None:
         np.testing.assert_array_equal(other["final"][name], value, err_msg=f"{name}: {setting}")
 
 
-SMALL = Size(layers=2, steps=3, lr=2e-3, scale=1024.0)
+SMALL = Size(layers=2, steps=3, lr=3e-3, warmup=1, scale=1024.0)
 FULL, HALF = False, True
 
 
@@ -162,14 +170,14 @@ def test_every_way(run_ranks: Callable[..., list[Any]], optimizer: str, settings
             same_bits(got, first["wrapper", loss, half], setting)
 
 
-UPSTREAM = Size(layers=8, steps=100, lr=5e-4, scale=2.0**20)  # at a higher rate two losses of the same value diverge
+UPSTREAM = Size(layers=8, steps=100, lr=3e-3, warmup=10, scale=2.0**20)  # twice the rate, and two spellings of a loss diverge
 WAYS = {  # (kind, loss, optimizer), beside a twin for each algorithm; the other kinds give the same bits, see above
     FULL: [
         ("wrapper", "fused", "AdamOptimizer"),
         ("unrolled", "ops", "AdamOffloadOptimizer"),
         ("list", "fused", "AdamWeightDecay"),
     ],
-    HALF: [("list", "fused", "AdamOptimizer")],
+    HALF: [("list", "fused", "AdamOffloadOptimizer")],
 }
 TWIN = {"AdamOffloadOptimizer": "AdamOptimizer"}  # the same algorithm
 
@@ -186,7 +194,7 @@ def train_long(world: World, half: bool) -> dict[tuple, dict[str, Any]]:
 @pytest.mark.timeout(600)  # half on two ranks: a cast takes MindSpore 0.6 ms on CPU, and a step of one rank has some hundreds
 @pytest.mark.parametrize(("half", "ranks"), [(FULL, 4), (HALF, 2)], ids=["fp32", "fp16"])
 def test_training(run_ranks: Callable[..., list[Any]], half: bool, ranks: int):
-    """At upstream's size: 8 layers, 100 steps, a loss scale of 2^20 that is too large at first."""
+    """As deep and as long as upstream's: 8 layers (here 8 wide), 100 steps, a loss scale of 2^20 that is too large at first."""
     every = run_ranks(ranks, train_long, half=half, timeout=580)
     for way in WAYS[half]:
         got, plain = every[0][way], every[0]["plain", TWIN.get(way[2], way[2])]
@@ -196,9 +204,9 @@ def test_training(run_ranks: Callable[..., list[Any]], half: bool, ranks: int):
             same_bits(got, other[way], f"ranks, {way}")
         if half:
             assert got["scales"][0] == 2.0**20 > got["scales"][-1]
-            compare(got, plain, str(way), losses=(3e-3, 0), norms=(0.1, 0), final=(1e-3, 2e-3), moved=(5, 0))
+            compare(got, plain, str(way), losses=(3e-3, 0), norms=(0.05, 0), final=(1e-3, 1e-3), moved=(5, 0))
         else:
-            compare(got, plain, str(way), losses=(1e-5, 0), norms=(2e-3, 0), final=(1e-5, 2e-5), moved=(200, 0))
+            compare(got, plain, str(way), losses=(5e-5, 0), norms=(5e-3, 0), final=(1e-5, 2e-5), moved=(200, 0))
 
 
 def logits(world: World) -> None:

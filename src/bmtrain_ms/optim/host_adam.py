@@ -13,7 +13,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any, Callable, Optional, Sequence
 
+import mindspore as ms
 import numpy as np
+
+from ..compat.runtime import numpy_dtype
 
 CHUNK = 1 << 18  # elements: large enough that the interpreter's part is small, small enough to share a parameter out
 
@@ -67,7 +70,7 @@ class Delta:
 
 @dataclass(frozen=True)
 class Update:
-    """One parameter's arrays, flat and equally long, all but `grad` float32; changed in place.
+    """One parameter's arrays, flat and equally long (compiled loops do not look), changed in place; float32 but for `grad`, `low`.
 
     `low`: the 16-bit parameter that `p` is the master of, or None.  `delta`: where to add up what is subtracted, or None.
     """
@@ -95,7 +98,15 @@ class Workers:
     """Runs functions on the cores of this process; what is compiled lets go of the interpreter."""
 
     def __init__(self, threads: int | None = None):
-        """`threads`: default: the cores that this process may use now, i.e. after `init_distributed`."""
+        """`threads`: default: the cores that this process may use now, i.e. after `init_distributed`.
+
+        Raises:
+            ImportError: numba cannot be imported; now, not at the first step.
+        """
+        try:
+            from . import kernels  # noqa: F401
+        except ImportError as error:
+            raise ImportError(f"Adam on the host is compiled by numba, and it cannot be imported: {error}") from error
         self.threads = threads or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
         self._pool = ThreadPoolExecutor(self.threads, "bmtrain_ms-adam") if self.threads > 1 else None
 
@@ -155,19 +166,28 @@ def _widened(grad: np.ndarray) -> np.ndarray:
     from . import kernels
 
     wide = _scratch.wide[: grad.size]
-    if grad.dtype == np.float64:
-        with np.errstate(over="ignore", under="ignore"):
-            np.copyto(wide, grad, casting="same_kind")
+    if grad.dtype == np.float16:
+        kernels.from_float16(bits(grad), bits(wide))
+    elif grad.dtype == numpy_dtype(ms.bfloat16):
+        kernels.from_bfloat16(bits(grad), bits(wide))
     else:
-        (kernels.from_float16 if grad.dtype == np.float16 else kernels.from_bfloat16)(bits(grad), bits(wide))
+        with np.errstate(over="ignore", under="ignore"):
+            np.copyto(wide, grad, casting="unsafe")
     return wide
 
 
 def round_to(source: np.ndarray, out: np.ndarray) -> None:
-    """float32 -> float16 or bfloat16, to the nearest value, ties to even; both flat."""
+    """float32 -> float16 or bfloat16, to the nearest value, ties to even; or a copy. Both flat and equally long."""
     from . import kernels
 
-    (kernels.to_float16 if out.dtype == np.float16 else kernels.to_bfloat16)(bits(source), bits(out))
+    if source.size != out.size:
+        raise ValueError(f"{source.size} values do not fit into {out.size}")
+    if out.dtype == np.float16:
+        kernels.to_float16(bits(source), bits(out))
+    elif out.dtype == numpy_dtype(ms.bfloat16):
+        kernels.to_bfloat16(bits(source), bits(out))
+    else:
+        np.copyto(out, source)
 
 
 def bits(array: np.ndarray) -> np.ndarray:

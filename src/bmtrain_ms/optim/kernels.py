@@ -1,8 +1,8 @@
-"""Loops over elements that numba compiles for this processor at their first call, a tenth of a second each.
+"""Loops over elements that numba compiles for this processor at their first call, some tenths of a second each.
 
 IEEE float32 in the order that is written, without fused multiply-add: the same bits on every processor, and as NumPy's. Arrays are
-flat and equally long. Import this where it is used: numba takes a tenth of a second. Nothing is cached on disk, where many ranks
-would write at once.
+flat and equally long: the caller sees to it, these loops do not look. Import this where it is used: numba takes 0.1 s.
+Nothing is cached on disk, where many ranks would write at once.
 """
 
 from __future__ import annotations

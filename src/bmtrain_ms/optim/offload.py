@@ -45,7 +45,8 @@ class AdamOffloadOptimizer(Adam):
 
     Gradients come to the host, and parameters go back, while others are computed. Host memory for each element of a 16-bit
     parameter: master 4, moments 8, the parameter's copy 2 bytes; of a float32 one: copy 4, moments 8. On CPU, where parameters are
-    on the host anyway: 12 and 8. All of it is allocated at construction, and rank 0 says how much.
+    on the host anyway: 12 and 8. All of it is allocated at construction, and rank 0 says how much. Not counted: the compiler of the
+    loops, 140 MB for each process, and on a device the three gradients that are on their way.
 
     Args:
         params, lr, betas, eps, weight_decay, hold_steps, maximize: as in `AdamOptimizer`.
@@ -96,7 +97,7 @@ class AdamOffloadOptimizer(Adam):
     def get_var_delta(self) -> float:
         """Variance of the same."""
         count, total, squares = self._sums()
-        return squares / count - (total / count) ** 2
+        return max(0.0, squares / count - (total / count) ** 2)  # rounding
 
     def _state(self, p: Parameter) -> ParamState:
         return self._states[id(p)]
