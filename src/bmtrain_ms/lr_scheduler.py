@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import math
 import reprlib
+from abc import ABC, abstractmethod
 from typing import Any, Callable, Optional
 
 import mindspore as ms
@@ -68,8 +69,8 @@ def _writer(parameter: Parameter) -> Callable[[float], None]:
     return lambda rate: overwrite(parameter, Tensor(rate, ms.float32))
 
 
-class WarmupLRScheduler:
-    """Base class.
+class WarmupLRScheduler(ABC):
+    """Base class: a schedule defines `get_lr_decay`, and `get_lr_warmup` if its warm-up is another.
 
     Args:
         optimizer: its groups receive the rate; also one of `mindspore.nn` or `mindspore.experimental.optim` with a constant rate.
@@ -104,9 +105,9 @@ class WarmupLRScheduler:
         """The rate during warm-up."""
         return self.start_lr * num_iter / self.warmup_iter
 
+    @abstractmethod
     def get_lr_decay(self, num_iter: int) -> float:
         """The rate from the end of warm-up on."""
-        raise NotImplementedError(f"{type(self).__name__} does not define get_lr_decay")
 
     def step(self, num_iter: int | None = None) -> None:
         """Count one step, or go to `num_iter`, and apply the rate."""

@@ -195,11 +195,16 @@ def test_bad_decay_start(decay):
         WSD(optimizer(), 1.0, 2, 10, decay_iter=decay)
 
 
-def test_base_class_has_no_decay():
-    schedule = WarmupLRScheduler(optimizer(), 1.0, 2, 4)
-    schedule.step()
-    with pytest.raises(NotImplementedError, match="WarmupLRScheduler does not define get_lr_decay"):
-        schedule.step()
+def test_a_schedule_without_a_decay_cannot_be_made():
+    """Rather than fail when the warm-up ends, after hours."""
+
+    class Forgotten(WarmupLRScheduler):
+        def get_lr_warmup(self, num_iter: int) -> float:
+            return 0.5
+
+    for kind in (WarmupLRScheduler, Forgotten):
+        with pytest.raises(TypeError, match=f"abstract class {kind.__name__} .*get_lr_decay"):
+            kind(optimizer(), 1.0, 2, 4)
 
 
 def test_own_schedule():

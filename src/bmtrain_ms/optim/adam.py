@@ -20,10 +20,12 @@ class Adam(ShardOptimizer):
 
     def _check(self, group: dict[str, Any]) -> None:
         lr, betas, eps, decay = group["lr"], group["betas"], group["eps"], group["weight_decay"]
-        # eps = 0 would make 0 / 0 of a gradient that has always been zero, as that of the padding is
         possible = all(0 <= x < _LARGEST for x in (lr, eps, decay)) and len(betas) == 2 and all(0 <= beta < 1 for beta in betas)
-        if not possible or np.float32(eps * (1 - betas[1]) ** 0.5) == 0:  # as the first step has it
+        if not possible or eps == 0:
             raise ValueError(f"need lr, weight_decay >= 0, eps > 0 and 0 <= betas < 1, not {lr}, {decay}, {eps}, {betas}")
+        # zero would make 0 / 0 of a gradient that has always been zero, as that of the padding is
+        if np.float32(eps * (1 - betas[1]) ** 0.5) == 0:  # as the first step has it
+            raise ValueError(f"eps = {eps} is zero in float32, in which updates are computed; use 1e-30 or more")
         if not 0 <= group["hold_steps"] < _LARGEST:
             raise ValueError(f"hold_steps must be 0 or more, not {group['hold_steps']}")
 
@@ -96,7 +98,7 @@ class HostState(ParamState):
 
     def __init__(self, p: Parameter, shared: bool = True):
         super().__init__()
-        self._p, self._dtype = p, p.dtype
+        self._p = p
         shape, low = tuple(p.shape), p.dtype != ms.float32
         self._moments = [np.zeros(shape, np.float32) for _ in range(2)]
         self._has_master = low or not shared
@@ -130,29 +132,14 @@ class HostState(ParamState):
         return named
 
     def prepare(self, group: dict[str, Any], grad: np.ndarray, scale: float, delta: Delta | None = None) -> Update:
-        """Count a step and say what is to be computed.
-
-        Raises:
-            ValueError: the gradient is not the shard's, or the parameter has become another since.
-        """
-        p, size = self._p, self._moments[0].size
-        if (p.dtype, p.size) != (self._dtype, size):
-            raise ValueError(
-                f"parameter {p.name} was {self._dtype} of {size} elements when the optimizer was made, and is {p.dtype} of "
-                f"{p.size}; make the optimizer after changing parameters"
-            )
-        if grad.size != size:
-            raise ValueError(
-                f"the gradient for {p.name} has {grad.size} elements, its shard {size}: gradients are those of the shards, in the "
-                "order of optimizer.parameters"
-            )
-        master = self._master_of().reshape(-1) if self._has_master else self._memory()
-        low = None
-        if p.dtype != ms.float32:
-            low = self._memory() if self._staged is None else self._staged.reshape(-1)
+        """Count a step and say what is to be computed."""
         self.step += 1
         m, v = (x.reshape(-1) for x in self._moments)
-        return Update(master, m, v, grad.reshape(-1), low, Coefficients.of(group, self.step, scale), delta)
+        p = self._master_of().reshape(-1) if self._has_master else self._memory()
+        low = None
+        if self._p.dtype != ms.float32:
+            low = self._memory() if self._staged is None else self._staged.reshape(-1)
+        return Update(p, m, v, grad.reshape(-1), low, Coefficients.of(group, self.step, scale), delta)
 
     def _memory(self) -> np.ndarray:
         """The parameter's own."""

@@ -83,6 +83,7 @@ class ShardOptimizer(ABC):
                 f"parameter {wide[0]} is float64, and updates are computed in float32: make it float32, or use an optimizer of "
                 "MindSpore's"
             )
+        self._made_for = {id(p): (p.dtype, p.size) for p in self.parameters}
 
     @abstractmethod
     def _check(self, group: dict[str, Any]) -> None:
@@ -114,11 +115,30 @@ class ShardOptimizer(ABC):
         """Update every parameter that has a gradient.
 
         Args:
-            grads: id of parameter -> gradient of its shard, any float dtype.
+            grads: id of parameter -> gradient of its shard, any dtype.
             scale: what the gradients are multiplied with first, e.g. 1 / loss scale.
+
+        Raises:
+            ValueError: a gradient is not of the size of the shard, or a parameter has become another since. Nothing is changed.
         """
+        updates = [(g, p, grads[id(p)]) for g in self.param_groups for p in g["params"] if id(p) in grads]
+        for _, p, grad in updates:
+            self._check_fit(p, grad)  # compiled loops do not look
         announce_change(self.parameters)
-        self._update([(g, p, grads[id(p)]) for g in self.param_groups for p in g["params"] if id(p) in grads], scale)
+        self._update(updates, scale)
+
+    def _check_fit(self, p: Parameter, grad: Tensor) -> None:
+        dtype, size = self._made_for[id(p)]
+        if (p.dtype, p.size) != (dtype, size):
+            raise ValueError(
+                f"parameter {p.name} was {dtype} of {size} elements when the optimizer was made, and is {p.dtype} of {p.size}; "
+                "make the optimizer after changing parameters"
+            )
+        if grad.size != size:
+            raise ValueError(
+                f"the gradient for {p.name} has {grad.size} elements, its shard {size}: gradients are those of the shards, in the "
+                "order of optimizer.parameters"
+            )
 
     def state_of(self, p: Parameter) -> dict[str, Tensor]:
         """The tensors that belong to a parameter, as its shard; written into to restore them."""

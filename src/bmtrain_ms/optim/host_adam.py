@@ -1,7 +1,7 @@
 """Adam's arithmetic on the host: one compiled pass over memory, in chunks, on all cores of the process.
 
-As fast as memory allows (docs/benchmarks/adam.md), which is four times as fast as MindSpore's fused operation on CPU. Nothing here
-depends on the processor.
+In float32 as fast as memory allows, four times as fast as MindSpore's fused operation on CPU (docs/benchmarks/adam.md). Nothing
+here depends on the processor.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import Any, Callable, Optional, Sequence
+from typing import Any, Callable, NamedTuple, Optional, Sequence
 
 import mindspore as ms
 import numpy as np
@@ -21,8 +21,7 @@ from ..compat.runtime import numpy_dtype
 CHUNK = 1 << 18  # elements: large enough that the interpreter's part is small, small enough to share a parameter out
 
 
-@dataclass(frozen=True)
-class Coefficients:
+class Coefficients(NamedTuple):  # which compiled loops take as it is
     """One parameter's numbers of one step: p = keep * p - rate * m / (sqrt(v) + eps), after m and v were updated.
 
     Bias correction is folded into rate and eps:
@@ -152,11 +151,11 @@ def _apply(x: Update) -> None:
     if grad.dtype != np.float32:
         grad = _widened(grad)
     if x.delta is not None:
-        total, squares = kernels.deltas(x.p, x.m, x.v, grad, c.factor, c.beta1, c.beta2, c.eps, c.correction, c.decay)
+        total, squares = kernels.deltas(x.p, x.m, x.v, grad, c)
         with _lock:
             x.delta.total += total
             x.delta.squares += squares
-    kernels.adam(x.p, x.m, x.v, grad, c.factor, c.beta1, c.beta2, c.eps, c.rate, c.keep)
+    kernels.adam(x.p, x.m, x.v, grad, c)
     if x.low is not None and c.rate != 0.0:
         round_to(x.p, x.low)
 

@@ -15,6 +15,7 @@ import numpy as np
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 if TYPE_CHECKING:
+    from .host_adam import Coefficients
 
     def compiled(function: Function) -> Function:
         """To those who call it it is the function."""
@@ -25,49 +26,30 @@ else:
 
 
 @compiled
-def _moments(m: Any, v: Any, g: Any, beta1: float, beta2: float) -> tuple[Any, Any]:
-    m = m * np.float32(beta1) + g * np.float32(1.0 - beta1)
-    return m, g * g * np.float32(1.0 - beta2) + v * np.float32(beta2)
+def _moments(m: Any, v: Any, grad: Any, c: Coefficients) -> tuple[Any, Any]:
+    grad = grad * np.float32(c.factor)
+    return (
+        m * np.float32(c.beta1) + grad * np.float32(1.0 - c.beta1),
+        grad * grad * np.float32(1.0 - c.beta2) + v * np.float32(c.beta2),
+    )
 
 
 @compiled
-def adam(
-    p: np.ndarray,
-    m: np.ndarray,
-    v: np.ndarray,
-    grad: np.ndarray,
-    factor: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    rate: float,
-    keep: float,
-) -> None:
-    """Update m, v and, unless `rate` is zero, p = keep * p - rate * m / (sqrt(v) + eps); all float32."""
+def adam(p: np.ndarray, m: np.ndarray, v: np.ndarray, grad: np.ndarray, c: Coefficients) -> None:
+    """Update m, v and, unless the rate is zero, p = keep * p - rate * m / (sqrt(v) + eps); all float32."""
     for i in range(p.size):
-        m[i], v[i] = _moments(m[i], v[i], grad[i] * np.float32(factor), beta1, beta2)
-        if rate != 0.0:
-            p[i] = p[i] * np.float32(keep) - m[i] / (np.sqrt(v[i]) + np.float32(eps)) * np.float32(rate)
+        m[i], v[i] = _moments(m[i], v[i], grad[i], c)
+        if c.rate != 0.0:
+            p[i] = p[i] * np.float32(c.keep) - m[i] / (np.sqrt(v[i]) + np.float32(c.eps)) * np.float32(c.rate)
 
 
 @compiled
-def deltas(
-    p: np.ndarray,
-    m: np.ndarray,
-    v: np.ndarray,
-    grad: np.ndarray,
-    factor: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    correction: float,
-    decay: float,
-) -> tuple[float, float]:
+def deltas(p: np.ndarray, m: np.ndarray, v: np.ndarray, grad: np.ndarray, c: Coefficients) -> tuple[float, float]:
     """Sum, and that of the squares, of what `adam` will subtract before the rate: correction * m / (sqrt(v) + eps) + decay * p."""
     total = squares = 0.0
     for i in range(p.size):
-        mean, square = _moments(m[i], v[i], grad[i] * np.float32(factor), beta1, beta2)
-        delta = mean / (np.sqrt(square) + np.float32(eps)) * np.float32(correction) + np.float32(decay) * p[i]
+        mean, square = _moments(m[i], v[i], grad[i], c)
+        delta = mean / (np.sqrt(square) + np.float32(c.eps)) * np.float32(c.correction) + np.float32(c.decay) * p[i]
         total += delta
         squares += np.float64(delta) * delta
     return total, squares
