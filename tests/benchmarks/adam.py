@@ -170,7 +170,7 @@ def main() -> None:
         f"of {ROUNDS}. *large*: two parameters of {LARGE:,} elements; *M*, *S*: the parameters of those models; *bfloat16*, "
         "*float16*: as *large*, with float32 masters, which the others do not keep.",
         table(["parameters", "cores", "copy, GB/s", "AdamOptimizer", "mindspore.nn.AdamWeightDecay", "torch fused AdamW"], rows),
-        "The loops are compiled at a process's first step, which takes half a second; the compiler stays, with 140 MB.",
+        "The loops are compiled at a process's first step, which takes half a second; the compiler stays, with 140 MiB.",
         "Offloaded Adam, 16 parameters of 1 Mi elements, over a simulated link that needs as long as the arithmetic for the "
         f"gradients, and again for the parameters: a step takes {ratio:.2f} times the arithmetic alone; in turn it would be 3.00.",
     )

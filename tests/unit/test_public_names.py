@@ -103,7 +103,9 @@ DEEPER_ABSENT = {
     "utils": {"check_torch_version": "there is no torch here", "tp_split_tensor": "tensor parallelism is not part of this release"},
     "nn": {
         "ColumnParallelLinear": "tensor parallelism is not part of this release; use Linear",
+        "RowParallelLinear": "tensor parallelism is not part of this release; use Linear",
         "VPEmbedding": "tensor parallelism is not part of this release; use model_center.layer.Embedding",
+        "OpLinear": "it is a Linear with a derivative of its own, which autograd has here; use Linear",
     },
     "loss": {"_function": "OptimManager looks for overflows by itself: manager.step().updated"},
 }

@@ -12,7 +12,7 @@ __getattr__ = absent(
         "ColumnParallelLinear": _LATER + "Linear",
         "RowParallelLinear": _LATER + "Linear",
         "VPEmbedding": _LATER + "model_center.layer.Embedding",
-        "OpLinear": "Linear has a derivative of its own already; use Linear",
+        "OpLinear": "it is a Linear with a derivative of its own, which autograd has here; use Linear",
     },
 )
 

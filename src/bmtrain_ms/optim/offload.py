@@ -46,7 +46,7 @@ class AdamOffloadOptimizer(Adam):
     Gradients come to the host, and parameters go back, while others are computed. Host memory for each element of a 16-bit
     parameter: master 4, moments 8, the parameter's copy 2 bytes; of a float32 one: copy 4, moments 8. On CPU, where parameters are
     on the host anyway: 12 and 8. All of it is allocated at construction, and rank 0 says how much. Not counted: the compiler of the
-    loops, 140 MB for each process, and on a device the three gradients that are on their way.
+    loops, 140 MiB for each process, and on a device the three gradients that are on their way.
 
     Args:
         params, lr, betas, eps, weight_decay, hold_steps, maximize: as in `AdamOptimizer`.
