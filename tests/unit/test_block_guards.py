@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import re
 
 import mindspore as ms
@@ -11,7 +12,7 @@ from mindspore import Parameter, Tensor, nn, ops
 
 import bmtrain_ms as bms
 from bmtrain_ms.zero import context_of
-from bmtrain_ms.zero.block import _contents
+from bmtrain_ms.zero.slots import contents as _contents
 from tests.helpers.blocks import MODES, build, x_of
 from tests.helpers.models import WIDTH, Dense, Residual
 
@@ -119,18 +120,196 @@ def test_recomputation_that_changes_a_buffer_again_is_refused(kind, name):
     step(evaluated, x_of())
 
 
-def test_the_check_runs_once_for_each_block(monkeypatch):
-    checks = []
-    original = bms.Block._check_replay
-    monkeypatch.setattr(bms.Block, "_check_replay", lambda self, *a: checks.append(self) or original(self, *a))
-    first, second = build(Residual()), build(Residual())
+class Late(Counted):
+    """Differs from its third pass on."""
+
+    def construct(self, x):
+        return super().construct(x) * (1.0 + (self.calls > 4) * 0.02 * self.calls)
+
+
+def test_recomputation_is_compared_in_every_pass():
+    block = build(Late()).set_train()
+    for _ in range(2):
+        step(block, x_of())
+    with pytest.raises(RuntimeError, match="gave other values than its forward pass"):
+        step(block, x_of())
+
+
+class OneElement(Counted):
+    """One element differs: not what rounding does."""
+
+    def construct(self, x):
+        y = super().construct(x)
+        if self.calls % 2:
+            return y
+        mask = np.ones(y.shape, np.float32)
+        mask.flat[-2] = 1.5
+        return y * Tensor(mask)
+
+
+def test_a_difference_of_one_element_is_noticed():
+    with pytest.raises(RuntimeError, match="gave other values than its forward pass"):
+        step(build(OneElement()), Tensor(np.ones((1000, WIDTH), np.float32)))
+
+
+class Skipping(Counted):
+    """Stochastic depth, as it is written with Python's or NumPy's generator."""
+
+    def __init__(self, draw):
+        super().__init__()
+        self.draw, self.drawn = draw, []
+
+    def construct(self, x):
+        self.drawn.append(self.draw())
+        return x + super().construct(x) if self.drawn[-1] < 0.5 else x
+
+
+@pytest.mark.parametrize("draw", [random.random, np.random.rand, lambda: random.gauss(0.5, 1.0) + np.random.normal()])
+@pytest.mark.parametrize("zero_level", [2, 3])
+def test_draws_of_pythons_and_numpys_generators_are_made_again(draw, zero_level):
+    random.seed(3)
+    np.random.seed(4)
+    blocks = [build(Skipping(draw), use_checkpoint, zero_level).set_train() for use_checkpoint in (True, False)]
+    for p, q in zip(*(block.get_parameters() for block in blocks)):
+        q.set_data(p * 1)
+    taken = set()
+    for _ in range(12):
+        start = random.getstate(), np.random.get_state()
+        recomputed, after = step(blocks[0], x_of()), (random.getstate(), np.random.get_state()[2])
+        random.setstate(start[0])
+        np.random.set_state(start[1])
+        plain = step(blocks[1], x_of())
+        assert after == (random.getstate(), np.random.get_state()[2])  # as if nothing had been drawn twice
+        taken.add(blocks[0].inner.drawn[-1] < 0.5)
+        assert blocks[0].inner.drawn[-2] == blocks[0].inner.drawn[-1]
+        assert recomputed[0] == plain[0]
+        for name, grad in plain[1].items():
+            np.testing.assert_allclose(recomputed[1][name], grad, rtol=1e-5, atol=1e-7)
+    assert taken == {True, False}
+
+
+def test_a_generator_of_its_own_is_noticed():
+    generator = np.random.default_rng(0)
+    block = build(Skipping(generator.random)).set_train()
+    with pytest.raises(RuntimeError, match="gave other values than its forward pass"):
+        for _ in range(50):
+            step(block, x_of())
+
+
+def test_a_counter_that_starts_later_is_noticed():
+    """BatchNorm was evaluated first, or its mode changed: the check of the first pass saw nothing."""
+    block = build(Normed())
+    block.set_train(False)
+    step(block, x_of())
+    block.set_train()
+    with pytest.raises(RuntimeError, match=re.escape("changed norm.moving_mean a second time")):
+        step(block, x_of())
+
+
+# Writing while a Block computes #
+
+
+class Writes(Counted):
+    """Writes its weight, as weight normalisation in place does."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.how = how
+
+    def construct(self, x):
+        y = super().construct(x)
+        if self.how == "the copy":
+            ops.assign(self.dense.weight, self.dense.weight * 0.5)
+        elif self.how == "the shard":
+            shard = self.dense.parameter("weight")
+            ops.assign(shard, shard * 0.5)
+        return y
+
+
+@MODES
+@pytest.mark.parametrize("how", ["the copy", "the shard"])
+@pytest.mark.parametrize("record", [True, False])
+def test_writing_a_parameter_while_its_block_computes_is_refused(how, record, use_checkpoint, zero_level):
+    block = build(Writes(how), use_checkpoint, zero_level)
+    text = (
+        "parameter dense.weight was written while dense was computing with it, on rank 0: between its gather and the end of the "
+        "call, or between forward and backward. Its module has a gathered copy, so the result would be that of neither value. "
+        "Write parameters before a forward pass or after backward; what a module updates while it runs (statistics, counters) "
+        "belongs in a Parameter with requires_grad=False"
+    )
+    with pytest.raises(RuntimeError, match=re.escape(text)):
+        step(block, x_of()) if record else block(x_of())
+    block.inner.how = ""
+    step(block, x_of())  # nothing is left of it
+    assert context_of(bms.comm.world()).pipeline.meter.current == 0
+
+
+@MODES
+def test_writing_between_forward_and_backward_is_refused(use_checkpoint, zero_level):
+    block = build(Counted(), use_checkpoint, zero_level)
+    weight = block.inner.dense.parameter("weight")
+
+    def written():
+        y = block(x_of())
+        ops.assign(weight, weight * 0.5)
+        return (y**2).mean()
+
+    with pytest.raises(RuntimeError, match=r"parameter dense\.weight was written while dense was computing with it"):
+        ms.value_and_grad(written, None, block.trainable_params())()
+    step(block, x_of())
+
+
+@pytest.mark.parametrize("record", [True, False])
+def test_writing_a_later_block_of_a_chain_is_refused(record):
+    """It may have been gathered already: nobody looks between the blocks of a list."""
+
+    class Meddles(Counted):
+        def construct(self, x):
+            if self.calls > 2:
+                later = chain[1].inner.dense.parameter("weight")
+                ops.assign(later, later * 0.5)
+            return super().construct(x)
+
+    chain = bms.TransformerBlockList([bms.Block(Meddles()), bms.Block(Counted())])
+    bms.init_parameters(chain)
+    chain[0].inner.calls = -10
     for _ in range(3):
-        step(first, x_of())
-        first(x_of())
-    assert checks == [first]
-    step(second, x_of())
-    step(build(Residual(), use_checkpoint=False), x_of())
-    assert checks == [first, second]
+        step(chain, x_of()) if record else chain(x_of())
+    chain[0].inner.calls = 10
+    with pytest.raises(RuntimeError, match=r"parameter 1\.dense\.weight was written while"):
+        step(chain, x_of()) if record else chain(x_of())
+
+
+# What a module was not given #
+
+
+class Penalised(Counted):
+    """A penalty on its own shard, inside."""
+
+    def construct(self, x):
+        return super().construct(x), (self.dense.parameter("weight") ** 2).sum()
+
+
+def test_a_shard_that_is_used_in_a_checkpointed_block_is_refused():
+    def loss(block):
+        y, penalty = block(x_of())
+        return (y**2).mean() + penalty
+
+    block = build(Penalised())
+    with pytest.raises(RuntimeError, match=r"Penalised \(dense\) uses the shard of dense\.weight itself in a checkpointed Block"):
+        ms.value_and_grad(lambda: loss(block), None, block.trainable_params())()
+    kept = build(Penalised(), use_checkpoint=False)
+    ms.value_and_grad(lambda: loss(kept), None, kept.trainable_params())()
+
+
+def test_a_gradient_inside_of_a_block_says_what_to_do():
+    class Inner(Counted):
+        def construct(self, x):
+            return ms.grad(lambda x: super(Inner, self).construct(x).sum(), 0)(x)
+
+    for use_checkpoint in (True, False):
+        with pytest.raises(RuntimeError, match="gradient"):
+            step(build(Inner(), use_checkpoint), x_of())
 
 
 @pytest.mark.parametrize("value", [np.inf, np.nan, 1e30])

@@ -174,6 +174,106 @@ def test_identity_beside_a_computed_output():
     assert gradients(function, vector(1, 2), vector(3, 4)) == (79.0, [[3.0, 3.0], [10.0, 10.0]])
 
 
+def weight_of(*values: float) -> Parameter:
+    return Parameter(vector(*values), name="weight")
+
+
+@pytest.mark.parametrize("others", [False, True])
+@pytest.mark.parametrize("times", [1, 2])
+def test_a_parameter_comes_out_as_it_went_in(times, others):
+    """2.5 gives a Parameter that is its own Cell's output a gradient of zero, from all of its uses."""
+    weight = weight_of(1, 2)
+
+    def function() -> Tensor:
+        before = (weight**3).sum() if others else 0
+        out = custom_op(lambda a: (a,) * times, lambda g: (sum(g) * 10,), weight)
+        return before + sum((same**2).sum() for same in out) + ((weight * 7).sum() if others else 0)
+
+    (grad,) = ms.grad(function, None, [weight])()
+    expected = times * 10 * 2 * np.array([1.0, 2.0]) + (3 * np.array([1.0, 4.0]) + 7 if others else 0)
+    assert grad.asnumpy().tolist() == expected.tolist()
+
+
+def test_other_uses_of_an_input_that_is_an_output_do_not_go_through_backward():
+    """2.5 marks outputs in place: what was used afterwards went through `backward` too."""
+
+    def function(x: Tensor) -> Tensor:
+        y = x * 1
+        same, twice = custom_op(lambda a: (a, a * 2), lambda g: (g[0] * 10 + g[1] * 2,), y)
+        return (same + twice * 5 + y * 100).sum()
+
+    assert gradients(function, vector(1, 2))[1] == [[120.0, 120.0]]
+
+
+def test_outputs_that_are_one_tensor_have_gradients_of_their_own():
+    def function(x: Tensor) -> Tensor:
+        a, b = custom_op(lambda x: (x,) * 2, lambda g: (g[0] * 10 + g[1],), x * 1)
+        return (a + b * 2).sum()
+
+    assert gradients(function, vector(1, 2))[1] == [[12.0, 12.0]]
+
+
+def double(x: Tensor) -> Tensor:
+    return custom_op(lambda a: (a * 2,), lambda g: (g[0] * 2,), x)[0]
+
+
+def test_a_gradient_inside_of_a_function_that_is_differentiated_is_refused():
+    """It would be a constant, and the gradient of a penalty on it zero."""
+
+    def penalty(w: Tensor) -> Tensor:
+        return (ms.grad(lambda x: (double(x) * w).sum(), 0)(vector(3)) ** 2).sum()
+
+    with pytest.raises(RuntimeError, match=r"a gradient was taken inside of a function that is being differentiated.*first, in a"):
+        ms.grad(penalty, 0)(vector(2))
+    assert lists(ms.grad(lambda x: (double(x) ** 2).sum(), 0)(vector(3))) == [[24.0]]  # and nothing is left of it
+
+
+def test_a_gradient_of_plain_operations_inside_leaves_the_outer_pass_open():
+    """The end of the inner one is not the end of the pass: nothing is let go of."""
+    ends = []
+    hook = lambda error: ends.append(error)  # noqa: E731
+    backward_hooks.append(hook)
+    try:
+
+        def function(x: Tensor) -> Tensor:
+            y = double(x)
+            slope = ms.grad(lambda z: (z**3).sum(), 0)(vector(2))  # 12
+            return (double(y) * ops.stop_gradient(slope)).sum()
+
+        assert lists(ms.grad(function, 0)(vector(1))) == [[48.0]]
+    finally:
+        backward_hooks.remove(hook)
+    assert ends == [None]
+
+
+def test_what_hooks_return_is_applied_to_every_gradient_that_was_asked_for():
+    first, second = Parameter(vector(1), name="first"), Parameter(vector(2), name="second")
+    added = {id(first): 100.0, id(second): 1000.0}
+    hook = lambda error: lambda p, found: found + added[id(p)]  # noqa: E731
+    backward_hooks.append(hook)
+    try:
+        function = lambda x: (first * second * x).sum()  # noqa: E731
+        assert lists(ms.grad(function, None, [second, first])(vector(3))) == [[1003.0], [106.0]]
+        assert lists(ms.grad(function, None, first)(vector(3))) == [[106.0]]
+        inputs, weights = ms.grad(function, 0, [first])(vector(3))
+        assert lists(inputs) == [[2.0]] and lists(weights) == [[106.0]]
+        assert lists(ms.grad(lambda p, x: (p * x).sum(), 0)(first, vector(3))) == [[103.0]]
+        assert lists(ms.grad(lambda x, p: (p * x).sum(), (0, 1))(vector(3), second)) == [[2.0], [1003.0]]
+        found = ops.GradOperation(get_all=True)(lambda x, p: (p * x).sum())(vector(3), second)
+        assert lists(found) == [[2.0], [1003.0]]
+        assert lists(ops.GradOperation(get_by_list=True)(lambda: (first * 5).sum(), [first])()) == [[105.0]]
+        _, grads = ms.value_and_grad(function, None, [first, second], has_aux=False)(vector(3))
+        assert lists(grads) == [[106.0], [1003.0]]
+    finally:
+        backward_hooks.remove(hook)
+
+
+def test_vjp_finds_parameters_that_the_function_was_not_given():
+    weight, unused = Parameter(vector(5, 6), name="weight"), Parameter(vector(7), name="unused")
+    grads = vjp(lambda a: (a * weight * weight,), [vector(1, 2)], (vector(1, 10),), captured=lambda: [weight, unused])
+    assert lists(grads) == [[25.0, 360.0], [10.0, 240.0], [0.0]]
+
+
 def test_backward_runs_once_and_only_when_needed():
     calls = []
 

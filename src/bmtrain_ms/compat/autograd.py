@@ -8,7 +8,7 @@ Parameters among the inputs get their gradient like any other input.
 from __future__ import annotations
 
 import contextlib
-from typing import Any, Callable, Iterator, Sequence
+from typing import Any, Callable, Iterator, Optional, Sequence
 
 import wrapt
 from mindspore import Parameter, Tensor, nn, ops
@@ -17,19 +17,31 @@ from mindspore.ops.composite import base as _composite
 
 from .executor import GRAD_TAKES_HAS_AUX, PyNativeExecutor, executor, no_grad, recording
 
-__all__ = ["Graph", "backward_hooks", "custom_op", "hookable", "no_grad", "recording", "vjp"]
+__all__ = ["Deliver", "Graph", "backward_hooks", "closed", "custom_op", "hookable", "no_grad", "recording", "requested", "vjp"]
 
 Tensors = tuple[Tensor, ...]
+Deliver = Callable[[Parameter, Tensor], Tensor]  # the whole gradient of a parameter, for what autograd has found
 
-# Called with the exception, or None, each time an outermost backward pass has ended.
-backward_hooks: list[Callable[[BaseException | None], None]] = []
+# Called with the exception, or None, each time an outermost backward pass has ended. What they return is applied to the gradients
+# of all parameters that were asked for, before anybody sees them.
+backward_hooks: list[Callable[[Optional[BaseException]], Optional[Deliver]]] = []
+
+NESTED = (
+    "a gradient was taken inside of a function that is being differentiated (a gradient penalty, an adversarial example), through "
+    "a Block, a sharded parameter or another operation of bmtrain_ms, whose derivatives have no derivative. Take the inner "
+    "gradient first, in a call of its own, and pass its result as an argument; where gradients must flow through it, build that "
+    "network of plain MindSpore Cells, without bmtrain_ms, on every rank"
+)
 
 _originals: list[tuple[Any, str, Any]] = []  # (owner, name, MindSpore's own function)
 _depth = [0]  # backward passes under way: recomputation nests them
 _forwards = [0]  # recorded forward passes of `value_and_grad` under way
 _hookable = [0]  # contexts that want hooks on outputs of `custom_op`
+_closed = [0]  # contexts in which no gradient may be taken
+_requested: list[tuple[Parameter, ...]] = []  # weights of the outermost backward pass under way
 _Grad = _composite._Grad
 _grad_by_position = _Grad(get_by_position=True, sens_param=True)
+_grad_by_both = _Grad(get_by_position=True, get_by_list=True, sens_param=True)
 
 
 @contextlib.contextmanager
@@ -40,6 +52,20 @@ def hookable() -> Iterator[None]:
         yield
     finally:
         _hookable[0] -= 1
+
+
+@contextlib.contextmanager
+def closed() -> Iterator[None]:
+    """Refuse gradients that are taken inside the `with` statement: 2.5 may crash on tensors that another graph knows."""
+    _closed[0] += 1
+    try:
+        yield
+    except RuntimeError as error:
+        if "In no_grad context" in str(error):  # MindSpore's own refusal, which does not say what to do
+            raise RuntimeError(NESTED) from error
+        raise
+    finally:
+        _closed[0] -= 1
 
 
 class _Op(nn.Cell):
@@ -80,20 +106,44 @@ def custom_op(forward: Callable[..., Tensors], backward: Callable[[Tensors], Seq
     """Run `forward(*inputs)` unrecorded and make `backward` its derivative.
 
     Args:
-        forward: tensors -> tuple of floating-point tensors; may return an input itself.
+        forward: tensors -> tuple of floating-point tensors; may return an input itself, or one tensor twice.
         backward: gradients of the outputs -> one gradient per input; `None` stands for zero. Called at most once.
         inputs: tensors or Parameters; where none needs a gradient, `backward` is never called.
 
     Returns:
         The outputs of `forward`, as a tuple.
+
+    Raises:
+        RuntimeError: inside a function whose gradient is taken in a function that is being differentiated itself: `backward` has
+            no derivative.
     """
     if not recording():
         return forward(*inputs)
+    if _forwards[0] > 1:
+        raise RuntimeError(NESTED)
     with no_grad():
-        outputs = forward(*inputs)
+        outputs = _distinct(forward(*inputs), inputs)
     recorded = executor.call_custom_bprop(_Op(backward), outputs, *inputs)
     recorded = outputs if recorded is None else recorded  # 2.5 marks the outputs in place
     return tuple(x.copy() for x in recorded) if _hookable[0] else recorded
+
+
+def _distinct(outputs: Tensors, inputs: Sequence[Tensor]) -> Tensors:
+    """The outputs, none of which is an input or another output: the executor marks outputs in place.
+
+    2.5 would forget the other uses of the tensor, and gives a Parameter that comes out as it went in a gradient of zero.
+    """
+    taken = {id(x) for x in inputs}
+    distinct = []
+    for x in outputs:
+        distinct.append(_detach(x) if id(x) in taken or isinstance(x, Parameter) else x)  # shares memory, but for Parameters
+        taken.add(id(x))
+    return tuple(distinct)
+
+
+def requested() -> tuple[Parameter, ...]:
+    """The parameters that the backward pass under way was asked for; none outside of one."""
+    return _requested[-1] if _requested else ()
 
 
 def vjp(
@@ -102,6 +152,7 @@ def vjp(
     cotangents: Tensors,
     leaves: Sequence[Tensor] = (),
     graph: Graph | None = None,
+    captured: Callable[[], Sequence[Parameter]] = tuple,
 ) -> Tensors:
     """Run `function(*inputs, *leaves)` recorded and pull `cotangents` back through it at once.
 
@@ -111,9 +162,10 @@ def vjp(
         inputs: may have a history, which is not followed.
         leaves: more inputs, which have none: no Parameters either.
         graph: the one of earlier calls for the same function; not one that is in use.
+        captured: asked after `function` has run: Parameters that it may have used without being given them.
 
     Returns:
-        One gradient per input and leaf, zeros where it was not used.
+        One gradient per input, leaf and captured Parameter; zeros where it was not used.
     """
     cell = Graph() if graph is None else graph
     detached = [*map(_detach, inputs), *leaves]
@@ -125,8 +177,20 @@ def vjp(
         outputs, cotangents = outputs[0], cotangents[0]
     executor.end_graph(cell, outputs, *detached)
     aux = (False,) if GRAD_TAKES_HAS_AUX else ()
-    grads = executor.grad(cell, _grad_by_position, None, tuple(range(len(detached))), *aux, *detached, cotangents)
-    return tuple(grads) if isinstance(grads, (tuple, list)) else (grads,)
+    places, weights = tuple(range(len(detached))), list(captured())
+    if not weights:
+        return _as_tuple(executor.grad(cell, _grad_by_position, None, places, *aux, *detached, cotangents))
+    grads = executor.grad(cell, _grad_by_both, weights, places, *aux, *detached, cotangents)
+    return (*_as_tuple(grads[0]), *map(_of_python, _as_tuple(grads[1])))
+
+
+def _of_python(x: Any) -> Tensor:
+    """The Python tensor around what 2.5's executor returns where it was called from C++."""
+    return x if isinstance(x, Tensor) else Tensor(x, internal=True)
+
+
+def _as_tuple(x: Any) -> Tensors:
+    return tuple(x) if isinstance(x, (tuple, list)) else (x,)
 
 
 def _detach(x: Tensor) -> Tensor:
@@ -146,7 +210,7 @@ def install() -> None:
         return
     forward = "_pynative_forward_run"  # 2.5: a method of two classes; 2.10: a function
     owners = [owner for owner in (_composite, _composite.GradOperation, _Grad) if forward in vars(owner)]
-    wrappers = [(PyNativeExecutor, "grad", _watch), *((owner, forward, _clear_after_failure) for owner in owners)]
+    wrappers = [(PyNativeExecutor, "grad", _watch), *((owner, forward, _record) for owner in owners)]
     for owner, name, wrapper in wrappers:
         _originals.append((owner, name, vars(owner)[name]))
         wrapt.wrap_function_wrapper(owner, name, wrapper)
@@ -156,6 +220,12 @@ def uninstall() -> None:
     """Stop watching; idempotent."""
     while _originals:
         setattr(*_originals.pop())
+
+
+def _record(wrapped: Any, instance: Any, args: tuple, kwargs: dict) -> Any:
+    if _closed[0]:
+        raise RuntimeError(NESTED)
+    return _clear_after_failure(wrapped, instance, args, kwargs)
 
 
 def _clear_after_failure(wrapped: Any, instance: Any, args: tuple, kwargs: dict) -> Any:
@@ -173,17 +243,54 @@ def _clear_after_failure(wrapped: Any, instance: Any, args: tuple, kwargs: dict)
 
 def _watch(wrapped: Any, instance: Any, args: tuple, kwargs: dict) -> Any:
     _depth[0] += 1
+    # a gradient that is taken in the forward pass of another one ends nothing: that one still has its backward pass before it
+    outermost = _depth[0] == 1 and not _forwards[0]
+    if outermost:
+        weights = args[2]
+        _requested.append(() if weights is None else (weights,) if isinstance(weights, Parameter) else tuple(weights))
     error: BaseException | None = None
+    out: Any = None
     try:
-        return wrapped(*args, **kwargs)
+        out = wrapped(*args, **kwargs)
     except BaseException as caught:
         error = caught
         raise
     finally:
         _depth[0] -= 1
-        if _depth[0] == 0:
+        if outermost:
+            _requested.pop()
             if error is not None:
                 executor.clear_res()  # otherwise 2.10 refuses the next, healthy, backward pass
             for hook in tuple(backward_hooks):
-                hook(error)
+                deliver = hook(error)
+                if deliver is not None and error is None:
+                    out = _delivered(out, deliver, *args[1:])
         del error  # its traceback holds this frame
+    return out
+
+
+def _delivered(out: Any, deliver: Deliver, grad: Any, weights: Any, position: Any, *args: Any) -> Any:
+    """The result of a backward pass, each parameter's gradient replaced by the whole of it.
+
+    `grad`, `weights`, `position`, `args`: what the executor was asked for; a parameter may be among the arguments too.
+    """
+    arguments = args[int(GRAD_TAKES_HAS_AUX) :]
+    by_list, by_place = (
+        bool(weights is not None and grad.get_by_list),
+        bool(grad.get_all or getattr(grad, "get_by_position", False)),
+    )
+    inputs, listed = out if by_list and by_place else (None, out) if by_list else (out, None)
+    if by_list:
+        listed = _whole(listed, [weights] if isinstance(weights, Parameter) else list(weights), deliver)
+    if inputs is not None and any(isinstance(x, Parameter) for x in arguments):
+        chosen = range(len(arguments)) if grad.get_all else position if isinstance(position, (tuple, list)) else (position or 0,)
+        inputs = _whole(inputs, [arguments[i] for i in chosen], deliver)
+    if by_list:
+        return (inputs, listed) if by_place else listed
+    return inputs
+
+
+def _whole(found: Any, of: Sequence[Any], deliver: Deliver) -> Any:
+    """Gradients, one tensor or several, as they came."""
+    whole = tuple(deliver(x, g) if isinstance(x, Parameter) else g for x, g in zip(of, _as_tuple(found)))
+    return whole if isinstance(found, (tuple, list)) else whole[0]

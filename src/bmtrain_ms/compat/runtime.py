@@ -14,6 +14,8 @@ import numpy as np
 from mindspore import Tensor, ops
 from mindspore._c_expression import DeviceContextManager, RuntimeConf
 
+from .executor import no_grad
+
 _TAKES_INTERNAL = hasattr(Tensor.__init__, "__code__") and "internal" in Tensor.__init__.__code__.co_varnames  # 2.5
 FLOATS = (ms.float16, ms.bfloat16, ms.float32, ms.float64)
 
@@ -147,6 +149,15 @@ def from_host(array: np.ndarray) -> Tensor:
         made = Tensor(Tensor.__base__.from_numpy(array), internal=True)  # half the time: without checks of what is known
     made._bmtrain_ms_from_host = True
     return made
+
+
+@functools.cache
+def zeros(length: int, dtype: Any) -> Tensor:
+    """(length,) zeros, the same tensor each time: for those who only read. On CPU they take no memory, as nobody writes them."""
+    if device_target() != "CPU":
+        return ops.zeros((length,), dtype)
+    with no_grad():
+        return addressed(from_host(np.zeros(length, numpy_dtype(dtype))))
 
 
 def _is_from_host(tensor: Tensor) -> bool:

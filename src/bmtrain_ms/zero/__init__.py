@@ -2,7 +2,8 @@
 models", 2020)."""
 
 from . import init
-from .block import Block, CheckpointBlock, TransformerBlockList
+from .block import Block, CheckpointBlock
+from .block_list import TransformerBlockList
 from .context import ZeroContext, context_of
 from .group import ParamGroup, ShardState
 from .init import ParameterInitializer, init_parameters

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import weakref
-from typing import Any
+from typing import Any, Iterator
+
+from mindspore import Parameter, Tensor
 
 from ..comm import World
 from ..compat import autograd
+from ..compat.autograd import Deliver
 from .buffers import BufferPool
 from .pipeline import GatherPipeline
 from .random import Draws
@@ -21,12 +25,29 @@ class ZeroContext:
         self.pipeline = GatherPipeline(self.pool, world.prefetch)
         self.reducer = Reducer()
         self.draws = Draws(world.seed, world.mesh.rank)
+        self._gathers: list[list[Any]] = []
         self.managers: weakref.WeakSet[Any] = weakref.WeakSet()  # those with gradients of this world's parameters, for `inspect`
 
-    def end_of_backward(self, error: BaseException | None) -> None:
-        """All gradients are there before the caller of `value_and_grad` sees them."""
-        self.reducer.end_of_backward(failed=error is not None)
+    @contextlib.contextmanager
+    def gathers(self) -> Iterator[list[Any]]:
+        """Inside the `with` statement the list gets each parameter that gathers itself (`DistributedParameter.gather`)."""
+        noted: list[Any] = []
+        self._gathers.append(noted)
+        try:
+            yield noted
+        finally:
+            self._gathers.remove(noted)
+
+    def note_gather(self, p: Parameter) -> None:
+        """A parameter gathers itself, differentiably."""
+        for noted in self._gathers[-1:]:
+            noted.append(p)
+
+    def end_of_backward(self, error: BaseException | None) -> Deliver:
+        """All gradients are there, and whole, before the caller of `value_and_grad` sees them."""
+        deliver = self.reducer.end_of_backward(failed=error is not None)
         self.pipeline.end_sequence()
+        return deliver
 
 
 _contexts: weakref.WeakKeyDictionary[World, ZeroContext] = weakref.WeakKeyDictionary()
@@ -39,9 +60,15 @@ def context_of(world: World) -> ZeroContext:
     return _contexts[world]
 
 
-def _end_of_backward(error: BaseException | None) -> None:
-    for context in tuple(_contexts.values()):
-        context.end_of_backward(error)
+def _end_of_backward(error: BaseException | None) -> Deliver:
+    delivers = [context.end_of_backward(error) for context in tuple(_contexts.values())]
+
+    def deliver_all(p: Parameter, found: Tensor) -> Tensor:
+        for deliver in delivers:
+            found = deliver(p, found)
+        return found
+
+    return deliver_all
 
 
 autograd.backward_hooks.append(_end_of_backward)

@@ -14,6 +14,7 @@ from enum import Enum, auto
 from typing import TYPE_CHECKING, Any, Sequence
 
 import numpy as np
+import xxhash
 from mindspore import Tensor, ops
 
 from ..comm import Buffer, Engine, Label, Work
@@ -132,6 +133,10 @@ class Gathered:
         self._landing: list[np.ndarray] = []  # padded full, flat, on the host
         self._travelling: list[list[np.ndarray]] = []  # what arrives for each parameter that is not gathered as it is
         self._tensors: list[Tensor] = []
+        self._prints: tuple[int, ...] = ()
+        self._given: tuple[int, ...] = ()  # where fewer bits travel: prints of the shards that were gathered ...
+        self._arrived: tuple[int, ...] = ()  # ... and of what this rank's became
+        self.was_ahead = False  # gathered before it was asked for
 
     def issue(self) -> None:
         """Start the all-gather; does nothing when the copy is there or on its way."""
@@ -141,6 +146,7 @@ class Gathered:
             if self._buffer is None:
                 self._allocate()
             shards, landing = self._host_pieces()
+            self._given = self._shard_prints() if any(self.group.wires) else ()
             self._work = self.group.engine.all_gather(shards, landing, self.group.label)
         else:
             self._work = self.group.engine.all_gather(self._device_pieces(), label=self.group.label)
@@ -157,6 +163,55 @@ class Gathered:
             else:
                 self._tensors = self._full_on_device(outputs)
         return self._tensors
+
+    def written(self, before: tuple[int, ...] | None = None) -> list[DistributedParameter]:
+        """Parameters whose shard is another than the one that was gathered, or whose part of this copy is not what arrived.
+
+        Nobody announces writes: MindSpore has no counter of them. What a rank can see is its own piece, of the copy and of the
+        parameter. On a device, where looking waits for all that was issued, nothing is found.
+
+        Args:
+            before: prints that the shards must have as well.
+        """
+        if not self._landing:
+            return []
+        self.tensors()
+        shards, own = self._shard_prints(), self._own_prints()
+        same = [a == b for a, b in (zip(shards, self._given) if self._given else zip(shards, own))]
+        if self._given:
+            same = [ok and a == b for ok, a, b in zip(same, own, self._arrived)]
+        if before is not None:
+            same = [ok and a == b for ok, a, b in zip(same, shards, before)]
+        self._prints = shards
+        return [p for p, ok in zip(self.group.params, same) if not ok]
+
+    def verify(self, before: tuple[int, ...] | None = None) -> tuple[int, ...] | None:
+        """Prints of the shards, which are those that were gathered; None on a device.
+
+        Args:
+            before: as in `written`.
+
+        Raises:
+            RuntimeError: a parameter was written since, or this copy.
+        """
+        written = self.written(before)
+        if written:
+            raise RuntimeError(
+                f"parameter {written[0].name} was written while {self.group.label} was computing with it, on rank "
+                f"{self.group.world.mesh.rank}: between its gather and the end of the call, or between forward and backward. Its "
+                "module has a gathered copy, so the result would be that of neither value. Write parameters before a forward "
+                "pass or after backward; what a module updates while it runs (statistics, counters) belongs in a Parameter with "
+                "requires_grad=False"
+            )
+        return self._prints if self._landing else None
+
+    def _shard_prints(self) -> tuple[int, ...]:
+        return tuple(xxhash.xxh3_64_intdigest(host_array(p).view(np.uint8).data) for p in self.group.params)
+
+    def _own_prints(self) -> tuple[int, ...]:
+        rank = self.group.engine.rank
+        pieces = (x[rank * p.shard_length : (rank + 1) * p.shard_length] for p, x in zip(self.group.params, self._landing))
+        return tuple(xxhash.xxh3_64_intdigest(x.view(np.uint8).data) for x in pieces)
 
     def park(self) -> bool:
         """Free the memory but keep its address: a recorded graph reads the tensors again after the next `issue`.
@@ -250,6 +305,7 @@ class Gathered:
             if wire is not None:
                 wire.decode([x.reshape(ranks, -1) for x in theirs], full.reshape(ranks, -1))
         self._travelling = []
+        self._arrived = self._own_prints() if self._given else ()
 
     def _device_pieces(self) -> list[Tensor]:
         given = []

@@ -155,7 +155,8 @@ class DistributedParameter(Parameter):
     def gather(self) -> Tensor:
         """The full tensor, gathered now, on all ranks together; its gradient is reduced to this rank's shard of the mean.
 
-        Every call gathers again (BMTrain: the same). The copy lives as long as somebody refers to it.
+        Every call gathers again (BMTrain: the same). It is a copy, which lives as long as somebody refers to it: the parameter does
+        not see what is written into it.
         """
         if self._alone is None or self._alone.params[0] is not self:  # a clone has its original's
             self._alone = ParamGroup([self], self.name)
@@ -164,13 +165,17 @@ class DistributedParameter(Parameter):
 
         def take(*_: Tensor) -> tuple[Tensor, ...]:
             gathered = context.pipeline.enter(group, phase)
-            full = tuple(gathered.tensors())
-            context.pipeline.leave(gathered)
-            return full
+            try:
+                full = tuple(gathered.tensors())
+                if gathered.was_ahead:
+                    gathered.verify()
+                return full
+            finally:
+                context.pipeline.leave(gathered)
 
         if not (recording() and self.requires_grad):
             return take()[0]
-        context.reducer.expect(group, [0])
+        context.note_gather(self)
         return custom_op(take, lambda grads: context.reducer.reduce(group, [0], grads), self)[0]
 
     def register_hook(self, hook: Callable) -> Any:

@@ -6,15 +6,27 @@ the order of calls, which is the same on every rank, so all ranks issue the same
 
 [Note: sequences]
 A sequence starts at the first call after a backward pass, whenever evaluation and training alternate, when an evaluation comes to a
-group again, and after parameters were written. The first group of a sequence is never gathered ahead: between sequences the
-parameters may change.
+group again, and after an optimizer of ours stepped. The first group of a sequence is never gathered ahead: parameters often change
+between sequences, and the gather would be for nothing.
+
+[Note: written in between]
+Between two visits code of the user's may run, and write the parameters that were gathered ahead; nobody announces that. So before
+a copy that was gathered ahead is used, each rank compares its piece of it with its shard, and all ranks agree whether to gather
+again: what one rank finds written, another may not (equal values, empty shards). Nothing has to be agreed where no code of the
+user's runs between the gather and the use, in a chain of Blocks (`undisturbed`) and in backward: whoever writes there is told when
+the call ends (`Gathered.verify`). On a device nothing is gathered ahead but there: the program runs ahead of the device anyway.
 """
 
 from __future__ import annotations
 
+import contextlib
 import weakref
 from enum import Enum, auto
+from typing import Iterator
 
+import numpy as np
+
+from ..compat.runtime import from_host, host_array
 from .buffers import BufferPool
 from .group import Gathered, Meter, ParamGroup, ShardState
 
@@ -43,7 +55,8 @@ class GatherPipeline:
         self._largest = 0  # bytes of a group
         self._seen: set[tuple[Phase, int]] = set()  # what an evaluation has visited
         self._last: Visit | None = None
-        self._ahead: list[tuple[Visit, Gathered]] = []
+        self._ahead: list[tuple[Visit, Gathered, object]] = []  # with the undisturbed stretch in which it was issued
+        self._stretch: object = None  # where no code of the user's runs between visits; None: it may
         self._kept: list[Gathered] = []
 
     def enter(self, group: ParamGroup, phase: Phase, parked: Gathered | None = None) -> Gathered:
@@ -58,6 +71,16 @@ class GatherPipeline:
         gathered.tensors()
         self._gather_ahead(visit, running=group)
         return gathered
+
+    @contextlib.contextmanager
+    def undisturbed(self) -> Iterator[None]:
+        """Inside the `with` statement no code of the user's runs between visits, see [Note: written in between]."""
+        before = self._stretch
+        self._stretch = before or object()
+        try:
+            yield
+        finally:
+            self._stretch = before
 
     def leave(self, gathered: Gathered, keep: bool = False) -> None:
         """The call is over.
@@ -80,7 +103,7 @@ class GatherPipeline:
 
     def end_sequence(self) -> None:
         """See [Note: sequences]. Whatever is still FULL is released."""
-        for _, gathered in self._ahead:
+        for _, gathered, _ in self._ahead:
             gathered.release()
         for gathered in self._kept:
             gathered.release()
@@ -108,15 +131,26 @@ class GatherPipeline:
 
     def _take_ahead(self, visit: Visit, parked: Gathered | None) -> Gathered:
         if self._ahead:
-            expected, gathered = self._ahead[0]
+            expected, gathered, stretch = self._ahead[0]
             if expected == visit and parked in (None, gathered):
                 self._ahead.pop(0)
-                return gathered
-            self._drop_ahead()  # another order than last time
+                trusted = visit[0] is Phase.BACKWARD or (stretch is not None and stretch is self._stretch)
+                if trusted or not self._written_anywhere(gathered):
+                    gathered.was_ahead = True
+                    return gathered
+                gathered.release()
+            self._drop_ahead()  # another order than last time, or old values
         return parked or Gathered(visit[1], self.pool, self.meter)
 
+    @staticmethod
+    def _written_anywhere(gathered: Gathered) -> bool:
+        """Whether any rank has written a parameter since it was gathered; the same answer on all."""
+        mine = from_host(np.array([bool(gathered.written())], np.float32))
+        agreed = gathered.group.engine.all_reduce([mine], "max", f"{gathered.group.label} written since it was gathered")
+        return bool(host_array(agreed.wait()[0])[0])
+
     def _drop_ahead(self) -> None:
-        for _, gathered in self._ahead:
+        for _, gathered, _ in self._ahead:
             if gathered in self._kept:
                 gathered.park()
             else:
@@ -149,6 +183,8 @@ class GatherPipeline:
                 continue
             if phase is not previous[0] and depth > 0:
                 return  # the forward pass that leads to this backward visit is still ahead
+            if not group.engine.lands_in_place and self._stretch is None and phase is not Phase.BACKWARD:
+                return
             if group is running:
                 return  # its own copy is still FULL: gathered ahead when that is released
             parked = phase is Phase.BACKWARD and group.parked
@@ -156,4 +192,4 @@ class GatherPipeline:
             if gathered.state is ShardState.FULL:
                 return
             gathered.issue()
-            self._ahead.append((visit, gathered))
+            self._ahead.append((visit, gathered, self._stretch))

@@ -2,54 +2,82 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from typing import Sequence
 
-from mindspore import Tensor
+import numpy as np
+from mindspore import Parameter, Tensor
 
 from ..comm import Work
+from ..compat.autograd import Deliver, no_grad
+from ..compat.runtime import added, address, from_host, numpy_dtype, zeros
 from .group import AcrossReplicas, ParamGroup
 
 
 class Reducer:
-    """Reduces gradients asynchronously where nobody can look at the result too early.
+    """Reduces gradients asynchronously, past autograd.
 
-    The backward function of a gather returns shards that are still being written. That is safe while autograd only passes them
-    on, and all are waited for before `value_and_grad` returns. Where it adds two of them (a parameter gathered twice in one
-    forward pass) or a hook of the user's reads one, the reduce is waited for at once.
+    The backward function of a gather gives autograd zeros, at once, and nobody a gradient that is still arriving. What arrives is
+    added to what autograd has summed up when the pass has ended, whatever else the parameter was used for: a penalty, another
+    gather, a function of the user's. Where a hook of the user's reads the gradients of a parameter, its reduce is waited for, and
+    its result is given to autograd.
     """
 
     def __init__(self) -> None:
-        self._gathers: Counter[int] = Counter()  # id of parameter -> recorded gathers since the last backward pass
-        self._in_flight: list[Work] = []
-
-    def expect(self, group: ParamGroup, indices: Sequence[int]) -> None:
-        """A recorded gather of these parameters will end in a `reduce`."""
-        self._gathers.update(id(group.params[i]) for i in indices)
+        self._in_flight: list[tuple[Work, list[Parameter]]] = []
+        self._arrived: dict[int, Tensor] = {}  # id of parameter -> sum of what came for it in this pass
 
     def reduce(self, group: ParamGroup, indices: Sequence[int], grads: Sequence[Tensor]) -> list[Tensor]:
-        """Full gradients -> shards of their mean; flat, `shard_length` elements, of the gradients' dtype.
+        """Start reducing full gradients to shards of their mean; what autograd is told: one shard for each.
 
         At most one earlier reduce stays in flight, so that full gradients of at most two groups are alive.
         """
-        for work in self._in_flight:
+        for work, _ in self._in_flight:
             if isinstance(work, AcrossReplicas):
                 work.start_second()
         self.finish(keep=1)
+        params = [group.params[i] for i in indices]
         work = group.reduce(indices, grads)
-        self._in_flight.append(work)
-        if any(self._gathers[id(group.params[i])] > 1 or group.params[i].has_hooks for i in indices):
-            self.finish()
-        return work.outputs
+        if any(p.has_hooks for p in params):
+            return work.wait()
+        self._in_flight.append((work, params))
+        return [zeros(p.shard_length, p.dtype) for p in params]
+
+    def add(self, p: Parameter, grad: Tensor) -> None:
+        """Have `grad`, which autograd does not know of, be part of the gradient of `p`. Keeps `grad`, and may write into it."""
+        before = self._arrived.get(id(p))
+        self._arrived[id(p)] = grad if before is None else added(before, grad)
 
     def finish(self, keep: int = 0) -> None:
         """Wait for all but the `keep` latest reduces."""
         while len(self._in_flight) > keep:
-            self._in_flight.pop(0).wait()
+            work, params = self._in_flight.pop(0)
+            for p, grad in zip(params, work.wait()):
+                self.add(p, grad)
 
-    def end_of_backward(self, failed: bool) -> None:
-        """Everything has arrived, or the pass failed and nothing will be used."""
+    def end_of_backward(self, failed: bool) -> Deliver:
+        """Wait for everything, or forget it where the pass failed; returns what makes gradients whole."""
         if failed:
             self._in_flight.clear()
+            self._arrived = {}
         self.finish()
-        self._gathers.clear()
+        arrived, self._arrived = self._arrived, {}
+        return lambda p, found: _whole(p, arrived.get(id(p)), found)
+
+
+def _whole(p: Parameter, arrived: Tensor | None, found: Tensor) -> Tensor:
+    """What came past autograd, and what it has found: where nothing but our zeros went in, those come out."""
+    if not hasattr(p, "shard_length"):  # not sharded
+        return found if arrived is None else _sum(arrived, found)
+    told = zeros(p.shard_length, found.dtype)
+    if found is told or (address(found) is not None and address(found) == address(told)):
+        return found if arrived is None else arrived
+    start, stop = p.owned
+    if stop - start < p.shard_length:  # whoever writes a shard, or makes a penalty of it, does not think of its padding
+        with no_grad():
+            found = found * from_host((np.arange(p.shard_length) < stop - start).astype(numpy_dtype(found.dtype)))
+    return found if arrived is None else _sum(arrived, found)
+
+
+def _sum(arrived: Tensor, found: Tensor) -> Tensor:
+    with no_grad():
+        return arrived + (found if found.dtype == arrived.dtype else found.astype(arrived.dtype))

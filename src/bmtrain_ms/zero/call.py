@@ -1,0 +1,249 @@
+"""One call of a Block."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any, Callable, ContextManager, Sequence
+
+from mindspore import Parameter, Tensor
+
+from ..comm import rank
+from ..compat.autograd import closed, custom_op, requested, vjp
+from ..compat.runtime import host_array, is_float
+from .context import ZeroContext
+from .group import Gathered
+from .param import DistributedParameter
+from .pipeline import Phase
+from .replay import Replay, hashes
+from .slots import Slots
+from .tree import Rebuild, flatten
+
+
+class Call:
+    """One call of a Block: its arguments, and what its backward must remember."""
+
+    def __init__(self, slots: Slots, zero_level: int, context: ZeroContext, leaves: list[Any], rebuild: Rebuild):
+        self.slots, self.zero_level, self.group, self.pipeline = slots, zero_level, slots.group, context.pipeline
+        self.context, self.reducer = context, context.reducer
+        self.leaves, self.rebuild = leaves, rebuild
+        self.measure = self.group.world.measure
+        self.backward_span = contextlib.ExitStack()
+        self.differentiable = [i for i, x in enumerate(leaves) if is_float(x)]
+        self.trainable = self.group.trainable()
+        self.prints: tuple[int, ...] | None = None  # of the shards that forward used
+        self.inside: Callable[[], ContextManager[None]] = closed
+
+    # The three ways to run #
+
+    def evaluate(self) -> Any:
+        """Not recorded: gather, run, release."""
+        self.inside = contextlib.nullcontext  # forces, attributions: nothing is recorded yet
+        gathered = self.pipeline.enter(self.group, Phase.EVAL)
+        try:
+            with self.measure(f"evaluate {self.group.label}"):
+                out = plain(self._run(self._inputs(), gathered.tensors()))
+            gathered.verify()
+            return out
+        finally:
+            self.pipeline.leave(gathered)
+
+    def checkpointed(self) -> Any:
+        """One function of (inputs, shards) that recomputes in its backward."""
+        keep = self.zero_level == 2
+        result = _Result()
+        due = self.slots.is_due()
+        replay = Replay(self.context.draws, looks=due or self.group.engine.lands_in_place)
+        kept: list[Gathered] = []
+
+        def forward(*inputs_and_shards: Tensor) -> tuple[Tensor, ...]:
+            gathered = self.pipeline.enter(self.group, Phase.FORWARD)
+            try:
+                with self.measure(f"forward {self.group.label}"):
+                    out = result.take(self._run(inputs_and_shards[: len(self.differentiable)], gathered.tensors()))
+                self.prints = gathered.verify()
+            except BaseException:
+                self.pipeline.leave(gathered)
+                raise
+            self.pipeline.leave(gathered, keep=keep)
+            kept.append(gathered)
+            replay.ended(out)
+            return out
+
+        def backward(grads: tuple[Tensor, ...]) -> list[Tensor]:
+            gathered = kept[0] if keep else self.pipeline.enter(self.group, Phase.BACKWARD)
+            try:
+                with self.measure(f"backward {self.group.label}"):
+                    pulled = self._pull(gathered, grads, replay, due)
+                gathered.verify(self.prints)
+            except BaseException:
+                self.pipeline.leave(gathered)
+                raise
+            here = len(self.differentiable)
+            shards = self.reducer.reduce(self.group, self.trainable, pulled[here:]) if self.trainable else []
+            self.pipeline.leave(gathered)
+            return [*pulled[:here], *shards]
+
+        return result.restore(custom_op(forward, backward, *self._inputs(), *self._shards()))
+
+    def kept(self) -> Any:
+        """Recorded by autograd as it runs; only the gathered memory is let go of in between."""
+        result = _Result()
+        gathered = self.pipeline.enter(self.group, Phase.FORWARD)
+        try:
+            weights = list(gathered.tensors())
+            inputs = self._before(gathered, weights)
+            with self.measure(f"forward {self.group.label}"):
+                out = result.take(self._run(inputs, weights))
+            self.prints = gathered.verify()
+            stays = self.zero_level == 2 or any(gathered.owns(x) for x in out)
+            out = self._behind(gathered, out)
+        except BaseException:
+            self.pipeline.leave(gathered)
+            raise
+        if stays:
+            self.pipeline.leave(gathered, keep=True)
+        else:
+            self.slots.warn_of_copies(gathered)
+            self.pipeline.park(gathered)
+        return result.restore(out)
+
+    # Pieces #
+
+    def _before(self, gathered: Gathered, weights: list[Tensor]) -> list[Tensor]:
+        """Make full tensors functions of the shards; the last thing that backward reaches. Replaces entries of `weights`."""
+        inputs = self._inputs()
+        if not self.trainable:  # nothing to reduce, but something to release: an identity on the inputs
+
+            def leave(grads: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+                self._end_of_backward(gathered)
+                self.pipeline.leave(gathered)
+                return grads
+
+            return list(custom_op(lambda *xs: xs, leave, *inputs)) if inputs else inputs
+
+        def reduce(grads: tuple[Tensor, ...]) -> list[Tensor]:
+            self._end_of_backward(gathered)
+            shards = self.reducer.reduce(self.group, self.trainable, grads)
+            self.pipeline.leave(gathered)
+            return shards
+
+        full = tuple(weights[i] for i in self.trainable)
+        for i, tensor in zip(self.trainable, custom_op(lambda *_: full, reduce, *self._shards())):
+            weights[i] = tensor
+        return inputs
+
+    def _end_of_backward(self, gathered: Gathered) -> None:
+        self.backward_span.close()
+        gathered.verify(self.prints)
+
+    def _behind(self, gathered: Gathered, outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """An identity; the first thing that backward reaches."""
+
+        def gather_again(grads: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            if self.zero_level == 3:
+                self.pipeline.enter(self.group, Phase.BACKWARD, parked=gathered)
+            self.backward_span = contextlib.ExitStack()
+            self.backward_span.enter_context(self.measure(f"backward {self.group.label}"))
+            return grads
+
+        return custom_op(lambda *xs: xs, gather_again, *outputs) if outputs else outputs
+
+    def _inputs(self) -> list[Tensor]:
+        return [self.leaves[i] for i in self.differentiable]
+
+    def _shards(self) -> list[DistributedParameter]:
+        return [self.group.params[i] for i in self.trainable]
+
+    def _run(self, inputs: Sequence[Tensor], weights: Sequence[Tensor]) -> Any:
+        leaves = list(self.leaves)
+        for i, x in zip(self.differentiable, inputs):
+            leaves[i] = x
+        args, kwargs = self.rebuild(iter(leaves))
+        with self.slots.substituted(weights), self.inside():
+            return self.slots.run(*args, **kwargs)
+
+    def _pull(self, gathered: Gathered, grads: tuple[Tensor, ...], replay: Replay, due: bool) -> tuple[Tensor, ...]:
+        """Recompute, and differentiate with respect to inputs and trainable full tensors."""
+        weights, here = gathered.tensors(), len(self.differentiable)
+        captured: list[Parameter] = []
+
+        def recompute(*inputs_and_weights: Tensor) -> tuple[Tensor, ...]:
+            full = list(weights)
+            for i, tensor in zip(self.trainable, inputs_and_weights[here:]):
+                full[i] = tensor
+            buffers = self.slots.plain_parameters()
+            before = hashes(buffers)
+            out = _Result().take(self._run(inputs_and_weights[:here], full))
+            self._check(gathered, replay, out, [p.name for p, old, new in zip(buffers, before, hashes(buffers)) if old != new])
+            return out
+
+        leaves = [weights[i] for i in self.trainable]
+        with replay.again(), self.context.gathers() as gathers:
+
+            def capture() -> list[Parameter]:
+                captured.extend(_captured(gathers, self._shards() if due else []))
+                return captured
+
+            found = vjp(recompute, self._inputs(), grads, leaves, self.slots.graph, capture)
+        asked = here + len(leaves)
+        self._add_captured(captured, found[asked:], gathers)
+        return found[:asked]
+
+    def _check(self, gathered: Gathered, replay: Replay, again: tuple[Tensor, ...], changed: list[str]) -> None:
+        """That recomputation does what forward did, to rounding, and leaves buffers as they were."""
+        where = f"rank {rank()}: recomputing {self.group.label} ({type(self.slots.module).__name__})"
+        if replay.differs(again):
+            gathered.verify(self.prints)  # other values of parameters are the better explanation
+            raise RuntimeError(
+                f"{where} gave other values than its forward pass, so its gradients would be wrong: something in it is random "
+                "(a dropout that is a function, not a bmtrain_ms.nn.Dropout) or changes state. Use "
+                "Block(use_checkpoint=False) for it"
+            )
+        if changed:
+            raise RuntimeError(
+                f"{where} changed {changed[0]} a second time (running statistics, a counter): use Block(use_checkpoint=False) for "
+                "it"
+            )
+
+    def _add_captured(self, captured: list[Parameter], grads: Sequence[Tensor], gathers: list[DistributedParameter]) -> None:
+        """Autograd never sees what the module used without being given it: those gradients are added beside it."""
+        for p, grad in zip(captured, grads):
+            if not isinstance(p, DistributedParameter):
+                self.reducer.add(p, grad * 1.0)  # the gradients of a and b in a + b are one tensor
+            elif not any(p is other for other in gathers) and host_array(grad).any():
+                raise RuntimeError(
+                    f"rank {rank()}: {type(self.slots.module).__name__} ({self.group.label}) uses the shard of {p.name} itself in "
+                    "a checkpointed Block, where it gets no gradient. Compute what is made of shards (a penalty) outside of the "
+                    "Block, or use Block(use_checkpoint=False)"
+                )
+
+
+def plain(out: Any) -> Any:
+    """A Block's result as BMTrain has it: a list becomes a tuple."""
+    return tuple(out) if isinstance(out, list) else out
+
+
+def _captured(gathers: list[DistributedParameter], own: list[DistributedParameter]) -> list[Parameter]:
+    """Parameters that a recomputed module may have used without being given them: whole ones, and those it gathered itself.
+
+    `own`: those of the Block whose shards it may have used; looked at now and then.
+    """
+    found: dict[int, Parameter] = {id(p): p for p in requested() if not isinstance(p, DistributedParameter)}
+    found.update((id(p), p) for p in [*gathers, *own] if p.requires_grad)
+    return list(found.values())
+
+
+class _Result:
+    """Separates a result's floating-point tensors, which autograd handles, from the rest of it."""
+
+    def take(self, out: Any) -> tuple[Tensor, ...]:
+        """Remember the structure of `out`; return its floating-point tensors."""
+        self._leaves, self._rebuild = flatten(plain(out))
+        self._places = [i for i, x in enumerate(self._leaves) if is_float(x)]
+        return tuple(self._leaves[i] for i in self._places)
+
+    def restore(self, tensors: Sequence[Tensor]) -> Any:
+        """The same structure around `tensors`."""
+        for i, x in zip(self._places, tensors):
+            self._leaves[i] = x
+        return self._rebuild(iter(self._leaves))

@@ -1,0 +1,111 @@
+"""Repeating a forward pass, and noticing when it was not repeated."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+from typing import Any, Iterator, Sequence
+
+import numpy as np
+import xxhash
+from mindspore import Parameter, Tensor
+
+from ..compat.runtime import host_array, values
+from .random import Draws
+
+_SAMPLE = 1 << 10  # elements of an output that are kept, to tell rounding from another result
+
+
+class Replay:
+    """A forward pass that is made again in backward.
+
+    What it draws is drawn again: from `zero.random`, from Python's and from NumPy's global generator. What it returns is compared,
+    each time: whatever else is random in it (an operation of MindSpore's, a generator of its own) or counts its calls gives other
+    values, and gradients would be those of another function.
+    """
+
+    def __init__(self, draws: Draws, looks: bool):
+        """The pass begins.
+
+        Args:
+            draws: those of the world.
+            looks: whether results are compared. On a device that waits for all that was issued.
+        """
+        self._draws, self._looks = draws, looks
+        self._start = draws.count, draws.records
+        self._generators: tuple[Any, Any] | None = _generators()
+        self._results: list[_Result] = []
+
+    def ended(self, outputs: Sequence[Tensor]) -> None:
+        """The pass has returned `outputs`."""
+        if _equal(self._generators, _generators()):
+            self._generators = None  # nothing was drawn: nothing to draw again
+        if self._looks:
+            self._results = [_Result(x) for x in outputs]
+
+    @contextlib.contextmanager
+    def again(self) -> Iterator[None]:
+        """Inside the `with` statement the pass's random numbers are drawn again; afterwards generators go on as before."""
+        with self._draws.replay(self._start):
+            if self._generators is None:
+                yield
+                return
+            now = _generators()
+            _restore(self._generators)
+            try:
+                yield
+            finally:
+                _restore(now)
+
+    def differs(self, outputs: Sequence[Tensor]) -> bool:
+        """Whether the repeated pass has returned something else, beyond rounding."""
+        return self._looks and any(first.differs(again) for first, again in zip(self._results, outputs))
+
+
+class _Result:
+    """What is remembered of an output: a hash, and some of its elements."""
+
+    def __init__(self, x: Tensor):
+        flat = values(x).reshape(-1)
+        self._hash = _hash(flat)
+        self._sample = flat[:: max(1, flat.size // _SAMPLE)].astype(np.float32)
+
+    def differs(self, again: Tensor) -> bool:
+        other = _Result(again)
+        if other._hash == self._hash:
+            return False
+        a, b = self._sample, other._sample
+        if np.array_equal(a, b, equal_nan=True):
+            return True  # here and there: rounding would be everywhere
+        rough = 1e-3 if values(again).dtype == np.float32 else 1e-2
+        return not np.allclose(a, b, rtol=rough, atol=rough * float(np.abs(a[np.isfinite(a)]).max(initial=0)), equal_nan=True)
+
+
+def hashes(parameters: Sequence[Parameter]) -> list[int]:
+    """What tells later whether one of them was written."""
+    return [_hash(host_array(p).reshape(-1)) for p in parameters]
+
+
+def _hash(flat: np.ndarray) -> int:
+    return xxhash.xxh3_64_intdigest(np.ascontiguousarray(flat).view(np.uint8).data)
+
+
+def _generators() -> tuple[Any, Any]:
+    """States of Python's and NumPy's global generators."""
+    return random.getstate(), np.random.get_state(legacy=False)
+
+
+def _restore(states: tuple[Any, Any]) -> None:
+    random.setstate(states[0])
+    np.random.set_state(states[1])
+
+
+def _equal(a: Any, b: Any) -> bool:
+    """Of states: nested tuples, dicts, arrays and numbers."""
+    if isinstance(a, dict):
+        return all(_equal(a[name], b[name]) for name in a)
+    if isinstance(a, np.ndarray):
+        return np.array_equal(a, b)
+    if isinstance(a, tuple) and a and isinstance(a[-1], dict):
+        return all(map(_equal, a, b))
+    return a == b
