@@ -420,6 +420,28 @@ def test_devices_compute_the_same(device: str, dtype: Any, op: str):
         check(lambda x, w: functional.rms_norm(x, w, 1e-5), reference, x, other[0].copy())
 
 
+@BOTH
+@pytest.mark.parametrize("masked", [True, False])
+def test_attention_on_devices(device: str, dtype: Any, masked: bool, no_cached_mask: None):
+    q, k, v = (numbers(2, 2, rows, 3, seed=i, dtype=dtype) for i, rows in enumerate((4, 5, 5)))  # groups of two queries
+    mask = functional.causal_mask(2, 2, 2, 5, repeats=2) if masked else None
+    added = 0.0 if mask is None else np.asarray(mask.asnumpy(), np.float64)
+
+    def reference(q: np.ndarray, k: np.ndarray, v: np.ndarray) -> np.ndarray:
+        scores = q @ k.swapaxes(-1, -2) / np.sqrt(3) + added
+        weights = np.exp(scores - scores.max(-1, keepdims=True))
+        return weights / weights.sum(-1, keepdims=True) @ v
+
+    check(lambda q, k, v: functional.attention(q, k, v, mask), reference, q, k, v)
+
+
+@pytest.fixture
+def no_cached_mask():
+    functional.causal_mask.cache_clear()
+    yield
+    functional.causal_mask.cache_clear()
+
+
 def test_overflow_is_inf_without_a_warning():
     """What a loss scaler looks for. Warnings are errors here."""
     big = np.full((2, 4), 6e4, np.float16)

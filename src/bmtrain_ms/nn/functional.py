@@ -278,7 +278,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         weights32 = weights.astype(ms.float32)
         slope = weights32 * _batch_matmul_t(grad, v).astype(ms.float32)
         keys = slope.shape[-1]
-        total = _rows(_row_sum(slope.reshape(-1, keys)), keys).reshape(slope.shape)
+        total = _rows(_row_sum(slope.reshape(-1, keys)), keys)
+        total = total.reshape((*slope.shape[:-1], total.shape[-1]))  # one column where the device broadcasts
         scores_grad = ((slope - weights32 * total) * scale).astype(q.dtype)
         return _batch_matmul(scores_grad, k), _batch_t_matmul(scores_grad, q), v_grad
 

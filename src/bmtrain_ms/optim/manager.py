@@ -16,6 +16,7 @@ from ..compat.runtime import added, from_host, host_array, scaled, square_sum
 from ..zero import DistributedParameter, context_of
 from .base import average_whole
 from .native import adapted
+from .norms import checked_order, total_norm
 
 
 class GradientOverflowError(ArithmeticError):
@@ -213,11 +214,9 @@ class OptimManager:
         Raises:
             ValueError: `max_norm` or `norm_type` is not positive.
         """
-        norm_type = float(norm_type)
-        if not (max_norm > 0 and norm_type > 0):
-            raise ValueError(f"max_norm and norm_type must be positive, not {max_norm}, {norm_type}")
+        order = checked_order(max_norm, norm_type)
         ids = [id(p) for p in _parameters_of(param_groups) if id(p) in self._grads]
-        norm = self._norm(ids, norm_type)
+        norm = self._norm(ids, order)
         coefficient = max_norm * self.grads_scale / (norm + eps)
         if math.isfinite(norm) and coefficient < 1.0:
             for i in ids:
@@ -370,24 +369,8 @@ class OptimManager:
 
     def _norm(self, ids: list[int], p: float) -> float:
         """p-norm over all ranks that hold different shards; each element counts once. Not finite if any is not."""
-        first = self._world.shards.rank == 0
-        grads = [self._grads[i] for i in ids if first or i not in self._whole]
-        if p == math.inf:
-            # the sum is 0, or NaN if an element is not finite: max() on CPU ignores NaN
-            largest = [host_array(g.abs().max() + (g * 0.0).sum()).item() for g in grads]
-            mine = math.nan if any(math.isnan(x) for x in largest) else max(largest, default=0.0)
-            gathered = host_array(self._world.shards.all_gather([_scalar(mine)], label="grad norm").wait()[0])
-            return float(np.max(gathered))
-        unit = 1.0
-        if p == 2.0:
-            mine = sum(map(square_sum, grads))
-        else:  # powers of what is at most 1: those of a scaled gradient leave float32
-            unit = self._norm(ids, math.inf)
-            if not 0.0 < unit < math.inf:
-                return unit
-            mine = sum(host_array(((g.abs() * (1.0 / unit)) ** p).sum()).item() for g in grads)
-        total = host_array(self._world.shards.all_reduce([_scalar(mine)], label="grad norm").wait()[0]).item()
-        return unit * total ** (1.0 / p) if math.isfinite(total) else total
+        sharded = [self._grads[i] for i in ids if i not in self._whole]
+        return total_norm(sharded, [self._grads[i] for i in ids if i in self._whole], self._world, p)
 
     def _skip(self) -> StepResult:
         old, norm = self.loss_scale, self._grad_norm
@@ -440,8 +423,3 @@ def _parameters_of(what: Any) -> list[Parameter]:
 
 def _like(p: Parameter) -> DistributedParameter | None:
     return p if isinstance(p, DistributedParameter) else None
-
-
-def _scalar(x: float) -> Tensor:
-    with np.errstate(over="ignore"):  # inf, as a sum in float32 has it
-        return from_host(np.array([x], np.float32))

@@ -1,0 +1,118 @@
+"""Norms of gradients that are sharded: of whole tensors, over all ranks, each element once."""
+
+from __future__ import annotations
+
+import math
+from typing import Iterable, Sequence
+
+import mindspore as ms
+import numpy as np
+from mindspore import Parameter, Tensor
+
+from ..comm import World, world
+from ..compat.autograd import no_grad
+from ..compat.runtime import from_host, host_array, square_sum
+from ..zero import DistributedParameter
+from .base import average_whole
+
+
+def clip_grad_norm(
+    parameters: Iterable[Parameter], grads: Sequence[Tensor], max_norm: float, norm_type: float | str = 2.0, eps: float = 1e-6
+) -> tuple[tuple[Tensor, ...], float]:
+    """Scale gradients down so that their norm over all ranks is at most `max_norm`; for loops that use no `OptimManager`.
+
+    `loss, grads = ms.value_and_grad(forward, None, params)(...)` gives shards. What MindSpore makes of them (`clip_by_global_norm`,
+    `clip_by_norm`, `amp.all_finite`) is each rank's own: ranks would drift apart. All ranks call this together.
+
+    Args:
+        parameters: what was differentiated with respect to, in the order of `grads`, e.g. `optimizer.parameters`.
+        grads: as `value_and_grad` returns them.
+        max_norm: the largest norm; positive.
+        norm_type: p of the p-norm; `inf`, also as a string, for the largest absolute value.
+        eps: is added to the norm.
+
+    Returns:
+        The gradients, those of parameters that are not sharded averaged over the ranks, and the norm before clipping. Where it is
+        not finite nothing is scaled.
+
+    Raises:
+        ValueError: `max_norm` or `norm_type` is not positive, or the numbers of parameters and gradients differ.
+    """
+    order = checked_order(max_norm, norm_type)
+    params, averaged, here = _averaged(parameters, grads)
+    norm = total_norm(*_parts(params, averaged), here, order)
+    coefficient = max_norm / (norm + eps)
+    if not (math.isfinite(norm) and coefficient < 1.0):
+        return tuple(averaged), norm
+    with no_grad():
+        return tuple(grad * coefficient for grad in averaged), norm
+
+
+def all_finite(parameters: Iterable[Parameter], grads: Sequence[Tensor]) -> bool:
+    """Whether every element of every gradient is finite on every rank; the same answer on all. All ranks call it together.
+
+    Args:
+        parameters, grads: as in `clip_grad_norm`.
+    """
+    params, averaged, here = _averaged(parameters, grads)
+    return math.isfinite(total_norm(*_parts(params, averaged), here, math.inf))
+
+
+def checked_order(max_norm: float, norm_type: float | str) -> float:
+    """The p of a p-norm.
+
+    Raises:
+        ValueError: it, or `max_norm`, is not positive.
+    """
+    order = float(norm_type)
+    if not (max_norm > 0 and order > 0):
+        raise ValueError(f"max_norm and norm_type must be positive, not {max_norm}, {order}")
+    return order
+
+
+def total_norm(sharded: Sequence[Tensor], whole: Sequence[Tensor], here: World, p: float) -> float:
+    """p-norm of float32 gradients over all ranks that hold different shards; not finite if an element is not.
+
+    Args:
+        sharded: this rank's shards, whose padding is zero.
+        whole: gradients that are the same on every rank, and count once.
+    """
+    grads = [*sharded, *(whole if here.shards.rank == 0 else ())]
+    if p == math.inf:
+        # the sum is 0, or NaN if an element is not finite: max() on CPU ignores NaN
+        largest = [host_array(g.abs().max() + (g * 0.0).sum()).item() for g in grads]
+        mine = math.nan if any(math.isnan(x) for x in largest) else max(largest, default=0.0)
+        gathered = host_array(here.shards.all_gather([_scalar(mine)], label="grad norm").wait()[0])
+        return float(np.max(gathered))
+    unit = 1.0
+    if p == 2.0:
+        mine = sum(map(square_sum, grads))
+    else:  # powers of what is at most 1: those of a scaled gradient leave float32
+        unit = total_norm(sharded, whole, here, math.inf)
+        if not 0.0 < unit < math.inf:
+            return unit
+        mine = sum(host_array(((g.abs() * (1.0 / unit)) ** p).sum()).item() for g in grads)
+    total = host_array(here.shards.all_reduce([_scalar(mine)], label="grad norm").wait()[0]).item()
+    return unit * total ** (1.0 / p) if math.isfinite(total) else total
+
+
+def _averaged(parameters: Iterable[Parameter], grads: Sequence[Tensor]) -> tuple[list[Parameter], list[Tensor], World]:
+    params, here = list(parameters), world()
+    if len(params) != len(grads):
+        raise ValueError(
+            f"{len(grads)} gradients for {len(params)} parameters: pass what value_and_grad returned, with its weights"
+        )
+    return params, average_whole(params, list(grads), here), here
+
+
+def _parts(params: Sequence[Parameter], grads: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    """Shards, and whole gradients, in float32."""
+    with no_grad():
+        wide = [g if g.dtype == ms.float32 else g.astype(ms.float32) for g in grads]
+    is_shard = [isinstance(p, DistributedParameter) for p in params]
+    return [g for g, shard in zip(wide, is_shard) if shard], [g for g, shard in zip(wide, is_shard) if not shard]
+
+
+def _scalar(x: float) -> Tensor:
+    with np.errstate(over="ignore"):  # inf, as a sum in float32 has it
+        return from_host(np.array([x], np.float32))
