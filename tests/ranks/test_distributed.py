@@ -281,3 +281,19 @@ class TestErrors:
         for op in OPS:
             value, grad = ms.value_and_grad(lambda x, op=op: (distributed.all_reduce(x, op) * 3.0).sum())(x)
             assert value.asnumpy() == -3.0 and (grad.asnumpy() == 3.0).all()
+
+
+def used_again(world: World) -> np.ndarray:
+    """The root's result of a broadcast is its input; gradients of other uses are its own, and no sum over the ranks."""
+
+    def loss(x: Tensor) -> Tensor:
+        y = x * 1
+        return (distributed.broadcast(y, 0) * 2).sum() + (y * 100).sum()
+
+    return ms.grad(loss)(Tensor(np.ones(3, np.float32))).asnumpy()
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_other_uses_of_what_was_broadcast(run_ranks, ranks):
+    grads = [grad.tolist() for grad in run_ranks(ranks, used_again)]
+    assert grads == [[100.0 + (2.0 * ranks if rank == 0 else 0.0)] * 3 for rank in range(ranks)]

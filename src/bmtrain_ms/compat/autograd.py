@@ -247,7 +247,7 @@ def _watch(wrapped: Any, instance: Any, args: tuple, kwargs: dict) -> Any:
     outermost = _depth[0] == 1 and not _forwards[0]
     if outermost:
         weights = args[2]
-        _requested.append(() if weights is None else (weights,) if isinstance(weights, Parameter) else tuple(weights))
+        _requested.append(() if weights is None else _as_tuple(weights))
     error: BaseException | None = None
     out: Any = None
     try:
@@ -281,7 +281,7 @@ def _delivered(out: Any, deliver: Deliver, grad: Any, weights: Any, position: An
     )
     inputs, listed = out if by_list and by_place else (None, out) if by_list else (out, None)
     if by_list:
-        listed = _whole(listed, [weights] if isinstance(weights, Parameter) else list(weights), deliver)
+        listed = _whole(listed, _as_tuple(weights), deliver)
     if inputs is not None and any(isinstance(x, Parameter) for x in arguments):
         chosen = range(len(arguments)) if grad.get_all else position if isinstance(position, (tuple, list)) else (position or 0,)
         inputs = _whole(inputs, [arguments[i] for i in chosen], deliver)
