@@ -54,7 +54,7 @@ from .zero import (
     init,
     init_parameters,
 )
-from .zero import block as block_layer  # BMTrain's names of modules that scripts refer to
+from .zero import block_list as block_layer  # BMTrain's names of modules that scripts refer to
 from .zero import context as zero_context
 from .zero import init as param_init
 from .zero import module as layer

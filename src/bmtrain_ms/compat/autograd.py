@@ -38,7 +38,7 @@ _depth = [0]  # backward passes under way: recomputation nests them
 _forwards = [0]  # recorded forward passes of `value_and_grad` under way
 _hookable = [0]  # contexts that want hooks on outputs of `custom_op`
 _closed = [0]  # contexts in which no gradient may be taken
-_requested: list[tuple[Parameter, ...]] = []  # weights of the outermost backward pass under way
+_requested: list[dict[int, Parameter]] = []  # by id: what the outermost backward pass under way was asked for
 _Grad = _composite._Grad
 _grad_by_position = _Grad(get_by_position=True, sens_param=True)
 _grad_by_both = _Grad(get_by_position=True, get_by_list=True, sens_param=True)
@@ -141,9 +141,9 @@ def _distinct(outputs: Tensors, inputs: Sequence[Tensor]) -> Tensors:
     return tuple(distinct)
 
 
-def requested() -> tuple[Parameter, ...]:
-    """The parameters that the backward pass under way was asked for; none outside of one."""
-    return _requested[-1] if _requested else ()
+def requested() -> dict[int, Parameter]:
+    """The parameters that the backward pass under way was asked for, by id; none outside of one."""
+    return _requested[-1] if _requested else {}
 
 
 def vjp(
@@ -247,7 +247,8 @@ def _watch(wrapped: Any, instance: Any, args: tuple, kwargs: dict) -> Any:
     outermost = _depth[0] == 1 and not _forwards[0]
     if outermost:
         weights = args[2]
-        _requested.append(() if weights is None else _as_tuple(weights))
+        asked = [*(() if weights is None else _as_tuple(weights)), *args[4:]]
+        _requested.append({id(p): p for p in asked if isinstance(p, Parameter)})
     error: BaseException | None = None
     out: Any = None
     try:
@@ -258,13 +259,15 @@ def _watch(wrapped: Any, instance: Any, args: tuple, kwargs: dict) -> Any:
     finally:
         _depth[0] -= 1
         if outermost:
-            _requested.pop()
             if error is not None:
                 executor.clear_res()  # otherwise 2.10 refuses the next, healthy, backward pass
-            for hook in tuple(backward_hooks):
-                deliver = hook(error)
-                if deliver is not None and error is None:
-                    out = _delivered(out, deliver, *args[1:])
+            try:
+                for hook in tuple(backward_hooks):
+                    deliver = hook(error)
+                    if deliver is not None and error is None:
+                        out = _delivered(out, deliver, *args[1:])
+            finally:
+                _requested.pop()
         del error  # its traceback holds this frame
     return out
 

@@ -8,7 +8,7 @@ from typing import Any, ContextManager, Iterator
 from mindspore import Tensor, nn, ops
 
 from ..compat.cells import child_table
-from .block import Block
+from .block import Block, CheckpointBlock
 from .context import context_of
 
 
@@ -77,3 +77,6 @@ class TransformerBlockList(nn.Cell):
         """Between two blocks of the list none of the user's code runs."""
         group = next((block.group for block in self if block.group is not None), None)
         return contextlib.nullcontext() if group is None else context_of(group.world).pipeline.undisturbed()
+
+
+__all__ = ["Block", "CheckpointBlock", "TransformerBlockList"]  # BMTrain has them in one module

@@ -228,7 +228,7 @@ def _captured(gathers: list[DistributedParameter], own: list[DistributedParamete
 
     `own`: those of the Block whose shards it may have used; looked at now and then.
     """
-    found: dict[int, Parameter] = {id(p): p for p in requested() if not isinstance(p, DistributedParameter)}
+    found: dict[int, Parameter] = {i: p for i, p in requested().items() if not isinstance(p, DistributedParameter)}
     found.update((id(p), p) for p in [*gathers, *own] if p.requires_grad)
     return list(found.values())
 

@@ -8,7 +8,7 @@ import numpy as np
 from mindspore import Parameter, Tensor
 
 from ..comm import Work
-from ..compat.autograd import Deliver, no_grad
+from ..compat.autograd import Deliver, no_grad, requested
 from ..compat.runtime import added, address, from_host, numpy_dtype, zeros
 from .group import AcrossReplicas, ParamGroup
 
@@ -43,7 +43,12 @@ class Reducer:
         return [zeros(p.shard_length, p.dtype) for p in params]
 
     def add(self, p: Parameter, grad: Tensor) -> None:
-        """Have `grad`, which autograd does not know of, be part of the gradient of `p`. Keeps `grad`, and may write into it."""
+        """Have `grad`, which autograd does not know of, be part of the gradient of `p`. Keeps `grad`, and may write into it.
+
+        Does nothing for a parameter that the pass was not asked for.
+        """
+        if id(p) not in requested():
+            return
         before = self._arrived.get(id(p))
         self._arrived[id(p)] = grad if before is None else added(before, grad)
 
