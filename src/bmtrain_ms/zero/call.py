@@ -30,7 +30,7 @@ class Call:
         self.backward_span = contextlib.ExitStack()
         self.differentiable = [i for i, x in enumerate(leaves) if is_float(x)]
         self.trainable = self.group.trainable()
-        self.prints: tuple[int, ...] | None = None  # of the shards that forward used
+        self.prints: tuple[int, ...] = ()  # of the shards that forward used
         self.inside: Callable[[], ContextManager[None]] = closed
 
     # The three ways to run #
@@ -60,7 +60,8 @@ class Call:
             try:
                 with self.measure(f"forward {self.group.label}"):
                     out = result.take(self._run(inputs_and_shards[: len(self.differentiable)], gathered.tensors()))
-                self.prints = gathered.verify()
+                gathered.verify()
+                self.prints = gathered.prints
             except BaseException:
                 self.pipeline.leave(gathered)
                 raise
@@ -74,7 +75,7 @@ class Call:
             try:
                 with self.measure(f"backward {self.group.label}"):
                     pulled = self._pull(gathered, grads, replay, due)
-                gathered.verify(self.prints)
+                gathered.verify_again(self.prints)
             except BaseException:
                 self.pipeline.leave(gathered)
                 raise
@@ -94,7 +95,8 @@ class Call:
             inputs = self._before(gathered, weights)
             with self.measure(f"forward {self.group.label}"):
                 out = result.take(self._run(inputs, weights))
-            self.prints = gathered.verify()
+            gathered.verify()
+            self.prints = gathered.prints
             stays = self.zero_level == 2 or any(gathered.owns(x) for x in out)
             out = self._behind(gathered, out)
         except BaseException:
@@ -134,7 +136,7 @@ class Call:
 
     def _end_of_backward(self, gathered: Gathered) -> None:
         self.backward_span.close()
-        gathered.verify(self.prints)
+        gathered.verify_again(self.prints)
 
     def _behind(self, gathered: Gathered, outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """An identity; the first thing that backward reaches."""
@@ -193,7 +195,7 @@ class Call:
         """That recomputation does what forward did, to rounding, and leaves buffers as they were."""
         where = f"rank {rank()}: recomputing {self.group.label} ({type(self.slots.module).__name__})"
         if replay.differs(again):
-            gathered.verify(self.prints)  # other values of parameters are the better explanation
+            gathered.verify_again(self.prints)  # other values of parameters are the better explanation
             raise RuntimeError(
                 f"{where} gave other values than its forward pass, so its gradients would be wrong: something in it is random "
                 "(a dropout that is a function, not a bmtrain_ms.nn.Dropout) or changes state. Use "

@@ -133,10 +133,10 @@ class Gathered:
         self._landing: list[np.ndarray] = []  # padded full, flat, on the host
         self._travelling: list[list[np.ndarray]] = []  # what arrives for each parameter that is not gathered as it is
         self._tensors: list[Tensor] = []
-        self._prints: tuple[int, ...] = ()
+        self.prints: tuple[int, ...] = ()  # of the shards, when `written` looked last
         self._given: tuple[int, ...] = ()  # where fewer bits travel: prints of the shards that were gathered ...
         self._arrived: tuple[int, ...] = ()  # ... and of what this rank's became
-        self.was_ahead = False  # gathered before it was asked for
+        self.trusted = False  # gathered before it was asked for, and nobody has looked whether it still holds
 
     def issue(self) -> None:
         """Start the all-gather; does nothing when the copy is there or on its way."""
@@ -164,37 +164,33 @@ class Gathered:
                 self._tensors = self._full_on_device(outputs)
         return self._tensors
 
-    def written(self, before: tuple[int, ...] | None = None) -> list[DistributedParameter]:
+    def written(self) -> list[DistributedParameter]:
         """Parameters whose shard is another than the one that was gathered, or whose part of this copy is not what arrived.
 
         Nobody announces writes: MindSpore has no counter of them. What a rank can see is its own piece, of the copy and of the
         parameter. On a device, where looking waits for all that was issued, nothing is found.
-
-        Args:
-            before: prints that the shards must have as well.
         """
         if not self._landing:
             return []
         self.tensors()
-        shards, own = self._shard_prints(), self._own_prints()
-        same = [a == b for a, b in (zip(shards, self._given) if self._given else zip(shards, own))]
-        if self._given:
-            same = [ok and a == b for ok, a, b in zip(same, own, self._arrived)]
-        if before is not None:
-            same = [ok and a == b for ok, a, b in zip(same, shards, before)]
-        self._prints = shards
-        return [p for p, ok in zip(self.group.params, same) if not ok]
+        self.prints, own = self._shard_prints(), self._own_prints()
+        wanted = zip(self.prints, own, self._given, self._arrived) if self._given else zip(self.prints, own, own, own)
+        return [p for p, (x, y, given, arrived) in zip(self.group.params, wanted) if x != given or y != arrived]
 
-    def verify(self, before: tuple[int, ...] | None = None) -> tuple[int, ...] | None:
-        """Prints of the shards, which are those that were gathered; None on a device.
+    def verify(self) -> None:
+        """Raise RuntimeError where a parameter was written since it was gathered, or this copy."""
+        self._refuse(self.written())
+
+    def verify_again(self, before: tuple[int, ...]) -> None:
+        """As `verify`, for the copy of a backward pass: parameters must be those of the forward pass.
 
         Args:
-            before: as in `written`.
-
-        Raises:
-            RuntimeError: a parameter was written since, or this copy.
+            before: `prints` of then. What a module writes into its copy was noticed then.
         """
-        written = self.written(before)
+        if self._landing:
+            self._refuse([p for p, x, y in zip(self.group.params, self._shard_prints(), before) if x != y])
+
+    def _refuse(self, written: Sequence[DistributedParameter]) -> None:
         if written:
             raise RuntimeError(
                 f"parameter {written[0].name} was written while {self.group.label} was computing with it, on rank "
@@ -203,7 +199,6 @@ class Gathered:
                 "pass or after backward; what a module updates while it runs (statistics, counters) belongs in a Parameter with "
                 "requires_grad=False"
             )
-        return self._prints if self._landing else None
 
     def _shard_prints(self) -> tuple[int, ...]:
         return tuple(xxhash.xxh3_64_intdigest(host_array(p).view(np.uint8).data) for p in self.group.params)

@@ -136,7 +136,7 @@ class GatherPipeline:
                 self._ahead.pop(0)
                 trusted = visit[0] is Phase.BACKWARD or (stretch is not None and stretch is self._stretch)
                 if trusted or not self._written_anywhere(gathered):
-                    gathered.was_ahead = True
+                    gathered.trusted = trusted
                     return gathered
                 gathered.release()
             self._drop_ahead()  # another order than last time, or old values
