@@ -553,3 +553,22 @@ def test_lists_take_any_iterable_and_have_slices_and_modes():
         blocks[4]
     with pytest.raises(KeyError):
         blocks["4"]
+
+
+def test_a_hook_on_a_parameter_that_a_block_gathers_itself():
+    """Its gradient is real there, and no part of it is lost."""
+
+    class Borrows(Counted):
+        def construct(self, x):
+            return super().construct(x) + shared.gather()
+
+    shared = bms.DistributedParameter(np.full((1, WIDTH), 0.5, np.float32), name="shared")
+    block, seen = build(Borrows()), []
+
+    def gradient():
+        return ms.grad(lambda: (block(x_of()) ** 2).sum(), None, [shared])()[0].asnumpy()
+
+    expected = gradient()
+    shared.register_hook(lambda grad: seen.append(grad.asnumpy().copy()) or grad)
+    np.testing.assert_array_equal(gradient(), expected)
+    assert np.abs(expected).min() > 0 and any(np.array_equal(x, expected) for x in seen)

@@ -8,6 +8,7 @@ Parameters among the inputs get their gradient like any other input.
 from __future__ import annotations
 
 import contextlib
+from itertools import zip_longest
 from typing import Any, Callable, Iterator, Optional, Sequence
 
 import wrapt
@@ -86,7 +87,7 @@ class _Op(nn.Cell):
         grads = args[-1]
         inputs = args[:-2]
         grads = self._backward(tuple(grads) if isinstance(grads, (tuple, list)) else (grads,))
-        return tuple(ops.zeros_like(x) if g is None else g for x, g in zip(inputs, grads))
+        return tuple(ops.zeros_like(x) if g is None else g for x, g in zip_longest(inputs, grads))
 
 
 class Graph(_Op):
@@ -102,13 +103,19 @@ class Graph(_Op):
         return Graph, ()
 
 
-def custom_op(forward: Callable[..., Tensors], backward: Callable[[Tensors], Sequence[Tensor | None]], *inputs: Tensor) -> Tensors:
+def custom_op(
+    forward: Callable[..., Tensors],
+    backward: Callable[[Tensors], Sequence[Tensor | None]],
+    *inputs: Tensor,
+    captured: Callable[[], Sequence[Parameter]] = tuple,
+) -> Tensors:
     """Run `forward(*inputs)` unrecorded and make `backward` its derivative.
 
     Args:
         forward: tensors -> tuple of floating-point tensors; may return an input itself, or one tensor twice.
         backward: gradients of the outputs -> one gradient per input; `None` stands for zero. Called at most once.
         inputs: tensors or Parameters; where none needs a gradient, `backward` is never called.
+        captured: asked after `forward` has run: Parameters because of which `backward` is called too; it returns nothing for them.
 
     Returns:
         The outputs of `forward`, as a tuple.
@@ -123,7 +130,7 @@ def custom_op(forward: Callable[..., Tensors], backward: Callable[[Tensors], Seq
         raise RuntimeError(NESTED)
     with no_grad():
         outputs = _distinct(forward(*inputs), inputs)
-    recorded = executor.call_custom_bprop(_Op(backward), outputs, *inputs)
+    recorded = executor.call_custom_bprop(_Op(backward), outputs, *inputs, *captured())
     recorded = outputs if recorded is None else recorded  # 2.5 marks the outputs in place
     return tuple(x.copy() for x in recorded) if _hookable[0] else recorded
 

@@ -32,6 +32,10 @@ class Block(nn.Cell):
     Transparent: parameters keep their names, attributes are the inner module's. Arguments and results may be anything; tensors in
     tuples, lists and dicts at any depth receive gradients. A list or tuple as result becomes a tuple, as in BMTrain.
 
+    A checkpointed module should be given what it uses: Parameters that it takes from elsewhere get their gradients too (a plain one
+    only where an input or a parameter of the Block needs one), but other tensors do not. Parameters must not be written while the
+    module runs, nor between forward and backward (noticed on CPU ranks), and gradients must not be taken inside.
+
     Args:
         inner_module: a Cell all of whose parameters are `DistributedParameter`. One without any is called as it is.
         use_checkpoint: recompute the forward pass in backward instead of keeping its activations.

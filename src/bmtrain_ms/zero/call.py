@@ -54,11 +54,12 @@ class Call:
         due = self.slots.is_due()
         replay = Replay(self.context.draws, looks=due or self.group.engine.lands_in_place)
         kept: list[Gathered] = []
+        gathers: list[DistributedParameter] = []
 
         def forward(*inputs_and_shards: Tensor) -> tuple[Tensor, ...]:
             gathered = self.pipeline.enter(self.group, Phase.FORWARD)
             try:
-                with self.measure(f"forward {self.group.label}"):
+                with self.measure(f"forward {self.group.label}"), self.context.gathers(gathers):
                     out = result.take(self._run(inputs_and_shards[: len(self.differentiable)], gathered.tensors()))
                 gathered.verify()
                 self.prints = gathered.prints
@@ -84,7 +85,8 @@ class Call:
             self.pipeline.leave(gathered)
             return [*pulled[:here], *shards]
 
-        return result.restore(custom_op(forward, backward, *self._inputs(), *self._shards()))
+        inputs = *self._inputs(), *self._shards()
+        return result.restore(custom_op(forward, backward, *inputs, captured=lambda: _once(gathers)))
 
     def kept(self) -> Any:
         """Recorded by autograd as it runs; only the gathered memory is let go of in between."""
@@ -180,7 +182,8 @@ class Call:
             return out
 
         leaves = [weights[i] for i in self.trainable]
-        with replay.again(), self.context.gathers() as gathers:
+        gathers: list[DistributedParameter] = []
+        with replay.again(), self.context.gathers(gathers):
 
             def capture() -> list[Parameter]:
                 captured.extend(_captured(gathers, self._shards() if due else []))
@@ -210,9 +213,9 @@ class Call:
     def _add_captured(self, captured: list[Parameter], grads: Sequence[Tensor], gathers: list[DistributedParameter]) -> None:
         """Autograd never sees what the module used without being given it: those gradients are added beside it."""
         for p, grad in zip(captured, grads):
-            if not isinstance(p, DistributedParameter):
+            if not isinstance(p, DistributedParameter) or any(p is other for other in gathers):
                 self.reducer.add(p, grad * 1.0)  # the gradients of a and b in a + b are one tensor
-            elif not any(p is other for other in gathers) and host_array(grad).any():
+            elif host_array(grad).any():
                 raise RuntimeError(
                     f"rank {rank()}: {type(self.slots.module).__name__} ({self.group.label}) uses the shard of {p.name} itself in "
                     "a checkpointed Block, where it gets no gradient. Compute what is made of shards (a penalty) outside of the "
@@ -225,13 +228,19 @@ def plain(out: Any) -> Any:
     return tuple(out) if isinstance(out, list) else out
 
 
+def _once(params: Sequence[DistributedParameter]) -> list[DistributedParameter]:
+    """Each parameter that is trained, once."""
+    return list({id(p): p for p in params if p.requires_grad}.values())
+
+
 def _captured(gathers: list[DistributedParameter], own: list[DistributedParameter]) -> list[Parameter]:
     """Parameters that a recomputed module may have used without being given them: whole ones, and those it gathered itself.
 
     `own`: those of the Block whose shards it may have used; looked at now and then.
     """
     found: dict[int, Parameter] = {i: p for i, p in requested().items() if not isinstance(p, DistributedParameter)}
-    found.update((id(p), p) for p in [*gathers, *own] if p.requires_grad)
+    found.update((id(p), p) for p in _once(gathers))
+    found.update((id(p), p) for p in own if not p.has_hooks)  # a hook would see what is no gradient
     return list(found.values())
 
 

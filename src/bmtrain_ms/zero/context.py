@@ -29,17 +29,16 @@ class ZeroContext:
         self.managers: weakref.WeakSet[Any] = weakref.WeakSet()  # those with gradients of this world's parameters, for `inspect`
 
     @contextlib.contextmanager
-    def gathers(self) -> Iterator[list[Any]]:
-        """Inside the `with` statement the list gets each parameter that gathers itself (`DistributedParameter.gather`)."""
-        noted: list[Any] = []
+    def gathers(self, noted: list[Any]) -> Iterator[None]:
+        """Inside the `with` statement `noted` gets each parameter that gathers itself (`DistributedParameter.gather`)."""
         self._gathers.append(noted)
         try:
-            yield noted
+            yield
         finally:
-            self._gathers.remove(noted)
+            self._gathers.pop()
 
     def note_gather(self, p: Parameter) -> None:
-        """A parameter gathers itself, differentiably."""
+        """A parameter gathers itself."""
         for noted in self._gathers[-1:]:
             noted.append(p)
 

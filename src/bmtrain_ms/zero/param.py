@@ -173,9 +173,9 @@ class DistributedParameter(Parameter):
             finally:
                 context.pipeline.leave(gathered)
 
+        context.note_gather(self)
         if not (recording() and self.requires_grad):
             return take()[0]
-        context.note_gather(self)
         return custom_op(take, lambda grads: context.reducer.reduce(group, [0], grads), self)[0]
 
     def register_hook(self, hook: Callable) -> Any:
