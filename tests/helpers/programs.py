@@ -4,8 +4,8 @@ A program is a list of steps: `("write", layer, way)`, `("freeze", layer)`, `("t
 `("train", uses, ...)`, which adds up the gradients of several losses. `uses` say what happens to the hidden states one after the
 other: `("block", layer)`, `("both", layer)` (a Block that also returns its input), `("outside", layer)` (the gathered weight),
 `("prompt", layer)` (a plain Parameter goes straight into the Block), `("captured", layer)` (the Block uses a Parameter that nobody
-gave it), `("shared", layer)` (it gathers another layer's parameter itself), `("penalty", layer)` (on the shard), `("cube", _)` (of
-the plain Parameter).
+gave it), `("shared", layer)` (it gathers another layer's parameter itself), `("penalty", layer)` (on the shard), `("cell", layer)`
+(the shard goes through a Cell with a `bprop` of the user's), `("cube", _)` (of the plain Parameter).
 """
 
 from __future__ import annotations
@@ -47,6 +47,16 @@ class Layer(bms.DistributedModule):
         if how == "shared":
             return y + ops.matmul(y, self.owner.adapter())
         return (y, x) if how == "both" else y
+
+
+class Square(nn.Cell):
+    """x², with a derivative of its own."""
+
+    def construct(self, x: Tensor) -> Tensor:
+        return x * x
+
+    def bprop(self, x: Tensor, out: Tensor, grad: Tensor) -> tuple[Tensor]:
+        return (2.0 * x * grad,)
 
 
 class Ours:
@@ -117,6 +127,8 @@ def run_uses(model: Any, x: Tensor, uses: Any) -> Tensor:
             x = x + model.blocks[layer](model.prompt).mean()
         elif what == "penalty":  # a sum, so it takes no part of the mean over ranks
             extra = extra + 0.1 * sum((p**2).sum() for p in model.layers[layer])
+        elif what == "cell":
+            extra = extra + 0.1 * Square()(model.layers[layer][0]).sum()
         elif what == "cube":
             extra = extra + (model.prompt**3).sum()
     return (x**2).mean() + extra
@@ -172,7 +184,9 @@ class _Run:
                 (self.frozen.add if what == "freeze" else self.frozen.discard)(rest[0])
             elif what == "evaluate":
                 with no_grad():
-                    a, b = (run_uses(m, self.x, [u for u in rest[0] if u[0] != "penalty"]) for m in (self.ours, self.twin))
+                    a, b = (
+                        run_uses(m, self.x, [u for u in rest[0] if u[0] not in ("penalty", "cell")]) for m in (self.ours, self.twin)
+                    )
                 self._compare(a.asnumpy(), b.asnumpy(), where)
             else:
                 self._train(rest, where)

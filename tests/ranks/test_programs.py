@@ -13,7 +13,7 @@ from tests.helpers.programs import LAYERS, MODES, WAYS, run_program
 
 TRAIN = [("block", 0), ("block", 1), ("block", 2)]
 PROGRAMS = {
-    "a penalty on shards": [("train", [*TRAIN, ("penalty", 0), ("penalty", 2)]), ("train", [("penalty", 1), *TRAIN])],
+    "a penalty on shards": [("train", [*TRAIN, ("penalty", 0), ("penalty", 2)]), ("train", [("cell", 1), ("penalty", 1), *TRAIN])],
     "a penalty in a chain": [("train", [("chain", 0), ("penalty", 0), ("penalty", 1), ("penalty", 2)])] * 3,
     "a parameter used twice and outside": [("train", [("block", 0), ("outside", 0), ("block", 0), ("penalty", 0)])],
     "a Parameter straight into a Block": [
@@ -55,7 +55,9 @@ def test_what_users_do_equals_the_twin(run_ranks, name, ranks):
 
 layers = st.integers(0, LAYERS - 1)
 uses = st.lists(
-    st.tuples(st.sampled_from(["block", "both", "outside", "prompt", "captured", "shared", "penalty", "cube", "chain"]), layers),
+    st.tuples(
+        st.sampled_from(["block", "both", "outside", "prompt", "captured", "shared", "penalty", "cell", "cube", "chain"]), layers
+    ),
     min_size=1,
     max_size=6,
 )
