@@ -33,7 +33,7 @@ class _Job(Job):
 
     requests: Sequence[Any] = ()
     thread: CommThread  # that has taken it
-    where: str = ""  # its ranks run
+    where: str = ""  # for messages: its ranks run
 
     def wait(self) -> list[Tensor]:
         while not self._finished.wait(_CHECK):
@@ -182,8 +182,8 @@ class CommThread:
                 return False
             raise CommTimeoutError(
                 f"{job.what} did not finish within {job.timeout:g} s. Another rank is dead, stuck, or did not issue this "
-                "operation; look for the first error among the other ranks, or raise init_distributed(timeout=...). "
-                f"The group: {job.where}"
+                "operation; look for the first error among the other ranks, or raise init_distributed(timeout=...)"
+                f"{job.where}"
             )
         except BaseException as error:
             self._fail(error)
@@ -253,7 +253,8 @@ class MpiEngine(HostEngine):
         if ordered:
             stages = self._compared(operation.what, operation.signature, stages)
         job = _Job(operation.what, operation.outputs, stages, operation.arrays, self._timeout)
-        job.where = ranks_by_host(self._hosts)
+        if len(set(self._hosts)) > 1:
+            job.where = f". The group: {ranks_by_host(self._hosts)}"
         return self._thread.submit(job, ordered)
 
     def _compared(self, what: str, signature: str, stages: Stages) -> Stages:
