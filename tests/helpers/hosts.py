@@ -74,7 +74,8 @@ class TwoHosts:
     def start(self, command: list[str], **options: Any) -> subprocess.Popen:
         """Run on `h1`, in a session of its own."""
         # Both hosts have this machine's memory, over which ranks of different ones must not talk
-        env = {**os.environ, "UCX_TLS": "tcp,self", "OMP_NUM_THREADS": "1", "GLOG_v": "3", "PYTHONPATH": str(ROOT)}
+        env = {**os.environ, "UCX_TLS": "tcp,self", "OMP_NUM_THREADS": "1", "GLOG_v": "3", "BMTRAIN_MS_SILENCE": "5"}
+        env["PYTHONPATH"] = os.pathsep.join([str(ROOT / "src"), str(ROOT)])
         env["HYDRA_LAUNCHER_EXEC"] = str(self.folder / "ssh.sh")
         self._started.append(subprocess.Popen(self.command(0, *command), env=env, start_new_session=True, **options))
         return self._started[-1]

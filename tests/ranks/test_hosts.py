@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import re
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any, Callable, Iterator
 
 import numpy as np
 import pytest
 
-from tests.helpers.hosts import TwoHosts, until, why_not
+from tests.helpers.hosts import ADDRESSES, TwoHosts, until, why_not
 from tests.helpers.models import train_twin
 from tests.helpers.ranks import ROOT
 
@@ -42,7 +43,7 @@ def training(hosts: TwoHosts, launcher: Callable[..., subprocess.Popen], *comman
     """A job whose ranks are in the middle of their work."""
     output = hosts.folder / "output"
     with open(output, "wb") as file:
-        process = launcher(*command, stdout=file, stderr=file)
+        process = launcher(hosts, *command, stdout=file, stderr=file)
 
     def started() -> bool:
         assert process.poll() is None, output.read_text()
@@ -82,7 +83,7 @@ def test_training_on_two_hosts_and_resuming_from_their_own_disks(hosts: TwoHosts
 
 def test_a_host_that_vanishes(hosts: TwoHosts):
     """Every rank ends at its time-out, those that the launcher cannot reach too; nothing is left anywhere."""
-    process = training(hosts, hosts.mpiexec, *job(hosts, "forever"))
+    process = training(hosts, TwoHosts.mpiexec, *job(hosts, "forever"))
     hosts.pull_cable()
     until(lambda: not hosts.processes(), "nothing is left")
     assert process.wait(60) != 0
@@ -90,3 +91,33 @@ def test_a_host_that_vanishes(hosts: TwoHosts):
         text = (hosts.folder / f"error-{rank}").read_text()
         assert re.match(rf"all_reduce \(loss\) at step \d+ on rank {rank} of 4 did not finish within 10 s\. ", text)
         assert text.endswith(". The group: ranks 0, 1 on h1; 2, 3 on h2")
+
+
+def launched(hosts: TwoHosts, *script: str, **options: Any) -> subprocess.Popen:
+    """Two ranks on each host, by the command."""
+    words = ["launch", "-n", "4", "--hosts", ",".join(ADDRESSES), *script]
+    return hosts.start([sys.executable, "-m", "bmtrain_ms_cli", *words], **options)
+
+
+def test_the_launcher_says_which_host_has_vanished(hosts: TwoHosts):
+    """Long before the ranks' own time-out."""
+    process = training(hosts, launched, *job(hosts, "forever", timeout=600.0))
+    hosts.pull_cable()
+    assert process.wait(120) != 0
+    assert f"bmtrain-ms: host {ADDRESSES[1]} has not answered for 5 s; the job is ended\n" in (hosts.folder / "output").read_text()
+    until(lambda: not hosts.processes(), "nothing is left")
+
+
+def test_sigterm_to_the_launcher_ends_the_ranks_of_both_hosts(hosts: TwoHosts):
+    process = training(hosts, launched, *job(hosts, "forever", timeout=600.0))
+    process.terminate()
+    until(lambda: not hosts.processes(), "nothing is left")
+    assert process.wait(60) != 0
+
+
+def test_a_host_that_cannot_be_reached(hosts: TwoHosts):
+    hosts.pull_cable()
+    process = launched(hosts, *job(hosts, "forever"), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    out, _ = process.communicate(timeout=120)
+    assert process.returncode != 0 and f"bmtrain-ms: host {ADDRESSES[1]} " in out and "; the job is ended\n" in out
+    until(lambda: not hosts.processes(), "nothing is left")
