@@ -26,6 +26,7 @@ SSH = "BMTRAIN_MS_SSH"  # what to run in place of `ssh`
 BEAT = 1.0  # seconds between two bytes
 SILENCE = "BMTRAIN_MS_SILENCE"  # seconds without one
 _GRACE = 5.0  # seconds from SIGTERM to SIGKILL
+_LAST_WORDS = 2.0  # seconds: `mpiexec` is what forwards them
 _TICK = 0.2  # seconds between two looks at the process
 _SIGN = b"\0"
 _SSH_FAILED, _CUT_OFF = 255, 254  # exit codes of ssh, and of a guard that has lost the connection
@@ -67,6 +68,7 @@ def call(words: list[str]) -> int:
         told = f"has not answered for {patience:g} s" if silent else "cannot be reached, or its connection has ended"
         with contextlib.suppress(OSError):
             os.write(2, f"bmtrain-ms: host {words[place]} {told}; the job is ended\n".encode())
+        time.sleep(_LAST_WORDS)
         os.kill(os.getppid(), signal.SIGKILL)  # it would wait for ever; its ranks here end with it
     return code
 
