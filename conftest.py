@@ -3,13 +3,36 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Any, Callable, Iterator
 
 os.environ.setdefault("GLOG_v", "3")  # MindSpore's C++ warnings
+os.environ.setdefault("HYPOTHESIS_STORAGE_DIRECTORY", str(Path(__file__).with_name(".hypothesis")))
 
 import pytest
 
 from tests.helpers.ranks import RankPool
+
+OF_MINDSPORE = {"rank_0", "kernel_meta"}  # folders that it makes when it compiles
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _empty_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Where this process is, with all that it starts: what a user's working folder holds must not matter to a test."""
+    before, folder = Path.cwd(), tmp_path_factory.mktemp("cwd")
+    os.chdir(folder)
+    yield folder
+    os.chdir(before)
+
+
+@pytest.fixture(autouse=True)
+def _left_empty(_empty_folder: Path) -> Iterator[None]:
+    """No test may leave files where it was started."""
+    yield
+    left = sorted(set(os.listdir(_empty_folder)) - OF_MINDSPORE)
+    for name in left:  # the tests that come after are not to blame
+        (_empty_folder / name).rename(_empty_folder.with_name(f"left-{os.urandom(4).hex()}-{name}"))
+    assert not left, f"files in the working folder: {', '.join(left)}; write to tmp_path"
 
 
 @pytest.fixture(scope="session")

@@ -14,6 +14,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Mapping, Sequence
 
+from . import hosts as several
+
 SAME_REQUEST = 1.0  # seconds, as `train.StopSignals` has it: a scheduler signals every process, and some signal twice
 
 
@@ -26,8 +28,15 @@ class LaunchError(RuntimeError):
 COPIES_PAST_THE_CACHE = "glibc.cpu.x86_non_temporal_threshold=0x400000"
 
 
-def launch(script: Sequence[str], ranks: int, launcher: str = "auto", variables: Mapping[str, str] | None = None) -> int:
-    """Run a Python script with its arguments on `ranks` processes of this host and wait for them.
+def launch(
+    script: Sequence[str],
+    ranks: int,
+    launcher: str = "auto",
+    variables: Mapping[str, str] | None = None,
+    *,
+    hosts: Sequence[str] = (),
+) -> int:
+    """Run a Python script with its arguments on `ranks` processes, of this host unless there are others, and wait for them.
 
     The first SIGTERM or SIGINT is passed on to the ranks, which may save and end (`train.StopSignals`), and so is what comes within
     a second of it; later ones, and under `msrun` every one (it would orphan its workers), to the whole process group.
@@ -37,6 +46,7 @@ def launch(script: Sequence[str], ranks: int, launcher: str = "auto", variables:
         ranks: how many.
         launcher: `mpi`, `msrun`, or `auto`: msrun where there are Ascend devices.
         variables: more environment variables for the ranks.
+        hosts: where to run, by `mpiexec` and ssh; the same number of ranks on each.
 
     Returns:
         The launcher's exit code; 128 + signal when a signal ended it.
@@ -46,16 +56,22 @@ def launch(script: Sequence[str], ranks: int, launcher: str = "auto", variables:
     """
     if not Path(script[0]).is_file():
         raise LaunchError(f"{script[0]} does not exist")
+    if launcher == "msrun" and hosts:
+        raise LaunchError("--hosts starts ranks by mpiexec; msrun is started on each host by itself")
     if launcher == "auto":
-        launcher = "msrun" if has_ascend() else "mpi"
+        launcher = "msrun" if has_ascend() and not hosts else "mpi"
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     env = {**os.environ, **(variables or {})}
+    here = ranks // max(1, len(hosts))
     env.setdefault("GLOG_v", "3")  # MindSpore's C++ log: errors only
-    env.setdefault("OMP_NUM_THREADS", str(max(1, cores // ranks)))
-    env.setdefault("BMTRAIN_MS_LOCAL_SIZE", str(ranks))
+    env.setdefault("OMP_NUM_THREADS", str(max(1, cores // here)))
+    env.setdefault("BMTRAIN_MS_LOCAL_SIZE", str(here))
     env.setdefault("GLIBC_TUNABLES", COPIES_PAST_THE_CACHE)
     if launcher == "msrun":
         command = _msrun_command(script, ranks)
+    elif hosts:
+        command = _hosts_command(script, ranks, hosts)
+        env.update(several.variables(env))
     else:
         command = _mpi_command(script, ranks) if ranks > 1 else [sys.executable, *script]  # one rank needs no MPI
     process = subprocess.Popen(command, env=env, start_new_session=True)
@@ -103,6 +119,15 @@ def has_ascend() -> bool:
 def _mpi_command(script: Sequence[str], ranks: int) -> list[str]:
     # `python -m mpi4py` ends the job when a rank raises or exits with an error, whatever the script does
     return [_tool("mpiexec"), "-n", str(ranks), sys.executable, "-m", "mpi4py", *script]
+
+
+def _hosts_command(script: Sequence[str], ranks: int, hosts: Sequence[str]) -> list[str]:
+    try:
+        options = several.mpiexec_options(hosts, ranks)
+    except ValueError as error:
+        raise LaunchError(str(error)) from error
+    mpiexec, *rest = _mpi_command(script, ranks)
+    return [mpiexec, *options, *rest]
 
 
 def _msrun_command(script: Sequence[str], ranks: int) -> list[str]:

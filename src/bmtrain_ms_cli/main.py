@@ -16,7 +16,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             from .launch import launch
 
             runner = [str(Path(__file__).with_name("module.py"))] if arguments.module else []
-            return launch([*runner, arguments.script, *arguments.arguments], arguments.ranks, arguments.launcher)
+            return launch(
+                [*runner, arguments.script, *arguments.arguments], arguments.ranks, arguments.launcher, hosts=arguments.hosts
+            )
         if arguments.command == "ckpt":
             from .ckpt import run
 
@@ -49,6 +51,12 @@ def _parser() -> argparse.ArgumentParser:
         choices=("auto", "mpi", "msrun"),
         default="auto",
         help="auto: msrun where there are Ascend devices, mpiexec elsewhere",
+    )
+    launch.add_argument(
+        "--hosts",
+        type=lambda text: text.split(","),
+        default=[],
+        help="run on these, e.g. node1,node2, the same number of ranks on each: by mpiexec and ssh",
     )
     launch.add_argument("-m", "--module", action="store_true", help="the script is a module's name, as for python -m")
     launch.add_argument("script", help="a Python script")

@@ -88,7 +88,7 @@ class RankPool:
                 env = {**os.environ, "OMP_NUM_THREADS": "1", "GLOG_v": "3", "BMTRAIN_MS_TEST_KEY": key.hex()}
                 env["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [env.get("PYTHONPATH")])])
                 command = [mpiexec(), "-n", str(self.size), sys.executable, "-m", "tests.helpers.ranks", address]
-                self._process = subprocess.Popen(command, cwd=ROOT, env=env, start_new_session=True)
+                self._process = subprocess.Popen(command, env=env, start_new_session=True)
                 listener._listener._socket.settimeout(90)  # a rank that cannot even start
                 for _ in range(self.size):
                     connection = listener.accept()

@@ -201,12 +201,11 @@ def stuck(folder: str, notes: str, broken: int, timeout: float) -> None:
         return write(*args)
 
     saving_module.write_rank_file = stopping
-    start = time.monotonic()
     try:
         job.step()
         job.checkpoints.save(2)
     except CommTimeoutError as error:
-        job.note("error", f"{time.monotonic() - start:.1f} {error}")
+        job.note("error", str(error))
         os._exit(3)
 
 

@@ -45,7 +45,7 @@ def test_results(run_ranks: Run, name: str, ranks: int):
     assert [(r.name, r.nbytes) for r in first] == [(name, 2048), (name, 1024)]
     others = 1 if name == "send_recv" else ranks - 1
     for r in first:
-        assert 0 < r.seconds < 10 and r.gib_per_second == pytest.approx(others * r.nbytes / r.seconds / 2**30)
+        assert r.seconds > 0 and r.gib_per_second == pytest.approx(others * r.nbytes / r.seconds / 2**30)
     assert all(results == first for results, _, _ in answers)
     assert [text for _, text, _ in answers] == [format_results(first) + "\n"] + [""] * (ranks - 1)
 

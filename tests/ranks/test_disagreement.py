@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import time
 from typing import Any, Callable
 
 import mindspore as ms
@@ -80,20 +79,18 @@ def told(text: str, expected: Callable[[int, int], str], rank: int, size: int) -
     return False
 
 
-def failure(world: Any, kind: str, case: str, use_checkpoint: bool) -> tuple[str, float]:
-    """The error of a training step, and the seconds until it came."""
+def failure(world: Any, kind: str, case: str, use_checkpoint: bool) -> str:
+    """The error of a training step."""
     engine = make_engine(kind)
     with use_world(dataclasses.replace(world, engine=engine)):
         model = Model(case if engine.rank == ODD else "", use_checkpoint)
         model.check_names_and_refresh_name()
         x = from_host(np.ones(4, np.float32))
-        start = time.monotonic()
         with pytest.raises(CommError) as caught:
             ms.value_and_grad(lambda: model(x), None, model.trainable_params())()
             engine.barrier("end of the step").wait()
-        seconds = time.monotonic() - start
     engine.close()
-    return str(caught.value), seconds
+    return str(caught.value)
 
 
 SAME = "Every rank must issue the same operations in the same order: look for a branch that only some ranks take"
@@ -110,34 +107,32 @@ TEXTS = {
 @pytest.mark.parametrize("kind", ["node", "mpi"])
 def test_other_parameters(run_ranks: Callable, kind: str, case: str):
     what, odd, others = TEXTS[case]
-    for rank, (text, seconds) in enumerate(run_ranks(3, failure, kind=kind, case=case, use_checkpoint=True)):
+    for rank, text in enumerate(run_ranks(3, failure, kind=kind, case=case, use_checkpoint=True)):
 
         def expected(rank: int, peer: int) -> str:
             theirs, mine = (odd, others) if rank != ODD else (others, odd)
             return f"{what} at step 7 on rank {rank} of 3: rank {peer} has {theirs} where this rank has {mine}. {ALIKE}"
 
         assert told(text, expected, rank, 3), text
-        assert seconds < 5
 
 
 @pytest.mark.parametrize("case, name", [("list", "layers.0.c"), ("longer list", "layers.0.d")])
 @pytest.mark.parametrize("kind", ["node", "mpi"])
 def test_another_number_of_parameters(run_ranks: Callable, kind: str, case: str, name: str):
-    for rank, (text, seconds) in enumerate(run_ranks(3, failure, kind=kind, case=case, use_checkpoint=True)):
+    for rank, text in enumerate(run_ranks(3, failure, kind=kind, case=case, use_checkpoint=True)):
 
         def expected(rank: int, peer: int) -> str:
             owner = "this rank" if (rank == ODD) == (case == "longer list") else f"rank {peer}"
             return f"all_gather (layers.0) at step 7 on rank {rank} of 3: only {owner} has {name} (5,) Float32. {ALIKE}"
 
         assert told(text, expected, rank, 3), text
-        assert seconds < 5
 
 
 @pytest.mark.parametrize("use_checkpoint", [True, False])
 @pytest.mark.parametrize("kind", ["node", "mpi"])
 def test_a_branch_on_one_rank(run_ranks: Callable, kind: str, use_checkpoint: bool):
     results = run_ranks(3, failure, kind=kind, case="branch", use_checkpoint=use_checkpoint)
-    for rank, (text, seconds) in enumerate(results):
+    for rank, text in enumerate(results):
 
         def expected(rank: int, peer: int) -> str:
             mine, theirs = ("layers.2", "layers.1") if rank == ODD else ("layers.1", "layers.2")
@@ -145,12 +140,11 @@ def test_a_branch_on_one_rank(run_ranks: Callable, kind: str, use_checkpoint: bo
             return f"{start}: rank {peer} issued all_gather ({theirs}) instead. {SAME}"
 
         assert told(text, expected, rank, 3), text
-        assert seconds < 5
 
 
 @pytest.mark.parametrize("kind", ["node", "mpi"])
 def test_frozen_on_one_rank(run_ranks: Callable, kind: str):
-    for rank, (text, seconds) in enumerate(run_ranks(3, failure, kind=kind, case="frozen", use_checkpoint=True)):
+    for rank, text in enumerate(run_ranks(3, failure, kind=kind, case="frozen", use_checkpoint=True)):
 
         def expected(rank: int, peer: int) -> str:
             b, c = "layers.1.b (5, 3) Float32", "layers.1.c (5,) Float32"
@@ -159,7 +153,6 @@ def test_frozen_on_one_rank(run_ranks: Callable, kind: str):
             return f"{start}: rank {peer} has {theirs} where this rank has {mine}. {ALIKE}"
 
         assert told(text, expected, rank, 3), text
-        assert seconds < 5
 
 
 def different_calls(world: Any, kind: str) -> list[str]:
@@ -223,10 +216,8 @@ def one_leaves(world: Any) -> str:
     if engine.rank == ODD:
         engine.close()
         return ""
-    start = time.monotonic()
     with pytest.raises(CommError) as caught:
         engine.barrier("without you").wait()
-    assert time.monotonic() - start < 5
     engine.close()
     return str(caught.value)
 

@@ -6,7 +6,6 @@ import os
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 from typing import Any, Callable, Iterator
 
@@ -120,9 +119,8 @@ def test_the_file_is_that_of_a_blocking_save(tmp_path: Path):
 def test_training_goes_on_while_the_file_is_written(tmp_path: Path, gate: threading.Event):
     model, other = Model(1), Model(2)
     path = tmp_path / "file"
-    before = time.monotonic()
     bms.save(model, path, non_blocking=True)
-    assert time.monotonic() - before < 10 and not path.exists() and len(threads()) == 1
+    assert not path.exists() and len(threads()) == 1
     model.clear()
     gate.set()
     bms.load(other, path)  # waits for it

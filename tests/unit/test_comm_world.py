@@ -117,7 +117,7 @@ def test_no_thread_spins(tmp_path: Path):
     """On 2.5 the first compiled function starts a thread that takes a core from then on."""
     script = tmp_path / "script.py"  # compiling reads the source
     script.write_text("""
-import time, bmtrain_ms, mindspore as ms
+import glob, os, time, bmtrain_ms, mindspore as ms
 
 def double(x):
     return (x * 2).sum()
@@ -125,32 +125,30 @@ def double(x):
 bmtrain_ms.init_distributed()
 x = ms.Tensor([1.0, 2.0])
 ms.jit(double)(x).asnumpy()
-start = time.process_time()
-time.sleep(0.5)
-print(time.process_time() - start)
+quiet = 0
+while quiet < 20:  # a thread that spins is runnable at every look
+    states = [open(path).read().rsplit(")", 1)[1].split()[0] for path in glob.glob("/proc/self/task/*/stat")]
+    quiet = quiet + 1 if states.count("R") == 1 else 0  # the one that looks
+    time.sleep(0.005)
 """)
-    ran = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=120)
-    assert float(ran.stdout) < 0.25, ran.stderr
+    subprocess.run([sys.executable, str(script)], check=True, timeout=120)
 
 
 def test_operations_are_synchronous_and_the_world_ends_with_the_process():
     code = """
-import time, bmtrain_ms, mindspore as ms
+import bmtrain_ms, mindspore as ms, numpy as np
 class Loud(bmtrain_ms.comm.SingleEngine):
     def close(self): print("closed", flush=True)
 bmtrain_ms.init_distributed(engine=Loud())
-x = ms.ops.ones((1024, 1024))
-(x @ x).asnumpy()
-start = time.perf_counter()
-for _ in range(4):
-    y = x @ x
-issued = time.perf_counter() - start
-y.asnumpy()
-print(issued / (time.perf_counter() - start), flush=True)
+array = np.ones((1024, 1024), np.float32)
+x = ms.Tensor.from_numpy(array)  # the same memory
+found = [x @ x for _ in range(8)]
+array[:] = 0  # asynchronous operations would still have to read it
+print(*(y.asnumpy().min() for y in found), flush=True)
 """
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
-    share, last = ran.stdout.split()
-    assert float(share) > 0.9, "issuing takes no time when operations are asynchronous"
+    *found, last = ran.stdout.split()
+    assert found == ["1024.0"] * 8
     assert (ran.returncode, last) == (0, "closed"), ran.stderr
 
 

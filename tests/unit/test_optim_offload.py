@@ -194,7 +194,7 @@ class Recorded(Apart):
     def reached(self, what: str, number: int) -> bool:
         """Wait for an event; False: it did not come."""
         with self.changed:
-            return self.changed.wait_for(lambda: (what, number) in self.events, timeout=5)
+            return self.changed.wait_for(lambda: (what, number) in self.events, timeout=60)
 
     def fetch(self, grad: Tensor) -> np.ndarray:
         self.note("fetch", grad.size)

@@ -111,6 +111,11 @@ class Engine(ABC):
     clock: Clock
     lands_in_place: bool = False
 
+    @property
+    def lost(self) -> BaseException | None:
+        """The error of an operation that never ended, if there is one: the ranks cannot even part in good order then."""
+        return None
+
     @abstractmethod
     def all_gather(self, tensors: Sequence[Buffer], out: Sequence[Buffer] | None = None, label: str = "") -> Work:
         """Concatenate each tensor over the ranks along dim 0: (n, ...) -> (size*n, ...).

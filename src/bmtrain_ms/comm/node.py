@@ -95,6 +95,11 @@ class NodeThread:
         self._waker.send(b"!")
         return job
 
+    @property
+    def lost(self) -> BaseException | None:
+        """See `Engine.lost`."""
+        return self._failure if isinstance(self._failure, CommTimeoutError) else None
+
     def close(self) -> None:
         """Finish what is queued, then end the thread."""
         if self._thread.is_alive():
@@ -310,6 +315,10 @@ class NodeEngine(HostEngine):
         name = f"{self._group}/{','.join(map(str, ranks))}#{count}"
         members = [self._ranks[i] for i in ranks]
         return NodeEngine(self._thread, members, self.clock, self._timeout, name)
+
+    @property
+    def lost(self) -> BaseException | None:
+        return self._thread.lost
 
     def close(self) -> None:
         if self._owner:

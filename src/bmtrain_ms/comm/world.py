@@ -6,16 +6,14 @@ import atexit
 import contextlib
 import os
 import random
-import sys
-import time
-import traceback
 from dataclasses import dataclass, field
-from typing import Any, ContextManager, Iterator, Optional
+from typing import ContextManager, Iterator, Optional
 
 import mindspore as ms
 import numpy as np
 
 from ..compat import runtime
+from . import ending
 from .engine import Clock, Engine
 from .launch import Launch, detect
 from .mesh import Mesh
@@ -81,10 +79,9 @@ class World:
         return world, ()
 
 
-_LAST_WORDS = 1.0  # seconds: a launcher that is told to abort drops what it has not forwarded yet
-
 _current: list[World] = []
 _cores: list[int] = []  # what this process may use, before the first world took its share
+_lost: list[BaseException] = []  # of worlds that were shut down: see `Engine.lost`
 
 
 def _check_gather_dtype(name: Optional[str]) -> None:
@@ -234,10 +231,18 @@ def init_distributed(
 def shutdown() -> None:
     """Finish what is in flight and forget the world; does nothing when there is none. Called at exit."""
     while _current:
-        _current.pop().engine.close()
+        engine = _current.pop().engine
+        engine.close()
+        if engine.lost is not None:
+            _lost.append(engine.lost)
 
 
-atexit.register(shutdown)
+@atexit.register
+def _end() -> None:
+    """A script may catch the error of a lost operation and come to its end; MPI's own end would wait for the others for ever."""
+    shutdown()
+    if _lost:
+        ending.end_job(f"ends all ranks, as an operation was lost: {_lost[0]}")
 
 
 def _serve_as_scheduler() -> None:
@@ -277,19 +282,20 @@ def _make_engine(launch: Launch, target: str, timeout: float) -> Engine:
 
 
 def _make_mpi_engine(timeout: float) -> Engine:
-    try:
-        from mpi4py import MPI
-    except ImportError as error:
-        raise RuntimeError(
-            "this process was started by mpiexec, but mpi4py cannot be imported; pip install 'bmtrain-ms[cpu]'"
-        ) from error
+    with ending.limited("init_distributed", timeout):
+        try:
+            from mpi4py import MPI
+        except ImportError as error:
+            raise RuntimeError(
+                "this process was started by mpiexec, but mpi4py cannot be imported; pip install 'bmtrain-ms[cpu]'"
+            ) from error
 
-    from . import node
-    from .mpi import MpiEngine
+        from . import node
+        from .mpi import MpiEngine
 
-    mpi_world = MPI.COMM_WORLD
-    _abort_on_uncaught(MPI)
-    return node.connect(mpi_world, Clock(), timeout) or MpiEngine(mpi_world.Dup(), Clock(), timeout)
+        mpi_world = MPI.COMM_WORLD
+        ending.install(MPI)
+        return node.connect(mpi_world, Clock(), timeout) or MpiEngine(mpi_world.Dup(), Clock(), timeout)
 
 
 def _configure_cpu(launch: Launch) -> None:
@@ -301,18 +307,3 @@ def _configure_cpu(launch: Launch) -> None:
         start = launch.local_rank * share % len(_cores)
         os.sched_setaffinity(0, _cores[start : start + share])
     runtime.configure_cpu(share)
-
-
-def _abort_on_uncaught(MPI: Any) -> None:
-    """A rank that dies ends the job with its traceback: the others would wait for it until the time-out."""
-    mine = MPI.COMM_WORLD.Get_rank()
-
-    def hook(kind: type[BaseException], error: BaseException, where: Any) -> None:
-        text = "".join(traceback.format_exception(kind, error, where))
-        sys.stderr.write("".join(f"[rank {mine}] {line}\n" for line in text.splitlines()))
-        sys.stdout.flush()
-        sys.stderr.flush()
-        time.sleep(_LAST_WORDS)
-        MPI.COMM_WORLD.Abort(1)
-
-    sys.excepthook = hook

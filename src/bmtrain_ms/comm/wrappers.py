@@ -20,6 +20,10 @@ class Around(Engine):
         self.name, self.rank, self.size, self.clock = inner.name, inner.rank, inner.size, inner.clock
         self.lands_in_place = inner.lands_in_place
 
+    @property
+    def lost(self) -> BaseException | None:
+        return self.inner.lost
+
     def all_gather(self, tensors: Sequence[Buffer], out: Sequence[Buffer] | None = None, label: str = "") -> Work:
         received = (self.size - 1) * _nbytes(tensors)
         return self._around("all_gather", label, tensors, received, self.inner.all_gather(tensors, out, label))
