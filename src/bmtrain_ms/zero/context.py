@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from typing import Any, Iterator
+from typing import Any, ContextManager, Iterator
 
 from mindspore import Parameter, Tensor
 
-from ..comm import World
+from ..comm import World, is_initialized, world
 from ..compat import autograd
 from ..compat.autograd import Deliver
 from .buffers import BufferPool
@@ -57,6 +57,12 @@ def context_of(world: World) -> ZeroContext:
     if world not in _contexts:
         _contexts[world] = ZeroContext(world)
     return _contexts[world]
+
+
+def undisturbed() -> ContextManager[None]:
+    """Inside the `with` statement nobody but modules writes parameters, so what was gathered ahead is used without asking all ranks
+    whether it still holds; a write is an error all the same. For the `construct` of a whole model."""
+    return context_of(world()).pipeline.undisturbed() if is_initialized() else contextlib.nullcontext()
 
 
 def _end_of_backward(error: BaseException | None) -> Deliver:

@@ -10,6 +10,7 @@ from typing import Any, Optional, Sequence
 import mindspore as ms
 from mindspore import Tensor, nn
 
+from ...zero import undisturbed
 from ..layer import Embedding, Encoder, Linear, RotaryEmbedding
 from ..layer.attention import KeyValue
 
@@ -128,9 +129,10 @@ class Llama(nn.Cell):
         Returns:
             logits (batch, length, vocab_size), or (logits, keys and values of every layer) with `use_cache`.
         """
-        hidden = self.input_embedding(input_ids)
-        out = self.encoder(hidden, self._rotary, padding, past_key_values, use_cache)
-        hidden, caches = out if use_cache else (out, None)
-        head = self.input_embedding.projection if self.output_projection is None else self.output_projection
-        logits = head(hidden)
+        with undisturbed():
+            hidden = self.input_embedding(input_ids)
+            out = self.encoder(hidden, self._rotary, padding, past_key_values, use_cache)
+            hidden, caches = out if use_cache else (out, None)
+            head = self.input_embedding.projection if self.output_projection is None else self.output_projection
+            logits = head(hidden)
         return (logits, caches) if use_cache else logits
