@@ -15,13 +15,13 @@ import pytest
 from mindspore import Tensor
 
 import bmtrain_ms as bms
-from bmtrain_ms import train as train_module
 from bmtrain_ms.checkpoint import CheckpointError
 from bmtrain_ms.checkpoint import saving as saving_module
 from bmtrain_ms.data import TokenSampler
 from bmtrain_ms.model_center.model import Llama, LlamaConfig
 from bmtrain_ms.optim import GradientOverflowError
 from bmtrain_ms.train import Stopped, StopSignals, Trainer, TrainingError, TrainSettings, memory_mib, plot_log, read_log
+from bmtrain_ms.train import signals as signals_module
 
 pytestmark = pytest.mark.usefixtures("single_world")
 
@@ -190,8 +190,8 @@ def test_with_a_loss_scale_the_step_is_skipped(tmp_path, capsys):
 def test_a_second_signal_ends_the_process(monkeypatch, signum):
     """Unless it comes within a second of the first: a scheduler's `kill` of the whole group comes from the launcher once more."""
     now, ended, before = [100.0], [], signal.getsignal(signum)
-    monkeypatch.setattr(train_module.time, "monotonic", lambda: now[0])
-    monkeypatch.setattr(train_module.os, "_exit", ended.append)
+    monkeypatch.setattr(signals_module.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(signals_module.os, "_exit", ended.append)
     with StopSignals() as stop:
         assert not stop.asked
         for seconds, codes in ((0.0, []), (0.0, []), (0.4, []), (0.5, []), (0.1, [128 + signum]), (9.0, [128 + signum] * 2)):

@@ -1,13 +1,9 @@
-"""The training loop of a language model: steps, log, evaluation, checkpoints, and ending in good order."""
+"""The loop itself."""
 
 from __future__ import annotations
 
 import json
 import math
-import os
-import signal
-import sys
-import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,27 +13,22 @@ import numpy as np
 from mindspore import Tensor, nn
 from tqdm import tqdm
 
-from .checkpoint import Checkpointer
-from .checkpoint.folder import replace_text
-from .comm import world
-from .compat.autograd import no_grad
-from .compat.memory import resident_memory
-from .compat.runtime import from_host, host_array
-from .data import TokenSampler
-from .lr_scheduler import Cosine
-from .nn.functional import cross_entropy
-from .optim import AdamOptimizer, GradientOverflowError, OptimManager
-
-EXIT_STOPPED = 75  # what a process ends with that was told to stop, and saved (EX_TEMPFAIL: try again)
-_SAME_REQUEST = 1.0  # seconds
+from ..checkpoint import Checkpointer
+from ..checkpoint.folder import replace_text
+from ..comm import world
+from ..compat.memory import resident_memory
+from ..compat.runtime import from_host, host_array
+from ..data import TokenSampler
+from ..lr_scheduler import Cosine
+from ..nn.functional import cross_entropy
+from ..optim import AdamOptimizer, GradientOverflowError, OptimManager
+from .evaluate import mean_loss
+from .log import readable_lines
+from .signals import Stopped, StopSignals
 
 
 class TrainingError(RuntimeError):
     """Training cannot go on."""
-
-
-class Stopped(Exception):
-    """A signal came; the step was finished and a checkpoint saved. End the process with `EXIT_STOPPED`."""
 
 
 @dataclass(frozen=True)
@@ -71,39 +62,6 @@ class TrainSettings:
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ValueError(f"{name} must be positive, not {value}")
-
-
-class StopSignals:
-    """Inside the `with` statement SIGTERM, SIGINT and SIGUSR1 ask to stop; a second one, a second later or more, ends the process.
-
-    One that comes sooner says the same again: a scheduler tells the launcher and the ranks, and the launcher tells the ranks too.
-    One that comes too late for anybody to look at `asked` has its usual effect when the `with` statement ends.
-    """
-
-    def __init__(self) -> None:
-        self.asked = False
-        self._signum = 0
-        self._asked_at = 0.0
-        self._before: dict[int, Any] = {}
-
-    def _ask(self, signum: int, frame: Any) -> None:
-        if not self.asked:
-            self.asked, self._asked_at, self._signum = True, time.monotonic(), signum
-        elif time.monotonic() - self._asked_at >= _SAME_REQUEST:
-            os._exit(128 + signum)  # the last checkpoint is complete, and stays
-
-    def __enter__(self) -> StopSignals:
-        if threading.current_thread() is threading.main_thread():
-            for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-                self._before[signum] = signal.signal(signum, self._ask)
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        for signum, handler in self._before.items():
-            signal.signal(signum, handler)
-        if self._before and self.asked and kind is None:
-            signal.raise_signal(self._signum)
-        self._before = {}
 
 
 class Trainer:
@@ -227,24 +185,10 @@ class Trainer:
 
         `rows`: windows per call of the model.
         """
-        windows = (len(tokens) - 1) // length
-        if windows < 1:
-            raise ValueError(f"{len(tokens)} held-out tokens do not fill one window of {length}")
-        inputs = tokens[: windows * length].reshape(windows, length).astype(np.int32)
-        targets = tokens[1 : windows * length + 1].reshape(windows, length).astype(np.int32)
-        starts = range(0, windows, rows)
-        total = 0.0
         self.model.set_train(False)
-        with no_grad():
-            for i in range(0, len(starts), self._engine.size):  # every rank runs every round: the gathers are collective
-                mine = i + self._engine.rank
-                part = slice(starts[min(mine, len(starts) - 1)], starts[min(mine, len(starts) - 1)] + rows)
-                loss = self._loss(from_host(inputs[part]), from_host(targets[part].reshape(-1)))
-                if mine < len(starts):
-                    total += host_array(loss).item() * len(inputs[part])
+        mean = mean_loss(self._loss, tokens, length, rows, self._engine)
         self.model.set_train(True)
-        sums = self._engine.all_reduce([from_host(np.array([total], np.float32))], label="evaluate").wait()
-        return host_array(sums[0]).item() / windows
+        return mean
 
     def save(self) -> None:
         """Write a checkpoint to go on from, and wait for it.
@@ -289,7 +233,7 @@ class Trainer:
         self._schedule.load_state_dict({**planned, "num_iter": self._schedule.num_iter})
         log = self.settings.log
         if self._engine.rank == 0 and log is not None and log.exists():
-            replace_text(log, "".join(json.dumps(line) + "\n" for line in _readable(log) if line["step"] <= self.done))
+            replace_text(log, "".join(json.dumps(line) + "\n" for line in readable_lines(log) if line["step"] <= self.done))
         return True
 
     def _extra(self) -> dict[str, Any]:
@@ -334,70 +278,6 @@ class Trainer:
         if self.settings.log is not None:
             with open(self.settings.log, "a", encoding="utf-8") as file:
                 file.write(json.dumps(record) + "\n")
-
-
-def read_log(path: str | Path) -> list[dict[str, Any]]:
-    """The records of a JSONL log, without a last line that was cut when the run was killed.
-
-    Raises:
-        ValueError: another line is not JSON.
-    """
-    lines = Path(path).read_text(encoding="utf-8").splitlines(keepends=True)
-    if lines and not lines[-1].endswith("\n"):
-        lines.pop()
-    records = []
-    for number, line in enumerate(lines, 1):
-        try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}, line {number} is not JSON: {error}") from error
-    return records
-
-
-def _readable(log: Path) -> list[dict[str, Any]]:
-    """The records that are there. A power loss leaves zeros for what was not written; that must not keep a run from going on."""
-    records, damaged = [], 0
-    for line in log.read_bytes().split(b"\n"):
-        try:
-            record = json.loads(line) if line else None
-        except ValueError:  # of UnicodeDecodeError and JSONDecodeError too
-            record = line
-        if isinstance(record, dict) and isinstance(record.get("step"), int):
-            records.append(record)
-        elif record is not None:
-            damaged += 1
-    if damaged:
-        sys.stderr.write(f"WARNING: {log} has {damaged} damaged line(s), which are left out\n")
-    return records
-
-
-def plot_log(log: str | Path, picture: str | Path, held_out: dict[int, float], unigram: float) -> bool:
-    """Draw the loss curve as PNG; False, with a note on stderr, where matplotlib is not installed.
-
-    Args:
-        log: JSONL log.
-        picture: PNG to write.
-        held_out: step -> loss on held-out text.
-        unigram: entropy to compare with.
-    """
-    try:
-        import matplotlib
-
-        matplotlib.use("Agg")
-        from matplotlib import pyplot
-    except ImportError:
-        sys.stderr.write("no loss curve: matplotlib is not installed (pip install matplotlib)\n")
-        return False
-    records = read_log(log)
-    figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
-    axes.plot([r["step"] for r in records], [r["loss"] for r in records], linewidth=1, label="training")
-    axes.plot(list(held_out), list(held_out.values()), "o-", label="held out")
-    axes.axhline(unigram, color="grey", linestyle=":", label="unigram entropy of the held-out text")
-    axes.set(xlabel="step", ylabel="loss (nats per token)")
-    axes.legend()
-    figure.savefig(picture, dpi=120)
-    pyplot.close(figure)
-    return True
 
 
 def memory_mib() -> int:
