@@ -22,6 +22,7 @@ from typing import Sequence
 
 from .errors import CheckpointError
 from .format import RegularFile
+from .locking import hold, let_go
 from .sharded import INDEX
 
 LATEST = "latest"
@@ -229,7 +230,8 @@ class FolderLock:
             ) from error
         os.ftruncate(self._file, 0)
         os.write(self._file, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
-        self._close = weakref.finalize(self, os.close, self._file)
+        hold(self._file)
+        self._close = weakref.finalize(self, let_go, self._file)
 
     def release(self) -> None:
         """A second call does nothing."""

@@ -12,12 +12,20 @@ from ..compat.autograd import no_grad
 from ..compat.runtime import from_host, host_array
 
 
-def mean_loss(loss: Callable[[Tensor, Tensor], Tensor], tokens: np.ndarray, length: int, rows: int, engine: Engine) -> float:
+def mean_loss(
+    loss: Callable[[Tensor, Tensor], Tensor],
+    tokens: np.ndarray,
+    length: int,
+    rows: int,
+    engine: Engine,
+    each_round: Callable[[], None],
+) -> float:
     """Over all whole windows of `tokens`, in nats per token; the same on every rank, for any number of ranks.
 
     Args:
         loss: inputs (rows, length), targets (rows * length) -> their mean loss; all ranks call it equally often.
         rows: windows per call.
+        each_round: called after every round, by all ranks; may raise to end.
 
     Raises:
         ValueError: there is not one whole window.
@@ -36,5 +44,6 @@ def mean_loss(loss: Callable[[Tensor, Tensor], Tensor], tokens: np.ndarray, leng
             value = loss(from_host(inputs[part]), from_host(targets[part].reshape(-1)))
             if mine < len(starts):
                 total += host_array(value).item() * len(inputs[part])
+            each_round()
     sums = engine.all_reduce([from_host(np.array([total], np.float32))], label="evaluate").wait()
     return host_array(sums[0]).item() / windows

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
+import weakref
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Callable
 
 import numpy as np
 from mindspore import Tensor, nn
 from tqdm import tqdm
 
-from ..checkpoint import Checkpointer
-from ..checkpoint.folder import replace_text
+from ..checkpoint import Checkpointer, CheckpointError
+from ..checkpoint.store import gather_json
 from ..comm import world
 from ..compat.memory import resident_memory
 from ..compat.runtime import from_host, host_array
@@ -22,13 +22,10 @@ from ..data import TokenSampler
 from ..lr_scheduler import Cosine
 from ..nn.functional import cross_entropy
 from ..optim import AdamOptimizer, GradientOverflowError, OptimManager
+from .errors import Stopped, TrainingError
 from .evaluate import mean_loss
-from .log import readable_lines
-from .signals import Stopped, StopSignals
-
-
-class TrainingError(RuntimeError):
-    """Training cannot go on."""
+from .log import LogFile
+from .signals import StopSignals
 
 
 @dataclass(frozen=True)
@@ -67,14 +64,28 @@ class TrainSettings:
 class Trainer:
     """Trains `model` on batches of `sampler`. All ranks make one and call its methods together.
 
+    From the first step on, or from `resume`, until `close`, a signal to end (SIGTERM, SIGINT, SIGHUP, SIGUSR1) lets the step or the
+    round of `evaluate` finish; then `fit`, `evaluate` or `save` saves and raises `Stopped` on every rank. One that comes before has
+    its usual effect; one that comes after the last of these calls has it when the trainer is closed. As a context manager a trainer
+    is closed at the end of the `with` statement.
+
     Args:
         model: token ids (batch, length) -> logits (batch, length, vocab); initialised or to be loaded.
         sampler: the training text.
         settings: how to train.
         folder: of its checkpoints, or None.
+        signals: what watches for signals, if it is to go on when the trainer is closed, as for the next trainer.
     """
 
-    def __init__(self, model: nn.Cell, sampler: TokenSampler, settings: TrainSettings, folder: str | Path | None = None):
+    def __init__(
+        self,
+        model: nn.Cell,
+        sampler: TokenSampler,
+        settings: TrainSettings,
+        folder: str | Path | None = None,
+        *,
+        signals: StopSignals | None = None,
+    ):
         self.model, self.sampler, self.settings = model, sampler, settings
         self.done = 0  # steps
         optimizer = AdamOptimizer(model.trainable_params(), settings.lr, settings.betas, weight_decay=settings.weight_decay)
@@ -96,7 +107,10 @@ class Trainer:
         elif settings.save_every or settings.save_minutes:
             raise ValueError("save_every and save_minutes need a folder for the checkpoints")
         self._bad, self._saved_at = 0, time.monotonic()
-        self._stop = StopSignals()
+        self._log_file: LogFile | None = None  # rank 0's
+        self._stop, self._owns_stop = signals or StopSignals(), signals is None
+        if self._owns_stop:
+            weakref.finalize(self, self._stop.release).atexit = False
         self._told = (False, False)  # by any rank: to stop, to save
 
     def fit(self, until: int | None = None) -> None:
@@ -105,19 +119,25 @@ class Trainer:
         What is saved in the background is complete when it returns, or raises one of these:
 
         Raises:
-            TrainingError: `bad_steps` in a row had a loss or a gradient that is not finite, and there is no loss scaling.
+            TrainingError: `bad_steps` in a row had a loss or a gradient that is not finite, and there is no loss scaling; or the
+                log cannot be written, or another job writes it.
+            ValueError: more steps are done than the settings ask for.
             GradientOverflowError: see `OptimManager.step`.
             Stopped: a signal came.
             CheckpointError: a checkpoint cannot be written, or another job saves to the folder.
         """
+        if self.done > self.settings.steps:
+            raise ValueError(f"{self.done} steps are done already, the settings ask for {self.settings.steps} in all: ask for more")
         until = self.settings.steps if until is None else min(until, self.settings.steps)
         self.model.set_train(True)
         chief = self._engine.rank == 0
-        bar = tqdm(total=self.settings.steps, initial=self.done, disable=not chief, desc="train", mininterval=1.0)
         if self.checkpoints is not None:
             self.checkpoints.lock()
-        with bar, StopSignals() as self._stop:
+        self._as_chief(self._open_log)
+        self._stop.watch()
+        with tqdm(total=self.settings.steps, initial=self.done, disable=not chief, desc="train", mininterval=1.0) as bar:
             try:
+                self._end_if_told()  # since the last call
                 while self.done < until:
                     record = self.train_step()
                     if chief:
@@ -128,10 +148,7 @@ class Trainer:
                             f"{record['tokens_per_second']:.0f} tok/s {record['memory_mib']} MiB"
                         )
                     self._save_if_due()
-                told = self._engine.all_reduce([from_host(np.array([self._stop.asked], np.float32))], "max", "told to stop")
-                if host_array(told.wait()[0])[0]:  # in the last step, after its loss was known
-                    self._told = True, False
-                    self._save_if_due()
+                self._end_if_told()  # in the last step, after its loss was known
             except (TrainingError, GradientOverflowError):  # on every rank alike
                 self._finish_saving()
                 raise
@@ -143,19 +160,33 @@ class Trainer:
 
     def _save_if_due(self) -> None:
         stop, due = self._told
-        if self.checkpoints is None:
-            if stop:
-                raise Stopped(f"stopped after step {self.done}, as a signal asked; there is no folder for a checkpoint")
-            return
         if stop:
-            self.save()
-            raise Stopped(f"stopped after step {self.done}, as a signal asked; saved in {self.checkpoints.folder}")
+            self._end()
+        if self.checkpoints is None:
+            return
         every = self.settings.save_every
         if due or (every and self.done % every == 0):
             self._saved_at = time.monotonic()
             self.checkpoints.save(self.done, self._extra(), wait=False)
         else:
             self.checkpoints.poll()
+
+    def _end_if_told(self) -> None:
+        if self._any_told():
+            self._end()
+
+    def _any_told(self) -> bool:
+        """Whether any rank was told to stop; all ranks ask."""
+        told = self._engine.all_reduce([from_host(np.array([self._stop.asked], np.float32))], "max", "told to stop")
+        return bool(host_array(told.wait()[0])[0])
+
+    def _end(self) -> None:
+        where = "there is no folder for a checkpoint"
+        if self.checkpoints is not None:
+            self.checkpoints.save(self.done, self._extra())
+            where = f"saved in {self.checkpoints.folder}"
+        self._stop.answered = True
+        raise Stopped(f"stopped after step {self.done}, as a signal asked; {where}")
 
     def train_step(self) -> dict[str, Any]:
         """One step; returns what the log line holds (the loss is the mean over the ranks)."""
@@ -184,11 +215,16 @@ class Trainer:
         """Mean loss per token, in nats, over all whole windows of `tokens`; the same on every rank, for any number of ranks.
 
         `rows`: windows per call of the model.
+
+        Raises:
+            ValueError: there is not one whole window.
+            Stopped: a signal came.
         """
         self.model.set_train(False)
-        mean = mean_loss(self._loss, tokens, length, rows, self._engine)
-        self.model.set_train(True)
-        return mean
+        try:
+            return mean_loss(self._loss, tokens, length, rows, self._engine, self._end_if_told)
+        finally:
+            self.model.set_train(True)
 
     def save(self) -> None:
         """Write a checkpoint to go on from, and wait for it.
@@ -196,13 +232,37 @@ class Trainer:
         Raises:
             ValueError: the trainer has no folder.
             CheckpointError: it cannot be written.
+            Stopped: it is written, and a signal came.
         """
         self._folder().save(self.done, self._extra())
+        if self._any_told():
+            self._stop.answered = True
+            raise Stopped(f"stopped after step {self.done}, as a signal asked; saved in {self._folder().folder}")
 
     def close(self) -> None:
-        """Finish what is being saved, and let another job save to the folder."""
-        if self.checkpoints is not None:
-            self.checkpoints.close()
+        """Finish what is being saved, let another job save to the folder and write the log, and no longer watch for signals."""
+        try:
+            if self.checkpoints is not None:
+                self.checkpoints.close()
+        finally:
+            self._let_go()
+
+    def _let_go(self) -> None:
+        if self._log_file is not None:
+            self._log_file.close()
+            self._log_file = None
+        if self._owns_stop:
+            self._stop.release()
+
+    def __enter__(self) -> Trainer:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None or issubclass(kind, (Stopped, TrainingError, GradientOverflowError, CheckpointError)):
+            self.close()
+        else:  # maybe on this rank alone: the others would not answer
+            self._stop.answered = True
+            self._let_go()
 
     def resume(self, path: str | Path | None = None, other_data: bool = False) -> bool:
         """Go on from a checkpoint (default: the latest of the folder), at any number of ranks; the log loses the lines behind it.
@@ -216,9 +276,15 @@ class Trainer:
             Whether there was one.
 
         Raises:
-            CheckpointError: see `Checkpointer.load`.
+            CheckpointError: see `Checkpointer.load`; or another job saves to the folder, whose log this would cut.
+            TrainingError: another job writes the log, or it cannot be cut.
             ValueError: the sampler is another one: it would repeat or leave out data.
         """
+        log = self.settings.log
+        has_log = gather_json(log is not None and log.exists(), self._engine, "log")[0]
+        if has_log:
+            self._folder().lock()
+            self._as_chief(self._open_log)
         planned = self._schedule.state_dict()
         resumed = self._folder().load(path)
         if resumed is None:
@@ -231,9 +297,9 @@ class Trainer:
             )
         self.done = resumed.step
         self._schedule.load_state_dict({**planned, "num_iter": self._schedule.num_iter})
-        log = self.settings.log
-        if self._engine.rank == 0 and log is not None and log.exists():
-            replace_text(log, "".join(json.dumps(line) + "\n" for line in readable_lines(log) if line["step"] <= self.done))
+        if has_log:
+            self._as_chief(self._trim_log)
+        self._stop.watch()
         return True
 
     def _extra(self) -> dict[str, Any]:
@@ -275,9 +341,28 @@ class Trainer:
         return host_array(mean).item()
 
     def _log(self, record: dict[str, Any]) -> None:
-        if self.settings.log is not None:
-            with open(self.settings.log, "a", encoding="utf-8") as file:
-                file.write(json.dumps(record) + "\n")
+        if self._log_file is not None:
+            self._log_file.write(record)
+
+    def _open_log(self) -> None:
+        if self._log_file is None and self.settings.log is not None:
+            self._log_file = LogFile(self.settings.log)
+
+    def _trim_log(self) -> None:
+        if self._log_file is not None:
+            self._log_file.trim(self.done)
+
+    def _as_chief(self, action: Callable[[], None]) -> None:
+        """On rank 0; what goes wrong there is raised on every rank."""
+        error = ""
+        if self._engine.rank == 0:
+            try:
+                action()
+            except Exception as caught:  # whatever it is: the other ranks wait
+                error = str(caught) or type(caught).__name__
+        error = gather_json(error, self._engine, "log")[0]
+        if error:
+            raise TrainingError(error)
 
 
 def memory_mib() -> int:
