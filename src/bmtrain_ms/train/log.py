@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoint.folder import sync_folder
-from ..checkpoint.locking import hold, let_go
+from ..checkpoint.locking import hold, let_go, sweep_temporaries
 from .errors import TrainingError
 
 _MOST_WAITING = 100_000  # lines, some 25 MB
@@ -142,6 +142,7 @@ class LogFile:
             return False
 
     def _replace(self, text: bytes) -> None:
+        sweep_temporaries(self.path.parent, f".{self.path.name}.", "")
         temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}")
         temporary.unlink(missing_ok=True)
         file = _open_alone(temporary, os.O_APPEND | os.O_EXCL)

@@ -90,8 +90,8 @@ class Trainer:
         self.done = 0  # steps
         optimizer = AdamOptimizer(model.trainable_params(), settings.lr, settings.betas, weight_decay=settings.weight_decay)
         self.manager = OptimManager(loss_scale=settings.loss_scale)
-        self._schedule = Cosine(optimizer, settings.lr, min(settings.warmup, settings.steps), settings.steps)
-        self.manager.add_optimizer(optimizer, self._schedule)
+        schedule = Cosine(optimizer, settings.lr, min(settings.warmup, settings.steps), settings.steps)
+        self.manager.add_optimizer(optimizer, schedule)
         self._optimizer = optimizer
         self._engine = world().engine
         self.checkpoints: Checkpointer | None = None
@@ -264,13 +264,15 @@ class Trainer:
             self._stop.answered = True
             self._let_go()
 
-    def resume(self, path: str | Path | None = None, other_data: bool = False) -> bool:
+    def resume(self, path: str | Path | None = None, other_data: bool = False, keep: str = "own") -> bool:
         """Go on from a checkpoint (default: the latest of the folder), at any number of ranks; the log loses the lines behind it.
 
-        The schedule is that of this run's settings: with more `steps` than before it is stretched.
+        The settings are this run's, and where they differ from those of the run that saved rank 0 tells both: with more `steps`
+        than before the schedule is stretched.
 
         Args:
             other_data: whether the sampler may be another one than that of the run that saved, of which step `done` is next.
+            keep: `saved`: the settings of the optimizer and the schedule are those of the run that saved.
 
         Returns:
             Whether there was one.
@@ -285,18 +287,16 @@ class Trainer:
         if has_log:
             self._folder().lock()
             self._as_chief(self._open_log)
-        planned = self._schedule.state_dict()
-        resumed = self._folder().load(path)
+        resumed = self._folder().load(path, keep=keep)
         if resumed is None:
             return False
         before, now = resumed.extra.get("data"), self.sampler.described
-        if not other_data and before not in (None, now):
+        if not other_data and before is not None and not _same_data(before, now):
             raise ValueError(
                 f"{resumed.path} was saved by a run on the data {before}, this one has {now}: step {resumed.step} would be at "
                 "another place in them. Use the same, or resume(other_data=True)"
             )
         self.done = resumed.step
-        self._schedule.load_state_dict({**planned, "num_iter": self._schedule.num_iter})
         if has_log:
             self._as_chief(self._trim_log)
         self._stop.watch()
@@ -363,6 +363,12 @@ class Trainer:
         error = gather_json(error, self._engine, "log")[0]
         if error:
             raise TrainingError(error)
+
+
+def _same_data(before: Any, now: dict[str, Any]) -> bool:
+    """By what both know: the first versions had no digests, and not everybody knows the tokenizer."""
+    known = [name for name in now if name in before] if isinstance(before, dict) else []
+    return bool(known) and all(before[name] == now[name] for name in known)
 
 
 def memory_mib() -> int:
