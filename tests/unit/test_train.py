@@ -303,6 +303,52 @@ def test_resume_with_other_data(tmp_path):
         assert other.done == 0 and other.resume(other_data=True) and other.done == 2
 
 
+def test_resume_with_another_text_of_the_same_size(tmp_path):
+    """Nobody would notice. A checkpoint from before there were digests still loads."""
+    t = trainer(folder=tmp_path)
+    t.fit(until=2)
+    t.save()
+    t.close()
+    for tokens, tokenizer, same in ((TOKENS, "a", True), (TOKENS[::-1].copy(), None, False)):
+        other = trainer(folder=tmp_path)
+        other.sampler = TokenSampler(tokens, 6, 4, tokenizer=tokenizer)
+        if not same:
+            with pytest.raises(ValueError, match=r"was saved by a run on the data \{.*'digest': '\w{16}'.*step 2 would be"):
+                other.resume()
+        assert other.resume(other_data=not same) and other.done == 2
+    t.checkpoints.save(3, {"step": 3, "data": {"tokens": len(TOKENS), "length": 6, "global_batch": 4, "seed": 0}})
+    t.close()
+    assert trainer(folder=tmp_path).resume()
+    t.checkpoints.save(4, {"step": 4, "data": {"samples": 12}})
+    t.close()
+    with pytest.raises(ValueError, match="was saved by a run on the data"):
+        trainer(folder=tmp_path).resume()
+
+
+def test_the_tokenizer_is_compared_where_both_know_it(tmp_path):
+    t = trainer(folder=tmp_path)
+    t.sampler = TokenSampler(TOKENS, 6, 4, tokenizer="a")
+    t.fit(until=1)
+    t.save()
+    t.close()
+    other = trainer(folder=tmp_path)
+    assert other.resume()
+    other.sampler = TokenSampler(TOKENS, 6, 4, tokenizer="b")
+    with pytest.raises(ValueError, match="'tokenizer': "):
+        other.resume()
+
+
+def test_more_steps_are_done_than_are_asked_for(tmp_path):
+    t = trainer(steps=4, folder=tmp_path)
+    t.fit()
+    t.save()
+    t.close()
+    fewer = trainer(steps=3, folder=tmp_path)
+    assert fewer.resume()
+    with pytest.raises(ValueError, match="4 steps are done already, the settings ask for 3 in all: ask for more"):
+        fewer.fit()
+
+
 def test_a_damaged_log_does_not_keep_a_run_from_resuming(tmp_path, capsys):
     """As a power loss leaves it; what is readable stays."""
     log = tmp_path / "log"
