@@ -45,7 +45,7 @@ class Run:
         return json.loads(json.dumps(self.manager.state_dict(tensors=False)))
 
     def resumed(self, state: Any, **options: Any) -> Run:
-        self.manager.load_state_dict(state, **options)
+        self.manager.load_state_dict(state, **{"keep": "own", **options})
         return self
 
     @property
@@ -75,9 +75,16 @@ def test_a_longer_schedule_is_used_and_told(capsys):
     told = capsys.readouterr().err
     assert "Cosine: start_lr 0.2 (saved: 0.1)" in told and "Cosine: end_iter 100 (saved: 4)" in told
     assert told.startswith("WARNING: this run has other settings than the one that saved, and uses its own: ")
-    assert told.endswith("Load with keep='saved' for those\n") and told.count("\n") == 1
+    assert told.endswith("Load with keep='saved' for the others\n") and told.count("\n") == 1
     as_saved = Run(cosine(0.2, end=100)).resumed(saved.state(), keep="saved")
-    assert as_saved.rates == [0.0, 0.0] and as_saved.schedule.end_iter == 4 and capsys.readouterr().err == ""
+    assert as_saved.rates == [0.0, 0.0] and as_saved.schedule.end_iter == 4
+    assert (
+        "and uses the saved ones: Cosine: start_lr 0.2 (saved: 0.1); Cosine: end_iter 100 (saved: 4). Load"
+        in capsys.readouterr().err
+    )
+    other = Run(cosine(0.2, end=100))
+    other.manager.load_state_dict(saved.state())  # a state in hand is what is meant, as in BMTrain; not without a word
+    assert other.schedule.end_iter == 4 and "uses the saved ones" in capsys.readouterr().err
 
 
 def test_settings_of_groups_are_used_and_told(capsys):

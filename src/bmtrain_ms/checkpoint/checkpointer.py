@@ -238,7 +238,7 @@ class Checkpointer:
                 otherwise the names are returned, what has none keeps its values (a parameter that is new to an optimizer begins
                 at step 0), and the seed stays this run's.
             keep: which settings to use where this run was made with others than the one that saved (a schedule's length, a rate,
-                betas): its `own`, which rank 0 tells with the saved ones, or the `saved`; see `OptimManager.load_state_dict`.
+                betas): its `own`, which rank 0 tells with the saved ones, or the `saved`; as `OptimManager.load_state_dict` says.
 
         Returns:
             None if there is no checkpoint.

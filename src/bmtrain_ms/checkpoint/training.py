@@ -72,7 +72,7 @@ def load_training(
 
     Args:
         strict: raise where names differ, and if the run that saved had another seed, with which dropout would be another.
-        keep: which settings to use where this run's are others: its `own`, or the `saved`; see `OptimManager.load_state_dict`.
+        keep: which settings to use where this run's are others: its `own`, or the `saved`; as `OptimManager.load_state_dict` says.
 
     Raises:
         CheckpointError: unreadable, of another model, or not a training state; on every rank.

@@ -282,15 +282,15 @@ class OptimManager:
             "lr_schedulers": [None if s is None else s.state_dict() for s in self.lr_schedulers],
         }
 
-    def load_state_dict(self, state: dict[str, Any], strict: bool = True, keep: str = "own") -> None:
+    def load_state_dict(self, state: dict[str, Any], strict: bool = True, keep: str = "saved") -> None:
         """Continue where `state` was taken; whether losses are scaled, and the limits of the scale, are this manager's, e.g. where
         float16 goes on from float32. Nothing is changed if it does not fit.
 
         Args:
             strict: False: optimizers may have other parameters and groups, see `AdamOptimizer.load_state_dict`.
             keep: which settings to use where this run chose others than the one that saved (a schedule's length, a rate, betas):
-                its `own`, which rank 0 tells with the saved ones, or the `saved`. The position in a schedule, and what was changed
-                by hand in the run that saved, is restored.
+                the `saved`, or its `own`; rank 0 tells both. The position in a schedule, and what was changed by hand in the run
+                that saved, is restored.
 
         Raises:
             ValueError: see `check_state_dict`.
@@ -317,23 +317,21 @@ class OptimManager:
         theirs = [saved.get("made") if isinstance(saved, dict) else None for saved in state["optimizers"]]
         before = [driver.settings() if hasattr(driver, "settings") else [] for driver in self.drivers]
         for i, (made, scheduler) in enumerate(zip(self._made, self.lr_schedulers)):
-            if keep == "own" and hasattr(scheduler, "check_state_dict"):
-                schedules[i], mine, others = made.schedule_to_load(schedules[i], theirs[i], fresh)
+            if hasattr(scheduler, "check_state_dict"):
+                chosen, mine, others = made.schedule_to_load(schedules[i], theirs[i], fresh)
                 used, replaced = used + mine, replaced + others
-                scheduler.check_state_dict(schedules[i])
+                schedules[i] = scheduler.check_state_dict(chosen) if keep == "own" else schedules[i]
         for i, (driver, saved) in enumerate(zip(self.drivers, state["optimizers"])):
             saved = {name: x for name, x in saved.items() if name != "made"} if isinstance(saved, dict) else saved
             driver.load_state_dict(saved, *([] if strict or not hasattr(driver, "check_state_dict") else [False]))
-            if keep == "saved":
-                self._made[i].take_own_rates(theirs[i])
-            else:
-                mine, others = self._made[i].keep_groups(before[i], theirs[i], fresh)
-                used += [f"optimizer {i}, {x}" for x in mine]
-                replaced += [f"optimizer {i}, {x}" for x in others]
+            mine, others = self._made[i].choose_groups(before[i], theirs[i], fresh, keep == "own")
+            used += [f"optimizer {i}, {x}" for x in mine]
+            replaced += [f"optimizer {i}, {x}" for x in others]
         if self._world.mesh.rank == 0 and used:
+            whose, other = ("its own", "saved") if keep == "own" else ("the saved ones", "own")
             sys.stderr.write(
-                f"WARNING: this run has other settings than the one that saved, and uses its own: {'; '.join(used)}. "
-                "Load with keep='saved' for those\n"
+                f"WARNING: this run has other settings than the one that saved, and uses {whose}: {'; '.join(used)}. "
+                f"Load with keep='{other}' for the others\n"
             )
         if self._world.mesh.rank == 0 and replaced:
             sys.stderr.write(

@@ -1,8 +1,8 @@
 """Settings of a run that goes on from another one's state, where the two differ.
 
 A state holds what was in force, and what its run was made with. What this run was made with in the same way was not chosen anew:
-then what was in force goes on, e.g. a rate that was lowered by hand. What it was made with otherwise was chosen: it is used, and
-the difference is told. States of earlier versions do not say what their run was made with: then each difference counts as chosen.
+then what was in force goes on, e.g. a rate that was lowered by hand. What it was made with otherwise was chosen, and is told.
+States of earlier versions do not say what their run was made with: then each difference counts as chosen.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any, Optional
 
 Settings = dict[str, Any]
 Told = list[str]
+_UNKNOWN = "unknown"
 
 
 class Made:
@@ -29,7 +30,7 @@ class Made:
         return {"made": {"groups": self._groups, "schedule": self._settings}} if hasattr(self._driver, "settings") else {}
 
     def schedule_to_load(self, saved: Any, theirs: Any, fresh: bool) -> tuple[Any, Told, Told]:
-        """The saved state with what is used of this run's; which settings are used, and which that somebody wrote are not.
+        """The saved state with what was chosen in this run; what that is, and what was written by hand here and is not used.
 
         Args:
             theirs: what the other run was made with; anything, if it is not known.
@@ -44,39 +45,32 @@ class Made:
         kind = type(self._schedule).__name__
         return {**saved, **values}, [f"{kind}: {x}" for x in used], [f"{kind}: {x}" for x in replaced]
 
-    def keep_groups(self, before: list[Settings], theirs: Any, fresh: bool) -> tuple[Told, Told]:
-        """After a state was loaded: put back what is used of this run's settings; the rest is as in `schedule_to_load`.
+    def choose_groups(self, before: list[Settings], theirs: Any, fresh: bool, own: bool) -> tuple[Told, Told]:
+        """After a state was loaded: put back what was chosen in this run, if its `own` is to be used; tells as `schedule_to_load`.
 
         Args:
             before: the groups' settings before that.
         """
-        all_used, all_replaced = [], []
+        all_chosen, all_replaced = [], []
         others = theirs.get("groups") if isinstance(theirs, dict) else None
         scheduled = self._schedule is not None
         for index, (mine, loaded) in enumerate(zip(before, self._driver.settings() if before else [])):
             then = _group_of(mine, others, index)
             skipped = {"names", "own_lr", *(["lr"] if scheduled else [])}  # a schedule sets the rate
             choosable = {name: value for name, value in mine.items() if name not in skipped}
-            values, used, replaced = _chosen(choosable, loaded, self._groups[index], then, fresh)
-            self._driver.change_settings(index, values)
-            if scheduled and then is not None and not _same(then.get("own_lr"), mine.get("own_lr")):
-                used.append(_difference("lr of its own", mine.get("own_lr"), then.get("own_lr")))
-            all_used += [f"group {index}: {x}" for x in used]
+            values, told, replaced = _chosen(choosable, loaded, self._groups[index], then, fresh)
+            peak = (then or {}).get("own_lr", _UNKNOWN)  # of a group under a schedule, which is not in what was loaded
+            if scheduled and "own_lr" in mine and _is_rate(peak) and not _same(peak, mine["own_lr"]):
+                told.append(_difference("lr of its own", mine["own_lr"], peak))
+                self._driver.change_settings(index, {} if own else {"own_lr": peak})
+            self._driver.change_settings(index, values if own else {})
+            all_chosen += [f"group {index}: {x}" for x in told]
             all_replaced += [f"group {index}: {x}" for x in replaced]
-        return all_used, all_replaced
-
-    def take_own_rates(self, theirs: Any) -> None:
-        """The peaks that groups of the other run had of their own, where a schedule sets the rates."""
-        others = theirs.get("groups") if isinstance(theirs, dict) else None
-        for index, mine in enumerate(self._driver.settings() if self._schedule is not None and self._groups else []):
-            then = _group_of(mine, others, index) or {}
-            rate = then.get("own_lr", "unknown")
-            if "own_lr" in mine and (rate is None or (type(rate) in (int, float) and 0 <= rate < math.inf)):
-                self._driver.change_settings(index, {"own_lr": rate})
+        return all_chosen, all_replaced
 
 
 def _chosen(mine: Settings, saved: Settings, asked: Settings, then: Optional[Settings], fresh: bool) -> tuple[Settings, Told, Told]:
-    """Of this run's settings those that are used instead of the saved ones; which these are, and which are not though written.
+    """Of this run's settings those that were chosen otherwise than the saved; what these are, and what was only written by hand.
 
     Args:
         mine, saved: in force here, and there.
@@ -111,6 +105,11 @@ def _group_of(group: Settings, others: Any, index: int) -> Optional[Settings]:
     lists = [other["names"] if isinstance(other.get("names"), list) else [] for other in others]
     known = [name for name in group["names"] if any(name in theirs for theirs in lists)]
     return next((other for other, theirs in zip(others, lists) if known and all(name in theirs for name in known)), None)
+
+
+def _is_rate(x: Any) -> bool:
+    """Whether it can be the rate that a group was given for itself; None: it was given none."""
+    return x is None or (type(x) in (int, float) and 0 <= x < math.inf)
 
 
 def _difference(name: str, mine: Any, saved: Any) -> str:
