@@ -125,6 +125,7 @@ class WarmupLRScheduler(ABC):
             ValueError: it is that of another class.
         """
         vars(self).update(self.check_state_dict(state))
+        self._groups = group_rates(self.optimizer)  # which may have been given other rates of their own
         self._apply()
 
     def check_state_dict(self, state: Any) -> dict[str, Any]:

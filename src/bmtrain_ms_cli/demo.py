@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import sys
 import time
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Iterator
 
 from .launch import LaunchError, launch
 
@@ -24,7 +26,7 @@ class DemoOptions:
     batch: int
     text: Path | None
     out: Path
-    resume: bool
+    resume: bool | str
     fp16: bool
     loss_scale: float | None
     zero: int
@@ -89,6 +91,20 @@ def _check(options: DemoOptions) -> None:
         )
     if options.resume and not (options.out / "checkpoints").is_dir():
         raise LaunchError(f"--resume: there is no folder checkpoints in {options.out}; run without --resume first")
+    named = _named(options)
+    if named is not None and not (named / "index.json").is_file():
+        there = ", ".join(path.name for path in saved) or "none"
+        raise LaunchError(f"--resume {options.resume}: there is no checkpoint {named}; in {options.out} there are: {there}")
+
+
+def _named(options: DemoOptions) -> Path | None:
+    """The checkpoint to go on from, if it is not the latest."""
+    if not isinstance(options.resume, str):
+        return None
+    folder, word = options.out / "checkpoints", options.resume
+    if word.isascii() and word.isdigit():
+        return folder / f"step-{int(word):08}"
+    return folder / word if (folder / word).exists() else Path(word)
 
 
 def _check_text(path: Path) -> None:
@@ -103,13 +119,28 @@ def _check_text(path: Path) -> None:
 def _run(options: DemoOptions) -> int:
     import bmtrain_ms as bms
 
+    failures = bms.train.TrainingError, bms.optim.GradientOverflowError
     try:
         _train(options)
     except bms.train.Stopped as stopped:
         if bms.rank() == 0:
             print(f"{stopped}; go on with --resume")
         return bms.train.EXIT_STOPPED
+    except (LaunchError, bms.checkpoint.CheckpointError, *failures) as error:  # on every rank alike
+        if bms.rank() == getattr(error, "speaker", 0):
+            sys.stderr.write(f"bmtrain-ms: {error}\n")
+        bms.synchronize()  # the first rank that ends with an error ends the others
+        return 1 if isinstance(error, failures) else 2
     return 0
+
+
+@contextlib.contextmanager
+def _told_in_one_line() -> Iterator[None]:
+    """What the user can mend."""
+    try:
+        yield
+    except ValueError as error:
+        raise LaunchError(str(error)) from error
 
 
 def _train(options: DemoOptions) -> None:
@@ -126,11 +157,13 @@ def _train(options: DemoOptions) -> None:
     chief = world.engine.rank == 0
     say = print if chief else _silent
     out = options.out
-    if chief:
-        out.mkdir(parents=True, exist_ok=True)
-        if not options.resume:
-            (out / "log.jsonl").unlink(missing_ok=True)
-    tokenizer, train, held_out = _prepare(options, chief)
+    stop = bms.train.StopSignals()  # from the first step to the last, for both trainers
+    lock = bms.checkpoint.lock_folder(out)  # until the process ends, and before anything is written
+    _check_again(options)
+    if chief and not options.resume:
+        (out / "log.jsonl").unlink(missing_ok=True)
+    with _told_in_one_line():
+        tokenizer, train, held_out = _prepare(options, chief)
     entropy = bms.data.unigram_entropy(held_out)
     say(
         f"{world.engine.size} rank(s), ZeRO-{options.zero}, {len(train):,} training and {len(held_out):,} held-out tokens, "
@@ -138,18 +171,15 @@ def _train(options: DemoOptions) -> None:
     )
 
     curve: dict[int, float] = {}
-    trainer = _trainer(options, train, tokenizer.get_vocab_size())
+    with _told_in_one_line():
+        trainer = _trainer(options, train, tokenizer, stop)
     if options.resume:
-        trainer.resume()
-        say(f"resumed at step {trainer.done}")
+        _resume(options, trainer)
+        say(f"resumed at step {trainer.done}" + (", which is the last" if trainer.done == options.steps else ""))
     else:
-        curve[0] = trainer.evaluate(held_out, _LENGTH)
-        trainer.fit(until=max(1, options.steps * 3 // 4))
-        curve[trainer.done] = before = trainer.evaluate(held_out, _LENGTH)
-        trainer.save()
-        trainer.close()
+        before = _first_part(options, trainer, held_out, curve)
         # Go on as a new process would: with a new model and optimizer, from the checkpoint.
-        trainer = _trainer(options, train, tokenizer.get_vocab_size())
+        trainer = _trainer(options, train, tokenizer, stop)
         trainer.resume()
         again = trainer.evaluate(held_out, _LENGTH)
         say(f"saved and resumed at step {trainer.done}: held-out loss {before:.6f} before, {again:.6f} after")
@@ -157,6 +187,7 @@ def _train(options: DemoOptions) -> None:
     curve[trainer.done] = final = trainer.evaluate(held_out, _LENGTH)
     trainer.save()
     trainer.close()
+    stop.release()
     bms.save(trainer.model, out / "model.safetensors")
     say(f"held-out loss {final:.4f} nats per token; unigram entropy of the same text {entropy:.4f}")
     _write_samples(trainer.model, tokenizer, options.seed, say)
@@ -167,6 +198,75 @@ def _train(options: DemoOptions) -> None:
         bms.train.plot_log(out / "log.jsonl", out / "loss.png", curve, entropy)
         say(f"log.jsonl, loss.png, model.safetensors, tokenizer.json, config.json and checkpoints are in {out}")
         say(f"{time.time() - started:.0f} s in all")
+    if lock is not None:
+        lock.release()
+
+
+def _first_part(options: DemoOptions, trainer: Any, held_out: Any, curve: dict[int, float]) -> float:
+    """Three quarters of the steps, evaluated before and after, and saved; returns the held-out loss then."""
+    with _told_in_one_line():
+        curve[0] = trainer.evaluate(held_out, _LENGTH)
+    trainer.fit(until=max(1, options.steps * 3 // 4))
+    curve[trainer.done] = after = trainer.evaluate(held_out, _LENGTH)
+    trainer.save()
+    trainer.close()
+    return after
+
+
+def _check_again(options: DemoOptions) -> None:
+    """What may have changed until this job had `--out` for itself; on every rank alike."""
+    from bmtrain_ms.checkpoint.folder import steps_in
+
+    folder = options.out / "checkpoints"
+    steps = steps_in(folder)
+    if steps and not options.resume:
+        raise LaunchError(f"there is a run in {options.out} already ({len(steps)} checkpoints); go on with --resume")
+    if not options.resume:
+        return
+    if not steps:
+        raise LaunchError(f"--resume: there is no checkpoint in {folder} yet; run without --resume")
+    done = _step_to_resume(options)
+    if done is not None and done > options.steps:
+        raise LaunchError(
+            f"--steps {options.steps}: {done} steps are done already in {options.out}; ask for more, or go on from an earlier "
+            "one: --resume STEP"
+        )
+
+
+def _step_to_resume(options: DemoOptions) -> int | None:
+    """None: it is not one of this run, under its own name."""
+    from bmtrain_ms.checkpoint.folder import checkpoint_name, latest_in
+
+    folder = options.out / "checkpoints"
+    found = _named(options) or latest_in(folder)
+    word = "" if found is None or found.parent.resolve() != folder.resolve() else found.name.rpartition("-")[2]
+    return int(word) if word.isdigit() and found is not None and found.name == checkpoint_name(int(word)) else None
+
+
+def _resume(options: DemoOptions, trainer: Any) -> None:
+    """Where the checkpoint is damaged the error says which older one is not."""
+    import bmtrain_ms as bms
+    from bmtrain_ms.checkpoint import tools
+    from bmtrain_ms.checkpoint.folder import checkpoint_name
+
+    try:
+        with _told_in_one_line():
+            trainer.resume(_named(options))
+    except bms.checkpoint.CheckpointError as error:
+        folder, step = options.out / "checkpoints", _step_to_resume(options)
+        if bms.rank() != error.speaker or step is None:
+            raise
+        try:
+            tools.verify(folder / checkpoint_name(step))
+        except bms.checkpoint.CheckpointError:
+            sound = tools.newest_sound(folder, step)
+            advice = "no older one is sound: begin in another --out"
+            if sound is not None:
+                advice = f"{sound.name} is sound: go on from it with --resume {int(sound.name.rpartition('-')[2])}"
+            advised = bms.checkpoint.CheckpointError(f"{error}; {advice}")
+            advised.speaker = error.speaker
+            raise advised from error
+        raise
 
 
 def _silent(*args: Any) -> None:
@@ -189,12 +289,12 @@ def _prepare(options: DemoOptions, chief: bool) -> tuple[Any, Any, Any]:
     return tokenizer, bms.data.encode(tokenizer, training), bms.data.encode(tokenizer, held_out)
 
 
-def _trainer(options: DemoOptions, tokens: Any, vocab_size: int) -> Any:
+def _trainer(options: DemoOptions, tokens: Any, tokenizer: Any, stop: Any) -> Any:
     import bmtrain_ms as bms
     from bmtrain_ms.model_center.model import Llama, LlamaConfig
 
     config = LlamaConfig(
-        vocab_size=vocab_size,
+        vocab_size=tokenizer.get_vocab_size(),
         dim_model=192,
         num_heads=4,
         num_heads_kv=2,
@@ -207,7 +307,7 @@ def _trainer(options: DemoOptions, tokens: Any, vocab_size: int) -> Any:
         config.to_json_file(options.out / "config.json")
     model = Llama(config)
     bms.init_parameters(model)
-    sampler = bms.data.TokenSampler(tokens, _LENGTH, options.batch, options.seed)
+    sampler = bms.data.TokenSampler(tokens, _LENGTH, options.batch, options.seed, tokenizer)
     settings = bms.train.TrainSettings(
         steps=options.steps,
         lr=3e-3,
@@ -218,7 +318,7 @@ def _trainer(options: DemoOptions, tokens: Any, vocab_size: int) -> Any:
         keep_last=options.keep_last,
         shared_storage=not options.no_shared_storage,
     )
-    return bms.train.Trainer(model, sampler, settings, options.out / "checkpoints")
+    return bms.train.Trainer(model, sampler, settings, options.out / "checkpoints", signals=stop)
 
 
 def _write_samples(model: Any, tokenizer: Any, seed: int, say: Any) -> None:

@@ -69,11 +69,18 @@ def _parser() -> argparse.ArgumentParser:
         "ranks; evaluate, save, resume, plot the loss and generate text.",
     )
     demo.add_argument("--ranks", type=_positive, default=2, help="processes; results do not depend on it (default 2)")
-    demo.add_argument("--steps", type=_positive, default=360, help="training steps (default 360)")
+    demo.add_argument("--steps", type=_positive, default=360, help="training steps in all, resumed ones included (default 360)")
     demo.add_argument("--batch", type=_positive, default=8, help="windows per step over all ranks (default 8)")
     demo.add_argument("--text", type=Path, default=None, help="train on this UTF-8 file instead")
     demo.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder for results (default runs/demo)")
-    demo.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
+    demo.add_argument(
+        "--resume",
+        nargs="?",
+        const=True,
+        default=False,
+        metavar="CHECKPOINT",
+        help="go on from the latest checkpoint in --out, or from this one: a step, or a folder",
+    )
     demo.add_argument("--fp16", action="store_true", help="float16 parameters with float32 masters; needs --loss-scale")
     demo.add_argument("--loss-scale", type=float, default=None, help="switch dynamic loss scaling on, from this scale")
     demo.add_argument("--zero", type=int, choices=(2, 3), default=3, help="ZeRO level (default 3)")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -224,3 +225,33 @@ def test_encode_ends_every_document(tokenizer):
 def test_end_of_text_in_the_text_is_the_token(tokenizer):
     """As everywhere with such tokenizers; a user who does not trust the text removes it."""
     assert data.encode(tokenizer, ["<|endoftext|>"]).tolist() == [0, 0]
+
+
+# What it is #
+
+
+@pytest.mark.parametrize("place", [0, 1, 999, 1 << 20, -1])
+def test_another_text_of_the_same_size_is_another(place):
+    """Wherever it differs."""
+    tokens = np.arange((1 << 20) + 1000, dtype=np.int32) % 50
+    other = tokens.copy()
+    other[place] += 1
+    first, second = (TokenSampler(x, 10, 4).described for x in (tokens, other))
+    assert {k: v for k, v in first.items() if k != "digest"} == {k: v for k, v in second.items() if k != "digest"}
+    assert first["digest"] != second["digest"] and json.loads(json.dumps(first)) == first
+
+
+def test_the_same_tokens_are_the_same_however_they_are_kept(tmp_path):
+    tokens = np.arange(1000, dtype=np.int32)
+    tokens.astype(np.uint16).tofile(tmp_path / "file")
+    kept = [tokens, tokens.astype(np.int64), tokens[::-1].copy()[::-1], np.memmap(tmp_path / "file", np.uint16, "r")]
+    assert len({TokenSampler(x, 10, 4).described["digest"] for x in kept}) == 1
+
+
+def test_another_tokenizer_is_told(tmp_path):
+    tokens = np.arange(100, dtype=np.int32)
+    plain, first, same, second = (TokenSampler(tokens, 10, 4, tokenizer=x).described for x in (None, "a", "a", "b"))
+    assert "tokenizer" not in plain and first == same != second
+    tokenizer = data.train_tokenizer(["some text"], 260)
+    known = TokenSampler(tokens, 10, 4, tokenizer=tokenizer).described
+    assert known == TokenSampler(tokens, 10, 4, tokenizer=tokenizer.to_str()).described

@@ -15,13 +15,13 @@ import pytest
 from mindspore import Tensor
 
 import bmtrain_ms as bms
-from bmtrain_ms import train as train_module
 from bmtrain_ms.checkpoint import CheckpointError
 from bmtrain_ms.checkpoint import saving as saving_module
 from bmtrain_ms.data import TokenSampler
 from bmtrain_ms.model_center.model import Llama, LlamaConfig
 from bmtrain_ms.optim import GradientOverflowError
 from bmtrain_ms.train import Stopped, StopSignals, Trainer, TrainingError, TrainSettings, memory_mib, plot_log, read_log
+from bmtrain_ms.train import signals as signals_module
 
 pytestmark = pytest.mark.usefixtures("single_world")
 
@@ -190,8 +190,8 @@ def test_with_a_loss_scale_the_step_is_skipped(tmp_path, capsys):
 def test_a_second_signal_ends_the_process(monkeypatch, signum):
     """Unless it comes within a second of the first: a scheduler's `kill` of the whole group comes from the launcher once more."""
     now, ended, before = [100.0], [], signal.getsignal(signum)
-    monkeypatch.setattr(train_module.time, "monotonic", lambda: now[0])
-    monkeypatch.setattr(train_module.os, "_exit", ended.append)
+    monkeypatch.setattr(signals_module.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(signals_module.os, "_exit", ended.append)
     with StopSignals() as stop:
         assert not stop.asked
         for seconds, codes in ((0.0, []), (0.0, []), (0.4, []), (0.5, []), (0.1, [128 + signum]), (9.0, [128 + signum] * 2)):
@@ -301,6 +301,52 @@ def test_resume_with_other_data(tmp_path):
         with pytest.raises(ValueError, match=r"was saved by a run on the data \{.*\}, this one has .*: step 2 would be at another"):
             other.resume()
         assert other.done == 0 and other.resume(other_data=True) and other.done == 2
+
+
+def test_resume_with_another_text_of_the_same_size(tmp_path):
+    """Nobody would notice. A checkpoint from before there were digests still loads."""
+    t = trainer(folder=tmp_path)
+    t.fit(until=2)
+    t.save()
+    t.close()
+    for tokens, tokenizer, same in ((TOKENS, "a", True), (TOKENS[::-1].copy(), None, False)):
+        other = trainer(folder=tmp_path)
+        other.sampler = TokenSampler(tokens, 6, 4, tokenizer=tokenizer)
+        if not same:
+            with pytest.raises(ValueError, match=r"was saved by a run on the data \{.*'digest': '\w{16}'.*step 2 would be"):
+                other.resume()
+        assert other.resume(other_data=not same) and other.done == 2
+    t.checkpoints.save(3, {"step": 3, "data": {"tokens": len(TOKENS), "length": 6, "global_batch": 4, "seed": 0}})
+    t.close()
+    assert trainer(folder=tmp_path).resume()
+    t.checkpoints.save(4, {"step": 4, "data": {"samples": 12}})
+    t.close()
+    with pytest.raises(ValueError, match="was saved by a run on the data"):
+        trainer(folder=tmp_path).resume()
+
+
+def test_the_tokenizer_is_compared_where_both_know_it(tmp_path):
+    t = trainer(folder=tmp_path)
+    t.sampler = TokenSampler(TOKENS, 6, 4, tokenizer="a")
+    t.fit(until=1)
+    t.save()
+    t.close()
+    other = trainer(folder=tmp_path)
+    assert other.resume()
+    other.sampler = TokenSampler(TOKENS, 6, 4, tokenizer="b")
+    with pytest.raises(ValueError, match="'tokenizer': "):
+        other.resume()
+
+
+def test_more_steps_are_done_than_are_asked_for(tmp_path):
+    t = trainer(steps=4, folder=tmp_path)
+    t.fit()
+    t.save()
+    t.close()
+    fewer = trainer(steps=3, folder=tmp_path)
+    assert fewer.resume()
+    with pytest.raises(ValueError, match="4 steps are done already, the settings ask for 3 in all: ask for more"):
+        fewer.fit()
 
 
 def test_a_damaged_log_does_not_keep_a_run_from_resuming(tmp_path, capsys):

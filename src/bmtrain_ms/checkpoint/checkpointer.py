@@ -11,7 +11,7 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Callable, Iterator, Mapping
+from typing import Any, Callable, Collection, Mapping
 
 import numpy as np
 from mindspore import nn
@@ -30,17 +30,20 @@ from .folder import (
     find_latest,
     point_to,
     prune,
-    step_of,
-    steps_in,
+    state_of,
     sweep,
     sync_folder,
     write_text,
 )
-from .run_state import checked, checked_extra, checked_step, collected
+from .pieces import differing, owned
+from .resuming import advising, check_layout, older_ones, same_everywhere
+from .run_state import checked, checked_extra, checked_keep, checked_step, collected
 from .saving import Saving
-from .sharded import INDEX, Index, IndexedTensor, ShardedReader, file_name, read_index, useful_threads
+from .sharded import INDEX, Index, IndexedTensor, ShardedReader, file_name, useful_threads
 from .store import Entry, LoadResult, _agree, apply_entries, compare, gather_json
-from .training import GRADIENT, as_named_here, entries_to_load, entries_to_save, load_file
+from .training import GRADIENT, as_named_here, check_complete, entries_to_load, entries_to_save, load_file
+
+_ATTEMPTS = 20  # to load the latest before another takes its place
 
 
 @dataclass(frozen=True)
@@ -66,7 +69,8 @@ class Checkpointer:
     What is saved: the model, every optimizer's masters, moments and steps, schedules, loss scaler, gradients that have been
     accumulated, the counters of stateless randomness, Python's and NumPy's generators, and `extra`. The same number of ranks with
     the same seed, which is compared, goes on bit by bit as if it had never stopped; another number to the rounding of sums over
-    ranks.
+    ranks. What is whole on every rank and not the same there, e.g. running statistics of batches, is saved of every rank: each goes
+    on with its own; of another number of ranks m, rank r goes on with that of rank r * n // m of the n that saved.
 
     A checkpoint appears under its name complete, checked, and on the disk, or not at all; `latest` moves after that. Without shared
     storage it gets its name on all hosts or on none, and what it replaces goes when all have it.
@@ -80,7 +84,8 @@ class Checkpointer:
         on_busy: when `save` comes while one is in the background: `wait` for it, or `refuse`.
 
     Raises:
-        ValueError: an option out of range.
+        ValueError: an option out of range; or the manager trains parameters that the model does not have, which would not be saved
+            (this `save` and `load` raise too), or two of the model have one name.
     """
 
     def __init__(
@@ -98,6 +103,7 @@ class Checkpointer:
             raise ValueError(f"keep_last and keep_every must be at least 1, or None, not {keep_last}, {keep_every}")
         if on_busy not in ("wait", "refuse"):
             raise ValueError(f"on_busy must be wait or refuse, not {on_busy!r}")
+        check_complete(model, manager)
         self.folder, self._model, self._manager = Path(folder), model, manager
         self._keep_last, self._keep_every, self._on_busy = keep_last, keep_every, on_busy
         self._world: World = world()
@@ -124,9 +130,11 @@ class Checkpointer:
         Raises:
             CheckpointError: it cannot be written, another job saves to the folder, or a save is in the background and `on_busy` is
                 `refuse`; on every rank.
-            ValueError: `step` is not a number of steps, or `extra` not an object that JSON can hold.
+            ValueError: `step` is not a number of steps, or `extra` not an object that JSON can hold; or what is trained is not the
+                model's any more.
         """
         step, copied = checked_step(step), checked_extra(extra)
+        check_complete(self._model, self._manager)
         if not self.poll():
             if self._on_busy == "refuse":
                 raise CheckpointError(f"step {self._running.step} is still being saved; wait for it, or use on_busy='wait'")
@@ -134,7 +142,8 @@ class Checkpointer:
         self.lock()
         entries = entries_to_save(self._model, self._manager)
         state = collected(self._manager, self._world, step, copied, self._shared)
-        arrays = self._owned(entries)
+        apart = differing(entries, self._world)
+        arrays = self._owned(entries, apart)
         target = self._begin(step)
         error, pieces = None, {}
         try:
@@ -146,7 +155,7 @@ class Checkpointer:
         except CheckpointError:
             self._as_chief(shutil.rmtree, target, ignore_errors=True)
             raise
-        saving = Saving(step, target, entries, state, self._path_in(target), pieces)
+        saving = Saving(step, target, entries, apart, state, self._path_in(target), pieces)
         if wait:
             try:
                 saving.run()
@@ -217,7 +226,7 @@ class Checkpointer:
                 return error
         return None
 
-    def load(self, path: str | Path | None = None, strict: bool = True) -> Resumed | None:
+    def load(self, path: str | Path | None = None, strict: bool = True, keep: str = "own") -> Resumed | None:
         """Restore a checkpoint, written by any number of ranks, or by an older bmtrain_ms.
 
         Nothing is changed unless all ranks can open it and it fits. Bytes that were damaged on the disk are noticed when they are
@@ -228,6 +237,8 @@ class Checkpointer:
             strict: raise where names differ, and if the run that saved had another seed, with which dropout would be another;
                 otherwise the names are returned, what has none keeps its values (a parameter that is new to an optimizer begins
                 at step 0), and the seed stays this run's.
+            keep: which settings to use where this run was made with others than the one that saved (a schedule's length, a rate,
+                betas): its `own`, which rank 0 tells with the saved ones, or the `saved`; as `OptimManager.load_state_dict` says.
 
         Returns:
             None if there is no checkpoint.
@@ -235,8 +246,31 @@ class Checkpointer:
         Raises:
             CheckpointError: damaged, of another model, or (no shared storage) of another layout; on every rank.
         """
+        check_complete(self._model, self._manager)
+        checked_keep(keep)
         self.finish()
         source = self.folder if path is None else Path(path)
+        attempts = 0
+        while True:
+            attempts += 1
+            found, is_file = self._found(source)
+            if is_file:
+                state, result = load_file(source, self._model, self._manager, strict, keep)
+                return Resumed(state.step, state.extra, source, result)
+            if found is None:
+                if path is not None:
+                    raise CheckpointError(f"{path} is no checkpoint, and there is none in it")
+                return None
+            before = state_of(found)
+            try:
+                return self._load(found, strict, keep, older_ones(found) if found != source else "")
+            except CheckpointError:  # maybe another job, which saves there, has replaced or deleted it
+                moved = gather_json(before is None or state_of(found) != before, self._world.engine, "checkpoint moved")
+                if attempts == _ATTEMPTS or not any(moved):
+                    raise
+
+    def _found(self, source: Path) -> tuple[Path | None, bool]:
+        """(the checkpoint, the same on all ranks, or None; whether the source is a file)."""
         error: BaseException | None = None
         is_file, found, wrong = False, None, ""
         try:
@@ -246,16 +280,11 @@ class Checkpointer:
             error = caught
         _agree(self._world.engine, error, f"{source} cannot be read")
         if is_file:
-            state, result = load_file(source, self._model, self._manager, strict)
-            return Resumed(state.step, state.extra, source, result)
-        found = self._same_everywhere(source, found)
+            return None, True
+        found = same_everywhere(source, found, self._world, self._shared)
         if wrong and self._world.mesh.rank == 0:
             sys.stderr.write(f"WARNING: {wrong}\n")
-        if found is None:
-            if path is not None:
-                raise CheckpointError(f"{path} is no checkpoint, and there is none in it")
-            return None
-        return self._load(found, strict, _older(found) if found != source else "")
+        return found, False
 
     def close(self) -> None:
         """Finish, let go of the memory for copies, and let another job save here."""
@@ -319,21 +348,9 @@ class Checkpointer:
         shards = self._world.shards
         return folder / file_name(shards.rank, shards.size) if self._writes else None
 
-    def _owned(self, entries: Mapping[str, Entry]) -> dict[str, tuple[Any, np.ndarray]]:
-        """What this rank writes, flat: name -> (dtype, array)."""
-        pieces = {}
-        rank, engine = self._world.shards.rank, self._world.engine
-        for name, entry in entries.items():
-            array = host_array(entry.get()).reshape(-1)
-            if entry.shard_length is None and not self._shared:  # in every rank's file, and the same there
-                array = host_array(engine.broadcast([from_host(array)], 0, f"save {name}").wait()[0]).reshape(-1)
-            elif not self._writes or (self._shared and entry.shard_length is None and rank):
-                array = array[:0]  # somebody else writes it
-            elif entry.shard_length is not None:
-                start = min(rank * entry.shard_length, entry.count)
-                array = array[: min(start + entry.shard_length, entry.count) - start]
-            pieces[name] = entry.dtype, np.ascontiguousarray(array)
-        return pieces
+    def _owned(self, entries: Mapping[str, Entry], apart: Collection[str] = ()) -> dict[str, tuple[Any, np.ndarray]]:
+        """What this rank writes; see `owned`."""
+        return owned(entries, apart, self._world, self._shared, self._writes)
 
     def _copies(self, pieces: Mapping[str, tuple[Any, np.ndarray]]) -> dict[str, tuple[Any, np.ndarray]]:
         """Of arrays, in memory that is kept for the next time."""
@@ -354,6 +371,7 @@ class Checkpointer:
                 e.shard_length,
                 [hashes[r][name] for r in range(1 if e.shard_length is None else ranks)],
                 e.of_model,
+                self._world.engine.size if name in saving.apart else 1,
             )
             for name, e in saving.entries.items()
         }
@@ -373,46 +391,18 @@ class Checkpointer:
 
     # Loading #
 
-    def _same_everywhere(self, source: Path, found: Path | None) -> Path | None:
-        """The checkpoint to load, on which all hosts agree: one that was getting its name may have it on some of them only."""
-        mine: dict[str, str | None] = {}
-        if found is not None and found != source and not self._shared:
-            mine = {checkpoint_name(step): _identity(source / checkpoint_name(step)) for step in steps_in(source)}
-        everybody = gather_json([None if found is None else found.name, mine], self._world.engine, "checkpoint to load")
-        names, common = [name for name, _ in everybody], []
-        for name, identity in mine.items():
-            if identity is not None and all(other.get(name) == identity for _, other in everybody):
-                common.append(source / name)
-        last = min(step_of(source / name) for name in names) if common else 0
-        older = [path for path in common if step_of(path) <= last]
-        if len(set(names)) == 1:
-            identities = {other.get(names[0]) for _, other in everybody}
-            if len(identities) == 1 or None in identities or not older:  # None: damaged, which loading says
-                return found
-        if older:
-            if self._world.mesh.rank == 0:
-                sys.stderr.write(
-                    f"WARNING: hosts have not the same latest checkpoint in {source} ({', '.join(sorted(set(names)))}); going on "
-                    f"from {older[-1].name}, the last that all have\n"
-                )
-            return older[-1]
-        raise CheckpointError(
-            f"ranks see different latest checkpoints in {source}: "
-            + ", ".join(f"{name or 'none'} on rank {rank}" for rank, name in enumerate(names))
-            + ". Is the folder shared? If it is not, name one that every host has"
-        )
-
-    def _load(self, folder: Path, strict: bool, advice: str) -> Resumed:
+    def _load(self, folder: Path, strict: bool, keep: str, advice: str) -> Resumed:
         """`advice`: what else there is, if this one is damaged."""
         here, what = self._world, f"{folder} cannot be loaded"
         layout = None if self._shared else gather_json(here.launch.local_size, here.engine, "checkpoint layout")
+        place = here.engine.rank, here.engine.size
         error: BaseException | None = None
         with contextlib.ExitStack() as stack:
             try:
                 if layout is not None:
-                    self._check_layout(folder, layout)
-                with _advising(advice):
-                    reader = stack.enter_context(ShardedReader(folder, None if self._shared else [here.shards.rank]))
+                    check_layout(folder, layout, here)
+                with advising(advice):
+                    reader = stack.enter_context(ShardedReader(folder, None if self._shared else [here.shards.rank], place))
                 entries, sources = entries_to_load(self._model, self._manager, reader.described)
                 result = compare(as_named_here(reader.described, sources), entries, strict, str(folder))
                 state = checked(reader.index.state, self._manager, here, strict, str(folder))
@@ -426,32 +416,34 @@ class Checkpointer:
                     f"{sorted(set(identities) - {identities[0]})}): they cannot be mixed"
                 )
             try:
-                with _advising(advice):
+                with advising(advice):
                     apply_entries({n: e for n, e in entries.items() if n in sources}, _renamed(reader.read, sources), here)
             except Exception as caught:
                 error = caught
             _agree(here.engine, error, what)
         gradients = {n[len(GRADIENT) :]: e.get() for n, e in entries.items() if n.startswith(GRADIENT) and not e.of_model}
         self._manager.restore_gradients(gradients)
-        state.restore(self._manager, here)
+        state.restore(self._manager, here, keep)
         return Resumed(state.step, state.extra, folder, result)
 
-    def _check_layout(self, folder: Path, layout: list[int]) -> None:
-        """Before files are opened, which would be said to be missing."""
-        saved, size = read_index(folder).state, self._world.shards.size
-        if saved.get("shared_storage") is True and size > 1:  # only the first file has what is the same on all ranks
-            raise CheckpointError(
-                "it was saved with shared storage; resume with it, or write one that hosts may divide: bmtrain-ms ckpt reshard "
-                f"{folder} OUT --ranks {size}"
-            )
-        theirs = {"mesh": saved.get("mesh"), "ranks per host": saved.get("layout")}
-        ours = {"mesh": {"ranks": self._world.engine.size, "shard_size": size}, "ranks per host": layout}
-        for name, mine in ours.items():
-            if theirs[name] != mine and not (name == "ranks per host" and theirs[name] is None):  # of `reshard`
-                raise CheckpointError(
-                    f"without shared storage a checkpoint is resumed by the layout that wrote it: {name} {theirs[name]}, not "
-                    f"{mine}; bring its files to one folder and resume with shared storage"
-                )
+
+def lock_folder(folder: str | Path) -> FolderLock | None:
+    """Keep other jobs out of a folder that is shared, which is made if need be, until what rank 0 gets is released or forgotten.
+
+    All ranks call it.
+
+    Raises:
+        CheckpointError: another job has it, or it cannot be made; on every rank.
+    """
+    here, lock, error = world(), None, None
+    try:
+        if here.engine.rank == 0:
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            lock = FolderLock(Path(folder))
+    except Exception as caught:  # whatever it is: the other ranks wait
+        error = caught
+    _agree(here.engine, error, f"{folder} cannot be used")
+    return lock
 
 
 _unfinished: dict[int, Checkpointer] = {}  # those that save in the background, which nobody else may keep
@@ -472,29 +464,5 @@ def _report_at_exit() -> None:
 atexit.register(_report_at_exit)
 
 
-def _identity(checkpoint: Path) -> str | None:
-    try:
-        return read_index(checkpoint).identity
-    except CheckpointError:
-        return None
-
-
 def _renamed(read: Callable[[str, int, int], np.ndarray], sources: Mapping[str, str]) -> Callable[[str, int, int], np.ndarray]:
     return lambda name, start, stop: read(sources[name], start, stop)
-
-
-def _older(checkpoint: Path) -> str:
-    """How to load another one; empty: there is none."""
-    folder, current = checkpoint.parent, step_of(checkpoint)
-    names = [checkpoint_name(step) for step in reversed(steps_in(folder)) if step < current]
-    if not names:
-        return ""
-    return f"; older ones are there: {', '.join(names[:5])}; load({str(folder / names[0])!r}) goes on from one"
-
-
-@contextlib.contextmanager
-def _advising(advice: str) -> Iterator[None]:
-    try:
-        yield
-    except CheckpointError as error:
-        raise CheckpointError(f"{error}{advice}") from error

@@ -22,11 +22,12 @@ import numpy as np
 from ..compat.runtime import numpy_dtype
 from .errors import CheckpointError
 from .folder import replace_text, sync_folder
-from .format import Reader, RegularFile, TensorInfo
+from .format import Reader, RegularFile, TensorInfo, parsed_json
+from .locking import let_go, lock_temporary, sweep_temporaries
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-_LARGEST_INDEX = 1 << 30  # bytes
+_LARGEST_INDEX = 1 << 28  # bytes
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
 _ONE_OF_SEVERAL = re.compile(r"model-\d{5}-of-\d{5}\.safetensors", re.ASCII)
 _PLAIN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*\.safetensors")
@@ -75,12 +76,15 @@ class Replacement:
         self.folder = target / f".new-{os.getpid()}"
 
     def __enter__(self) -> Replacement:
+        sweep_temporaries(self._target, ".new-", "")
         shutil.rmtree(self.folder, ignore_errors=True)
         self.folder.mkdir(parents=True)
+        self._lock = lock_temporary(self.folder)
         return self
 
     def __exit__(self, *_: object) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)
+        let_go(self._lock)
 
     def commit(self, groups: Sequence[Sequence[str]], total: int) -> list[Path]:
         """Have them be the model: name -> file of several is written last. An old index would mix two models, so it goes first.
@@ -178,7 +182,7 @@ def _weight_map(path: Path) -> list[tuple[Path, list[str] | None]]:
             raise CheckpointError(f"{path} is {opened.size} bytes long, which no index is")
         text = opened.read(0, opened.size)
     try:
-        weights: Any = json.loads(text)["weight_map"]
+        weights: Any = parsed_json(text)["weight_map"]
         files: dict[str, list[str]] = {}
         for name, file in weights.items():
             if not isinstance(file, str) or not _PLAIN.fullmatch(file):

@@ -1,5 +1,24 @@
-"""What can go wrong with a checkpoint."""
+"""What can go wrong with a checkpoint, and how it is said."""
+
+from __future__ import annotations
+
+
+def printable(text: str) -> str:
+    """With escapes for what would act on a terminal (control characters, direction marks, line ends) instead of being shown.
+
+    Names in a file are somebody else's text: everything that shows one goes through this.
+    """
+    return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint cannot be written or read; raised on every rank alike."""
+    """A checkpoint cannot be written or read; raised on every rank alike. Its text is one printable line.
+
+    Attributes:
+        speaker: the rank whose text says most, and which alone needs to show it.
+    """
+
+    speaker = 0
+
+    def __init__(self, message: str):
+        super().__init__(printable(message))

@@ -22,6 +22,7 @@ from typing import Sequence
 
 from .errors import CheckpointError
 from .format import RegularFile
+from .locking import hold, let_go, sweep_temporaries
 from .sharded import INDEX
 
 LATEST = "latest"
@@ -57,12 +58,16 @@ def find_latest(folder: Path) -> tuple[Path | None, str]:
 
     And what is wrong with `latest`, if it was of no use; empty: nothing.
     """
-    wrong = ""
+    before, wrong = None, ""
     try:
-        with RegularFile(folder / LATEST) as file:
-            name = file.read(0, min(file.size, 64)).decode(errors="replace").strip()
-        if _NAME.fullmatch(name) and (folder / name / INDEX).is_file():
-            return folder / name, ""
+        while True:
+            with RegularFile(folder / LATEST) as file:
+                name = file.read(0, min(file.size, 64)).decode(errors="replace").strip()
+            if _NAME.fullmatch(name) and (folder / name / INDEX).is_file():
+                return folder / name, ""
+            if name == before:
+                break
+            before = name  # a job that saves may have moved `latest` since it was read, and deleted this one
         wrong = f"{folder / LATEST} says {name!r}, which is no checkpoint here"
     except CheckpointError as error:
         wrong = str(error)
@@ -73,6 +78,15 @@ def find_latest(folder: Path) -> tuple[Path | None, str]:
     return found, f"{wrong}; going on from {found.name}, which has the most steps. Name another one if that is not right"
 
 
+def state_of(checkpoint: Path) -> tuple[int, ...] | None:
+    """What changes when another checkpoint gets its name; None: there is none."""
+    try:
+        index = (checkpoint / INDEX).stat()
+        return checkpoint.stat().st_ino, index.st_ino, index.st_ctime_ns
+    except OSError:
+        return None
+
+
 def point_to(folder: Path, name: str) -> None:
     """Make `name` the latest, in one instant."""
     replace_text(folder / LATEST, name + "\n")
@@ -80,6 +94,7 @@ def point_to(folder: Path, name: str) -> None:
 
 def replace_text(path: Path, text: str) -> None:
     """Write a file; it appears under its name, complete and on the disk, in one instant."""
+    sweep_temporaries(path.parent, f".{path.name}.", "")
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     temporary.unlink(missing_ok=True)
     write_text(temporary, text)
@@ -229,7 +244,8 @@ class FolderLock:
             ) from error
         os.ftruncate(self._file, 0)
         os.write(self._file, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
-        self._close = weakref.finalize(self, os.close, self._file)
+        hold(self._file)
+        self._close = weakref.finalize(self, let_go, self._file)
 
     def release(self) -> None:
         """A second call does nothing."""

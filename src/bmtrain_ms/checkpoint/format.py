@@ -22,6 +22,7 @@ import numpy as np
 
 from ..compat.runtime import numpy_dtype
 from .errors import CheckpointError
+from .locking import let_go, lock_temporary, sweep_temporaries
 
 TYPE_NAMES = {
     ms.float16: "F16",
@@ -41,7 +42,9 @@ TYPE_NAMES = {
 DTYPES: dict[str, Any] = {name: dtype for dtype, name in TYPE_NAMES.items()}
 LARGEST = 1 << 62  # no number of elements or bytes reaches it
 _MOST_AXES = 32  # NumPy's limit
-_LONGEST_HEADER = 1 << 30  # bytes
+_LONGEST_HEADER = 100_000_000  # bytes; the `safetensors` library's limit
+_MOST_VALUES = 4_000_000  # in JSON: of 64 bytes and more each in memory; the index of 15 TB has as many
+_SEPARATORS = (b",", b":", b"[", b"{")
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,18 @@ def is_count(x: Any) -> bool:
 def is_shape(x: Any) -> bool:
     """Whether it can be a tensor's shape, as JSON has it."""
     return isinstance(x, list) and len(x) <= _MOST_AXES and all(map(is_count, x))
+
+
+def parsed_json(text: bytes) -> Any:
+    """What JSON says, if it is of a size that a checkpoint has: a few bytes in a file can become a hundred in memory.
+
+    Raises:
+        ValueError: it is not JSON, or too much.
+    """
+    values = sum(map(text.count, _SEPARATORS))
+    if values > _MOST_VALUES:
+        raise ValueError(f"it has up to {values} values, which no checkpoint has")
+    return json.loads(text)
 
 
 def plan(
@@ -178,7 +193,7 @@ def read_header(file: RegularFile) -> tuple[dict[str, TensorInfo], dict[str, str
             )
         raise CheckpointError(f"{path} is truncated, or not a safetensors file: its header would be {length} bytes long")
     try:
-        entries = json.loads(file.read(8, length))
+        entries = parsed_json(file.read(8, length))
         if not isinstance(entries, dict):
             raise ValueError("the header is not an object")
         metadata = entries.pop("__metadata__", {})
@@ -218,9 +233,11 @@ class AtomicFile:
 
     def __init__(self, path: Path, header: bytes, size: int):
         self.path = path
+        sweep_temporaries(path.parent, f".{path.name}.", ".tmp")
         self._temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         self._temporary.unlink(missing_ok=True)
         self._file = open(self._temporary, "xb")  # noqa: SIM115  (closed by commit or discard)
+        self._lock = lock_temporary(self._temporary)
         try:
             self._file.truncate(size)
             self._file.write(header)
@@ -239,6 +256,7 @@ class AtomicFile:
         os.fsync(self._file.fileno())
         self._file.close()
         os.replace(self._temporary, self.path)
+        self._unlock()
         folder = os.open(self.path.parent, os.O_RDONLY)
         try:
             os.fsync(folder)
@@ -250,6 +268,11 @@ class AtomicFile:
         with contextlib.suppress(OSError):  # closing writes what is buffered: on a full disk that fails again
             self._file.close()
         self._temporary.unlink(missing_ok=True)
+        self._unlock()
+
+    def _unlock(self) -> None:
+        lock, self._lock = self._lock, -1
+        let_go(lock)
 
 
 class Reader:

@@ -44,15 +44,26 @@ class RunState:
     generators: Optional[tuple[Any, Any]]
     strict: bool
 
-    def restore(self, manager: OptimManager, here: World) -> None:
-        """Go on from it."""
-        manager.load_state_dict(self.manager, self.strict)
+    def restore(self, manager: OptimManager, here: World, keep: str) -> None:
+        """Go on from it; `keep` as in `OptimManager.load_state_dict`."""
+        manager.load_state_dict(self.manager, self.strict, keep)
         here.engine.clock.step = self.clock
         draws = context_of(here).draws
         draws.count, draws.step = self.draws, self.draw_step
         if self.generators is not None:
             random.setstate(self.generators[0])
             np.random.set_state(self.generators[1])
+
+
+def checked_keep(keep: Any) -> str:
+    """Whose settings to keep.
+
+    Raises:
+        ValueError: nobody's.
+    """
+    if keep not in ("own", "saved"):
+        raise ValueError(f"keep must be own or saved, not {keep!r}")
+    return keep
 
 
 def checked_step(step: Any) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from pathlib import Path
-from typing import Any, Mapping
+from typing import Any, Mapping, Sequence
 
 import numpy as np
 
@@ -20,11 +20,12 @@ class Saving:
         step: int,
         folder: Path,
         entries: Mapping[str, Entry],
+        apart: Sequence[str],
         state: dict[str, Any],
         path: Path | None,
         pieces: dict[str, tuple[Any, np.ndarray]],
     ):
-        self.step, self.folder, self.entries, self.state = step, folder, entries, state
+        self.step, self.folder, self.entries, self.apart, self.state = step, folder, entries, apart, state
         self._path = path
         self._pieces = pieces
         self._hashes: dict[str, list[str]] = {}

@@ -4,6 +4,9 @@
     rank-00000-of-00004.safetensors  what rank 0 owned: of each tensor a flat piece, without padding
 
 A tensor's pieces are, one behind the other, the flattened full tensor: so any number of ranks can read the ranges that they need.
+A tensor that is whole on every rank, but not the same there (running statistics of a batch norm), is in rank 0's file once for each
+rank, one behind the other.
+
 Every piece has a hash (xxh3) for each 4 MiB of it, which reading checks. Nothing in a file is trusted: names are made here, and
 not read; sizes are compared with those of the files before anything is allocated; links are refused.
 """
@@ -13,9 +16,10 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import reprlib
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Iterator, Mapping, Sequence
 
@@ -24,18 +28,19 @@ import xxhash
 
 from ..compat.runtime import numpy_dtype
 from .errors import CheckpointError
-from .format import DTYPES, LARGEST, TYPE_NAMES, RegularFile, TensorInfo, is_count, is_shape, plan, read_header
+from .format import DTYPES, LARGEST, TYPE_NAMES, RegularFile, TensorInfo, is_count, is_shape, parsed_json, plan, read_header
 
 INDEX = "index.json"
 STATE_PREFIXES = ("optimizer.", "gradient.")  # of names of tensors that are not the model's
-VERSION = 2
+VERSION = 2  # also with copies, which the first of version 2 does not take: it misses the rest of the tensor
+_NAMED = re.compile(r"step-(\d{8,})", re.ASCII)
 HASHED = 4 << 20  # bytes that share a hash
 # Bytes of a `pwrite`: larger ones take larger pages of the page cache, which a virtual machine may have to ask its host for. 2 GB
 # took 0.5 s in pieces of 64 or 128 KiB, and 0.5 to 5.5 s in larger ones.
 MOST_RANKS = 99999
 WRITTEN = 128 << 10
 FLUSHED = 64 << 20  # bytes after which the system is asked to bring them to the disk
-_LARGEST_INDEX = 1 << 30  # bytes
+_LARGEST_INDEX = 1 << 28  # bytes; 15 TB have one of a third
 
 
 @dataclass(frozen=True)
@@ -49,6 +54,7 @@ class IndexedTensor:
             shared storage).
         hashes: of the pieces, by rank, or of the whole; for each 4 MiB a hexadecimal number.
         of_model: False: of an optimizer, or a gradient.
+        copies: of a whole tensor, by rank, if ranks have other values; 1: all have the same.
     """
 
     dtype: Any
@@ -56,6 +62,7 @@ class IndexedTensor:
     shard: int | None
     hashes: Sequence[Sequence[str]]
     of_model: bool = True
+    copies: int = 1
 
     @property
     def count(self) -> int:
@@ -68,9 +75,9 @@ class IndexedTensor:
         return numpy_dtype(self.dtype).itemsize
 
     def piece(self, rank: int) -> tuple[int, int]:
-        """First element and the one behind the last of a rank's piece."""
+        """First element and the one behind the last of a rank's piece; all copies, where there are several."""
         if self.shard is None:
-            return 0, self.count
+            return 0, self.count * self.copies
         start = min(rank * self.shard, self.count)
         return start, min(start + self.shard, self.count)
 
@@ -100,6 +107,7 @@ class Index:
                 "shard": t.shard,
                 "hashes": [list(h) for h in t.hashes],
                 "of_model": t.of_model,
+                **({"copies": t.copies} if t.copies > 1 else {}),
             }
             for name, t in self.tensors.items()
         }
@@ -134,7 +142,7 @@ def read_index(folder: Path) -> Index:
             raise CheckpointError(f"{path} is {file.size} bytes long, which no index is")
         text = file.read(0, file.size)
     try:
-        raw = json.loads(text)
+        raw = parsed_json(text)
         return _parsed(raw)
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from None
@@ -168,8 +176,11 @@ def _tensor(name: str, entry: Any, ranks: int) -> IndexedTensor:
         raise CheckpointError(f"tensor {name} is of the unknown type {dtype!r}")
     _expect(is_shape(shape), f"tensor {name} has the impossible shape {reprlib.repr(shape)}")
     _expect(shard is None or (is_count(shard) and shard >= 1), f"tensor {name} has the impossible shard length {shard!r}")
-    made = IndexedTensor(DTYPES[dtype], tuple(shape), shard, ())
-    _expect(made.count * made.itemsize < LARGEST, f"tensor {name} of shape {shape} is too large to exist")
+    copies: Any = entry.get("copies", 1)
+    if not (is_count(copies) and 1 <= copies <= MOST_RANKS and (copies == 1 or shard is None)):
+        raise CheckpointError(f"tensor {name} has the impossible number of copies {copies!r}")
+    made = IndexedTensor(DTYPES[dtype], tuple(shape), shard, (), copies=copies)
+    _expect(made.count * copies * made.itemsize < LARGEST, f"tensor {name} of shape {shape} is too large to exist")
     _expect(shard is None or shard * ranks >= made.count, f"tensor {name} has pieces for fewer elements than its shape")
     pieces = 1 if shard is None else ranks
     texts = isinstance(hashes, list) and len(hashes) == pieces and all(isinstance(h, list) for h in hashes)
@@ -180,7 +191,7 @@ def _tensor(name: str, entry: Any, ranks: int) -> IndexedTensor:
         _expect(len(h) == wanted, f"tensor {name} has {len(h)} hashes of rank {rank}'s piece, which needs {wanted}")
     of_model = entry.get("of_model", not name.startswith(STATE_PREFIXES))  # the first of version 2 did not say
     _expect(isinstance(of_model, bool), f"tensor {name} may be of the model or not: {of_model!r}")
-    return IndexedTensor(made.dtype, made.shape, shard, hashes, of_model)
+    return replace(made, hashes=hashes, of_model=of_model)
 
 
 def _fields(raw: dict[str, Any], *names: str) -> list[Any]:
@@ -192,19 +203,34 @@ def _expect(condition: bool, what: str) -> None:
         raise CheckpointError(what)
 
 
+def check_name(folder: Path, step: Any) -> None:
+    """Whether a folder with this name may hold this step.
+
+    Raises:
+        CheckpointError: the name is that of another step.
+    """
+    named = _NAMED.fullmatch(folder.name)
+    if named and is_count(step) and int(named[1]) != step:
+        raise CheckpointError(f"{folder} holds step {step}, not the one of its name; give it the name step-{step:08}")
+
+
 class ShardedReader:
     """The tensors of a checkpoint, read by ranges of elements; only what is asked for is read, and checked.
 
     Args:
         folder: of the checkpoint.
         only: ranks whose files are here (no shared storage); default: all.
+        place: (rank, number of ranks) of who reads, which gets the copy of the rank in that place among those that wrote: of n
+            copies the one of rank * n // ranks, so its own at equal numbers.
 
     Raises:
-        CheckpointError: the index or a file is missing, damaged, or they do not belong together.
+        CheckpointError: the index or a file is missing, damaged, or they do not belong together; or the folder has the name of
+            another step.
     """
 
-    def __init__(self, folder: Path, only: Sequence[int] | None = None):
-        self.folder, self.index = folder, read_index(folder)
+    def __init__(self, folder: Path, only: Sequence[int] | None = None, place: tuple[int, int] = (0, 1)):
+        self.folder, self.index, self._place = folder, read_index(folder), place
+        check_name(folder, self.index.state.get("step"))
         self._whole = 0 if only is None else only[0]  # whose file whole tensors are read from
         self._files: dict[int, tuple[RegularFile, dict[str, TensorInfo]]] = {}
         self._last: tuple[tuple[str, int, int] | None, bytes] = None, b""  # the block read last: the next range may begin in it
@@ -231,6 +257,13 @@ class ShardedReader:
         Raises:
             CheckpointError: a hash differs, or the file ends too early.
         """
+        tensor = self.index.tensors[name]
+        rank, ranks = self._place
+        first = rank * tensor.copies // ranks * tensor.count
+        return self.read_stored(name, first + start, first + stop)
+
+    def read_stored(self, name: str, start: int, stop: int) -> np.ndarray:
+        """As `read`, of all copies, one behind the other."""
         tensor = self.index.tensors[name]
         out = np.empty(stop - start, numpy_dtype(tensor.dtype))
         target = out.view(np.uint8)

@@ -10,7 +10,7 @@ import contextlib
 import difflib
 import json
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Callable, Mapping, Sequence
@@ -68,13 +68,25 @@ class LoadResult:
 
 
 def model_entries(model: nn.Cell) -> dict[str, Entry]:
-    """Every parameter of a model, tied ones once, buffers made of plain Parameters included."""
+    """Every parameter of a model, tied ones once, and its persistent buffers."""
     entries = {}
     for p in model.get_parameters():
         if p.name in entries:
             raise CheckpointError(f"two parameters are called {p.name}; call model.check_names_and_refresh_name()")
         entries[p.name] = sharded_entry(p) if isinstance(p, DistributedParameter) else _replicated_entry(p)
+    for name, tensor in _persistent_buffers(model):
+        if name in entries:
+            raise CheckpointError(f"a parameter is called {name}, as a buffer of the model is; rename it")
+        entries[name] = replace(companion_entry(None, tensor), of_model=True)
     return entries
+
+
+def _persistent_buffers(model: nn.Cell) -> list[tuple[str, Tensor]]:
+    """Of `register_buffer`, which MindSpore has since 2.7; what older ones call buffers are Parameters."""
+    if not hasattr(model, "named_buffers"):
+        return []
+    persistent = set(model.state_dict())
+    return [(name, tensor) for name, tensor in model.named_buffers() if name in persistent]
 
 
 def sharded_entry(p: DistributedParameter) -> Entry:
@@ -367,8 +379,10 @@ def _agree(engine: Engine, error: BaseException | None, what: str) -> None:
     """Raise on all ranks if one has an error."""
     failed = from_host(np.array([float(error is not None)], np.float32))
     flags = host_array(engine.all_gather([failed], label="agree").wait()[0])
-    if error is not None:
-        raise error if isinstance(error, CheckpointError) else CheckpointError(f"{what}: {error}") from error
-    if flags.any():
-        ranks = np.flatnonzero(flags).tolist()
-        raise CheckpointError(f"{what}: rank(s) {ranks} failed; see their messages")
+    if not flags.any():
+        return
+    ranks = np.flatnonzero(flags).tolist()
+    told = CheckpointError(f"{what}: rank(s) {ranks} failed; see their messages" if error is None else f"{what}: {error}")
+    raised = error if isinstance(error, CheckpointError) else told
+    raised.speaker = ranks[0]
+    raise raised from (None if raised is error else error)

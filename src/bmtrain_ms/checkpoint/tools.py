@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import secrets
@@ -17,12 +18,14 @@ from tqdm import tqdm
 
 from ..compat.runtime import numpy_dtype
 from . import consolidated
-from .errors import CheckpointError
-from .folder import find_latest, sync_folder, write_text
+from .errors import CheckpointError, printable
+from .folder import checkpoint_name, find_latest, state_of, steps_in, sync_folder, write_text
 from .format import AtomicFile, plan
-from .sharded import HASHED, INDEX, MOST_RANKS, STATE_PREFIXES, Index, IndexedTensor, ShardedReader, file_name
+from .locking import let_go, lock_temporary, sweep_temporaries
+from .sharded import HASHED, INDEX, MOST_RANKS, STATE_PREFIXES, Index, IndexedTensor, ShardedReader, check_name, file_name
 
 STEP = 4 << 20  # bytes at a time
+_ATTEMPTS = 20  # to open a checkpoint before another takes its place
 _COMPARED = 1 << 16  # elements at a time, of which there are wider copies
 
 AnyReader = Union[ShardedReader, consolidated.ConsolidatedReader]
@@ -33,6 +36,7 @@ class _Tensor:
     dtype: Any
     shape: tuple[int, ...]
     of_model: bool
+    copies: int = 1  # where ranks have other values
 
     @property
     def count(self) -> int:
@@ -40,6 +44,7 @@ class _Tensor:
 
     @property
     def nbytes(self) -> int:
+        """Of one copy."""
         return self.count * numpy_dtype(self.dtype).itemsize
 
 
@@ -50,13 +55,29 @@ def open_checkpoint(path: str | Path) -> AnyReader:
         CheckpointError: it is none of these, or damaged.
     """
     path = Path(path)
-    if path.is_dir():
-        found, wrong = (path, "") if (path / INDEX).exists() else find_latest(path)
-        if wrong:
-            sys.stderr.write(f"WARNING: {wrong}\n")
-        if found is not None:
-            return ShardedReader(found)
-    return consolidated.ConsolidatedReader(path)
+    for _ in range(_ATTEMPTS):
+        found, wrong = _found_in(path)
+        if found is None:
+            return consolidated.ConsolidatedReader(path)
+        before = state_of(found)
+        try:
+            reader = ShardedReader(found)
+        except CheckpointError:
+            if before is not None and state_of(found) == before:
+                raise
+            continue  # a job that saves there has replaced or deleted it meanwhile
+        if state_of(found) == before:
+            if wrong:
+                sys.stderr.write(f"WARNING: {wrong}\n")
+            return reader
+        reader.close()
+    raise CheckpointError(f"{path} is replaced as fast as it can be opened; try again when the job that saves there has ended")
+
+
+def _found_in(path: Path) -> tuple[Path | None, str]:
+    if not path.is_dir():
+        return None, ""
+    return (path, "") if (path / INDEX).exists() else find_latest(path)
 
 
 def inspect(path: str | Path) -> str:
@@ -74,11 +95,13 @@ def inspect(path: str | Path) -> str:
             ]
         else:
             lines.append(f"{reader.path}: safetensors, whole tensors")
-        width = max((len(name) for name in tensors), default=4)
-        lines += [f"{name:<{width}}  {t.dtype!s:<9} {t.shape!s:<20} {_size(t.nbytes):>11}" for name, t in tensors.items()]
+        width = max((len(printable(name)) for name in tensors), default=4)
+        for name, t in tensors.items():
+            of_each = f"  on each of {t.copies} ranks" if t.copies > 1 else ""
+            lines.append(f"{printable(name):<{width}}  {t.dtype!s:<9} {t.shape!s:<20} {_size(t.nbytes):>11}{of_each}")
         for what, chosen in (("model", _model_only(tensors)), ("in all", tensors)):
-            lines.append(f"{what}: {len(chosen)} tensors, {_size(sum(t.nbytes for t in chosen.values()))}")
-    return "\n".join(lines)
+            lines.append(f"{what}: {len(chosen)} tensors, {_size(sum(t.nbytes * t.copies for t in chosen.values()))}")
+    return "\n".join(map(printable, lines))
 
 
 def verify(path: str | Path) -> str:
@@ -97,12 +120,23 @@ def verify(path: str | Path) -> str:
         return f"{reader.path} is a complete file; {_size(total)}. It has no hashes: a changed value cannot be seen"
 
 
+def newest_sound(folder: Path, before: int) -> Path | None:
+    """Of the checkpoints in a folder the newest of a step below `before` whose hashes are all right; None: there is none."""
+    for step in reversed([step for step in steps_in(folder) if step < before]):
+        with contextlib.suppress(CheckpointError):
+            verify(folder / checkpoint_name(step))
+            return folder / checkpoint_name(step)
+    return None
+
+
 def consolidate(path: str | Path, out: str | Path, max_shard_size: int | str = "5GB", everything: bool = False) -> list[Path]:
     """Write the model's tensors whole, with Hugging Face's index if they need several files.
 
     Args:
         out: folder; made if it is not there. A model that is in it stays until all of this one is written.
         everything: optimizer states too.
+
+    Of a tensor that is not the same on all ranks it is rank 0's, which is noted on stderr.
 
     Raises:
         CheckpointError: damaged, or it cannot be written, or `out` is where it is read from.
@@ -113,6 +147,10 @@ def consolidate(path: str | Path, out: str | Path, max_shard_size: int | str = "
         source = reader.folder if isinstance(reader, ShardedReader) else reader.path
         if folder.resolve() in (source.resolve(), source.resolve().parent if source.is_file() else None):
             raise CheckpointError(f"{folder} is where {source} is read from; choose another folder")
+        apart = [name for name, t in tensors.items() if t.copies > 1]
+        if apart:
+            others = f" and {len(apart) - 1} other tensors" if len(apart) > 1 else ""
+            sys.stderr.write(f"NOTE: {printable(apart[0])}{others} had other values on other ranks; rank 0's are written\n")
         sizes = {name: t.nbytes for name, t in tensors.items()}
         groups = consolidated.split(sizes, largest)
         try:
@@ -142,12 +180,17 @@ def reshard(path: str | Path, out: str | Path, ranks: int) -> Path:
     with open_checkpoint(path) as reader:
         if not isinstance(reader, ShardedReader):
             raise CheckpointError(f"{path} is not a sharded checkpoint; it can be loaded at any number of ranks as it is")
+        check_name(target, reader.index.state.get("step"))
         old = reader.index.tensors
         new = {n: t if t.shard is None else replace(t, shard=max(1, -(-t.count // ranks))) for n, t in old.items()}
-        temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}")
+        sweep_temporaries(target.parent, f".{target.name}.", ".new")
+        temporary, lock = target.with_name(f".{target.name}.{os.getpid()}.new"), -1
         try:
+            shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
-            with _bar("reshard", sum(t.count * t.itemsize * (ranks if t.shard is None else 1) for t in new.values())) as bar:
+            lock = lock_temporary(temporary)
+            stored = sum(t.count * t.itemsize * (ranks * t.copies if t.shard is None else 1) for t in new.values())
+            with _bar("reshard", stored) as bar:
                 hashes = [_write_rank(temporary, reader, new, rank, ranks, bar) for rank in range(ranks)]
             tensors = {n: replace(t, hashes=[hashes[r][n] for r in range(1 if t.shard is None else ranks)]) for n, t in new.items()}
             # no job has written it: any placing of so many ranks on hosts may resume it, with shared storage or without
@@ -161,6 +204,7 @@ def reshard(path: str | Path, out: str | Path, ranks: int) -> Path:
             raise CheckpointError(f"{target} cannot be written: {error}") from error
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
+            let_go(lock)
     return target
 
 
@@ -173,26 +217,32 @@ def diff(first: str | Path, second: str | Path) -> list[str]:
     lines = []
     with open_checkpoint(first) as a, open_checkpoint(second) as b:
         ours, theirs = _tensors(a), _tensors(b)
-        lines += [f"- {name}: only in {first}" for name in ours if name not in theirs]
-        lines += [f"+ {name}: only in {second}" for name in theirs if name not in ours]
+        lines += [f"- {printable(name)}: only in {first}" for name in ours if name not in theirs]
+        lines += [f"+ {printable(name)}: only in {second}" for name in theirs if name not in ours]
         common = [name for name in ours if name in theirs]
-        with _bar("diff", sum(ours[name].nbytes for name in common)) as bar:
+        with _bar("diff", sum(ours[name].nbytes * ours[name].copies for name in common)) as bar:
             for name in common:
                 x, y = ours[name], theirs[name]
-                if (x.dtype, x.shape) != (y.dtype, y.shape):
-                    lines.append(f"! {name}: {x.dtype} {x.shape} against {y.dtype} {y.shape}")
+                if (x.dtype, x.shape, x.copies) != (y.dtype, y.shape, y.copies):
+                    lines.append(f"! {printable(name)}: {_kind(x)} against {_kind(y)}")
                     continue
                 changed, largest = _difference(a, b, name, x, bar)
                 if changed:
-                    lines.append(f"! {name}: {changed} of {x.count} elements differ, by at most {largest:g}")
+                    count = x.count * x.copies
+                    lines.append(f"! {printable(name)}: {changed} of {count} elements differ, by at most {largest:g}")
     return lines
+
+
+def _kind(tensor: _Tensor) -> str:
+    of_each = f" on each of {tensor.copies} ranks" if tensor.copies > 1 else ""
+    return f"{tensor.dtype} {tensor.shape}{of_each}"
 
 
 def _difference(a: AnyReader, b: AnyReader, name: str, tensor: _Tensor, bar: tqdm) -> tuple[int, float]:
     """(elements whose bits differ, the largest difference of numbers: 0 for two zeros, or two that are not numbers)."""
     changed, largest = 0, 0.0
-    for start, stop in _ranges(tensor):
-        x, y = a.read(name, start, stop), b.read(name, start, stop)
+    for start, stop in _ranges(tensor, 0, tensor.count * tensor.copies):
+        x, y = _stored(a, name, start, stop), _stored(b, name, start, stop)
         bar.update(x.nbytes)
         for begin in range(0, x.size, _COMPARED):
             u, v = x[begin : begin + _COMPARED], y[begin : begin + _COMPARED]
@@ -201,6 +251,10 @@ def _difference(a: AnyReader, b: AnyReader, name: str, tensor: _Tensor, bar: tqd
                 changed += int(bits.sum())
                 largest = max(largest, _largest_difference(u[bits], v[bits]))
     return changed, largest
+
+
+def _stored(reader: AnyReader, name: str, start: int, stop: int) -> np.ndarray:
+    return reader.read_stored(name, start, stop) if isinstance(reader, ShardedReader) else reader.read(name, start, stop)
 
 
 def _largest_difference(x: np.ndarray, y: np.ndarray) -> float:
@@ -214,7 +268,7 @@ def _largest_difference(x: np.ndarray, y: np.ndarray) -> float:
 
 def _tensors(reader: AnyReader) -> dict[str, _Tensor]:
     if isinstance(reader, ShardedReader):
-        return {name: _Tensor(t.dtype, tuple(t.shape), t.of_model) for name, t in reader.index.tensors.items()}
+        return {name: _Tensor(t.dtype, tuple(t.shape), t.of_model, t.copies) for name, t in reader.index.tensors.items()}
     training = "bmtrain_ms" in reader.metadata  # a file of `save_training`, whose tensors are told apart by their names alone
     return {
         name: _Tensor(t.dtype, tuple(t.shape), not (training and name.startswith(STATE_PREFIXES)))
@@ -261,7 +315,7 @@ def _write_rank(
         for name, (first, last) in mine.items():
             step = HASHED // tensors[name].itemsize
             for start in range(first, last, step):
-                piece = reader.read(name, start, min(start + step, last))
+                piece = reader.read_stored(name, start, min(start + step, last))
                 hashes[name].append(xxhash.xxh3_64_hexdigest(piece.view(np.uint8).data))
                 file.write(infos[name].start + (start - first) * piece.itemsize, piece)
                 bar.update(piece.nbytes)

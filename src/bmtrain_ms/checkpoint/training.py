@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any, Mapping
 
 import mindspore as ms
-from mindspore import nn
+from mindspore import Parameter, nn
 
 from ..comm import world
 from ..optim import OptimManager
 from ..zero import context_of
 from .errors import CheckpointError
-from .format import is_count
-from .run_state import RunState, checked
+from .format import is_count, parsed_json
+from .pieces import differing
+from .run_state import RunState, checked, checked_keep
 from .store import (
     Described,
     Entry,
@@ -33,7 +35,7 @@ GRADIENT = "gradient."  # what names of accumulated gradients begin with
 
 
 def save_training(file_name: str | Path, model: nn.Cell, manager: OptimManager, extra: dict[str, Any]) -> None:
-    """Write a training state. All ranks call it.
+    """Write a training state. All ranks call it. Of what is whole on every rank, and not the same there, it has rank 0's.
 
     Args:
         extra: JSON-serialisable; comes back from `load_training`, e.g. the step.
@@ -41,6 +43,7 @@ def save_training(file_name: str | Path, model: nn.Cell, manager: OptimManager, 
     Raises:
         CheckpointError: it cannot be written.
     """
+    check_complete(model, manager)
     here = world()
     state = {
         "version": _VERSION,
@@ -50,25 +53,37 @@ def save_training(file_name: str | Path, model: nn.Cell, manager: OptimManager, 
         "manager": manager.state_dict(tensors=False),
         "extra": extra,
     }
-    save_entries(file_name, training_entries(model, manager), {"format": "pt", "bmtrain_ms": json.dumps(state)}, here)
+    entries = training_entries(model, manager)
+    apart = differing(entries, here)
+    if apart and here.engine.rank == 0:
+        what = apart[0] + (f" (and {len(apart) - 1} others)" if len(apart) > 1 else "")
+        sys.stderr.write(
+            f"WARNING: {what} is not the same on all ranks; of it this file holds rank 0's. A Checkpointer saves every rank's\n"
+        )
+    save_entries(file_name, entries, {"format": "pt", "bmtrain_ms": json.dumps(state)}, here)
 
 
-def load_training(file_name: str | Path, model: nn.Cell, manager: OptimManager, strict: bool = True) -> dict[str, Any]:
+def load_training(
+    file_name: str | Path, model: nn.Cell, manager: OptimManager, strict: bool = True, keep: str = "own"
+) -> dict[str, Any]:
     """Restore what `save_training` wrote, at any number of ranks; returns `extra`.
 
     Nothing is changed unless all ranks can read the file and it fits.
 
     Args:
         strict: raise where names differ, and if the run that saved had another seed, with which dropout would be another.
+        keep: which settings to use where this run's are others: its `own`, or the `saved`; as `OptimManager.load_state_dict` says.
 
     Raises:
         CheckpointError: unreadable, of another model, or not a training state; on every rank.
     """
-    return load_file(file_name, model, manager, strict)[0].extra
+    return load_file(file_name, model, manager, strict, keep)[0].extra
 
 
-def load_file(file_name: str | Path, model: nn.Cell, manager: OptimManager, strict: bool) -> tuple[RunState, LoadResult]:
+def load_file(file_name: str | Path, model: nn.Cell, manager: OptimManager, strict: bool, keep: str) -> tuple[RunState, LoadResult]:
     """See `load_training`."""
+    check_complete(model, manager)
+    checked_keep(keep)
     here = world()
     metadata, there = read_headers(file_name, here)
     error: BaseException | None = None
@@ -81,7 +96,7 @@ def load_file(file_name: str | Path, model: nn.Cell, manager: OptimManager, stri
     _agree(here.engine, error, f"{file_name} cannot be loaded")
     result = load_entries(file_name, entries, here, strict)
     manager.restore_gradients({})
-    state.restore(manager, here)
+    state.restore(manager, here, keep)
     return state, result
 
 
@@ -89,7 +104,7 @@ def _state_in(metadata: Mapping[str, str], where: str) -> dict[str, Any]:
     if "bmtrain_ms" not in metadata:
         raise CheckpointError(f"{where} holds weights only; load it with bmtrain_ms.load(model, ...)")
     try:
-        raw = json.loads(metadata["bmtrain_ms"])
+        raw = parsed_json(metadata["bmtrain_ms"].encode())
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{where} is damaged: its training state is not JSON: {error}") from error
     version: Any = raw.get("version") if isinstance(raw, dict) else None
@@ -101,6 +116,34 @@ def _state_in(metadata: Mapping[str, str], where: str) -> dict[str, Any]:
 
 
 # Tensors #
+
+
+def check_complete(model: nn.Cell, manager: OptimManager) -> None:
+    """Whether everything that is trained is in the model, under a name of its own.
+
+    Raises:
+        ValueError: it is not: it would not be saved, or not be told apart.
+    """
+    own: dict[str, Parameter] = {}
+    for p in model.get_parameters():
+        if own.setdefault(p.name, p) is not p:
+            raise ValueError(
+                f"two parameters of the model are called {p.name}, and a checkpoint tells them apart by their names; call "
+                "model.check_names_and_refresh_name() before making optimizers"
+            )
+    ids = {id(p) for p in own.values()}
+    trained = [p for driver in manager.drivers for p in driver.parameters if id(p) not in ids]
+    if not trained:
+        return
+    names = ", ".join(p.name for p in trained[:5]) + (f" and {len(trained) - 5} more" if len(trained) > 5 else "")
+    namesakes = [p.name for p in trained if p.name in own]
+    hint = ""
+    if namesakes:
+        hint = f" (its {namesakes[0]} is another one: replaced since the optimizer was made, or that of another model of its class)"
+    raise ValueError(
+        f"the manager trains parameters that the model does not have, which would not be saved: {names}{hint}. Give one Cell that "
+        "has all that is trained, e.g. nn.CellList([first, second]), and make optimizers after it"
+    )
 
 
 def training_entries(model: nn.Cell, manager: OptimManager) -> dict[str, Entry]:

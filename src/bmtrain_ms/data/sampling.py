@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import numpy as np
+import xxhash
+
+_HASHED = 1 << 20  # tokens at a time
 
 
 class TokenSampler:
@@ -17,15 +21,17 @@ class TokenSampler:
         length: tokens per window; targets are the inputs shifted by one.
         global_batch: windows per step over all ranks.
         seed: of the shuffling.
+        tokenizer: that made the tokens, if it is known: its text, or a `tokenizers.Tokenizer`.
 
     Raises:
         ValueError: a size below 1, or fewer tokens than one global batch needs.
     """
 
-    def __init__(self, tokens: np.ndarray, length: int, global_batch: int, seed: int = 0):
+    def __init__(self, tokens: np.ndarray, length: int, global_batch: int, seed: int = 0, tokenizer: Any = None):
         if length < 1 or global_batch < 1:
             raise ValueError(f"need length >= 1 and global_batch >= 1, not {length} and {global_batch}")
         self._tokens, self._length, self.global_batch, self._seed = tokens, length, global_batch, seed
+        self._tokenizer = tokenizer if tokenizer is None or isinstance(tokenizer, str) else tokenizer.to_str()
         self.windows = max(0, len(tokens) - 1) // length
         if self.windows < global_batch:
             raise ValueError(
@@ -34,9 +40,22 @@ class TokenSampler:
             )
 
     @property
-    def described(self) -> dict[str, int]:
-        """What decides which window is in which place; JSON can hold it."""
-        return {"tokens": len(self._tokens), "length": self._length, "global_batch": self.global_batch, "seed": self._seed}
+    def described(self) -> dict[str, Any]:
+        """What decides which window is in which place, and what is in it; JSON can hold it."""
+        sizes = {"tokens": len(self._tokens), "length": self._length, "global_batch": self.global_batch, "seed": self._seed}
+        return {**sizes, **self._digests}
+
+    @functools.cached_property
+    def _digests(self) -> dict[str, str]:
+        """Of the contents; about a second for each GB of tokens, once."""
+        found = xxhash.xxh3_64()
+        for start in range(0, len(self._tokens), _HASHED):
+            piece = np.ascontiguousarray(
+                self._tokens[start : start + _HASHED], np.int32
+            )  # as batches are, whatever they are kept in
+            found.update(piece.view(np.uint8).data)
+        text = {} if self._tokenizer is None else {"tokenizer": xxhash.xxh3_64_hexdigest(self._tokenizer.encode())}
+        return {"digest": found.hexdigest(), **text}
 
     def batch(self, step: int, rank: int = 0, ranks: int = 1) -> tuple[np.ndarray, np.ndarray]:
         """Inputs and targets of one rank at one step, counted from 0: int32, (global_batch / ranks, length) each.

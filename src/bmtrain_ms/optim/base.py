@@ -165,6 +165,18 @@ class ShardOptimizer(ABC):
         }
         return {**state, **to_arrays(self.state_tensors(), gather)} if tensors else state
 
+    def settings(self) -> list[dict[str, Any]]:
+        """Of each group, with the rate that it was given for itself, and the `names` of its parameters."""
+        hidden = ("params", *_LABELS)
+        return [
+            {**{k: v for k, v in group.items() if k not in hidden}, "names": [p.name for p in group["params"]]}
+            for group in self.param_groups
+        ]
+
+    def change_settings(self, index: int, values: dict[str, Any]) -> None:
+        """Of one group."""
+        self.param_groups[index].update(values)
+
     def load_state_dict(self, state: dict[str, Any], strict: bool = True) -> None:
         """Restore what `state_dict` returned, the groups' settings included: those of the group that had the same parameters, by
         name. Nothing is changed if it does not fit.

@@ -17,6 +17,7 @@ from ..zero import DistributedParameter, context_of
 from .base import average_whole
 from .native import adapted
 from .norms import checked_order, total_norm
+from .settings import Made
 
 
 class GradientOverflowError(ArithmeticError):
@@ -115,6 +116,8 @@ class OptimManager:
         self.optimizers: list[Any] = []
         self.lr_schedulers: list[Any] = []
         self.drivers: list[Any] = []
+        self._made: list[Made] = []
+        self._began = False  # whether something else than what was asked for may be in force
         self._world = in_world or world()
         self._stepped = True  # the gradients that are there have been used
         self._factor = 1.0 if grad_scale is None else self._world.engine.size / grad_scale
@@ -145,6 +148,7 @@ class OptimManager:
         self.optimizers.append(optimizer)
         self.drivers.append(driver)
         self.lr_schedulers.append(lr_scheduler)
+        self._made.append(Made(driver, lr_scheduler))
 
     def scale_loss(self, loss: Tensor) -> Tensor:
         """loss * loss_scale, for those who differentiate by themselves."""
@@ -241,6 +245,7 @@ class OptimManager:
                 self._count(made=False)
                 return self._skip()
         self._count()
+        self._began = True
         for driver, scheduler in zip(self.drivers, self.lr_schedulers):
             with self._world.measure("optimizer step"):
                 driver.step(self._grads, 1.0 / self.grads_scale)
@@ -270,23 +275,29 @@ class OptimManager:
         """
         return {
             **{name: getattr(self, name) for name in (*_COUNTERS, *_LATER_COUNTERS)},
-            "optimizers": [driver.state_dict(gather_opt, tensors) for driver in self.drivers],
+            "optimizers": [
+                {**driver.state_dict(gather_opt, tensors), **made.state_dict()} for driver, made in zip(self.drivers, self._made)
+            ],
             "lr_schedulers": [None if s is None else s.state_dict() for s in self.lr_schedulers],
         }
 
-    def load_state_dict(self, state: dict[str, Any], strict: bool = True) -> None:
+    def load_state_dict(self, state: dict[str, Any], strict: bool = True, keep: str = "saved") -> None:
         """Continue where `state` was taken; whether losses are scaled, and the limits of the scale, are this manager's, e.g. where
         float16 goes on from float32. Nothing is changed if it does not fit.
 
         Args:
             strict: False: optimizers may have other parameters and groups, see `AdamOptimizer.load_state_dict`.
+            keep: which settings to use where this run chose others than the one that saved (a schedule's length, a rate, betas):
+                the `saved`, or its `own`; rank 0 tells both. The position in a schedule, and what was changed by hand in the run
+                that saved, is restored.
 
         Raises:
             ValueError: see `check_state_dict`.
         """
+        if keep not in ("own", "saved"):
+            raise ValueError(f"keep must be own or saved, not {keep!r}")
         self.check_state_dict(state, strict)
-        for driver, saved in zip(self.drivers, state["optimizers"]):
-            driver.load_state_dict(saved, *([] if strict or not hasattr(driver, "check_state_dict") else [False]))
+        schedules = self._load_optimizers(state, strict, keep)
         self.grads_scale = state.get("grads_scale", state["loss_scale"])
         for name in ("skipped_steps", "skipped_in_a_row"):
             setattr(self, name, state.get(name, getattr(self, name)))
@@ -294,9 +305,39 @@ class OptimManager:
             self.loss_scale = min(max(state["loss_scale"], self.min_loss_scale), self.max_loss_scale)
             self.steps_since_last_scale = state["steps_since_last_scale"]
             self.overflows_left = min(state.get("overflows_left", self.overflows_left), self.hysteresis)
-        for scheduler, saved in zip(self.lr_schedulers, state["lr_schedulers"]):
+        for scheduler, saved in zip(self.lr_schedulers, schedules):
             if scheduler is not None:
                 scheduler.load_state_dict(saved)
+        self._began = True
+
+    def _load_optimizers(self, state: dict[str, Any], strict: bool, keep: str) -> list[Any]:
+        """Returns the states for the schedules."""
+        schedules, used, replaced, fresh = list(state["lr_schedulers"]), [], [], not self._began
+        theirs = [saved.get("made") if isinstance(saved, dict) else None for saved in state["optimizers"]]
+        before = [driver.settings() if hasattr(driver, "settings") else [] for driver in self.drivers]
+        for i, (made, scheduler) in enumerate(zip(self._made, self.lr_schedulers)):
+            if hasattr(scheduler, "check_state_dict"):
+                chosen, mine, others = made.schedule_to_load(schedules[i], theirs[i], fresh)
+                used, replaced = used + mine, replaced + others
+                schedules[i] = scheduler.check_state_dict(chosen) if keep == "own" else schedules[i]
+        for i, (driver, saved) in enumerate(zip(self.drivers, state["optimizers"])):
+            saved = {name: x for name, x in saved.items() if name != "made"} if isinstance(saved, dict) else saved
+            driver.load_state_dict(saved, *([] if strict or not hasattr(driver, "check_state_dict") else [False]))
+            mine, others = self._made[i].choose_groups(before[i], theirs[i], fresh, keep == "own")
+            used += [f"optimizer {i}, {x}" for x in mine]
+            replaced += [f"optimizer {i}, {x}" for x in others]
+        if self._world.mesh.rank == 0 and used:
+            whose, other = ("its own", "saved") if keep == "own" else ("the saved ones", "own")
+            sys.stderr.write(
+                f"WARNING: this run has other settings than the one that saved, and uses {whose}: {'; '.join(used)}. "
+                f"Load with keep='{other}' for the others\n"
+            )
+        if self._world.mesh.rank == 0 and replaced:
+            sys.stderr.write(
+                f"WARNING: what was changed by hand before loading is replaced by what was saved: {'; '.join(replaced)}. "
+                "Change it after loading\n"
+            )
+        return schedules
 
     def check_state_dict(self, state: dict[str, Any], strict: bool = True) -> None:
         """Whether `load_state_dict` would take it; changes nothing.

@@ -89,6 +89,15 @@ class NativeOptimizer:
         state = {"native": type(self.optimizer).__name__, "rates": _rates(self.optimizer)}
         return {**state, **to_arrays(self.state_tensors(), gather)} if tensors else state
 
+    def settings(self) -> list[dict[str, Any]]:
+        """Of each group the rate."""
+        return [{"lr": rate} for rate in _rates(self.optimizer)]
+
+    def change_settings(self, index: int, values: dict[str, Any]) -> None:
+        """Of one group."""
+        for rate in values.values():
+            group_rates(self.optimizer)[index][1](rate)
+
     def load_state_dict(self, state: dict[str, Any], strict: bool = True) -> None:
         """Restore what `state_dict` returned; `strict` as in `ShardOptimizer.load_state_dict`.
 

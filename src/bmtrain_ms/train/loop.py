@@ -1,43 +1,31 @@
-"""The training loop of a language model: steps, log, evaluation, checkpoints, and ending in good order."""
+"""The loop itself."""
 
 from __future__ import annotations
 
-import json
 import math
-import os
-import signal
-import sys
-import threading
 import time
+import weakref
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Callable
 
 import numpy as np
 from mindspore import Tensor, nn
 from tqdm import tqdm
 
-from .checkpoint import Checkpointer
-from .checkpoint.folder import replace_text
-from .comm import world
-from .compat.autograd import no_grad
-from .compat.memory import resident_memory
-from .compat.runtime import from_host, host_array
-from .data import TokenSampler
-from .lr_scheduler import Cosine
-from .nn.functional import cross_entropy
-from .optim import AdamOptimizer, GradientOverflowError, OptimManager
-
-EXIT_STOPPED = 75  # what a process ends with that was told to stop, and saved (EX_TEMPFAIL: try again)
-_SAME_REQUEST = 1.0  # seconds
-
-
-class TrainingError(RuntimeError):
-    """Training cannot go on."""
-
-
-class Stopped(Exception):
-    """A signal came; the step was finished and a checkpoint saved. End the process with `EXIT_STOPPED`."""
+from ..checkpoint import Checkpointer, CheckpointError
+from ..checkpoint.store import gather_json
+from ..comm import world
+from ..compat.memory import resident_memory
+from ..compat.runtime import from_host, host_array
+from ..data import TokenSampler
+from ..lr_scheduler import Cosine
+from ..nn.functional import cross_entropy
+from ..optim import AdamOptimizer, GradientOverflowError, OptimManager
+from .errors import Stopped, TrainingError
+from .evaluate import mean_loss
+from .log import LogFile
+from .signals import StopSignals
 
 
 @dataclass(frozen=True)
@@ -73,56 +61,37 @@ class TrainSettings:
                 raise ValueError(f"{name} must be positive, not {value}")
 
 
-class StopSignals:
-    """Inside the `with` statement SIGTERM, SIGINT and SIGUSR1 ask to stop; a second one, a second later or more, ends the process.
-
-    One that comes sooner says the same again: a scheduler tells the launcher and the ranks, and the launcher tells the ranks too.
-    One that comes too late for anybody to look at `asked` has its usual effect when the `with` statement ends.
-    """
-
-    def __init__(self) -> None:
-        self.asked = False
-        self._signum = 0
-        self._asked_at = 0.0
-        self._before: dict[int, Any] = {}
-
-    def _ask(self, signum: int, frame: Any) -> None:
-        if not self.asked:
-            self.asked, self._asked_at, self._signum = True, time.monotonic(), signum
-        elif time.monotonic() - self._asked_at >= _SAME_REQUEST:
-            os._exit(128 + signum)  # the last checkpoint is complete, and stays
-
-    def __enter__(self) -> StopSignals:
-        if threading.current_thread() is threading.main_thread():
-            for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-                self._before[signum] = signal.signal(signum, self._ask)
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        for signum, handler in self._before.items():
-            signal.signal(signum, handler)
-        if self._before and self.asked and kind is None:
-            signal.raise_signal(self._signum)
-        self._before = {}
-
-
 class Trainer:
     """Trains `model` on batches of `sampler`. All ranks make one and call its methods together.
+
+    From the first step on, or from `resume`, until `close`, a signal to end (SIGTERM, SIGINT, SIGHUP, SIGUSR1) lets the step or the
+    round of `evaluate` finish; then `fit`, `evaluate` or `save` saves and raises `Stopped` on every rank. One that comes before has
+    its usual effect; one that comes after the last of these calls has it when the trainer is closed. As a context manager a trainer
+    is closed at the end of the `with` statement.
 
     Args:
         model: token ids (batch, length) -> logits (batch, length, vocab); initialised or to be loaded.
         sampler: the training text.
         settings: how to train.
         folder: of its checkpoints, or None.
+        signals: what watches for signals, if it is to go on when the trainer is closed, as for the next trainer.
     """
 
-    def __init__(self, model: nn.Cell, sampler: TokenSampler, settings: TrainSettings, folder: str | Path | None = None):
+    def __init__(
+        self,
+        model: nn.Cell,
+        sampler: TokenSampler,
+        settings: TrainSettings,
+        folder: str | Path | None = None,
+        *,
+        signals: StopSignals | None = None,
+    ):
         self.model, self.sampler, self.settings = model, sampler, settings
         self.done = 0  # steps
         optimizer = AdamOptimizer(model.trainable_params(), settings.lr, settings.betas, weight_decay=settings.weight_decay)
         self.manager = OptimManager(loss_scale=settings.loss_scale)
-        self._schedule = Cosine(optimizer, settings.lr, min(settings.warmup, settings.steps), settings.steps)
-        self.manager.add_optimizer(optimizer, self._schedule)
+        schedule = Cosine(optimizer, settings.lr, min(settings.warmup, settings.steps), settings.steps)
+        self.manager.add_optimizer(optimizer, schedule)
         self._optimizer = optimizer
         self._engine = world().engine
         self.checkpoints: Checkpointer | None = None
@@ -138,7 +107,10 @@ class Trainer:
         elif settings.save_every or settings.save_minutes:
             raise ValueError("save_every and save_minutes need a folder for the checkpoints")
         self._bad, self._saved_at = 0, time.monotonic()
-        self._stop = StopSignals()
+        self._log_file: LogFile | None = None  # rank 0's
+        self._stop, self._owns_stop = signals or StopSignals(), signals is None
+        if self._owns_stop:
+            weakref.finalize(self, self._stop.release).atexit = False
         self._told = (False, False)  # by any rank: to stop, to save
 
     def fit(self, until: int | None = None) -> None:
@@ -147,19 +119,25 @@ class Trainer:
         What is saved in the background is complete when it returns, or raises one of these:
 
         Raises:
-            TrainingError: `bad_steps` in a row had a loss or a gradient that is not finite, and there is no loss scaling.
+            TrainingError: `bad_steps` in a row had a loss or a gradient that is not finite, and there is no loss scaling; or the
+                log cannot be written, or another job writes it.
+            ValueError: more steps are done than the settings ask for.
             GradientOverflowError: see `OptimManager.step`.
             Stopped: a signal came.
             CheckpointError: a checkpoint cannot be written, or another job saves to the folder.
         """
+        if self.done > self.settings.steps:
+            raise ValueError(f"{self.done} steps are done already, the settings ask for {self.settings.steps} in all: ask for more")
         until = self.settings.steps if until is None else min(until, self.settings.steps)
         self.model.set_train(True)
         chief = self._engine.rank == 0
-        bar = tqdm(total=self.settings.steps, initial=self.done, disable=not chief, desc="train", mininterval=1.0)
         if self.checkpoints is not None:
             self.checkpoints.lock()
-        with bar, StopSignals() as self._stop:
+        self._as_chief(self._open_log)
+        self._stop.watch()
+        with tqdm(total=self.settings.steps, initial=self.done, disable=not chief, desc="train", mininterval=1.0) as bar:
             try:
+                self._end_if_told()  # since the last call
                 while self.done < until:
                     record = self.train_step()
                     if chief:
@@ -170,10 +148,7 @@ class Trainer:
                             f"{record['tokens_per_second']:.0f} tok/s {record['memory_mib']} MiB"
                         )
                     self._save_if_due()
-                told = self._engine.all_reduce([from_host(np.array([self._stop.asked], np.float32))], "max", "told to stop")
-                if host_array(told.wait()[0])[0]:  # in the last step, after its loss was known
-                    self._told = True, False
-                    self._save_if_due()
+                self._end_if_told()  # in the last step, after its loss was known
             except (TrainingError, GradientOverflowError):  # on every rank alike
                 self._finish_saving()
                 raise
@@ -185,19 +160,33 @@ class Trainer:
 
     def _save_if_due(self) -> None:
         stop, due = self._told
-        if self.checkpoints is None:
-            if stop:
-                raise Stopped(f"stopped after step {self.done}, as a signal asked; there is no folder for a checkpoint")
-            return
         if stop:
-            self.save()
-            raise Stopped(f"stopped after step {self.done}, as a signal asked; saved in {self.checkpoints.folder}")
+            self._end()
+        if self.checkpoints is None:
+            return
         every = self.settings.save_every
         if due or (every and self.done % every == 0):
             self._saved_at = time.monotonic()
             self.checkpoints.save(self.done, self._extra(), wait=False)
         else:
             self.checkpoints.poll()
+
+    def _end_if_told(self) -> None:
+        if self._any_told():
+            self._end()
+
+    def _any_told(self) -> bool:
+        """Whether any rank was told to stop; all ranks ask."""
+        told = self._engine.all_reduce([from_host(np.array([self._stop.asked], np.float32))], "max", "told to stop")
+        return bool(host_array(told.wait()[0])[0])
+
+    def _end(self) -> None:
+        where = "there is no folder for a checkpoint"
+        if self.checkpoints is not None:
+            self.checkpoints.save(self.done, self._extra())
+            where = f"saved in {self.checkpoints.folder}"
+        self._stop.answered = True
+        raise Stopped(f"stopped after step {self.done}, as a signal asked; {where}")
 
     def train_step(self) -> dict[str, Any]:
         """One step; returns what the log line holds (the loss is the mean over the ranks)."""
@@ -226,25 +215,16 @@ class Trainer:
         """Mean loss per token, in nats, over all whole windows of `tokens`; the same on every rank, for any number of ranks.
 
         `rows`: windows per call of the model.
+
+        Raises:
+            ValueError: there is not one whole window.
+            Stopped: a signal came.
         """
-        windows = (len(tokens) - 1) // length
-        if windows < 1:
-            raise ValueError(f"{len(tokens)} held-out tokens do not fill one window of {length}")
-        inputs = tokens[: windows * length].reshape(windows, length).astype(np.int32)
-        targets = tokens[1 : windows * length + 1].reshape(windows, length).astype(np.int32)
-        starts = range(0, windows, rows)
-        total = 0.0
         self.model.set_train(False)
-        with no_grad():
-            for i in range(0, len(starts), self._engine.size):  # every rank runs every round: the gathers are collective
-                mine = i + self._engine.rank
-                part = slice(starts[min(mine, len(starts) - 1)], starts[min(mine, len(starts) - 1)] + rows)
-                loss = self._loss(from_host(inputs[part]), from_host(targets[part].reshape(-1)))
-                if mine < len(starts):
-                    total += host_array(loss).item() * len(inputs[part])
-        self.model.set_train(True)
-        sums = self._engine.all_reduce([from_host(np.array([total], np.float32))], label="evaluate").wait()
-        return host_array(sums[0]).item() / windows
+        try:
+            return mean_loss(self._loss, tokens, length, rows, self._engine, self._end_if_told)
+        finally:
+            self.model.set_train(True)
 
     def save(self) -> None:
         """Write a checkpoint to go on from, and wait for it.
@@ -252,44 +232,74 @@ class Trainer:
         Raises:
             ValueError: the trainer has no folder.
             CheckpointError: it cannot be written.
+            Stopped: it is written, and a signal came.
         """
         self._folder().save(self.done, self._extra())
+        if self._any_told():
+            self._stop.answered = True
+            raise Stopped(f"stopped after step {self.done}, as a signal asked; saved in {self._folder().folder}")
 
     def close(self) -> None:
-        """Finish what is being saved, and let another job save to the folder."""
-        if self.checkpoints is not None:
-            self.checkpoints.close()
+        """Finish what is being saved, let another job save to the folder and write the log, and no longer watch for signals."""
+        try:
+            if self.checkpoints is not None:
+                self.checkpoints.close()
+        finally:
+            self._let_go()
 
-    def resume(self, path: str | Path | None = None, other_data: bool = False) -> bool:
+    def _let_go(self) -> None:
+        if self._log_file is not None:
+            self._log_file.close()
+            self._log_file = None
+        if self._owns_stop:
+            self._stop.release()
+
+    def __enter__(self) -> Trainer:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None or issubclass(kind, (Stopped, TrainingError, GradientOverflowError, CheckpointError)):
+            self.close()
+        else:  # maybe on this rank alone: the others would not answer
+            self._stop.answered = True
+            self._let_go()
+
+    def resume(self, path: str | Path | None = None, other_data: bool = False, keep: str = "own") -> bool:
         """Go on from a checkpoint (default: the latest of the folder), at any number of ranks; the log loses the lines behind it.
 
-        The schedule is that of this run's settings: with more `steps` than before it is stretched.
+        The settings are this run's, and where they differ from those of the run that saved rank 0 tells both: with more `steps`
+        than before the schedule is stretched.
 
         Args:
             other_data: whether the sampler may be another one than that of the run that saved, of which step `done` is next.
+            keep: `saved`: the settings of the optimizer and the schedule are those of the run that saved.
 
         Returns:
             Whether there was one.
 
         Raises:
-            CheckpointError: see `Checkpointer.load`.
+            CheckpointError: see `Checkpointer.load`; or another job saves to the folder, whose log this would cut.
+            TrainingError: another job writes the log, or it cannot be cut.
             ValueError: the sampler is another one: it would repeat or leave out data.
         """
-        planned = self._schedule.state_dict()
-        resumed = self._folder().load(path)
+        log = self.settings.log
+        has_log = gather_json(log is not None and log.exists(), self._engine, "log")[0]
+        if has_log:
+            self._folder().lock()
+            self._as_chief(self._open_log)
+        resumed = self._folder().load(path, keep=keep)
         if resumed is None:
             return False
         before, now = resumed.extra.get("data"), self.sampler.described
-        if not other_data and before not in (None, now):
+        if not other_data and before is not None and not _same_data(before, now):
             raise ValueError(
                 f"{resumed.path} was saved by a run on the data {before}, this one has {now}: step {resumed.step} would be at "
                 "another place in them. Use the same, or resume(other_data=True)"
             )
         self.done = resumed.step
-        self._schedule.load_state_dict({**planned, "num_iter": self._schedule.num_iter})
-        log = self.settings.log
-        if self._engine.rank == 0 and log is not None and log.exists():
-            replace_text(log, "".join(json.dumps(line) + "\n" for line in _readable(log) if line["step"] <= self.done))
+        if has_log:
+            self._as_chief(self._trim_log)
+        self._stop.watch()
         return True
 
     def _extra(self) -> dict[str, Any]:
@@ -331,73 +341,34 @@ class Trainer:
         return host_array(mean).item()
 
     def _log(self, record: dict[str, Any]) -> None:
-        if self.settings.log is not None:
-            with open(self.settings.log, "a", encoding="utf-8") as file:
-                file.write(json.dumps(record) + "\n")
+        if self._log_file is not None:
+            self._log_file.write(record)
+
+    def _open_log(self) -> None:
+        if self._log_file is None and self.settings.log is not None:
+            self._log_file = LogFile(self.settings.log)
+
+    def _trim_log(self) -> None:
+        if self._log_file is not None:
+            self._log_file.trim(self.done)
+
+    def _as_chief(self, action: Callable[[], None]) -> None:
+        """On rank 0; what goes wrong there is raised on every rank."""
+        error = ""
+        if self._engine.rank == 0:
+            try:
+                action()
+            except Exception as caught:  # whatever it is: the other ranks wait
+                error = str(caught) or type(caught).__name__
+        error = gather_json(error, self._engine, "log")[0]
+        if error:
+            raise TrainingError(error)
 
 
-def read_log(path: str | Path) -> list[dict[str, Any]]:
-    """The records of a JSONL log, without a last line that was cut when the run was killed.
-
-    Raises:
-        ValueError: another line is not JSON.
-    """
-    lines = Path(path).read_text(encoding="utf-8").splitlines(keepends=True)
-    if lines and not lines[-1].endswith("\n"):
-        lines.pop()
-    records = []
-    for number, line in enumerate(lines, 1):
-        try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}, line {number} is not JSON: {error}") from error
-    return records
-
-
-def _readable(log: Path) -> list[dict[str, Any]]:
-    """The records that are there. A power loss leaves zeros for what was not written; that must not keep a run from going on."""
-    records, damaged = [], 0
-    for line in log.read_bytes().split(b"\n"):
-        try:
-            record = json.loads(line) if line else None
-        except ValueError:  # of UnicodeDecodeError and JSONDecodeError too
-            record = line
-        if isinstance(record, dict) and isinstance(record.get("step"), int):
-            records.append(record)
-        elif record is not None:
-            damaged += 1
-    if damaged:
-        sys.stderr.write(f"WARNING: {log} has {damaged} damaged line(s), which are left out\n")
-    return records
-
-
-def plot_log(log: str | Path, picture: str | Path, held_out: dict[int, float], unigram: float) -> bool:
-    """Draw the loss curve as PNG; False, with a note on stderr, where matplotlib is not installed.
-
-    Args:
-        log: JSONL log.
-        picture: PNG to write.
-        held_out: step -> loss on held-out text.
-        unigram: entropy to compare with.
-    """
-    try:
-        import matplotlib
-
-        matplotlib.use("Agg")
-        from matplotlib import pyplot
-    except ImportError:
-        sys.stderr.write("no loss curve: matplotlib is not installed (pip install matplotlib)\n")
-        return False
-    records = read_log(log)
-    figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
-    axes.plot([r["step"] for r in records], [r["loss"] for r in records], linewidth=1, label="training")
-    axes.plot(list(held_out), list(held_out.values()), "o-", label="held out")
-    axes.axhline(unigram, color="grey", linestyle=":", label="unigram entropy of the held-out text")
-    axes.set(xlabel="step", ylabel="loss (nats per token)")
-    axes.legend()
-    figure.savefig(picture, dpi=120)
-    pyplot.close(figure)
-    return True
+def _same_data(before: Any, now: dict[str, Any]) -> bool:
+    """By what both know: the first versions had no digests, and not everybody knows the tokenizer."""
+    known = [name for name in now if name in before] if isinstance(before, dict) else []
+    return bool(known) and all(before[name] == now[name] for name in known)
 
 
 def memory_mib() -> int:

@@ -1,0 +1,49 @@
+"""The loss on text that is not trained on."""
+
+from __future__ import annotations
+
+from typing import Callable
+
+import numpy as np
+from mindspore import Tensor
+
+from ..comm import Engine
+from ..compat.autograd import no_grad
+from ..compat.runtime import from_host, host_array
+
+
+def mean_loss(
+    loss: Callable[[Tensor, Tensor], Tensor],
+    tokens: np.ndarray,
+    length: int,
+    rows: int,
+    engine: Engine,
+    each_round: Callable[[], None],
+) -> float:
+    """Over all whole windows of `tokens`, in nats per token; the same on every rank, for any number of ranks.
+
+    Args:
+        loss: inputs (rows, length), targets (rows * length) -> their mean loss; all ranks call it equally often.
+        rows: windows per call.
+        each_round: called after every round, by all ranks; may raise to end.
+
+    Raises:
+        ValueError: there is not one whole window.
+    """
+    windows = (len(tokens) - 1) // length
+    if windows < 1:
+        raise ValueError(f"{len(tokens)} held-out tokens do not fill one window of {length}")
+    inputs = tokens[: windows * length].reshape(windows, length).astype(np.int32)
+    targets = tokens[1 : windows * length + 1].reshape(windows, length).astype(np.int32)
+    starts = range(0, windows, rows)
+    total = 0.0
+    with no_grad():
+        for i in range(0, len(starts), engine.size):  # every rank runs every round: the gathers are collective
+            mine = i + engine.rank
+            part = slice(starts[min(mine, len(starts) - 1)], starts[min(mine, len(starts) - 1)] + rows)
+            value = loss(from_host(inputs[part]), from_host(targets[part].reshape(-1)))
+            if mine < len(starts):
+                total += host_array(value).item() * len(inputs[part])
+            each_round()
+    sums = engine.all_reduce([from_host(np.array([total], np.float32))], label="evaluate").wait()
+    return host_array(sums[0]).item() / windows
