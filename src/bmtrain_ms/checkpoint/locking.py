@@ -21,6 +21,8 @@ def let_go(file: int) -> None:
     """Close it; does nothing the second time, and in a forked child, which has closed it."""
     if file in _held:
         _held.discard(file)
+        with contextlib.suppress(OSError):  # explicitly: a child that was forked just now has not closed its copy yet
+            fcntl.flock(file, fcntl.LOCK_UN)
         os.close(file)
 
 
