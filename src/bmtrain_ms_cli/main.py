@@ -15,8 +15,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.command == "launch":
             from .launch import launch
 
-            runner = [str(Path(__file__).with_name("module.py"))] if arguments.module else []
-            return launch([*runner, arguments.script, *arguments.arguments], arguments.ranks, arguments.launcher)
+            module = ["-m"] if arguments.module else []
+            return launch([*module, arguments.script, *arguments.arguments], arguments.ranks, arguments.launcher)
         if arguments.command == "ckpt":
             from .ckpt import run
 
@@ -48,7 +48,7 @@ def _parser() -> argparse.ArgumentParser:
         dest="launcher",
         choices=("auto", "mpi", "msrun"),
         default="auto",
-        help="auto: msrun where there are Ascend devices, mpiexec elsewhere",
+        help="auto: msrun where there are Ascend devices; elsewhere ranks are started directly, without MPI",
     )
     launch.add_argument("-m", "--module", action="store_true", help="the script is a module's name, as for python -m")
     launch.add_argument("script", help="a Python script")

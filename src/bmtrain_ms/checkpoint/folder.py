@@ -20,6 +20,8 @@ import weakref
 from pathlib import Path
 from typing import Sequence
 
+from bmtrain_ms_base.system import close_in_children
+
 from .errors import CheckpointError
 from .format import RegularFile
 from .sharded import INDEX
@@ -230,6 +232,11 @@ class FolderLock:
         os.ftruncate(self._file, 0)
         os.write(self._file, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
         self._close = weakref.finalize(self, os.close, self._file)
+        close_in_children(self)  # a lock belongs to all processes that have it open: a data worker would keep it for a dead job
+
+    def close_in_child(self) -> None:
+        """Without unlocking: the process that was forked from still has it."""
+        self._close()
 
     def release(self) -> None:
         """A second call does nothing."""
