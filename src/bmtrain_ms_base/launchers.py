@@ -155,7 +155,7 @@ def detect(env: Mapping[str, str] = os.environ) -> Launch:
         if (claim.rank, claim.size) != (several[0].rank, several[0].size):
             raise RuntimeError(
                 f"two launchers contradict each other: {several[0].source}, but {claim.source}. Remove the variables of the one "
-                f"that did not start this process, or: {_remedy(claim)}"
+                f"that did not start this process. {_remedy(max(several, key=lambda one: one.size))}"
             )
     chosen = (several or claims or [Launch()])[0]
     _check(chosen, env)

@@ -89,10 +89,13 @@ def is_ours(connection: socket.socket, pid: int | None = None) -> bool:
 
 
 def write_stacks(why: str) -> None:
-    """Write the Python stack of every thread to standard error."""
-    with contextlib.suppress(OSError, ValueError):  # there may be none
-        os.write(2, f"{why}; the stacks of this process ({os.getpid()}):\n".encode())
-        faulthandler.dump_traceback(2, all_threads=True)
+    """Write the Python stack of every thread to standard error, in one piece: other ranks may be writing theirs."""
+    with contextlib.suppress(OSError), os.fdopen(os.memfd_create("stacks"), "r+b") as file:
+        file.write(f"{why}; the stacks of this process ({os.getpid()}):\n".encode())
+        file.flush()
+        faulthandler.dump_traceback(file, all_threads=True)
+        file.seek(0)
+        os.write(2, file.read())
 
 
 _CLOSED_IN_CHILDREN: weakref.WeakSet[Any] = weakref.WeakSet()

@@ -96,10 +96,14 @@ class SocketMeeting(Meeting):
         self._name = f"\0bmtrain_ms-{os.geteuid()}-{launch.meeting}"
         self._deadline = time.monotonic() + _START_UP
         self._peers: dict[int, socket.socket] = {}
-        if self.rank == 0:
-            self._listen()
-        else:
-            self._peers[0] = self._connect()
+        try:
+            if self.rank == 0:
+                self._listen()
+            else:
+                self._peers[0] = self._connect()
+        except BaseException:
+            self.close()
+            raise
 
     def allgather(self, fact: Any) -> list[Any]:
         message = json.dumps(fact).encode()
@@ -128,6 +132,7 @@ class SocketMeeting(Meeting):
 
     def _listen(self) -> None:
         """Take in the others. Whoever else connects, and says nothing, keeps nobody waiting."""
+        silent: dict[socket.socket, float] = {}
         with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener, selectors.DefaultSelector() as selector:
             try:
                 listener.bind(self._name)
@@ -138,24 +143,30 @@ class SocketMeeting(Meeting):
                 ) from error
             listener.listen(128)
             selector.register(listener, selectors.EVENT_READ)
-            silent: dict[socket.socket, float] = {}
-            while len(self._peers) < self.size - 1:
-                if time.monotonic() > self._deadline:
-                    raise self._late([rank for rank in range(1, self.size) if rank not in self._peers])
-                for key, _ in selector.select(0.2):
-                    if key.fileobj is listener:
-                        connection, _ = listener.accept()
-                        if system.is_ours(connection):
-                            silent[connection] = time.monotonic() + _GREETING
-                            selector.register(connection, selectors.EVENT_READ)
-                        else:
-                            connection.close()
-                    else:
-                        self._welcome(key.fileobj, selector, silent)
-                for connection in [c for c, until in silent.items() if time.monotonic() > until]:
-                    selector.unregister(connection)
-                    silent.pop(connection)
+            try:
+                while len(self._peers) < self.size - 1:
+                    self._take_in(listener, selector, silent)
+            finally:
+                for connection in silent:
                     connection.close()
+
+    def _take_in(self, listener: socket.socket, selector: selectors.BaseSelector, silent: dict[socket.socket, float]) -> None:
+        if time.monotonic() > self._deadline:
+            raise self._late([rank for rank in range(1, self.size) if rank not in self._peers])
+        for key, _ in selector.select(0.2):
+            if key.fileobj is not listener:
+                self._welcome(key.fileobj, selector, silent)
+                continue
+            connection, _ = listener.accept()
+            if system.is_ours(connection):
+                silent[connection] = time.monotonic() + _GREETING
+                selector.register(connection, selectors.EVENT_READ)
+            else:
+                connection.close()
+        for connection in [c for c, until in silent.items() if time.monotonic() > until]:
+            selector.unregister(connection)
+            silent.pop(connection)
+            connection.close()
 
     def _welcome(self, connection: Any, selector: selectors.BaseSelector, silent: dict[socket.socket, float]) -> None:
         selector.unregister(connection)
@@ -168,6 +179,7 @@ class SocketMeeting(Meeting):
             connection.close()
             return
         if int(rank) in self._peers:
+            connection.close()
             raise CommError(f"two processes say that they are rank {int(rank)} of {self.size}; look at what starts them")
         self._peers[int(rank)] = connection
 
@@ -178,6 +190,7 @@ class SocketMeeting(Meeting):
                 connection.settimeout(_GREETING)
                 connection.connect(self._name)
                 if not system.is_ours(connection):
+                    connection.close()
                     raise CommError(f"another user has the address {self._name[1:]!r}, where the ranks of this job meet")
                 connection.send(f"{self.rank}/{self.size}".encode())
                 return connection
