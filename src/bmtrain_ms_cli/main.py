@@ -7,6 +7,11 @@ import sys
 from pathlib import Path
 from typing import Sequence
 
+_EXIT_CODES = (
+    "Exit code: 0 if every rank came to its end; 75 if they were told to stop, and saved; 128 + N if a rank was killed by signal "
+    "N, or signal N ended the job without a save; 2 if the command line is wrong; otherwise that of the first rank that failed."
+)
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the process's exit code."""
@@ -41,7 +46,9 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="bmtrain-ms", description="Train large language models with ZeRO on MindSpore.")
     commands = parser.add_subparsers(dest="command", required=True)
 
-    launch = commands.add_parser("launch", help="start a script on N ranks", description="Start a script on N ranks.")
+    launch = commands.add_parser(
+        "launch", help="start a script on N ranks", description="Start a script on N ranks.", epilog=_EXIT_CODES
+    )
     launch.add_argument("-n", "--ranks", type=_positive, required=True, help="how many processes")
     launch.add_argument(
         "--with",
