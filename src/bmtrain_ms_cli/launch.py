@@ -1,22 +1,26 @@
-"""Starting ranks: `mpiexec` on CPU, `msrun` on Ascend; signals reach every process, and none is left behind."""
+"""Starting ranks: the commands and the environment, and the command's own part while they run (`supervise` has the other)."""
 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shutil
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from types import FrameType
-from typing import Mapping, Sequence
+from typing import Any, Mapping, Sequence
+
+from bmtrain_ms_base import system
+from bmtrain_ms_base.launchers import forget_launchers
 
 from . import hosts as several
-
-SAME_REQUEST = 1.0  # seconds, as `train.StopSignals` has it: a scheduler signals every process, and some signal twice
+from .supervise import PASSED_ON
 
 
 class LaunchError(RuntimeError):
@@ -26,6 +30,8 @@ class LaunchError(RuntimeError):
 # From 4 MiB on `memcpy` writes past the cache. glibc's default is three quarters of the last cache, on a server maybe hundreds of
 # MiB: a tensor's copy then reads what it overwrites, 12.5 instead of 21 GB/s. Other C libraries ignore the variable.
 COPIES_PAST_THE_CACHE = "glibc.cpu.x86_non_temporal_threshold=0x400000"
+
+_SCHEDULER = "from mindspore import set_context\nfrom mindspore.communication import init\nset_context(device_target='CPU')\ninit()"
 
 
 def launch(
@@ -38,77 +44,32 @@ def launch(
 ) -> int:
     """Run a Python script with its arguments on `ranks` processes, of this host unless there are others, and wait for them.
 
-    The first SIGTERM or SIGINT is passed on to the ranks, which may save and end (`train.StopSignals`), and so is what comes within
-    a second of it; later ones, and under `msrun` every one (it would orphan its workers), to the whole process group.
+    The first SIGTERM or SIGINT is passed on to the ranks, which may save and end (`train.StopSignals`); SIGHUP, SIGQUIT and SIGUSR1
+    count as SIGTERM. What comes within a second of it says the same; a later one ends the ranks within seconds. When a rank fails,
+    the others get ten seconds. Whatever ends, no process that a rank has started stays.
 
     Args:
-        script: its path, then its arguments.
+        script: its path, or `-m` and a module, then its arguments.
         ranks: how many.
-        launcher: `mpi`, `msrun`, or `auto`: msrun where there are Ascend devices.
+        launcher: `mpi`: by `mpiexec`; `msrun`: as MindSpore's msrun does; `auto`: msrun where there are Ascend devices, and
+            elsewhere neither: ranks of one host need no MPI.
         variables: more environment variables for the ranks.
         hosts: where to run, by `mpiexec` and ssh; the same number of ranks on each.
 
     Returns:
-        The launcher's exit code; 128 + signal when a signal ended it.
+        0 if every rank came to its end; 75 if they were told to stop, and saved; otherwise what the first failing rank ended with,
+        or 128 + the signal that ended it.
 
     Raises:
         LaunchError: the launcher is not installed, or the script does not exist.
     """
-    if not Path(script[0]).is_file():
+    if script[0] != "-m" and not Path(script[0]).is_file():
         raise LaunchError(f"{script[0]} does not exist")
     if launcher == "msrun" and hosts:
         raise LaunchError("--hosts starts ranks by mpiexec; msrun is started on each host by itself")
     if launcher == "auto":
-        launcher = "msrun" if has_ascend() and not hosts else "mpi"
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    env = {**os.environ, **(variables or {})}
-    here = ranks // max(1, len(hosts))
-    env.setdefault("GLOG_v", "3")  # MindSpore's C++ log: errors only
-    env.setdefault("OMP_NUM_THREADS", str(max(1, cores // here)))
-    env.setdefault("BMTRAIN_MS_LOCAL_SIZE", str(here))
-    env.setdefault("GLIBC_TUNABLES", COPIES_PAST_THE_CACHE)
-    if launcher == "msrun":
-        command = _msrun_command(script, ranks)
-    elif hosts:
-        command = _hosts_command(script, ranks, hosts)
-        env.update(several.variables(env))
-    else:
-        command = _mpi_command(script, ranks) if ranks > 1 else [sys.executable, *script]  # one rank needs no MPI
-    process = subprocess.Popen(command, env=env, start_new_session=True)
-
-    asked: list[float] = []
-
-    def pass_on(signum: int, frame: FrameType | None) -> None:
-        asked.append(time.monotonic())
-        same_request = asked[-1] - asked[0] < SAME_REQUEST
-        chosen = _ranks_of(process.pid) if launcher != "msrun" and same_request else []
-        with contextlib.suppress(ProcessLookupError):  # it has just ended by itself
-            if not chosen:
-                os.killpg(process.pid, signum)
-        for pid in chosen:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signum)
-
-    before = {signum: signal.signal(signum, pass_on) for signum in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        code = process.wait()
-    finally:
-        for signum, handler in before.items():
-            signal.signal(signum, handler)
-        _end_group(process.pid)
-    return 128 - code if code < 0 else code
-
-
-def _ranks_of(mpiexec: int) -> list[int]:
-    """The processes that MPICH's `mpiexec` started: the children of its proxies. None where that cannot be found out."""
-    parents: dict[int, list[tuple[int, str]]] = {}
-    for status in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):
-            text = status.read_text()  # pid (name) state parent ...
-            name, rest = text[text.index("(") + 1 : text.rindex(")")], text[text.rindex(")") + 2 :].split()
-            parents.setdefault(int(rest[1]), []).append((int(status.parent.name), name))
-    proxies = [pid for pid, name in parents.get(mpiexec, []) if name.startswith("hydra")]
-    return [pid for proxy in proxies for pid, _ in parents.get(proxy, [])]
+        launcher = "mpi" if hosts else "msrun" if has_ascend() else "launch"
+    return _attend(_plan(launcher, script, ranks, hosts), _environment(launcher, ranks, variables or {}, hosts))
 
 
 def has_ascend() -> bool:
@@ -116,41 +77,126 @@ def has_ascend() -> bool:
     return any(Path("/dev").glob("davinci[0-9]*"))
 
 
-def _mpi_command(script: Sequence[str], ranks: int) -> list[str]:
-    # `python -m mpi4py` ends the job when a rank raises or exits with an error, whatever the script does
-    return [_tool("mpiexec"), "-n", str(ranks), sys.executable, "-m", "mpi4py", *script]
+def _environment(launcher: str, ranks: int, variables: Mapping[str, str], hosts: Sequence[str]) -> dict[str, str]:
+    """Of the ranks. Other launchers' variables are removed: a shell that one of them has started hands them on."""
+    env = dict(os.environ)
+    asked_for = launcher == "mpi" and _hydra_is_asked_for(env)
+    forget_launchers(env, keep=("HYDRA_", "SLURM_") if asked_for else ())
+    env.update(variables)
+    if hosts:
+        env.update(several.variables(dict(os.environ)))
+    cores, here = len(os.sched_getaffinity(0)), ranks // max(1, len(hosts))
+    env.setdefault("GLOG_v", "3")  # MindSpore's C++ log: errors only
+    env.setdefault("OMP_NUM_THREADS", str(max(1, cores // here)))
+    env.setdefault("GLIBC_TUNABLES", COPIES_PAST_THE_CACHE)
+    if launcher == "mpi" and not asked_for and not hosts:
+        env.setdefault("UCX_NET_DEVICES", "lo")  # one host: nobody else needs to reach the ranks
+    if hosts or not asked_for:
+        env["BMTRAIN_MS_LOCAL_SIZE"] = str(here)
+    return env
 
 
-def _hosts_command(script: Sequence[str], ranks: int, hosts: Sequence[str]) -> list[str]:
+def _plan(launcher: str, script: Sequence[str], ranks: int, hosts: Sequence[str]) -> dict[str, Any]:
+    """What `supervise.Job` needs to know."""
+    command = [sys.executable, str(Path(__file__).with_name("rank.py")), *script]
+    plan: dict[str, Any] = {"kind": launcher, "ranks": ranks, "command": command, "scheduler": None, "variables": [{}] * ranks}
+    if hosts:
+        plan["command"] = [_tool("mpiexec"), *_options(hosts, ranks), "-n", str(ranks), *command]
+    elif launcher == "mpi":
+        plan["command"] = [*_mpiexec(), "-n", str(ranks), *command]
+    elif launcher == "msrun":
+        # msrun itself runs `python`, whichever that is, takes a core to wait, and loses signals: this is what it does otherwise
+        cluster = {
+            "MS_WORKER_NUM": str(ranks),
+            "MS_SCHED_HOST": "127.0.0.1",
+            "MS_SCHED_PORT": str(_free_port()),
+            "MS_TOPO_TIMEOUT": "600",
+            "RANK_SIZE": str(ranks),
+        }
+        plan["scheduler"] = [sys.executable, "-c", _SCHEDULER], {**cluster, "MS_ROLE": "MS_SCHED", "RANK_ID": "0"}
+        plan["variables"] = [
+            {**cluster, "MS_ROLE": "MS_WORKER", "MS_NODE_ID": f"{i}", "RANK_ID": f"{i}", "DEVICE_ID": f"{i}"} for i in range(ranks)
+        ]
+    return plan
+
+
+def _hydra_is_asked_for(env: Mapping[str, str]) -> bool:
+    """Whether the user has told MPICH's launcher where and how to start ranks."""
+    return any(name.startswith("HYDRA_") for name in env)
+
+
+def _mpiexec() -> list[str]:
+    if _hydra_is_asked_for(os.environ):
+        return [_tool("mpiexec")]
+    found = _tool("mpiexec")
+    simple = Path(found).with_name("mpiexec.gforker")  # MPICH's for one host: no proxies, no ports, no files
+    return [str(simple)] if simple.exists() else [found, "-launcher", "fork", "-rmk", "user", "-iface", "lo"]
+
+
+def _options(hosts: Sequence[str], ranks: int) -> list[str]:
     try:
-        options = several.mpiexec_options(hosts, ranks)
+        return several.mpiexec_options(hosts, ranks)
     except ValueError as error:
         raise LaunchError(str(error)) from error
-    mpiexec, *rest = _mpi_command(script, ranks)
-    return [mpiexec, *options, *rest]
 
 
-def _msrun_command(script: Sequence[str], ranks: int) -> list[str]:
+def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    counts = [f"--worker_num={ranks}", f"--local_worker_num={ranks}"]
-    where = ["--master_addr=127.0.0.1", f"--master_port={port}", "--join=True", "--log_dir=msrun_log"]
-    return [_tool("msrun"), *counts, *where, *script]
+        return probe.getsockname()[1]
 
 
 def _tool(name: str) -> str:
     beside = Path(sys.executable).with_name(name)  # the one of this environment
     found = str(beside) if beside.exists() else shutil.which(name)
     if found is None:
-        remedy = "pip install 'bmtrain-ms[cpu]'" if name == "mpiexec" else "it comes with MindSpore"
-        raise LaunchError(f"{name} was not found; {remedy}")
+        raise LaunchError(f"{name} was not found; pip install 'bmtrain-ms[cpu]'")
     return found
 
 
-def _end_group(group: int) -> None:
-    """Kill what the launcher left behind."""
+def _attend(plan: dict[str, Any], env: dict[str, str]) -> int:
+    """Start the supervising process, pass signals on to it, and wait; clean up after it if it is killed."""
+    readable, writable = os.pipe()
+    mine = set(system.descendants(os.getpid()))
+    adopted_before = system.adopt_orphans()
+    supervise = [sys.executable, str(Path(__file__).with_name("supervise.py")), str(readable), json.dumps(plan)]
+    before: dict[int, Any] = {}
+
+    def pass_on(signum: int, frame: FrameType | None) -> None:
+        with contextlib.suppress(OSError):  # it has just ended by itself
+            os.write(writable, bytes([signum]))
+
     try:
-        os.killpg(group, signal.SIGKILL)
-    except ProcessLookupError:
-        return  # nothing left
+        if threading.current_thread() is threading.main_thread():
+            for signum in PASSED_ON:
+                if signum != signal.SIGHUP or signal.getsignal(signum) != signal.SIG_IGN:  # nohup
+                    before[signum] = signal.signal(signum, pass_on)
+        process = subprocess.Popen(supervise, env=env, pass_fds=[readable], start_new_session=True)
+        os.close(readable)
+        code = process.wait()
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+        os.close(writable)
+        _end_all(mine)
+        system.adopt_orphans(adopted_before)
+    if code < 0:
+        name = system.signal_name(-code)
+        sys.stderr.write(f"bmtrain-ms: the supervising process (pid {process.pid}) was killed by {name}; ")
+        sys.stderr.write(f"the ranks were ended; exit code {128 - code}\n")
+        return 128 - code
+    return code
+
+
+def _end_all(spared: set[int], patience: float = 10.0) -> None:
+    """Kill the descendants of this process: what a killed supervisor has left."""
+    deadline = time.monotonic() + patience
+    while time.monotonic() < deadline:
+        left = [pid for pid in system.descendants(os.getpid()) if pid not in spared]
+        if not left:
+            return
+        for pid in left:
+            system.tell(pid, signal.SIGKILL)
+            with contextlib.suppress(OSError):
+                os.waitpid(pid, os.WNOHANG)
+        time.sleep(0.02)

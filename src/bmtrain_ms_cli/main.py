@@ -7,6 +7,11 @@ import sys
 from pathlib import Path
 from typing import Sequence
 
+_EXIT_CODES = (
+    "Exit code: 0 if every rank came to its end; 75 if they were told to stop, and saved; 128 + N if a rank was killed by signal "
+    "N, or signal N ended the job without a save; 2 if the command line is wrong; otherwise that of the first rank that failed."
+)
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the process's exit code."""
@@ -15,10 +20,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.command == "launch":
             from .launch import launch
 
-            runner = [str(Path(__file__).with_name("module.py"))] if arguments.module else []
-            return launch(
-                [*runner, arguments.script, *arguments.arguments], arguments.ranks, arguments.launcher, hosts=arguments.hosts
-            )
+            module = ["-m"] if arguments.module else []
+            script = [*module, arguments.script, *arguments.arguments]
+            return launch(script, arguments.ranks, arguments.launcher, hosts=arguments.hosts)
         if arguments.command == "ckpt":
             from .ckpt import run
 
@@ -43,14 +47,16 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="bmtrain-ms", description="Train large language models with ZeRO on MindSpore.")
     commands = parser.add_subparsers(dest="command", required=True)
 
-    launch = commands.add_parser("launch", help="start a script on N ranks", description="Start a script on N ranks.")
+    launch = commands.add_parser(
+        "launch", help="start a script on N ranks", description="Start a script on N ranks.", epilog=_EXIT_CODES
+    )
     launch.add_argument("-n", "--ranks", type=_positive, required=True, help="how many processes")
     launch.add_argument(
         "--with",
         dest="launcher",
         choices=("auto", "mpi", "msrun"),
         default="auto",
-        help="auto: msrun where there are Ascend devices, mpiexec elsewhere",
+        help="auto: msrun where there are Ascend devices; elsewhere ranks are started directly, without MPI",
     )
     launch.add_argument(
         "--hosts",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -10,11 +11,12 @@ import textwrap
 import time
 from importlib.metadata import entry_points
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from bmtrain_ms_base import board as boards
+from bmtrain_ms_base.launchers import Launch, detect
 from bmtrain_ms_cli import demo as demo_module
 from bmtrain_ms_cli import launch as launch_module
 from bmtrain_ms_cli.demo import DemoOptions
@@ -167,17 +169,17 @@ def test_the_command_is_installed():
 
 
 @pytest.fixture
-def spawned(monkeypatch) -> list[tuple[list[str], dict[str, str]]]:
-    """Command and environment of what `launch` started; nothing is."""
-    calls: list[tuple[list[str], dict[str, str]]] = []
+def planned(monkeypatch) -> list[tuple[dict[str, Any], dict[str, str]]]:
+    """Plan and environment of what `launch` would have started; nothing is."""
+    calls: list[tuple[dict[str, Any], dict[str, str]]] = []
 
-    def popen(command: list[str], env: dict[str, str], start_new_session: bool) -> Any:
-        assert start_new_session  # so that a signal reaches the whole group
-        calls.append((command, env))
-        return SimpleNamespace(pid=os.getpid(), wait=lambda: 5)
+    def attend(plan: dict[str, Any], env: dict[str, str]) -> int:
+        calls.append((plan, env))
+        return 5
 
-    monkeypatch.setattr(launch_module.subprocess, "Popen", popen)
-    monkeypatch.setattr(launch_module, "_end_group", lambda group: None)
+    monkeypatch.setattr(launch_module, "_attend", attend)
+    for name in [name for name in os.environ if name.startswith(("HYDRA_", "UCX_"))]:
+        monkeypatch.delenv(name)
     return calls
 
 
@@ -187,78 +189,106 @@ def script(tmp_path) -> str:
     return str(tmp_path / "train.py")
 
 
-def test_mpiexec_on_cpu(spawned, script, monkeypatch):
+RUNNER = [sys.executable, str(Path(launch_module.__file__).with_name("rank.py"))]
+
+
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_ranks_of_one_host_need_no_mpi(planned, script, monkeypatch, ranks):
     monkeypatch.setattr(launch_module, "has_ascend", lambda: False)
-    assert launch([script, "--a", "b"], 3) == 5
-    command, _ = spawned[0]
-    assert Path(command[0]).name == "mpiexec"
-    assert command[1:] == ["-n", "3", sys.executable, "-m", "mpi4py", script, "--a", "b"]
+    assert launch([script, "--a", "b"], ranks) == 5
+    plan, _ = planned[0]
+    assert (plan["kind"], plan["ranks"], plan["scheduler"]) == ("launch", ranks, None)
+    assert plan["command"] == [*RUNNER, script, "--a", "b"]
 
 
-def test_msrun_on_ascend(spawned, script, monkeypatch):
+def test_mpiexec_where_it_is_asked_for(planned, script, monkeypatch):
+    """Of this host only, unless Hydra's variables say where."""
+    launch([script, "a"], 3, "mpi")
+    (program, *words), env = planned[0][0]["command"], planned[0][1]
+    assert words[-len(RUNNER) - 4 :] == ["-n", "3", *RUNNER, script, "a"]
+    assert Path(program).name == "mpiexec.gforker" or words[:6] == ["-launcher", "fork", "-rmk", "user", "-iface", "lo"]
+    assert env["UCX_NET_DEVICES"] == "lo"
+    monkeypatch.setenv("HYDRA_HOST_FILE", "hosts")
+    monkeypatch.setenv("PMI_RANK", "0")
+    launch([script], 3, "mpi")
+    (program, *words), env = planned[1][0]["command"], planned[1][1]
+    assert Path(program).name == "mpiexec" and words[:2] == ["-n", "3"]
+    assert env["HYDRA_HOST_FILE"] == "hosts" and not {"UCX_NET_DEVICES", "PMI_RANK"} & set(env)
+
+
+def test_mpiexec_of_an_mpich_without_gforker(planned, script, monkeypatch):
+    monkeypatch.setattr(sys, "executable", "/nowhere/python")
+    monkeypatch.setattr(launch_module.shutil, "which", lambda name: f"/opt/{name}")
+    launch([script], 2, "mpi")
+    assert planned[0][0]["command"][:9] == ["/opt/mpiexec", "-launcher", "fork", "-rmk", "user", "-iface", "lo", "-n", "2"]
+
+
+def test_msrun_on_ascend(planned, script, monkeypatch):
+    """The same Python on every rank, and the variables of msrun."""
     monkeypatch.setattr(launch_module, "has_ascend", lambda: True)
-    assert exit_code("launch", "-n", 4, script, "-n", "x") == 5
-    command, _ = spawned[0]
-    assert Path(command[0]).name == "msrun"
-    port = next(word for word in command if word.startswith("--master_port="))
-    assert 1024 <= int(port.split("=")[1]) < 65536
-    assert set(command[1:-3]) == {
-        "--worker_num=4",
-        "--local_worker_num=4",
-        "--master_addr=127.0.0.1",
-        port,
-        "--join=True",
-        "--log_dir=msrun_log",
-    }
-    assert command[-3:] == [script, "-n", "x"]
+    assert exit_code("launch", "-n", 2, script, "-n", "x") == 5
+    plan, _ = planned[0]
+    assert (plan["kind"], plan["command"]) == ("msrun", [*RUNNER, script, "-n", "x"])
+    first, second = plan["variables"]
+    port = first["MS_SCHED_PORT"]
+    assert 1024 <= int(port) < 65536 and {**first, "MS_NODE_ID": "1", "RANK_ID": "1", "DEVICE_ID": "1"} == second
+    assert detect({**second, "BMTRAIN_MS_LOCAL_SIZE": "2"}) == Launch("msrun", 1, 2, 1, 2)
+    command, variables = plan["scheduler"]
+    assert command[0] == sys.executable and (variables["MS_ROLE"], variables["MS_SCHED_PORT"]) == ("MS_SCHED", port)
 
 
 @pytest.mark.parametrize("ascend", [False, True])
-def test_the_user_may_choose(spawned, script, monkeypatch, ascend):
+def test_the_user_may_choose(planned, script, monkeypatch, ascend):
     monkeypatch.setattr(launch_module, "has_ascend", lambda: ascend)
     exit_code("launch", "-n", 2, "--with", "mpi", script)
     exit_code("launch", "-n", 2, "--with", "msrun", script)
-    assert [Path(command[0]).name for command, _ in spawned] == ["mpiexec", "msrun"]
+    assert [plan["kind"] for plan, _ in planned] == ["mpi", "msrun"]
 
 
-def test_one_rank_needs_no_launcher(spawned, script):
-    launch([script, "a"], 1, "mpi")
-    launch([script, "a"], 1, "msrun")
-    assert spawned[0][0] == [sys.executable, script, "a"]
-    assert Path(spawned[1][0][0]).name == "msrun"
-
-
-def test_environment_of_the_ranks(spawned, script, monkeypatch):
-    """Each rank gets its share of the cores, unless the user said something else."""
+def test_environment_of_the_ranks(planned, script, monkeypatch):
+    """Each rank gets its share of the cores, unless the user said something else; nothing of other launchers."""
     for name in ("GLOG_v", "OMP_NUM_THREADS", "BMTRAIN_MS_LOCAL_SIZE", "GLIBC_TUNABLES"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)))
     monkeypatch.setenv("OTHER", "kept")
+    for name in ("PMI_RANK", "OMPI_COMM_WORLD_SIZE", "MS_ROLE", "WORLD_SIZE", "SLURM_PROCID", "BMTRAIN_MS_BOARD"):
+        monkeypatch.setenv(name, "1")
     for ranks in (1, 3, 16):
-        launch([script], ranks, "mpi")
-    assert [env["OMP_NUM_THREADS"] for _, env in spawned] == ["8", "2", "1"]
-    assert [env["BMTRAIN_MS_LOCAL_SIZE"] for _, env in spawned] == ["1", "3", "16"]
-    assert all(env["GLOG_v"] == "3" and env["OTHER"] == "kept" for _, env in spawned)
-    assert all(env["GLIBC_TUNABLES"] == "glibc.cpu.x86_non_temporal_threshold=0x400000" for _, env in spawned)
+        launch([script], ranks, "launch", {"MORE": "said"})
+    assert [env["OMP_NUM_THREADS"] for _, env in planned] == ["8", "2", "1"]
+    assert [env["BMTRAIN_MS_LOCAL_SIZE"] for _, env in planned] == ["1", "3", "16"]
+    assert all((env["GLOG_v"], env["OTHER"], env["MORE"]) == ("3", "kept", "said") for _, env in planned)
+    assert all(env["GLIBC_TUNABLES"] == "glibc.cpu.x86_non_temporal_threshold=0x400000" for _, env in planned)
+    others = {"PMI_RANK", "OMPI_COMM_WORLD_SIZE", "MS_ROLE", "WORLD_SIZE", "SLURM_PROCID", boards.ADDRESS}
+    assert not any(others & set(env) for _, env in planned)
     monkeypatch.setenv("OMP_NUM_THREADS", "5")
     monkeypatch.setenv("GLOG_v", "0")
     monkeypatch.setenv("GLIBC_TUNABLES", "glibc.malloc.perturb=0")
     launch([script], 4, "mpi")
-    assert (spawned[-1][1]["OMP_NUM_THREADS"], spawned[-1][1]["GLOG_v"]) == ("5", "0")
-    assert spawned[-1][1]["GLIBC_TUNABLES"] == "glibc.malloc.perturb=0"
+    assert (planned[-1][1]["OMP_NUM_THREADS"], planned[-1][1]["GLOG_v"]) == ("5", "0")
+    assert planned[-1][1]["GLIBC_TUNABLES"] == "glibc.malloc.perturb=0"
 
 
-def test_a_module_by_its_name(spawned, monkeypatch):
+def test_a_module_by_its_name(planned, monkeypatch):
     """What follows the name is the module's, options too."""
     monkeypatch.setattr(launch_module, "has_ascend", lambda: False)
     for words in (["-n", 2, "-m"], ["-m", "-n", 1], ["-n", 2, "--with", "msrun", "--module"]):
         assert exit_code("launch", *words, "some.module", "-m", "--plot", "x") == 5
-    for command, _ in spawned:
-        runner, *arguments = command[-5:]
-        assert Path(runner).name == "module.py" and arguments == ["some.module", "-m", "--plot", "x"]
-    assert spawned[0][0][1:-5] == ["-n", "2", sys.executable, "-m", "mpi4py"]
-    assert spawned[1][0][:-5] == [sys.executable]
-    assert Path(spawned[2][0][0]).name == "msrun"
+    assert all(plan["command"] == [*RUNNER, "-m", "some.module", "-m", "--plot", "x"] for plan, _ in planned)
+
+
+def test_a_script_runs_as_with_python(tmp_path, capfd, monkeypatch):
+    """As `__main__`, with its own folder on the path, which the objects that it defines can be pickled from."""
+    (tmp_path / "beside.py").write_text("value = 4")
+    (tmp_path / "job.py").write_text(
+        "import sys, pickle, beside\nclass A: pass\npickle.loads(pickle.dumps(A()))\n"
+        "print(__name__, __file__, sys.argv, sys.path[0], beside.value, sys.modules['__main__'].A is A)\nsys.exit('text')"
+    )
+    monkeypatch.chdir(tmp_path)
+    assert exit_code("launch", "-n", 1, "job.py", "a", "--b") == 1
+    out, err = capfd.readouterr()
+    assert out == f"__main__ job.py ['job.py', 'a', '--b'] {tmp_path} 4 True\n"
+    assert re.fullmatch(r"text\nbmtrain-ms: rank 0 \(pid \d+\) failed: text; exit code 1\n", err)
 
 
 def test_a_module_runs_as_with_python(tmp_path, capfd, monkeypatch):
@@ -282,25 +312,11 @@ def test_has_ascend(monkeypatch, tmp_path, devices, found):
     assert has_ascend() is found
 
 
-@pytest.mark.parametrize(
-    "launcher, text",
-    [
-        ("mpi", r"mpiexec was not found; pip install 'bmtrain-ms\[cpu\]'"),
-        ("msrun", "msrun was not found; it comes with MindSpore"),
-    ],
-)
-def test_launcher_is_not_installed(script, monkeypatch, launcher, text):
+def test_mpiexec_is_not_installed(script, monkeypatch):
     monkeypatch.setattr(sys, "executable", "/nowhere/python")
     monkeypatch.setattr(launch_module.shutil, "which", lambda name: None)
-    with pytest.raises(LaunchError, match=text):
-        launch([script], 2, launcher)
-
-
-def test_launcher_on_the_path(spawned, script, monkeypatch):
-    monkeypatch.setattr(sys, "executable", "/nowhere/python")
-    monkeypatch.setattr(launch_module.shutil, "which", lambda name: f"/opt/{name}")
-    launch([script], 2, "mpi")
-    assert spawned[0][0][0] == "/opt/mpiexec"
+    with pytest.raises(LaunchError, match=r"mpiexec was not found; pip install 'bmtrain-ms\[cpu\]'"):
+        launch([script], 2, "mpi")
 
 
 def test_missing_script(capsys, tmp_path):
@@ -321,7 +337,7 @@ def written(tmp_path: Path, body: str) -> str:
 @pytest.mark.parametrize("body, code", [("", 0), ("sys.exit(3)", 3), ("os.kill(os.getpid(), signal.SIGKILL)", 137)])
 def test_exit_codes(tmp_path, body, code):
     before = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)}
-    assert launch([written(tmp_path, body)], 1, "mpi") == code
+    assert launch([written(tmp_path, body)], 1) == code
     assert {s: signal.getsignal(s) for s in before} == before  # the caller's handlers are back
 
 
@@ -343,7 +359,7 @@ def wait_until(condition: Any, seconds: float = 60.0) -> None:
 def test_nothing_is_left_behind(tmp_path):
     """A rank that ends leaves a process of its own; the launcher ends it."""
     body = "print(subprocess.Popen(['sleep', '60']).pid, file=open(sys.argv[1], 'w'), flush=True)"
-    assert launch([written(tmp_path, body), str(tmp_path / "pid")], 1, "mpi") == 0
+    assert launch([written(tmp_path, body), str(tmp_path / "pid")], 1) == 0
     pid = int((tmp_path / "pid").read_text())
     wait_until(lambda: not alive(pid))
 
@@ -362,7 +378,7 @@ def test_signals_are_passed_on_and_nothing_stays(tmp_path, signum):
     os.rename(sys.argv[1] + '.new', sys.argv[1])
     time.sleep(60)
     """
-    program = "import sys; from bmtrain_ms_cli.launch import launch; sys.exit(launch(sys.argv[1:], 1, 'mpi'))"
+    program = "import sys; from bmtrain_ms_cli.launch import launch; sys.exit(launch(sys.argv[1:], 1))"
     pids = tmp_path / "pids"
     launcher = subprocess.Popen([sys.executable, "-c", program, written(tmp_path, body), str(pids)])
     try:

@@ -23,6 +23,7 @@ LEVELS = [
 SAME_LEVEL = {("nn", "zero"), ("checkpoint", "optim"), ("optim", "lr_scheduler")}
 FILES = sorted(SOURCE.rglob("*.py"))
 COMMAND = sorted((ROOT / "src" / "bmtrain_ms_cli").glob("*.py"))  # on top of everything
+BASE = sorted((ROOT / "src" / "bmtrain_ms_base").glob("*.py"))  # below everything
 
 
 def unit_of(path: Path) -> str:
@@ -61,6 +62,11 @@ def test_imports_form_a_ladder(path):
 def test_the_command_starts_without_mindspore(path):
     """What it needs of `bmtrain_ms` it imports where it is used: importing MindSpore takes seconds."""
     assert not re.search(r"^(import|from) (bmtrain_ms|mindspore)\b", path.read_text(), re.MULTILINE)
+
+
+@pytest.mark.parametrize("path", BASE, ids=str)
+def test_the_base_knows_neither_mindspore_nor_what_is_above_it(path):
+    assert not re.search(r"^\s*(import|from) (bmtrain_ms|bmtrain_ms_cli|mindspore)\b", path.read_text(), re.MULTILINE)
 
 
 def test_zero_and_parallel_do_not_know_each_other_and_models_do_not_know_training():
@@ -119,7 +125,7 @@ def test_private_names_of_mindspore_are_used_in_compat_only():
             assert not pattern.search(path.read_text()), path
 
 
-@pytest.mark.parametrize("path", [*FILES, *COMMAND], ids=str)
+@pytest.mark.parametrize("path", [*FILES, *COMMAND, *BASE], ids=str)
 def test_files_and_functions_stay_small(path):
     text = path.read_text()
     assert len(text.splitlines()) <= 500
@@ -129,7 +135,7 @@ def test_files_and_functions_stay_small(path):
 
 
 def test_every_public_name_has_a_docstring():
-    for path in FILES:
+    for path in [*FILES, *BASE]:
         tree = ast.parse(path.read_text())
         assert ast.get_docstring(tree) or not tree.body, path
         for node in tree.body:
@@ -138,7 +144,7 @@ def test_every_public_name_has_a_docstring():
 
 
 def test_no_pickle_and_no_globals():
-    for path in FILES:
+    for path in [*FILES, *BASE]:
         for node in ast.walk(ast.parse(path.read_text())):
             assert not isinstance(node, ast.Global), path
             if isinstance(node, (ast.Import, ast.ImportFrom)):

@@ -9,18 +9,35 @@ import re
 import shutil
 from pathlib import Path
 
-_held: set[int] = set()
+from bmtrain_ms_base.system import close_in_children
+
+
+class _Held:
+    """Open files of this process."""
+
+    def __init__(self) -> None:
+        self.files: set[int] = set()
+
+    def close_in_child(self) -> None:
+        """Without unlocking: the process that was forked from still has the lock."""
+        for file in self.files:
+            os.close(file)
+        self.files.clear()
+
+
+_held = _Held()
 
 
 def hold(file: int) -> None:
     """Close this file in forked children: one that outlives its parent would keep the lock."""
-    _held.add(file)
+    _held.files.add(file)
+    close_in_children(_held)
 
 
 def let_go(file: int) -> None:
     """Close it; does nothing the second time, and in a forked child, which has closed it."""
-    if file in _held:
-        _held.discard(file)
+    if file in _held.files:
+        _held.files.discard(file)
         with contextlib.suppress(OSError):  # explicitly: a child that was forked just now has not closed its copy yet
             fcntl.flock(file, fcntl.LOCK_UN)
         os.close(file)
@@ -73,12 +90,3 @@ def _delete_unlocked(path: Path) -> None:
             path.unlink()
     finally:
         os.close(file)
-
-
-def _close_in_child() -> None:
-    for file in _held:
-        os.close(file)
-    _held.clear()
-
-
-os.register_at_fork(after_in_child=_close_in_child)

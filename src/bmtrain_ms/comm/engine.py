@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
 from typing import Any, Sequence, Union
 
 import numpy as np
 from mindspore import Tensor
+
+from bmtrain_ms_base.board import own_row
 
 from ..compat.runtime import from_host, host_array, is_float
 
@@ -29,11 +30,28 @@ class CommTimeoutError(CommError):
     """A collective did not finish in time: a rank is dead, stuck, or took another branch."""
 
 
-@dataclass
 class Clock:
-    """The training step, shared by all engines of a process so that errors can name it."""
+    """The training step, shared by all engines of a process so that errors can name it, and the launcher when the process ends."""
 
-    step: int = 0
+    def __init__(self, step: int = 0):
+        self._step = step
+
+    @property
+    def step(self) -> int:
+        """How many there were."""
+        return self._step
+
+    @step.setter
+    def step(self, step: int) -> None:
+        self._step = step
+        note(step)
+
+
+def note(step: int, doing: str = "") -> None:
+    """Tell the launcher's board, if there is one, what this rank does."""
+    row = own_row()
+    if row is not None:
+        row.note(step, doing)
 
 
 class Label(str):
@@ -160,6 +178,10 @@ class Engine(ABC):
 
     def close(self) -> None:  # noqa: B027  (most engines have nothing to close)
         """Finish what is in flight and free the engine's threads and groups; a second call does nothing."""
+
+    def _note(self, op: str, label: str = "") -> None:
+        """What is issued, for the launcher."""
+        note(self.clock.step, f"{op} ({label})" if label else op)
 
     # Checks shared by all engines: errors, and their text, do not depend on the engine in use.
 

@@ -61,12 +61,14 @@ class HcclEngine(Engine):
         self._ranks = list(range(size) if ranks is None else ranks)  # comm_func's src and dst are global ranks
 
     def all_gather(self, tensors: Sequence[Buffer], out: Sequence[Buffer] | None = None, label: str = "") -> Work:
+        self._note("all_gather", label)
         # comm_func stacks: (size, n, ...)
         pairs = [self._comm.all_gather_into_tensor(x, group=self._group, async_op=True) for x in tensors]
         joined = [y.reshape((-1, *x.shape[1:])) if len(y.shape) > len(x.shape) else y for x, (y, _) in zip(tensors, pairs)]
         return _Handles(joined, [handle for _, handle in pairs])
 
     def reduce_scatter(self, tensors: Sequence[Buffer], op: str = "sum", label: str = "") -> Work:
+        self._note("reduce_scatter", label)
         self._check_op(op, tensors)
         self._check_divisible(tensors, "reduce_scatter")
         kind, tensors = self._kind(op, tensors)
@@ -74,16 +76,19 @@ class HcclEngine(Engine):
         return _Handles([y for y, _ in pairs], [handle for _, handle in pairs])
 
     def all_reduce(self, tensors: Sequence[Buffer], op: str = "sum", label: str = "") -> Work:
+        self._note("all_reduce", label)
         self._check_op(op, tensors)
         kind, tensors = self._kind(op, tensors)
         pairs = [self._comm.all_reduce(x, op=kind, group=self._group, async_op=True) for x in tensors]
         return _Handles([y for y, _ in pairs], [handle for _, handle in pairs])
 
     def broadcast(self, tensors: Sequence[Buffer], root: int = 0, label: str = "") -> Work:
+        self._note("broadcast", label)
         self._check_peer(root, "root")
         return _Handles([self._comm.broadcast(x, src=self._ranks[root], group=self._group) for x in tensors], [])
 
     def all_to_all(self, tensors: Sequence[Buffer], label: str = "") -> Work:
+        self._note("all_to_all", label)
         self._check_divisible(tensors, "all_to_all")
         pairs = [
             self._comm.all_to_all_single_with_output_shape(tuple(x.shape), x, group=self._group, async_op=True) for x in tensors
@@ -91,15 +96,18 @@ class HcclEngine(Engine):
         return _Handles([y for y, _ in pairs], [handle for _, handle in pairs])
 
     def send(self, tensors: Sequence[Buffer], dst: int, label: str = "") -> Work:
+        self._note("send", label)
         self._check_peer(dst, "dst")
         return _Handles([], [self._comm.isend(x, dst=self._ranks[dst], group=self._group) for x in tensors])
 
     def recv(self, like: Sequence[Tensor], src: int, label: str = "") -> Work:
+        self._note("recv", label)
         self._check_peer(src, "src")
         pairs = [self._comm.irecv(x, src=self._ranks[src], group=self._group) for x in like]
         return _Handles([y for y, _ in pairs], [handle for _, handle in pairs])
 
     def barrier(self, label: str = "") -> Work:
+        self._note("barrier", label)
         self._comm.barrier(group=self._group)
         return _Handles([], [])
 

@@ -231,6 +231,7 @@ class HostEngine(Engine):
     ) -> Work:
         """`kind`: what else must be the same on every rank.  `pair`: (sender, receiver) of a message."""
         signature = signature_of(op, kind, label, arrays) if pair is None else signature_of("message", kind, "", arrays)
+        self._note(op, label)
         peer = "" if pair is None else f" to rank {pair[1]}" if op == "send" else f" from rank {pair[0]}"
         return self._submit(Operation(op, kind, pair, self._what(op + peer, label), signature, out, stages, arrays))
 

@@ -93,6 +93,7 @@ class McclEngine(Engine):
 
     def _rows(self, array: np.ndarray, what: str) -> np.ndarray:
         """(size, n): every rank's flat array, whatever its type; the bits travel as float32."""
+        self._note(what.replace(" ()", ""))
         flat = array.reshape(-1)
         padded = np.zeros(-(-flat.nbytes // 4) * 4, np.uint8)
         padded[: flat.nbytes] = flat.view(np.uint8)

@@ -19,6 +19,8 @@ from typing import Any, Optional, Sequence
 import numpy as np
 from mindspore import Tensor
 
+from bmtrain_ms_base import system
+
 from . import ending
 from .engine import Clock, CommError, CommTimeoutError, Engine, Work
 from .host import LARGEST_SIGNATURE, HostEngine, Job, Operation, Rows, Stages, as_bytes, disagreement
@@ -180,6 +182,7 @@ class CommThread:
                 return True
             if time.monotonic() < job.deadline:
                 return False
+            system.write_stacks(f"{job.what} did not finish within {job.timeout:g} s")
             raise CommTimeoutError(
                 f"{job.what} did not finish within {job.timeout:g} s. Another rank is dead, stuck, or did not issue this "
                 "operation; look for the first error among the other ranks, or raise init_distributed(timeout=...)"

@@ -10,6 +10,7 @@ sockets, which the others notice at once.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import secrets
@@ -23,13 +24,17 @@ from typing import Any, Optional, Sequence
 
 import numpy as np
 
+from bmtrain_ms_base import system
+
 from .engine import Clock, CommError, CommTimeoutError, Engine, Work
 from .host import LARGEST_SIGNATURE, HostEngine, Job, Operation, Rows, Stages, as_bytes, disagreement
+from .meeting import Meeting
 from .pull import Piece, address_of, allow_siblings, pull
 
 Key = tuple[str, int]  # (group or pair of ranks, number of the operation there)
 _LARGEST_MESSAGE = 1 << 17  # bytes; a packet must fit into the socket's buffer, 208 KiB by default ...
 _MOST_TENSORS = 1 << 12  # ... with the addresses of this many, and a signature
+_GREETING = 2.0  # seconds that a connection may stay silent at start-up
 _LAST_WORDS = 5.0  # seconds that a closing engine tries to send what others may need
 
 
@@ -82,6 +87,7 @@ class NodeThread:
             self._selector.register(peer.connection, selectors.EVENT_READ, peer)
         self._thread = threading.Thread(target=self._run, name="bmtrain_ms-node", daemon=True)
         self._thread.start()
+        system.close_in_children(self)
 
     # Called by the rank's own threads #
 
@@ -107,11 +113,19 @@ class NodeThread:
                 self._closed, self._last_words = True, time.monotonic() + _LAST_WORDS
             self._waker.send(b"!")
             self._thread.join()
-            for peer in self.peers.values():
-                peer.connection.close()
-            self._woken.close()
-            self._waker.close()
-            self._selector.close()
+            self._let_go()
+
+    def close_in_child(self) -> None:
+        """A process that was forked from the rank is no rank: while it held the connections, nobody could see the rank end."""
+        self._closed = True
+        self._let_go()
+
+    def _let_go(self) -> None:
+        for peer in self.peers.values():
+            peer.connection.close()
+        self._woken.close()
+        self._waker.close()
+        self._selector.close()
 
     # The thread #
 
@@ -170,7 +184,10 @@ class NodeThread:
             except BaseException as error:
                 if self._failure is None:
                     self._failure = error  # a group with a lost operation cannot be used again
-                    self._send_all(["fail", f"{error}"[:LARGEST_SIGNATURE]])
+                    late = isinstance(error, CommTimeoutError)
+                    self._send_all(["fail", f"{error}"[:LARGEST_SIGNATURE], late])
+                    if late and self._told is None:
+                        system.write_stacks(f"rank {self.rank}: {error}")
                 job.finish(error)
             line.popleft()
             self._done.pop(job.key, None)
@@ -285,6 +302,8 @@ class NodeThread:
             self._done.setdefault((rest[0], rest[1]), set()).add(rank)
         elif self._told is None:
             self._told = CommError(f"rank {rank} failed: {rest[0]}")
+            if rest[1] and self._failure is None:  # late: this may be the rank that is stuck
+                system.write_stacks(f"rank {self.rank}: {self._told}")
 
 
 class NodeEngine(HostEngine):
@@ -413,46 +432,63 @@ class NodeEngine(HostEngine):
         yield []
 
 
-def connect(comm: Any, clock: Clock, timeout: float) -> Optional[NodeEngine]:
-    """The engine of an MPI communicator whose ranks all run on one host, or None where they cannot read each other's memory.
+def connect(meeting: Meeting, clock: Clock, timeout: float, launcher: int = 0) -> Optional[NodeEngine]:
+    """The engine of ranks that all run on one host, or None where they cannot read each other's memory.
 
-    Collective over `comm`, which is needed no longer afterwards.
+    Collective over `meeting`, which is needed no longer afterwards. `launcher`: the process from which all ranks descend, by
+    default this one's parent.
     """
     if not hasattr(socket, "SOCK_SEQPACKET") or not Path("/proc/self").exists():
         return None  # not Linux
-    allow_siblings()
+    allow_siblings(launcher or os.getppid())
     token = np.frombuffer(secrets.token_bytes(16), np.uint8)
-    rank, size = comm.Get_rank(), comm.Get_size()
+    rank, size = meeting.rank, meeting.size
     name = f"\0bmtrain_ms-{secrets.token_hex(8)}"  # an abstract address: no file, gone with the socket
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
         listener.bind(name)
-        listener.listen(size)
-        facts = comm.allgather((socket.gethostname(), name, os.getpid(), address_of(token), token.tobytes()))
+        listener.listen(max(size, 128))
+        facts = meeting.allgather([socket.gethostname(), name, os.getpid(), address_of(token), token.tobytes().hex()])
         readable = all(host == facts[0][0] and _can_read(pid, there, bits) for host, _, pid, there, bits in facts)
-        if not all(comm.allgather(readable)):
+        if not all(meeting.allgather(readable)):
             return None
         peers = []
         for other in range(rank):
             connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
             connection.connect(facts[other][1])
-            connection.send(facts[other][4] + rank.to_bytes(4, "little"))
+            connection.send(bytes.fromhex(facts[other][4]) + rank.to_bytes(4, "little"))
             peers.append(_Peer(other, connection, facts[other][2]))
-        while len(peers) < size - 1:
-            connection, _ = listener.accept()
-            hello = connection.recv(64)
-            if hello[:16] != token.tobytes():
-                connection.close()  # not of this job
-                continue
-            other = int.from_bytes(hello[16:], "little")
-            peers.append(_Peer(other, connection, facts[other][2]))
+        peers += _welcome(listener, token.tobytes(), {other: facts[other][2] for other in range(rank + 1, size)}, timeout)
     return NodeEngine(NodeThread(rank, peers), range(size), clock, timeout, owner=True)
 
 
-def _can_read(pid: int, there: int, bits: bytes) -> bool:
+def _welcome(listener: socket.socket, token: bytes, expected: dict[int, int], timeout: float) -> list[_Peer]:
+    """Take in the ranks that are processes `expected`, and nobody else; who connects and says nothing keeps nobody waiting."""
+    peers: list[_Peer] = []
+    deadline = time.monotonic() + timeout
+    while expected:
+        listener.settimeout(max(0.0, deadline - time.monotonic()))
+        try:
+            connection, _ = listener.accept()
+        except (socket.timeout, BlockingIOError):
+            missing = ", ".join(map(str, expected))
+            raise CommTimeoutError(f"rank {missing} did not connect within {timeout:g} s; look for the first error there") from None
+        if system.is_ours(connection) and any(system.is_ours(connection, pid) for pid in expected.values()):
+            connection.settimeout(_GREETING)  # a rank's greeting follows at once
+            with contextlib.suppress(OSError):
+                hello = connection.recv(64)
+                rank = int.from_bytes(hello[16:], "little")
+                if hello[:16] == token and rank in expected and system.is_ours(connection, expected[rank]):
+                    peers.append(_Peer(rank, connection, expected.pop(rank)))
+                    continue
+        connection.close()  # not of this job
+    return peers
+
+
+def _can_read(pid: int, there: int, bits: str) -> bool:
     """Whether process `pid` is the one that it should be, and lets us read."""
-    here = np.zeros(len(bits), np.uint8)
+    here = np.zeros(len(bits) // 2, np.uint8)
     try:
         pull(pid, [(there, here)])
     except OSError:
         return False
-    return here.tobytes() == bits
+    return here.tobytes().hex() == bits

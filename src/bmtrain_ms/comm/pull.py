@@ -29,9 +29,9 @@ def address_of(x: np.ndarray) -> int:
     return x.__array_interface__["data"][0]
 
 
-def allow_siblings() -> None:
-    """Where the kernel restricts such reads to ancestors (Yama), let descendants of our parent, the launcher, read too."""
-    _libc().prctl(_PR_SET_PTRACER, ctypes.c_ulong(os.getppid()), 0, 0, 0)  # fails, rightly unnoticed, without Yama
+def allow_siblings(launcher: int) -> None:
+    """Where the kernel restricts such reads to ancestors (Yama), let all descendants of process `launcher` read too."""
+    _libc().prctl(_PR_SET_PTRACER, ctypes.c_ulong(launcher), 0, 0, 0)  # fails, rightly unnoticed, without Yama
 
 
 def pull(pid: int, pieces: Sequence[Piece]) -> None:

@@ -12,10 +12,14 @@ from typing import ContextManager, Iterator, Optional
 import mindspore as ms
 import numpy as np
 
+from bmtrain_ms_base.board import own_board, own_row
+from bmtrain_ms_base.mpi import finalise_in_ranks_only
+
 from ..compat import runtime
-from . import ending
+from . import ending, node
 from .engine import Clock, Engine
-from .launch import Launch, detect
+from .launch import Launch, detect, is_scheduler
+from .meeting import BoardMeeting, MpiMeeting, SocketMeeting
 from .mesh import Mesh
 from .single import SingleEngine
 from .trace import Trace, TracingEngine
@@ -80,6 +84,7 @@ class World:
 
 
 _current: list[World] = []
+_process: list[int] = []  # that called init_distributed
 _cores: list[int] = []  # what this process may use, before the first world took its share
 _lost: list[BaseException] = []  # of worlds that were shut down: see `Engine.lost`
 
@@ -165,9 +170,9 @@ def init_distributed(
 ) -> World:
     """Join the other ranks and choose the settings that suit this device (BMTrain: `init_distributed`).
 
-    The launcher is recognised by its variables: `mpiexec` on CPU gives the *node* engine, or *mpi* on several hosts; `msrun` gives
-    *hccl* on Ascend and *mccl* on CPU; no launcher gives one rank. Python's, NumPy's and MindSpore's generators get the same seed
-    on every rank.
+    The launcher is recognised by its variables: on CPU `bmtrain-ms launch`, `mpiexec`, `torchrun` and `srun` give the *node*
+    engine, `mpiexec` on several hosts *mpi*; `msrun` gives *hccl* on Ascend and *mccl* on CPU; no launcher gives one rank.
+    Python's, NumPy's and MindSpore's generators get the same seed on every rank.
     On CPU each rank gets its share of the cores, and operations run synchronously (`compat.runtime.configure_cpu`).
 
     Args:
@@ -205,7 +210,7 @@ def init_distributed(
     _check_gather_dtype(gather_dtype)
     if timeout <= 0:
         raise ValueError(f"timeout must be a positive number of seconds, not {timeout}")
-    if os.environ.get("MS_ROLE") == "MS_SCHED":
+    if is_scheduler():
         _serve_as_scheduler()
     launch = detect()
     target = device or runtime.device_target()
@@ -225,6 +230,10 @@ def init_distributed(
         raise
     made = World(engine, Mesh(engine.size, engine.rank), seed, launch, prefetch, gather_dtype, hierarchy, noted)
     _current.append(made)
+    _process[:] = [os.getpid()]
+    row = own_row()
+    if row is not None:
+        row.join()
     return made
 
 
@@ -237,12 +246,19 @@ def shutdown() -> None:
             _lost.append(engine.lost)
 
 
-@atexit.register
-def _end() -> None:
-    """A script may catch the error of a lost operation and come to its end; MPI's own end would wait for the others for ever."""
-    shutdown()
-    if _lost:
-        ending.end_job(f"ends all ranks, as an operation was lost: {_lost[0]}")
+def _at_exit() -> None:
+    """Not in a process that was forked from the rank: what it has is a copy, whose other end the rank still needs.
+
+    A script may catch the error of a lost operation and come to its end; MPI's own end would wait for the others for ever.
+    """
+    if _process == [os.getpid()]:
+        shutdown()
+        if _lost:
+            ending.end_job(f"ends all ranks, as an operation was lost: {_lost[0]}")
+
+
+finalise_in_ranks_only()
+atexit.register(_at_exit)  # before MPI's finalisation
 
 
 def _serve_as_scheduler() -> None:
@@ -263,8 +279,8 @@ def _make_engine(launch: Launch, target: str, timeout: float) -> Engine:
 
             init("hccl")
             return HcclEngine("hccl_world_group", get_rank(), get_group_size())
-        if launch.kind == "mpi":
-            raise RuntimeError("Ascend ranks are started with msrun (bmtrain-ms launch --with msrun), not with mpiexec")
+        if launch.size > 1:
+            raise RuntimeError(f"Ascend ranks are started with msrun: bmtrain-ms launch --with msrun -n {launch.size} script.py")
         return SingleEngine(host=False)
     if target != "CPU":
         raise RuntimeError(f"device target {target!r} is not supported; use CPU or Ascend")
@@ -276,12 +292,28 @@ def _make_engine(launch: Launch, target: str, timeout: float) -> Engine:
 
         init()
         return McclEngine(get_rank(), get_group_size())
-    if launch.kind == "mpi" and launch.size > 1:
-        return _make_mpi_engine(timeout)
-    return SingleEngine()
+    if launch.size == 1:
+        return SingleEngine()
+    return _make_mpi_engine(launch, timeout) if launch.kind == "mpi" else _make_node_engine(launch, timeout)
 
 
-def _make_mpi_engine(timeout: float) -> Engine:
+def _make_node_engine(launch: Launch, timeout: float) -> Engine:
+    """For ranks of one host that were not started by MPI."""
+    board = own_board()
+    meeting = SocketMeeting(launch) if board is None else BoardMeeting(board, launch, timeout)
+    try:
+        engine = node.connect(meeting, Clock(), timeout, 0 if board is None else board.launcher)
+    finally:
+        meeting.close()
+    if engine is None:
+        raise RuntimeError(
+            "the ranks are not allowed to read each other's memory (process_vm_readv), or are on several hosts; with MPI they need "
+            f"not: bmtrain-ms launch --with mpi -n {launch.size} script.py"
+        )
+    return engine
+
+
+def _make_mpi_engine(launch: Launch, timeout: float) -> Engine:
     with ending.limited("init_distributed", timeout):
         try:
             from mpi4py import MPI
@@ -290,12 +322,21 @@ def _make_mpi_engine(timeout: float) -> Engine:
                 "this process was started by mpiexec, but mpi4py cannot be imported; pip install 'bmtrain-ms[cpu]'"
             ) from error
 
-        from . import node
         from .mpi import MpiEngine
 
         mpi_world = MPI.COMM_WORLD
-        ending.install(MPI)
-        return node.connect(mpi_world, Clock(), timeout) or MpiEngine(mpi_world.Dup(), Clock(), timeout)
+        here = mpi_world.Get_rank(), mpi_world.Get_size()
+        if here != (launch.rank, launch.size):
+            raise RuntimeError(
+                f"{launch.source} says rank {launch.rank} of {launch.size}, but mpi4py's MPI ({MPI.get_vendor()[0]}) says rank "
+                f"{here[0]} of {here[1]}: it is not the MPI of the launcher. Start with: bmtrain-ms launch -n {launch.size} "
+                "script.py"
+            )
+        board = own_board()
+        if board is None:  # our launcher ends the others itself
+            ending.install(MPI)
+        found = node.connect(MpiMeeting(mpi_world), Clock(), timeout, 0 if board is None else board.launcher)
+        return found or MpiEngine(mpi_world.Dup(), Clock(), timeout)
 
 
 def _configure_cpu(launch: Launch) -> None:

@@ -1,0 +1,1 @@
+"""What needs no MindSpore: the launcher and the ranks that it starts share these modules."""
