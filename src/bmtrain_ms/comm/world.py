@@ -15,7 +15,7 @@ from typing import Any, ContextManager, Iterator, Optional
 import mindspore as ms
 import numpy as np
 
-from ..compat import runtime
+from ..compat import habits, runtime
 from .engine import Clock, Engine
 from .launch import Launch, detect
 from .mesh import Mesh
@@ -126,6 +126,9 @@ def is_initialized() -> bool:
     return bool(_current)
 
 
+habits.in_use.append(is_initialized)
+
+
 def rank() -> int:
     """This process's global rank; 0 before initialisation (BMTrain: `rank`)."""
     return _current[-1].mesh.rank if _current else 0
@@ -188,7 +191,8 @@ def init_distributed(
         timeout: seconds until a collective gives up (CPU ranks over mpiexec; HCCL has its own variables).
 
     Raises:
-        RuntimeError: called twice, after an operation on CPU, or the launcher does not fit the device.
+        RuntimeError: called twice, after an operation on CPU, under a parallel mode of MindSpore's, or the launcher does not fit
+            the device.
         TypeError: `init_method` is a number: the seed is the second argument.
         ValueError: an option out of range, or a parallel size that is not available.
     """
@@ -210,6 +214,7 @@ def init_distributed(
         raise ValueError(f"timeout must be a positive number of seconds, not {timeout}")
     if os.environ.get("MS_ROLE") == "MS_SCHED":
         _serve_as_scheduler()
+    habits.refuse_parallel_mode()
     launch = detect()
     target = device or runtime.device_target()
     if engine is None:

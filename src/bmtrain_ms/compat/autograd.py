@@ -119,7 +119,8 @@ def vjp(
     detached = [*map(_detach, inputs), *leaves]
     executor.set_grad_flag(True)
     executor.new_graph(cell, *detached)
-    outputs = _clear_after_failure(function, None, tuple(detached), {})
+    with _explained():
+        outputs = _clear_after_failure(function, None, tuple(detached), {})
     # A one-element tuple and its element are different outputs to the executor; the cotangent must match.
     if len(outputs) == 1:
         outputs, cotangents = outputs[0], cotangents[0]
@@ -127,6 +128,19 @@ def vjp(
     aux = (False,) if GRAD_TAKES_HAS_AUX else ()
     grads = executor.grad(cell, _grad_by_position, None, tuple(range(len(detached))), *aux, *detached, cotangents)
     return tuple(grads) if isinstance(grads, (tuple, list)) else (grads,)
+
+
+@contextlib.contextmanager
+def _explained() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        if "jit_compile_info_" not in str(error):
+            raise
+        raise RuntimeError(
+            "a function under @ms.jit is called in a checkpointed Block, and MindSpore 2.5 cannot differentiate what it has "
+            "compiled in an unrecorded pass: leave @ms.jit out, or use Block(use_checkpoint=False)"
+        ) from error
 
 
 def _detach(x: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ import numpy as np
 from mindspore import Parameter, Tensor
 
 from ..comm import World, world
+from ..compat.habits import refuse_graph_mode
 from ..compat.runtime import added, from_host, host_array, scaled, square_sum
 from ..zero import DistributedParameter, context_of
 from .base import average_whole
@@ -168,7 +169,7 @@ class OptimManager:
             What `forward` returned; the loss is this rank's, unscaled.
 
         Raises:
-            RuntimeError: there is no optimizer.
+            RuntimeError: there is no optimizer, or MindSpore is in GRAPH_MODE.
             TypeError: `forward` is not a function, or did not return a loss of one element.
         """
         if isinstance(forward, Tensor):
@@ -176,6 +177,7 @@ class OptimManager:
                 "backward takes the function that computes the loss, and its arguments, not the loss: MindSpore differentiates "
                 "functions. Write manager.backward(forward, *batch) where BMTrain has manager.backward(forward(*batch))"
             )
+        refuse_graph_mode("OptimManager.backward")
         if not self.optimizers:
             raise RuntimeError("OptimManager.backward needs an optimizer: call add_optimizer first")
         params = [p for driver in self.drivers for p in driver.parameters if p.requires_grad]
