@@ -70,13 +70,12 @@ class AdamOptimizer(Adam):
         hold_steps: int = 0,
         maximize: bool = False,
     ):
-        super().__init__(params, settings(lr, betas, eps, weight_decay, hold_steps, maximize))
         self._on_host = device_target() == "CPU"
-        self._states = {id(p): HostState(p) if self._on_host else DeviceState(p) for p in self.parameters}
+        super().__init__(params, settings(lr, betas, eps, weight_decay, hold_steps, maximize))
         self._workers = Workers() if self._on_host else None
 
-    def _state(self, p: Parameter) -> ParamState:
-        return self._states[id(p)]
+    def _make_state(self, p: Parameter) -> ParamState:
+        return HostState(p) if self._on_host else DeviceState(p)
 
     def _update(self, updates: list[tuple[dict[str, Any], Parameter, Tensor]], scale: float) -> None:
         if self._workers is None:
