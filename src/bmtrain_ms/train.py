@@ -71,6 +71,7 @@ class TrainSettings:
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ValueError(f"{name} must be positive, not {value}")
+        object.__setattr__(self, "log", None if self.log is None else Path(self.log).expanduser())
 
 
 class StopSignals:
@@ -342,7 +343,7 @@ def read_log(path: str | Path) -> list[dict[str, Any]]:
     Raises:
         ValueError: another line is not JSON.
     """
-    lines = Path(path).read_text(encoding="utf-8").splitlines(keepends=True)
+    lines = Path(path).expanduser().read_text(encoding="utf-8").splitlines(keepends=True)
     if lines and not lines[-1].endswith("\n"):
         lines.pop()
     records = []

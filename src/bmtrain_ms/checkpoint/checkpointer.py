@@ -98,7 +98,7 @@ class Checkpointer:
             raise ValueError(f"keep_last and keep_every must be at least 1, or None, not {keep_last}, {keep_every}")
         if on_busy not in ("wait", "refuse"):
             raise ValueError(f"on_busy must be wait or refuse, not {on_busy!r}")
-        self.folder, self._model, self._manager = Path(folder), model, manager
+        self.folder, self._model, self._manager = Path(folder).expanduser(), model, manager
         self._keep_last, self._keep_every, self._on_busy = keep_last, keep_every, on_busy
         self._world: World = world()
         self._shared = shared_storage
@@ -236,7 +236,7 @@ class Checkpointer:
             CheckpointError: damaged, of another model, or (no shared storage) of another layout; on every rank.
         """
         self.finish()
-        source = self.folder if path is None else Path(path)
+        source = self.folder if path is None else Path(path).expanduser()
         error: BaseException | None = None
         is_file, found, wrong = False, None, ""
         try:

@@ -49,14 +49,19 @@ def open_checkpoint(path: str | Path) -> AnyReader:
     Raises:
         CheckpointError: it is none of these, or damaged.
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     if path.is_dir():
         found, wrong = (path, "") if (path / INDEX).exists() else find_latest(path)
         if wrong:
             sys.stderr.write(f"WARNING: {wrong}\n")
         if found is not None:
             return ShardedReader(found)
-    return consolidated.ConsolidatedReader(path)
+    reader = consolidated.ConsolidatedReader(path)
+    if reader.foreign:
+        reader.close()
+        kinds = sorted(set(reader.foreign.values()))
+        raise CheckpointError(f"{path} has tensors of types {kinds}, which MindSpore does not have")
+    return reader
 
 
 def inspect(path: str | Path) -> str:
@@ -107,7 +112,7 @@ def consolidate(path: str | Path, out: str | Path, max_shard_size: int | str = "
     Raises:
         CheckpointError: damaged, or it cannot be written, or `out` is where it is read from.
     """
-    folder, largest = Path(out), consolidated.size_in_bytes(max_shard_size)
+    folder, largest = Path(out).expanduser(), consolidated.size_in_bytes(max_shard_size)
     with open_checkpoint(path) as reader:
         tensors = _tensors(reader) if everything else _model_only(_tensors(reader))
         source = reader.folder if isinstance(reader, ShardedReader) else reader.path
@@ -136,7 +141,7 @@ def reshard(path: str | Path, out: str | Path, ranks: int) -> Path:
     """
     if not 1 <= ranks <= MOST_RANKS:
         raise ValueError(f"ranks must be from 1 to {MOST_RANKS}, not {ranks}")
-    target = Path(out)
+    target = Path(out).expanduser()
     if target.exists():
         raise CheckpointError(f"{target} exists; choose another name")
     with open_checkpoint(path) as reader:
