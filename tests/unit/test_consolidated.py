@@ -18,7 +18,7 @@ from mindspore import nn
 from safetensors.numpy import load_file, save_file
 
 import bmtrain_ms as bms
-from bmtrain_ms.checkpoint import CheckpointError, LoadResult
+from bmtrain_ms.checkpoint import CheckpointError, LoadResult, tools
 from bmtrain_ms.checkpoint.consolidated import INDEX, SINGLE, ConsolidatedReader, file_names, size_in_bytes, split
 from bmtrain_ms.checkpoint.format import AtomicFile, RegularFile
 
@@ -477,8 +477,8 @@ def test_a_tensor_that_nobody_reads_may_be_of_any_type(tmp_path, kind, indexed):
     assert same(values(model), values(Net(1)))
     refused(tmp_path, "does not fit the model; 1 unexpected in the file: scale")
     for use in (
-        lambda: bms.checkpoint.tools.consolidate(tmp_path, tmp_path / "out"),
-        lambda: bms.checkpoint.tools.inspect(tmp_path),
+        lambda: tools.consolidate(tmp_path, tmp_path / "out"),
+        lambda: tools.inspect(tmp_path),
     ):
         with pytest.raises(CheckpointError, match=rf"has tensors of types \['{kind}'\], which MindSpore does not have"):
             use()  # it would be lost
@@ -555,7 +555,7 @@ def test_paths_may_begin_at_home(tmp_path, monkeypatch):
     bms.load(model, "~/x.safetensors")
     bms.save(Net(1), "~/folder", max_shard_size=124)
     assert same(values(model), values(Net(1))) and bms.load(model, Path("~/folder/") / INDEX)
-    assert "4 tensors" in bms.checkpoint.tools.inspect("~/folder")
+    assert "4 tensors" in tools.inspect("~/folder")
     manager = bms.optim.OptimManager()
     manager.add_optimizer(bms.optim.AdamOptimizer(model.trainable_params()))
     with_home = bms.checkpoint.Checkpointer("~/run", model, manager)

@@ -264,8 +264,8 @@ def load_entries(path: str | Path, entries: Mapping[str, Entry], here: World, st
             if wanted is not None:
                 kinds = sorted(set(reader.foreign.values()))
                 raise CheckpointError(
-                    f"{reader.path} has tensors of types {kinds}, which MindSpore does not have, such as {wanted}: convert the file, "
-                    "to BF16 say"
+                    f"{reader.path} has tensors of types {kinds}, which MindSpore does not have, such as {wanted}: convert the "
+                    "file, to BF16 say"
                 )
             unread: Described = dict.fromkeys(reader.foreign, ((), None))
             result = compare({**reader.described, **unread}, entries, strict, str(reader.path))
