@@ -49,8 +49,9 @@ def group_rates(optimizer: Any) -> list[GroupRate]:
         raise TypeError(f"this {type(optimizer).__name__} has a schedule of its own; give it a constant learning_rate")
     else:
         raise TypeError(f"{type(optimizer).__name__} has no param_groups: it is not an optimizer that a schedule can drive")
-    if not hasattr(optimizer, _OWN_RATES):
-        setattr(optimizer, _OWN_RATES, [None if default is None or np.float32(x) == np.float32(default) else x for x in rates])
+    known: list[Optional[float]] = getattr(optimizer, _OWN_RATES, [])[: len(rates)]
+    new = rates[len(known) :]  # groups that were added later have the rate that they were given, too
+    setattr(optimizer, _OWN_RATES, known + [None if default is None or np.float32(x) == np.float32(default) else x for x in new])
     return list(zip(getattr(optimizer, _OWN_RATES), setters))
 
 
@@ -83,7 +84,7 @@ class WarmupLRScheduler(ABC):
     _has_end = False
 
     def __init__(self, optimizer: Any, start_lr: float, warmup_iter: int, end_iter: int, num_iter: int = 0):
-        self._groups = group_rates(optimizer)
+        group_rates(optimizer)
         if warmup_iter < 0 or (self._has_end and end_iter < warmup_iter):
             raise ValueError(f"need 0 <= warmup_iter <= end_iter, not warmup_iter={warmup_iter}, end_iter={end_iter}")
         self.optimizer = optimizer
@@ -152,9 +153,15 @@ class WarmupLRScheduler(ABC):
             raise ValueError(f"this is not the state of a {kind}: no rate follows from {reprlib.repr(state)}: {error}") from error
         return state
 
+    def cover_new_groups(self) -> None:
+        """Give groups that were added to the optimizer the rate in force; does nothing where there are none."""
+        if len(getattr(self.optimizer, "param_groups", ())) > self._covered:
+            self._apply()
+
     def _apply(self) -> None:
         self._current_lr = self.get_lr()
-        for own, set_rate in self._groups:
+        self._covered = len(getattr(self.optimizer, "param_groups", ()))
+        for own, set_rate in group_rates(self.optimizer):
             set_rate(self._current_lr if own is None else own * self._share())
 
     def _share(self) -> float:

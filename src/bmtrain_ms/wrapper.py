@@ -20,6 +20,7 @@ from mindspore import Parameter, nn
 
 from .comm import world
 from .compat.cells import child_table, drop_rate, parameter_lists, parameter_table
+from .compat.habits import refuse_recompute
 from .compat.runtime import from_host, host_array, is_float
 from .nn.dropout import Dropout, ReplayingDropout
 from .zero import Block, DistributedModule, DistributedParameter, empty
@@ -117,6 +118,8 @@ def BMTrainModelWrapper(
         raise TypeError(f"BMTrainModelWrapper wraps a Cell, not a {type(model).__name__}")
     report = WrapReport()
     cells = _cells(model, stop_at=(Block,))
+    for path, cell in cells:
+        refuse_recompute(path, cell)
     chosen = None if layers is None else _matching(cells, layers)
     _shard_parameters(cells, buffers, report)
     gc.collect()  # the Parameters that were replaced: they are in reference cycles

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Iterator
 
 from .launch import LaunchError, launch
+from .text import check_text
 
 _LENGTH = 128
 _VOCAB = 2048
@@ -49,6 +50,7 @@ def demo(options: DemoOptions) -> int:
     """
     _check(options)
     if "BMTRAIN_MS_DEMO" not in os.environ:
+        check_text(options.text, options.batch, _LENGTH, _VOCAB)
         script = [str(Path(__file__).with_name("__main__.py")), *_arguments(options)]
         return launch(script, options.ranks, variables={"BMTRAIN_MS_DEMO": "rank"})
     return _run(options)
@@ -80,10 +82,11 @@ def _check(options: DemoOptions) -> None:
         raise LaunchError(f"--shard-size {options.shard_size} does not divide --ranks {options.ranks}")
     if options.trace is not None and not options.trace.resolve().parent.is_dir():
         raise LaunchError(f"--trace {options.trace}: there is no folder {options.trace.resolve().parent}")
-    if options.text is not None:
-        _check_text(options.text)
     if options.save_minutes is not None and not 0 < options.save_minutes < float("inf"):
         raise LaunchError(f"--save-minutes must be positive, not {options.save_minutes}")
+    base = next(folder for folder in (options.out.absolute(), *options.out.absolute().parents) if folder.exists())
+    if not (base.is_dir() and os.access(base, os.W_OK)):
+        raise LaunchError(f"--out {options.out}: {base} is not a folder that can be written to")
     saved = sorted((options.out / "checkpoints").glob("step-*"))
     if saved and not options.resume and "BMTRAIN_MS_DEMO" not in os.environ:  # later, ranks may have begun to save
         raise LaunchError(
@@ -105,15 +108,6 @@ def _named(options: DemoOptions) -> Path | None:
     if word.isascii() and word.isdigit():
         return folder / f"step-{int(word):08}"
     return folder / word if (folder / word).exists() else Path(word)
-
-
-def _check_text(path: Path) -> None:
-    if not path.is_file():
-        raise LaunchError(f"--text {path} does not exist")
-    try:
-        path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise LaunchError(f"--text {path} is not UTF-8: {error.reason} at byte {error.start}; convert it first") from error
 
 
 def _run(options: DemoOptions) -> int:

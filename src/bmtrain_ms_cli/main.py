@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 from typing import Sequence
 
+from .options import Parser, number, path, positive, seed, whole
+
 _EXIT_CODES = (
     "Exit code: 0 if every rank came to its end; 75 if they were told to stop, and saved; 128 + N if a rank was killed by signal "
     "N, or signal N ended the job without a save; 2 if the command line is wrong; otherwise that of the first rank that failed."
@@ -43,14 +45,14 @@ def _user_errors() -> tuple[type[BaseException], ...]:
     return (LaunchError, *([checkpoint.CheckpointError] if checkpoint is not None else []))
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="bmtrain-ms", description="Train large language models with ZeRO on MindSpore.")
+def _parser() -> Parser:
+    parser = Parser(prog="bmtrain-ms", description="Train large language models with ZeRO on MindSpore.")
     commands = parser.add_subparsers(dest="command", required=True)
 
     launch = commands.add_parser(
         "launch", help="start a script on N ranks", description="Start a script on N ranks.", epilog=_EXIT_CODES
     )
-    launch.add_argument("-n", "--ranks", type=_positive, required=True, help="how many processes")
+    launch.add_argument("-n", "--ranks", type=positive, required=True, help="how many processes")
     launch.add_argument(
         "--with",
         dest="launcher",
@@ -74,11 +76,11 @@ def _parser() -> argparse.ArgumentParser:
         description="Train a BPE tokenizer and a small Llama on the help texts that every Python ships, with ZeRO-3 on CPU "
         "ranks; evaluate, save, resume, plot the loss and generate text.",
     )
-    demo.add_argument("--ranks", type=_positive, default=2, help="processes; results do not depend on it (default 2)")
-    demo.add_argument("--steps", type=_positive, default=360, help="training steps in all, resumed ones included (default 360)")
-    demo.add_argument("--batch", type=_positive, default=8, help="windows per step over all ranks (default 8)")
-    demo.add_argument("--text", type=Path, default=None, help="train on this UTF-8 file instead")
-    demo.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder for results (default runs/demo)")
+    demo.add_argument("--ranks", type=positive, default=2, help="processes; results do not depend on it (default 2)")
+    demo.add_argument("--steps", type=positive, default=360, help="training steps in all, resumed ones included (default 360)")
+    demo.add_argument("--batch", type=positive, default=8, help="windows per step over all ranks (default 8)")
+    demo.add_argument("--text", type=path, default=None, help="train on this UTF-8 file instead")
+    demo.add_argument("--out", type=path, default=Path("runs/demo"), help="folder for results (default runs/demo)")
     demo.add_argument(
         "--resume",
         nargs="?",
@@ -88,18 +90,18 @@ def _parser() -> argparse.ArgumentParser:
         help="go on from the latest checkpoint in --out, or from this one: a step, or a folder",
     )
     demo.add_argument("--fp16", action="store_true", help="float16 parameters with float32 masters; needs --loss-scale")
-    demo.add_argument("--loss-scale", type=float, default=None, help="switch dynamic loss scaling on, from this scale")
-    demo.add_argument("--zero", type=int, choices=(2, 3), default=3, help="ZeRO level (default 3)")
-    demo.add_argument("--prefetch", type=int, default=1, help="blocks gathered ahead; 0 turns overlap off (default 1)")
+    demo.add_argument("--loss-scale", type=number, default=None, help="switch dynamic loss scaling on, from this scale")
+    demo.add_argument("--zero", type=whole, choices=(2, 3), default=3, help="ZeRO level (default 3)")
+    demo.add_argument("--prefetch", type=whole, default=1, help="blocks gathered ahead; 0 turns overlap off (default 1)")
     demo.add_argument(
         "--gather-dtype", choices=("float16", "bfloat16", "int8"), default=None, help="gather parameters in fewer bits"
     )
-    demo.add_argument("--shard-size", type=_positive, default=None, help="shard over so many ranks, replicate across the others")
-    demo.add_argument("--trace", type=Path, default=None, help="write what happens when to this file (chrome://tracing, Perfetto)")
-    demo.add_argument("--seed", type=int, default=0, help="of initialisation, data order and sampling (default 0)")
-    demo.add_argument("--save-interval", type=_positive, default=None, help="save every so many steps, in the background")
-    demo.add_argument("--save-minutes", type=float, default=None, help="save every so many minutes, in the background")
-    demo.add_argument("--keep-last", type=_positive, default=3, help="checkpoints to keep (default 3)")
+    demo.add_argument("--shard-size", type=positive, default=None, help="shard over so many ranks, replicate across the others")
+    demo.add_argument("--trace", type=path, default=None, help="write what happens when to this file (chrome://tracing, Perfetto)")
+    demo.add_argument("--seed", type=seed, default=0, help="of initialisation, data order and sampling (default 0)")
+    demo.add_argument("--save-interval", type=positive, default=None, help="save every so many steps, in the background")
+    demo.add_argument("--save-minutes", type=number, default=None, help="save every so many minutes, in the background")
+    demo.add_argument("--keep-last", type=positive, default=3, help="checkpoints to keep (default 3)")
     demo.add_argument("--no-shared-storage", action="store_true", help="every host keeps what its ranks wrote")
     _add_ckpt(commands.add_parser("ckpt", help="look at checkpoints, check and rewrite them"))
     return parser
@@ -110,24 +112,17 @@ def _add_ckpt(parser: argparse.ArgumentParser) -> None:
 
     def action(name: str, text: str) -> argparse.ArgumentParser:
         made = actions.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
-        made.add_argument("path", type=Path, help="a checkpoint, a folder of checkpoints (the latest), or safetensors files")
+        made.add_argument("path", type=path, help="a checkpoint, a folder of checkpoints (the latest), or safetensors files")
         return made
 
     action("inspect", "say what is in a checkpoint")
     action("verify", "read all of a checkpoint and check every hash")
     consolidate = action("consolidate", "write the model's tensors whole, as Hugging Face's libraries read them")
-    consolidate.add_argument("out", type=Path, help="folder")
+    consolidate.add_argument("out", type=path, help="folder")
     consolidate.add_argument("--max-shard-size", default="5GB", help="largest file, e.g. 200MiB (default 5GB)")
     consolidate.add_argument("--everything", action="store_true", help="optimizer states too")
     reshard = action("reshard", "write a checkpoint as another number of ranks would have")
-    reshard.add_argument("out", type=Path, help="the new checkpoint")
-    reshard.add_argument("--ranks", type=_positive, required=True, help="how many")
+    reshard.add_argument("out", type=path, help="the new checkpoint")
+    reshard.add_argument("--ranks", type=positive, required=True, help="how many")
     diff = action("diff", "say how two checkpoints differ; ends with 1 if they do")
-    diff.add_argument("other", type=Path, help="the other one")
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, not {value}")
-    return value
+    diff.add_argument("other", type=path, help="the other one")

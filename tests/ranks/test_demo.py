@@ -94,7 +94,7 @@ def test_text_that_is_not_utf8_is_told(capsys, monkeypatch, tmp_path):
     monkeypatch.delenv("BMTRAIN_MS_DEMO", raising=False)
     (tmp_path / "latin.txt").write_bytes("naïve".encode("latin-1"))
     assert main(["demo", "--text", str(tmp_path / "latin.txt")]) == 2
-    assert "latin.txt is not UTF-8: invalid continuation byte at byte 2; convert it first" in capsys.readouterr().err
+    assert "latin.txt is not UTF-8 text: byte 2 is 0xef; convert it first" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

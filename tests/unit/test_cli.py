@@ -32,8 +32,9 @@ def exit_code(*words: Any) -> int:
 
 
 @pytest.fixture
-def parent(monkeypatch):
-    """This process is not a rank of the demo."""
+def parent(monkeypatch, tmp_path):
+    """This process is not a rank of the demo, and in a folder that has no run."""
+    monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("BMTRAIN_MS_DEMO", raising=False)
 
 
@@ -74,7 +75,7 @@ ALL_OPTIONS = {
     "gather_dtype": "int8",
     "shard_size": 1,
     "trace": Path("trace.json"),
-    "seed": -4,
+    "seed": 4,
 }
 
 
@@ -84,7 +85,7 @@ def test_the_ranks_get_the_options_of_the_user(parent, started, monkeypatch, tmp
     monkeypatch.chdir(tmp_path)
     Path("some where").mkdir()
     Path("some where/checkpoints").mkdir()
-    Path("text.txt").touch()
+    Path("text.txt").write_text("Some words. " * 5000)
     words: list[Any] = ["demo", "--text", "text.txt"]
     for name, value in options.items():
         if value is not False:
@@ -107,17 +108,38 @@ def test_the_ranks_get_the_options_of_the_user(parent, started, monkeypatch, tmp
         (["train"], "invalid choice: 'train'"),
         (["demo", "--ranks", "0"], "argument --ranks: must be at least 1, not 0"),
         (["demo", "--batch", "-8"], "argument --batch: must be at least 1, not -8"),
-        (["demo", "--steps", "many"], "argument --steps: invalid _positive value: 'many'"),
+        (["demo", "--steps", "many"], "argument --steps: must be a whole number, not 'many'"),
+        (["demo", "--steps", "2.5"], "argument --steps: must be a whole number, not '2.5'"),
+        (["demo", "--steps", ""], "argument --steps: must be a whole number, not ''"),
         (["demo", "--zero", "1"], "argument --zero: invalid choice: 1"),
+        (["demo", "--zero", "x"], "argument --zero: must be a whole number, not 'x'"),
+        (["demo", "--loss-scale", "big"], "argument --loss-scale: must be a number, not 'big'"),
+        (["demo", "--save-minutes", "1m"], "argument --save-minutes: must be a number, not '1m'"),
+        (["demo", "--seed", "-1"], "argument --seed: must be between 0 and 4294967295, not -1"),
+        (["demo", "--text", ""], "argument --text: must be a path, not ''"),
+        (["demo", "--step", "5"], "unrecognized arguments: --step 5; --step: did you mean --steps?"),
+        (["demo", "--res"], "unrecognized arguments: --res; --res: did you mean --resume?"),
+        (["demo", "--save", "5"], "--save: did you mean --save-interval or --save-minutes?"),
+        (["demo", "--prefech=2"], "unrecognized arguments: --prefech=2; --prefech: did you mean --prefetch?"),
+        (["demo", "--frobnicate"], "bmtrain-ms demo: unrecognized arguments: --frobnicate (see bmtrain-ms demo --help)"),
+        (["launch", "--rank", "2", "script.py"], "--rank: did you mean --ranks?"),
+        (["ckpt", "consolidate", "a", "b", "--every"], "--every: did you mean --everything?"),
+        (["ckpt", "reshard", "a", "b", "--rank=2"], "--rank: did you mean --ranks?"),
         (["launch", "script.py"], "the following arguments are required: -n/--ranks"),
         (["launch", "-n", "2"], "the following arguments are required: script"),
         (["launch", "-n", "2", "--with", "ssh", "script.py"], "argument --with: invalid choice: 'ssh'"),
     ],
     ids=lambda x: " ".join(x) if isinstance(x, list) else "",
 )
-def test_what_argparse_refuses(words, text, capsys):
+def test_what_argparse_refuses(parent, started, words, text, capsys):
     assert exit_code(*words) == 2
-    assert text in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert text in error and error.count("\n") == 1 and error.startswith("bmtrain-ms") and not started
+
+
+def test_options_of_the_script_are_its_own(spawned, script):
+    assert exit_code("launch", "-n", 1, script, "--step", "5", "--rank") == 5
+    assert spawned[0][0][-3:] == ["--step", "5", "--rank"]
 
 
 @pytest.mark.parametrize(
@@ -130,7 +152,9 @@ def test_what_argparse_refuses(words, text, capsys):
         (["--loss-scale", "nan"], "--loss-scale must be positive and finite, not nan"),
         (["--prefetch", "-1"], "--prefetch must be 0 or more, not -1"),
         (["--text", "missing.txt"], "--text missing.txt does not exist"),
-        (["--text", "."], "--text . does not exist"),
+        (["--text", "."], "--text . is a folder; give one UTF-8 file (cat joins several)"),
+        (["--text", "/dev/null/x"], "--text /dev/null/x cannot be read: Not a directory"),
+        (["--out", "/dev/null/x"], "--out /dev/null/x: /dev/null is not a folder that can be written to"),
         (["--save-minutes", "-1"], "--save-minutes must be positive, not -1.0"),
         (["--save-minutes", "nan"], "--save-minutes must be positive, not nan"),
         (["--resume", "--out", "empty"], "--resume: there is no folder checkpoints in empty; run without --resume first"),
@@ -143,6 +167,54 @@ def test_what_demo_refuses(parent, started, words, text, capsys, tmp_path, monke
     assert exit_code("demo", *words) == 2
     assert capsys.readouterr().err == f"bmtrain-ms: {text}\n"
     assert not started and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "content, text",
+    [
+        (b"", "text.txt contains no text"),
+        (b"\xef\xbb\xbf\n", "text.txt contains no text"),
+        ("abc".encode("utf-16"), "text.txt is UTF-16, by its byte-order mark; convert it first: iconv -f UTF-16 -t UTF-8"),
+        (b"abc\xff", "text.txt is not UTF-8 text: byte 3 is 0xff; convert it first"),
+        (b"abc\0", "text.txt is not text: byte 3 is 0; it is a binary file, or UTF-16 (then convert it first)"),
+    ],
+    ids=["empty", "mark", "UTF-16", "Latin-1", "binary"],
+)
+def test_a_text_that_is_none_starts_no_rank(parent, started, content, text, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("text.txt").write_bytes(content)
+    assert exit_code("demo", "--text", "text.txt") == 2 and not started
+    assert capsys.readouterr().err == f"bmtrain-ms: --text {text}\n"
+
+
+@pytest.mark.parametrize("text", ["Some words. " * 40, "ab " * 700, "天地" * 800], ids=["words", "short words", "Chinese"])
+def test_a_text_that_is_too_short_says_how_long_it_must_be(parent, started, text, capsys, tmp_path):
+    """And so long a one will do."""
+    path = tmp_path / "text.txt"
+    path.write_text(text)
+    assert exit_code("demo", "--text", path) == 2 and not started
+    error = capsys.readouterr().err
+    assert error.startswith(f"bmtrain-ms: --text {path} is too short: {len(text):,} characters make ") and error.count("\n") == 1
+    assert "--batch 8 needs 1,025 and 129; give " in error
+    wanted = int(error.split("; give ")[1].split(" characters or more, or a smaller --batch")[0].replace(",", ""))
+    path.write_text((text * 1000)[:wanted])
+    assert exit_code("demo", "--text", path) == 7
+
+
+def test_a_batch_that_the_help_texts_cannot_fill(parent, started, capsys):
+    assert exit_code("demo", "--batch", 4096) == 2 and not started
+    error = capsys.readouterr().err
+    assert error.startswith("bmtrain-ms: the help texts of Python are too short: ") and "batch 4096 needs 524,289 and 129" in error
+
+
+def test_paths_may_begin_at_home(parent, started, tmp_path, monkeypatch):
+    """A shell leaves the `~` of `--out=~/x` as it is."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "text.txt").write_text("Some words. " * 5000)
+    assert exit_code("demo", "--text=~/text.txt", "--out=~/run", "--trace=~/trace.json") == 7
+    words = started[0][0]
+    for option, name in (("--text", "text.txt"), ("--out", "run"), ("--trace", "trace.json")):
+        assert words[words.index(option) + 1] == str(tmp_path / name)
 
 
 def test_demo_does_not_write_over_a_run(parent, started, capsys, tmp_path):

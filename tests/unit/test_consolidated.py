@@ -18,7 +18,7 @@ from mindspore import nn
 from safetensors.numpy import load_file, save_file
 
 import bmtrain_ms as bms
-from bmtrain_ms.checkpoint import CheckpointError, LoadResult
+from bmtrain_ms.checkpoint import CheckpointError, LoadResult, tools
 from bmtrain_ms.checkpoint.consolidated import INDEX, SINGLE, ConsolidatedReader, file_names, size_in_bytes, split
 from bmtrain_ms.checkpoint.format import AtomicFile, RegularFile
 
@@ -59,13 +59,41 @@ def refused(path: Path, text: str) -> None:
 
 @pytest.mark.parametrize(
     ("text", "size"),
-    [(1, 1), ("17", 17), ("5GB", 5 * 10**9), ("5 gb", 5 * 10**9), ("200MiB", 200 << 20), (" 3KB ", 3000), ("2GiB", 2 << 30)],
+    [
+        *((1, 1), ("17", 17), (1e9, 10**9), ("2.0", 2), ("7B", 7)),
+        *(("5GB", 5 * 10**9), ("5 gb", 5 * 10**9), ("200MiB", 200 << 20), (" 3KB ", 3000), ("2GiB", 2 << 30)),
+        *(("1.5GB", 1_500_000_000), ("512 MB", 512 * 10**6), ("0.5KiB", 512), ("0.0015 KB", 1)),
+    ],
 )
 def test_sizes(text, size):
     assert size_in_bytes(text) == size
 
 
-@pytest.mark.parametrize("text", [0, -1, 1.5, "", "0GB", "-1GB", "GB", "1.5GB", "5 G B", "5TB", "5XB", None, "٣²"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        0,
+        -1,
+        1.5,
+        "",
+        "0GB",
+        "-1GB",
+        "GB",
+        "1.5",
+        "0.0001KB",
+        "1.5B",
+        "1.GB",
+        "1e3",
+        "1,5GB",
+        "inf",
+        True,
+        "5 G B",
+        "5TB",
+        "5XB",
+        None,
+        "٣²",
+    ],
+)
 def test_what_is_no_size(text):
     with pytest.raises(ValueError, match="max_shard_size must be a number of bytes, or like 5GB or 200MiB, not "):
         size_in_bytes(text)
@@ -391,3 +419,153 @@ def test_a_defect_while_saving_is_told_as_an_error_of_the_checkpoint(single_worl
     with pytest.raises(CheckpointError, match=r"model\.safetensors cannot be written: a defect"):
         bms.save(layer, tmp_path / "model.safetensors")
     assert list(tmp_path.iterdir()) == []
+
+
+# What people have instead of a safetensors file #
+
+KINDS = {
+    "LFS pointer": (
+        b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n",
+        "is a Git LFS pointer.*git lfs pull",
+    ),
+    "web page": (b"<!DOCTYPE html><html>404</html>" * 30, "is a web page.*get it again"),
+    "web page, indented": (b"\n  <html><head></head></html>", "is a web page"),
+    "web page, marked": (b"\xef\xbb\xbf<?xml version='1.0'?><Error>AccessDenied</Error>", "is a web page"),
+    "torch.save": (b"PK\x03\x04" + bytes(200), "looks like a file of torch.save, which may run anything"),
+    **{f"pickle {i}": (b"\x80" + bytes([i]) + b"\xff" * 50, "looks like a file of torch.save") for i in (2, 3, 4, 5)},
+    "GGUF": (b"GGUF\x03\x00\x00\x00" + b"\x01" * 50, "is a GGUF file"),
+    "HDF5": (b"\x89HDF\r\n\x1a\n" + bytes(50), "is an HDF5 file"),
+    "NumPy": (b"\x93NUMPY\x01\x00" + bytes(50), "is a NumPy array"),
+    "gzip": (b"\x1f\x8b\x08\x00\x00\x00\x00\x01" + bytes(50), "is compressed by gzip"),
+    "config": (b'{"hidden_size": 64, "architectures": []}', "is JSON, not safetensors"),
+    "short": (b"404", "is 3 bytes long"),
+    "noise": (b"\xff" * 50, "is truncated, or not a safetensors file"),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_file_of_another_kind_is_called_by_its_name(tmp_path, kind):
+    content, text = KINDS[kind]
+    (tmp_path / "x.safetensors").write_bytes(content)
+    refused(tmp_path / "x.safetensors", rf"^{tmp_path}/x.safetensors {text}[^\n]*$")
+    if content.startswith(b"version"):  # where the folder was cloned
+        (tmp_path / "x.safetensors").rename(tmp_path / SINGLE)
+        refused(tmp_path, "is a Git LFS pointer")
+
+
+def with_foreign(path: Path, kind: str, named: str) -> None:
+    """A file for `Net`, with 5 bytes of another type: beside its tensors, or in place of one."""
+    tensors = values(Net(1))
+    tensors.pop(named, None)
+    header, data = {}, b""
+    for name, array in tensors.items():
+        header[name] = {"dtype": "F32", "shape": list(array.shape), "data_offsets": [len(data), len(data) + array.nbytes]}
+        data += array.tobytes()
+    header[named] = {"dtype": kind, "shape": [5], "data_offsets": [len(data), len(data) + 5]}
+    text = json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + data + b"12345")
+
+
+@pytest.mark.parametrize("kind", ["F8_E4M3", "F8_E5M2", "F8_E8M0", "F4", "NEW"])
+@pytest.mark.parametrize("indexed", [False, True])
+def test_a_tensor_that_nobody_reads_may_be_of_any_type(tmp_path, kind, indexed):
+    with_foreign(tmp_path / SINGLE, kind, "scale")
+    if indexed:
+        (tmp_path / INDEX).write_text(json.dumps({"weight_map": dict.fromkeys([*SHAPES, "scale"], SINGLE)}))
+    model = Net(9)
+    assert bms.load(model, tmp_path, strict=False) == LoadResult([], ["scale"])
+    assert same(values(model), values(Net(1)))
+    refused(tmp_path, "does not fit the model; 1 unexpected in the file: scale")
+    for use in (
+        lambda: tools.consolidate(tmp_path, tmp_path / "out"),
+        lambda: tools.inspect(tmp_path),
+    ):
+        with pytest.raises(CheckpointError, match=rf"has tensors of types \['{kind}'\], which MindSpore does not have"):
+            use()  # it would be lost
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_a_tensor_that_is_read_must_be_of_a_type_that_mindspore_has(tmp_path, strict):
+    with_foreign(tmp_path / SINGLE, "F8_E4M3", "prime")
+    model = Net(9)
+    with pytest.raises(
+        CheckpointError, match=r"types \['F8_E4M3'\], which MindSpore does not have, such as prime: convert the file"
+    ):
+        bms.load(model, tmp_path, strict)
+    assert same(values(model), values(Net(9)))
+
+
+@pytest.mark.parametrize("places", [[3, -1], [-1, 3], ["a", 5], [416, 10**30], None, [1, 2]])
+def test_a_tensor_of_another_type_is_somewhere_in_the_file(tmp_path, places):
+    with_foreign(tmp_path / SINGLE, "F4", "scale")
+    raw = (tmp_path / SINGLE).read_bytes()
+    length = struct.unpack("<Q", raw[:8])[0]
+    header = json.loads(raw[8 : 8 + length])
+    header["scale"]["data_offsets"] = places
+    text = json.dumps(header).encode()
+    (tmp_path / SINGLE).write_bytes(struct.pack("<Q", len(text)) + text + raw[8 + length :])
+    with pytest.raises(CheckpointError, match="is damaged"):
+        bms.load(Net(9), tmp_path, strict=False)
+
+
+FOLDERS = {
+    "parts without an index": (
+        ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"],
+        r"but 2 parts such as \S+: the index",
+    ),
+    "one part": (["model-00001-of-00002.safetensors"], "but 1 parts such as .*: the index is missing, get it too"),
+    "a variant": (["model.fp16.safetensors"], r"but model.fp16.safetensors: name the file, as \S+/model.fp16.safetensors"),
+    "variants": (["a.safetensors", "model.fp16.safetensors", "b.safetensors"], "but a.safetensors and 2 others: name the file, as"),
+    "a variant's index": (["model.fp16.safetensors.index.json"], r"name the file, as \S+/model.fp16.safetensors.index.json"),
+    "torch": (
+        ["config.json", "pytorch_model.bin"],
+        "but pytorch_model.bin, which is not safetensors: get the model as safetensors",
+    ),
+    "mindspore": (["x.ckpt", "y.ckpt"], "but x.ckpt and 1 others, which is not safetensors"),
+    "checkpoints": (
+        ["step-00000004", "step-00000008"],
+        "but checkpoints such as step-00000008: bms.checkpoint.Checkpointer reads them",
+    ),
+    "config only": (["config.json", ".gitattributes"], "; it has config.json$"),
+    "nothing": ([], "; it is empty$"),
+}
+
+
+@pytest.mark.parametrize("kind", FOLDERS)
+def test_a_folder_that_is_no_model_s_says_what_is_there(tmp_path, kind):
+    names, text = FOLDERS[kind]
+    for name in names:
+        (tmp_path / name).touch()
+    refused(tmp_path, rf"^{tmp_path} has neither {SINGLE} nor {INDEX}.*{text}")
+
+
+def test_the_file_that_the_message_names_is_read(tmp_path):
+    bms.save(Net(1), tmp_path / "model.fp16.safetensors")
+    with pytest.raises(CheckpointError) as error:
+        bms.load(Net(9), tmp_path)
+    model = Net(9)
+    bms.load(model, str(error.value).split("name the file, as ")[1])
+    assert same(values(model), values(Net(1)))
+
+
+def test_paths_may_begin_at_home(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    model = Net(9)
+    bms.save(Net(1), "~/x.safetensors")
+    bms.load(model, "~/x.safetensors")
+    bms.save(Net(1), "~/folder", max_shard_size=124)
+    assert same(values(model), values(Net(1))) and bms.load(model, Path("~/folder/") / INDEX)
+    assert "4 tensors" in tools.inspect("~/folder")
+    manager = bms.optim.OptimManager()
+    manager.add_optimizer(bms.optim.AdamOptimizer(model.trainable_params()))
+    with_home = bms.checkpoint.Checkpointer("~/run", model, manager)
+    with_home.save(1, {})
+    assert with_home.load("~/run/step-00000001")
+    with_home.close()
+    bms.checkpoint.save_training("~/state.safetensors", model, manager, {"a": 1})
+    assert bms.checkpoint.load_training("~/state.safetensors", model, manager) == {"a": 1}
+    assert bms.train.TrainSettings(steps=1, log=Path("~/log.jsonl")).log == tmp_path / "log.jsonl"
+    config = bms.model_center.model.LlamaConfig(vocab_size=8, dim_model=8, num_heads=2, dim_ff=8, num_layers=1)
+    config.to_json_file("~/config.json")
+    assert bms.model_center.model.LlamaConfig.from_json_file("~/config.json") == config
+    assert {path.name for path in tmp_path.iterdir()} == {"x.safetensors", "folder", "run", "state.safetensors", "config.json"}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 from mindspore import Tensor
@@ -185,3 +187,61 @@ def test_ranks_generate_what_one_process_does(run_ranks, model):
     results = run_ranks(2, generate_everywhere)
     assert [r[0] for r in results] == [alone, alone]
     assert [r[1] for r in results] == [generate(model, [[1, 2, 3]], 8, eos_id=5), generate(model, [[7]], 8, eos_id=5)]
+
+
+@pytest.mark.parametrize(
+    "prompts, kind, text",
+    [
+        ([[1, 37]], ValueError, "prompt 0 has the token 37, and the model ids from 0 to 36: was it made by another tokenizer?"),
+        ([[1], [2, -1]], ValueError, "prompt 1 has the token -1, and the model ids from 0 to 36"),
+        ([[1 << 40]], ValueError, "prompt 0 has the token 1099511627776"),
+        ([np.array([5, 300], np.uint16)], ValueError, "prompt 0 has the token 300"),
+        ([[1.5]], TypeError, r"prompts are whole numbers, ids of a tokenizer: prompt 0 has \[1.5\]"),
+        ([[True]], TypeError, "prompts are whole numbers"),
+        (["a b"], TypeError, "prompts are lists of token ids, one list each: prompt 0 is 'a b'"),
+        ([["a"]], TypeError, "prompts are whole numbers"),
+        ([1, 2], TypeError, "prompts are lists of token ids, one list each: prompt 0 is 1"),
+        ("a b", TypeError, "prompts are lists of token ids"),
+        ([[[1]]], TypeError, "prompts are lists of token ids"),
+        ([[1], []], ValueError, "every prompt needs at least one token"),
+        ([], ValueError, "every prompt needs at least one token"),
+    ],
+)
+def test_prompts_that_cannot_be(model, prompts, kind, text):
+    with pytest.raises(kind, match=text) as error:
+        generate(model, prompts, 2)
+    assert "\n" not in str(error.value) and len(str(error.value)) < 250
+
+
+def test_prompts_may_be_arrays_and_tensors(model):
+    expected = generate(model, [[3, 1, 4]], 4)
+    array = np.array([[3, 1, 4]])
+    for prompts in (array, [array[0]], array.astype(np.uint8), [(3, 1, 4)], [Tensor(array[0])]):
+        any_of_them: Any = prompts
+        assert generate(model, any_of_them, 4) == expected
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_a_model_that_computes_nan_writes_nothing(model, value, temperature):
+    model.set_train(True)
+    weight = next(p for p in model.trainable_params() if "norm" in p.name or "ln" in p.name)
+    weight.copy_full(np.full(weight.full_shape, value, np.float32))
+    with pytest.raises(FloatingPointError, match="the logits for new token 0 are not finite"):
+        generate(model, [[1, 2]], 3, temperature=temperature)
+    assert model.training
+
+
+def test_tokens_may_be_ruled_out_by_minus_infinity(single_world):
+    class Mask:
+        training = False
+
+        def set_train(self, mode):
+            pass
+
+        def __call__(self, ids, padding, past, use_cache):
+            logits = np.full((*ids.shape, 4), -np.inf, np.float32)
+            logits[..., 2] = 0.0
+            return Tensor(logits), None
+
+    assert generate(Mask(), [[1]], 2) == [[2, 2]]

@@ -104,7 +104,7 @@ class Checkpointer:
         if on_busy not in ("wait", "refuse"):
             raise ValueError(f"on_busy must be wait or refuse, not {on_busy!r}")
         check_complete(model, manager)
-        self.folder, self._model, self._manager = Path(folder), model, manager
+        self.folder, self._model, self._manager = Path(folder).expanduser(), model, manager
         self._keep_last, self._keep_every, self._on_busy = keep_last, keep_every, on_busy
         self._world: World = world()
         self._shared = shared_storage
@@ -249,7 +249,7 @@ class Checkpointer:
         check_complete(self._model, self._manager)
         checked_keep(keep)
         self.finish()
-        source = self.folder if path is None else Path(path)
+        source = self.folder if path is None else Path(path).expanduser()
         attempts = 0
         while True:
             attempts += 1

@@ -14,6 +14,7 @@ import math
 import os
 import re
 import shutil
+from fractions import Fraction
 from pathlib import Path
 from typing import Any, Mapping, Sequence
 
@@ -28,22 +29,24 @@ from .locking import let_go, lock_temporary, sweep_temporaries
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 _LARGEST_INDEX = 1 << 28  # bytes
-_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
+_UNITS = {"": 1, "B": 1, **{f"{x}B": 10 ** (3 * i + 3) for i, x in enumerate("KMG")}}
+_UNITS.update({f"{x}IB": 1 << (10 * i + 10) for i, x in enumerate("KMG")})
 _ONE_OF_SEVERAL = re.compile(r"model-\d{5}-of-\d{5}\.safetensors", re.ASCII)
 _PLAIN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*\.safetensors")
 
 
 def size_in_bytes(size: int | str) -> int:
-    """`5GB`, `200MiB` or a number of bytes.
+    """`5GB`, `1.5 GB`, `200MiB` or a number of bytes.
 
     Raises:
         ValueError: it is none of these, or not positive.
     """
-    match = re.fullmatch(r"(\d+)\s*([A-Za-z]*)", str(size).strip())
+    match = re.fullmatch(r"(\d{1,30}(?:\.\d{1,30})?)\s*([A-Za-z]*)", str(size).strip(), re.ASCII)
     unit = _UNITS.get(match[2].upper()) if match else None
-    if match is None or unit is None or int(match[1]) < 1:
+    count = Fraction(match[1]) * unit if match and unit else Fraction(0)
+    if count < 1 or (unit == 1 and count.denominator != 1):  # half a byte
         raise ValueError(f"max_shard_size must be a number of bytes, or like 5GB or 200MiB, not {size!r}")
-    return int(match[1]) * unit
+    return int(count)
 
 
 def split(sizes: Mapping[str, int], largest: int) -> list[list[str]]:
@@ -114,22 +117,28 @@ class Replacement:
 class ConsolidatedReader:
     """A safetensors file, a folder with one or several, or their index; read by ranges of elements.
 
+    Attributes:
+        foreign: name -> type of tensors that cannot be read, of types that MindSpore does not have.
+
     Raises:
         CheckpointError: missing, damaged, or the index names files that cannot be.
     """
 
     def __init__(self, path: str | Path):
-        self.path = Path(path)
+        self.path = Path(path).expanduser()
         self._readers: list[Reader] = []
         self._of: dict[str, Reader] = {}
+        self.foreign: dict[str, str] = {}
         try:
             for file, names in self._files():
                 reader = Reader(file)
                 self._readers.append(reader)
-                missing = [name for name in names or () if name not in reader.tensors]
+                missing = [name for name in names or () if name not in reader.tensors and name not in reader.foreign]
                 if missing:
                     raise CheckpointError(f"{file} has no tensor {missing[0]}, which its index says it has")
-                self._of.update(dict.fromkeys(reader.tensors if names is None else names, reader))
+                chosen = names if names is not None else [*reader.tensors, *reader.foreign]
+                self._of.update({name: reader for name in chosen if name in reader.tensors})
+                self.foreign.update({name: reader.foreign[name] for name in chosen if name in reader.foreign})
         except BaseException:
             self.close()
             raise
@@ -172,8 +181,33 @@ class ConsolidatedReader:
         if self.path.is_dir() and (self.path / SINGLE).exists():
             return [(self.path / SINGLE, None)]
         if self.path.is_dir():
-            raise CheckpointError(f"{self.path} has neither {SINGLE} nor {INDEX}")
+            raise CheckpointError(f"{self.path} has neither {SINGLE} nor {INDEX}{_what_is_there(self.path)}")
         return _weight_map(self.path) if self.path.name.endswith(".index.json") else [(self.path, None)]
+
+
+def _what_is_there(folder: Path) -> str:
+    """In a folder that is not a model's, and what to do."""
+    names = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
+    parts = [name for name in names if _ONE_OF_SEVERAL.fullmatch(name)]
+    files = [name for name in names if name.endswith((".safetensors", ".safetensors.index.json"))]
+    other = [name for name in names if name.endswith((".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx"))]
+    steps = [name for name in names if re.fullmatch(r"step-\d+", name)]
+    if parts:
+        return f", but {len(parts)} parts such as {parts[0]}: the index is missing, get it too (it says what belongs together)"
+    if files:
+        chosen = next((name for name in files if name.endswith(".json")), files[0])
+        return f", but {_first_of(files)}: name the file, as {folder / chosen}"
+    if other:
+        return (
+            f", but {_first_of(other)}, which is not safetensors: get the model as safetensors, or convert it where its library is"
+        )
+    if steps:
+        return f", but checkpoints such as {steps[-1]}: bms.checkpoint.Checkpointer reads them, and bmtrain-ms ckpt consolidate"
+    return f"; it has {_first_of(names)}" if names else "; it is empty"
+
+
+def _first_of(names: Sequence[str]) -> str:
+    return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} others"
 
 
 def _weight_map(path: Path) -> list[tuple[Path, list[str] | None]]:

@@ -174,8 +174,36 @@ class RegularFile:
         self.close()
 
 
-def read_header(file: RegularFile) -> tuple[dict[str, TensorInfo], dict[str, str]]:
+_NEW_COPY = "get it again"
+_CONVERT = (
+    "which may run anything when it is read. Convert it where torch is, once: safetensors.torch.save_file(torch.load(file, "
+    "weights_only=True), file + '.safetensors')"
+)
+# How files begin that are given the wrong name, or were not downloaded: what they are, and what to do.
+_OTHER_KINDS = {
+    b"version https://git-lfs": "is a Git LFS pointer, not the file itself, which was not downloaded: git lfs pull",
+    b"<": f"is a web page, maybe of an error or a login, not a model: {_NEW_COPY}",
+    b"PK": f"looks like a file of torch.save, {_CONVERT}",
+    **dict.fromkeys((b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"), f"looks like a file of torch.save, {_CONVERT}"),
+    b"GGUF": "is a GGUF file, of llama.cpp, not safetensors: get the model as safetensors",
+    b"\x89HDF": "is an HDF5 file, not safetensors: get the model as safetensors",
+    b"\x93NUMPY": "is a NumPy array, not safetensors: bms.checkpoint.load_state_dict takes arrays by name",
+    b"\x1f\x8b": "is compressed by gzip: gunzip it",
+    b"{": "is JSON, not safetensors: give the folder, or the file of the weights",
+}
+
+
+def _other_kind(file: RegularFile) -> str | None:
+    """What a file is that cannot be safetensors, and what to do; None: who knows."""
+    start = file.read(0, min(file.size, 64)).lstrip(b" \t\r\n\xef\xbb\xbf")
+    return next((what for begins, what in _OTHER_KINDS.items() if start.startswith(begins)), None)
+
+
+def read_header(file: RegularFile, foreign: dict[str, str] | None = None) -> tuple[dict[str, TensorInfo], dict[str, str]]:
     """The tensors of a safetensors file, and the strings beside them, from its header, of which nothing is believed.
+
+    Args:
+        foreign: takes the names and types of tensors of types that MindSpore does not have. Default: they are an error.
 
     Raises:
         CheckpointError: it is no safetensors file, or truncated, or tensors overlap or leave the file.
@@ -186,12 +214,8 @@ def read_header(file: RegularFile) -> tuple[dict[str, TensorInfo], dict[str, str
     start = file.read(0, 8)
     length = struct.unpack("<Q", start)[0]
     if length > min(size - 8, _LONGEST_HEADER):
-        if start[:2] in (b"PK", b"\x80\x02"):  # a zip archive, or a pickle
-            raise CheckpointError(
-                f"{path} looks like a file of torch.save, which may run anything when it is read. Convert it where torch is, once: "
-                "safetensors.torch.save_file(torch.load(file, weights_only=True), file + '.safetensors')"
-            )
-        raise CheckpointError(f"{path} is truncated, or not a safetensors file: its header would be {length} bytes long")
+        what = _other_kind(file) or f"is truncated, or not a safetensors file: its header would be {length} bytes long"
+        raise CheckpointError(f"{path} {what}")
     try:
         entries = parsed_json(file.read(8, length))
         if not isinstance(entries, dict):
@@ -199,12 +223,16 @@ def read_header(file: RegularFile) -> tuple[dict[str, TensorInfo], dict[str, str
         metadata = entries.pop("__metadata__", {})
         if not (isinstance(metadata, dict) and all(isinstance(x, str) for x in metadata.values())):
             raise ValueError("the metadata are not strings")
-        unknown = {str(entry["dtype"]) for entry in entries.values()} - set(DTYPES)
-        if unknown:
-            raise CheckpointError(f"{path} has tensors of types {sorted(unknown)}, which MindSpore does not have")
+        unknown = {name: str(entry["dtype"]) for name, entry in entries.items() if str(entry["dtype"]) not in DTYPES}
+        if unknown and foreign is None:
+            raise CheckpointError(f"{path} has tensors of types {sorted(set(unknown.values()))}, which MindSpore does not have")
         infos, spans = {}, []
         for name, entry in entries.items():
-            dtype, shape, (begin, end) = DTYPES[entry["dtype"]], entry["shape"], entry["data_offsets"]
+            dtype, shape, (begin, end) = DTYPES.get(str(entry["dtype"])), entry["shape"], entry["data_offsets"]
+            if dtype is None and foreign is not None and is_count(begin) and is_count(end) and begin <= end:
+                foreign[name] = unknown[name]
+                spans.append((begin, end))
+                continue
             if not (is_shape(shape) and is_count(begin) and is_count(end)):
                 raise ValueError(f"tensor {name} has an impossible shape or place")
             if end - begin != math.prod(shape) * numpy_dtype(dtype).itemsize:
@@ -278,15 +306,18 @@ class AtomicFile:
 class Reader:
     """A safetensors file, checked on opening, read by ranges.
 
+    Attributes:
+        foreign: name -> type of tensors that cannot be read, of types that MindSpore does not have.
+
     Raises:
         CheckpointError: missing, truncated or malformed.
     """
 
     def __init__(self, path: str | Path):
-        self.path = Path(path)
+        self.path, self.foreign = Path(path), {}
         self._file = RegularFile(self.path, links=True)  # Hugging Face's cache is made of links
         try:
-            self.tensors, self.metadata = read_header(self._file)
+            self.tensors, self.metadata = read_header(self._file, self.foreign)
         except BaseException:
             self.close()
             raise

@@ -126,7 +126,7 @@ def save(model: nn.Cell, file_name: str | Path, non_blocking: bool = False, max_
         raise ValueError("non_blocking and max_shard_size do not go together; a Checkpointer saves in the background")
     sizes = {name: tensor_bytes(entry.dtype, entry.shape) for name, entry in entries.items()}
     groups = split(sizes, size_in_bytes(max_shard_size))
-    folder, error = Path(file_name), None
+    folder, error = Path(file_name).expanduser(), None
     new = Replacement(folder)
     with contextlib.ExitStack() as stack:
         try:
@@ -216,7 +216,7 @@ def save_entries(
 ) -> None:
     """See `save`; for any tensors."""
     wait_for_saves()
-    path = Path(path)
+    path = Path(path).expanduser()
     engine = here.engine
     error: BaseException | None = None
     file: AtomicFile | DeferredFile | None = None
@@ -272,7 +272,15 @@ def load_entries(path: str | Path, entries: Mapping[str, Entry], here: World, st
     with contextlib.ExitStack() as stack:
         try:
             reader = stack.enter_context(ConsolidatedReader(path))
-            result = compare(reader.described, entries, strict, str(reader.path))
+            wanted = next((name for name in reader.foreign if name in entries), None)
+            if wanted is not None:
+                kinds = sorted(set(reader.foreign.values()))
+                raise CheckpointError(
+                    f"{reader.path} has tensors of types {kinds}, which MindSpore does not have, such as {wanted}: convert the "
+                    "file, to BF16 say"
+                )
+            unread: Described = dict.fromkeys(reader.foreign, ((), None))
+            result = compare({**reader.described, **unread}, entries, strict, str(reader.path))
         except Exception as caught:
             error = caught
         _agree(here.engine, error, f"{path} cannot be loaded")

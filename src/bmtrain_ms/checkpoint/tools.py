@@ -54,11 +54,11 @@ def open_checkpoint(path: str | Path) -> AnyReader:
     Raises:
         CheckpointError: it is none of these, or damaged.
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     for _ in range(_ATTEMPTS):
         found, wrong = _found_in(path)
         if found is None:
-            return consolidated.ConsolidatedReader(path)
+            return _whole_files(path)
         before = state_of(found)
         try:
             reader = ShardedReader(found)
@@ -78,6 +78,15 @@ def _found_in(path: Path) -> tuple[Path | None, str]:
     if not path.is_dir():
         return None, ""
     return (path, "") if (path / INDEX).exists() else find_latest(path)
+
+
+def _whole_files(path: Path) -> consolidated.ConsolidatedReader:
+    reader = consolidated.ConsolidatedReader(path)
+    if reader.foreign:
+        reader.close()
+        kinds = sorted(set(reader.foreign.values()))
+        raise CheckpointError(f"{path} has tensors of types {kinds}, which MindSpore does not have")
+    return reader
 
 
 def inspect(path: str | Path) -> str:
@@ -141,7 +150,7 @@ def consolidate(path: str | Path, out: str | Path, max_shard_size: int | str = "
     Raises:
         CheckpointError: damaged, or it cannot be written, or `out` is where it is read from.
     """
-    folder, largest = Path(out), consolidated.size_in_bytes(max_shard_size)
+    folder, largest = Path(out).expanduser(), consolidated.size_in_bytes(max_shard_size)
     with open_checkpoint(path) as reader:
         tensors = _tensors(reader) if everything else _model_only(_tensors(reader))
         source = reader.folder if isinstance(reader, ShardedReader) else reader.path
@@ -174,7 +183,7 @@ def reshard(path: str | Path, out: str | Path, ranks: int) -> Path:
     """
     if not 1 <= ranks <= MOST_RANKS:
         raise ValueError(f"ranks must be from 1 to {MOST_RANKS}, not {ranks}")
-    target = Path(out)
+    target = Path(out).expanduser()
     if target.exists():
         raise CheckpointError(f"{target} exists; choose another name")
     with open_checkpoint(path) as reader:

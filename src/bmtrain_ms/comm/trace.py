@@ -106,7 +106,7 @@ def write_trace(path: str | Path, trace: Trace, engine: Engine) -> None:
         for event in events:
             event["ts"] -= start
         document = {"traceEvents": _headings(engine.size) + events, "displayTimeUnit": "ms"}
-        Path(path).write_text(json.dumps(document), encoding="utf-8")
+        Path(path).expanduser().write_text(json.dumps(document), encoding="utf-8")
 
 
 def _event(span: Span, rank: int, offset: float) -> dict[str, Any]:

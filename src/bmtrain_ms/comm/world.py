@@ -15,7 +15,7 @@ import numpy as np
 from bmtrain_ms_base.board import own_board, own_row
 from bmtrain_ms_base.mpi import finalise_in_ranks_only
 
-from ..compat import runtime
+from ..compat import habits, runtime
 from . import ending, node
 from .engine import Clock, Engine
 from .launch import Launch, detect, is_scheduler
@@ -128,6 +128,9 @@ def is_initialized() -> bool:
     return bool(_current)
 
 
+habits.in_use.append(is_initialized)
+
+
 def rank() -> int:
     """This process's global rank; 0 before initialisation (BMTrain: `rank`)."""
     return _current[-1].mesh.rank if _current else 0
@@ -190,7 +193,8 @@ def init_distributed(
         timeout: seconds until a collective gives up (CPU ranks over mpiexec; HCCL has its own variables).
 
     Raises:
-        RuntimeError: called twice, after an operation on CPU, or the launcher does not fit the device.
+        RuntimeError: called twice, after an operation on CPU, under a parallel mode of MindSpore's, or the launcher does not fit
+            the device.
         TypeError: `init_method` is a number: the seed is the second argument.
         ValueError: an option out of range, or a parallel size that is not available.
     """
@@ -212,6 +216,7 @@ def init_distributed(
         raise ValueError(f"timeout must be a positive number of seconds, not {timeout}")
     if is_scheduler():
         _serve_as_scheduler()
+    habits.refuse_parallel_mode()
     launch = detect()
     target = device or runtime.device_target()
     if engine is None:

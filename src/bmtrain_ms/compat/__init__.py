@@ -9,13 +9,14 @@ What is done, why, and when it can go:
   as a plain `Parameter` (2.5 – 2.10); `__deepcopy__` and `__reduce_ex__` do the same for copies. See `compat.parameter`.
 * `_PyNativeExecutor.grad` has no public "backward has ended" event, and a failed forward pass (`_pynative_forward_run`) leaves
   the executor recording. See `compat.autograd`.
+* What MindSpore does with whole parameters only, compiling, saving, sharing the work out, is refused. See `compat.habits`.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from . import autograd, parameter, versions
+from . import autograd, habits, parameter, versions
 from .versions import UnsupportedMindSporeError
 
 __all__ = ["Status", "UnsupportedMindSporeError", "install", "status", "uninstall"]
@@ -47,6 +48,7 @@ def install() -> None:
     versions.check()
     parameter.install()
     autograd.install()
+    habits.install()
 
 
 def uninstall() -> None:
@@ -54,6 +56,7 @@ def uninstall() -> None:
 
     Parameters that exist keep their class. New instances of a subclass come out as plain `Parameter` again.
     """
+    habits.uninstall()
     autograd.uninstall()
     parameter.uninstall()
 

@@ -178,7 +178,8 @@ def vjp(
     detached = [*map(_detach, inputs), *leaves]
     executor.set_grad_flag(True)
     executor.new_graph(cell, *detached)
-    outputs = _clear_after_failure(function, None, tuple(detached), {})
+    with _explained():
+        outputs = _clear_after_failure(function, None, tuple(detached), {})
     # A one-element tuple and its element are different outputs to the executor; the cotangent must match.
     if len(outputs) == 1:
         outputs, cotangents = outputs[0], cotangents[0]
@@ -198,6 +199,19 @@ def _of_python(x: Any) -> Tensor:
 
 def _as_tuple(x: Any) -> Tensors:
     return tuple(x) if isinstance(x, (tuple, list)) else (x,)
+
+
+@contextlib.contextmanager
+def _explained() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        if "jit_compile_info_" not in str(error):
+            raise
+        raise RuntimeError(
+            "a function under @ms.jit is called in a checkpointed Block, and MindSpore 2.5 cannot differentiate what it has "
+            "compiled in an unrecorded pass: leave @ms.jit out, or use Block(use_checkpoint=False)"
+        ) from error
 
 
 def _detach(x: Tensor) -> Tensor:

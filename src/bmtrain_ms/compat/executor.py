@@ -12,6 +12,7 @@ except ImportError:  # 2.5
 PyNativeExecutor = _api._PyNativeExecutor
 executor = _api._pynative_executor
 no_grad = _api._no_grad
+JitExecutor = getattr(_api, "_JitExecutor", None) or _api._MindsporeFunctionExecutor  # 2.5
 GRAD_TAKES_HAS_AUX = "has_aux" in inspect.signature(PyNativeExecutor.grad).parameters
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -41,24 +42,28 @@ class _Memory:
         self.__array_interface__ = {"version": 3, "shape": (nbytes,), "typestr": "|u1", "data": (start, False)}
 
 
-def result_array(tensor: Tensor, count: int) -> np.ndarray:
-    """The values of what an operation has returned on CPU, as (count,), without a copy where that is possible.
+def values(tensor: Tensor) -> np.ndarray:
+    """The values of an activation or a gradient on CPU, in its shape, without a copy where that is possible. Read-only use.
 
-    `asnumpy` copies such tensors at 1.4 GB/s (2.5). The array keeps the tensor alive.
+    `asnumpy` copies what an operation has returned at 1.4 GB/s (2.5). The array keeps the tensor alive.
     """
-    array = _memory(tensor, count)
-    return host_array(tensor).reshape(-1) if array is None else array
+    array = _memory(tensor)
+    return host_array(tensor) if array is None else array.reshape(tensor.shape)
 
 
-def _memory(tensor: Tensor, count: int) -> np.ndarray | None:
-    """The tensor's own memory on CPU, flat; None where only a copy can be had."""
+def _memory(tensor: Tensor) -> np.ndarray | None:
+    """The tensor's own memory on CPU, flat; None where only a copy can be had.
+
+    It is asked for each time. That a tensor was made of an array of ours says nothing: operations may have given it other memory
+    since, and what was noted at the Python object is gone where MindSpore makes another one for the same tensor (2.5: autograd).
+    """
     if not tensor.is_contiguous() or tensor.storage_offset():
         return None
-    start = int(tensor._data_ptr())  # 0 if no operation has made it, nor read it
-    if not start:
+    start = int(addressed(tensor)._data_ptr())
+    if not start:  # no elements
         return None
     dtype = numpy_dtype(tensor.dtype)
-    return np.asarray(_Memory(tensor, start, count * dtype.itemsize)).view(dtype)
+    return np.asarray(_Memory(tensor, start, math.prod(tensor.shape) * dtype.itemsize)).view(dtype)
 
 
 def address(tensor: Tensor) -> int | None:
@@ -79,7 +84,7 @@ def writable_array(tensor: Tensor) -> np.ndarray | None:
     """The tensor's own memory on CPU, flat: what is written there, operations read. None where only a copy can be had."""
     if device_target() != "CPU":
         return None
-    return _memory(addressed(tensor), tensor.size)
+    return _memory(tensor)
 
 
 def scaled(tensor: Tensor, factor: float) -> Tensor:
@@ -119,11 +124,21 @@ def overwrite(tensor: Tensor, source: Tensor) -> None:
             f"a tensor of shape {tuple(tensor.shape)} is a view (a slice, or transposed), which cannot be written into: copy it, "
             "write into the copy, and put that back"
         )
-    array = host_array(tensor).reshape(-1) if _is_from_host(tensor) else writable_array(tensor)
+    array = writable_array(tensor) if device_target() == "CPU" else getattr(tensor, "kept_on_host", None)
     if array is None:
         ops.assign(tensor, source)
     else:
         array[...] = host_array(source).reshape(-1)
+
+
+def kept_on_host(array: np.ndarray) -> Tensor:
+    """`from_host(array)` for `overwrite`, which writes into the flattened array on a device too, where operations read a copy.
+
+    For who holds the array, and this very object: what MindSpore returns for it does not know.
+    """
+    tensor = from_host(array)
+    tensor.kept_on_host = array.reshape(-1)
+    return tensor
 
 
 def square_sum(tensor: Tensor) -> float:
@@ -144,11 +159,8 @@ def was_copied(tensor: Tensor, array: np.ndarray) -> bool:
 def from_host(array: np.ndarray) -> Tensor:
     """A tensor that shares memory with the contiguous `array` and keeps it alive."""
     if not (_TAKES_INTERNAL and array.flags.c_contiguous):
-        made = Tensor.from_numpy(array)
-    else:
-        made = Tensor(Tensor.__base__.from_numpy(array), internal=True)  # half the time: without checks of what is known
-    made._bmtrain_ms_from_host = True
-    return made
+        return Tensor.from_numpy(array)
+    return Tensor(Tensor.__base__.from_numpy(array), internal=True)  # half the time: without checks of what is known
 
 
 @functools.cache
@@ -158,18 +170,6 @@ def zeros(length: int, dtype: Any) -> Tensor:
         return ops.zeros((length,), dtype)
     with no_grad():
         return addressed(from_host(np.zeros(length, numpy_dtype(dtype))))
-
-
-def _is_from_host(tensor: Tensor) -> bool:
-    """Its memory is that of an array of ours, wherever operations put their results."""
-    return getattr(tensor, "_bmtrain_ms_from_host", False)
-
-
-def values(tensor: Tensor) -> np.ndarray:
-    """The values of an activation or a gradient on CPU, in its shape, without a copy where that is possible. Read-only use."""
-    if _is_from_host(tensor):  # 2.5: perhaps no operation has read it, then it has no address
-        return host_array(tensor)
-    return result_array(tensor, tensor.size).reshape(tensor.shape)
 
 
 @functools.cache

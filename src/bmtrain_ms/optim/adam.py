@@ -8,7 +8,7 @@ import mindspore as ms
 import numpy as np
 from mindspore import Parameter, Tensor, ops
 
-from ..compat.runtime import device_target, from_host, host_array, is_at, numpy_dtype, values, writable_array
+from ..compat.runtime import device_target, host_array, is_at, kept_on_host, numpy_dtype, values, writable_array
 from .base import ParamState, ShardOptimizer
 from .host_adam import Coefficients, Delta, Update, Workers, bits, round_to, run
 
@@ -70,13 +70,12 @@ class AdamOptimizer(Adam):
         hold_steps: int = 0,
         maximize: bool = False,
     ):
-        super().__init__(params, settings(lr, betas, eps, weight_decay, hold_steps, maximize))
         self._on_host = device_target() == "CPU"
-        self._states = {id(p): HostState(p) if self._on_host else DeviceState(p) for p in self.parameters}
+        super().__init__(params, settings(lr, betas, eps, weight_decay, hold_steps, maximize))
         self._workers = Workers() if self._on_host else None
 
-    def _state(self, p: Parameter) -> ParamState:
-        return self._states[id(p)]
+    def _make_state(self, p: Parameter) -> ParamState:
+        return HostState(p) if self._on_host else DeviceState(p)
 
     def _update(self, updates: list[tuple[dict[str, Any], Parameter, Tensor]], scale: float) -> None:
         if self._workers is None:
@@ -126,9 +125,9 @@ class HostState(ParamState):
         return self._master if self._staged is None else self._staged
 
     def tensors(self) -> dict[str, Tensor]:
-        named = {"exp_avg": from_host(self._moments[0]), "exp_avg_sq": from_host(self._moments[1])}
+        named = {"exp_avg": kept_on_host(self._moments[0]), "exp_avg_sq": kept_on_host(self._moments[1])}
         if self._p.dtype != ms.float32:
-            named["master"] = from_host(self._master_of())
+            named["master"] = kept_on_host(self._master_of())
         return named
 
     def prepare(self, group: dict[str, Any], grad: np.ndarray, scale: float, delta: Delta | None = None) -> Update:

@@ -62,35 +62,82 @@ class ShardOptimizer(ABC):
             entries = [{"params": entries}]
         self.defaults = defaults
         self.param_groups: list[dict[str, Any]] = []
-        for entry in entries:
-            unknown = sorted(set(entry) - set(defaults) - {"params", *_LABELS})
-            if unknown:
-                raise ValueError(f"a parameter group has unknown settings {unknown}; known are {sorted(defaults)}")
-            if "params" not in entry:
-                raise ValueError(f"a parameter group has no params; it has {sorted(entry)}")
-            inner = entry["params"]  # one parameter is a group of one, as in PyTorch; its elements are not parameters
-            own = {"params": [inner] if isinstance(inner, Parameter) else list(inner), "own_lr": entry.get("lr")}
-            self.param_groups.append({**defaults, **entry, **own})
-        for group in self.param_groups:
-            self._check(group)
-        if not self.parameters:
+        self._states: dict[int, Any] = {}  # id of parameter -> `ParamState`
+        self._made_for: dict[int, tuple[Any, int]] = {}  # id of parameter -> (dtype, size) that its state is for
+        groups = [self._group(entry) for entry in entries]
+        if not any(group["params"] for group in groups):
             raise ValueError("the optimizer got no parameters; is everything frozen?")
-        if len({id(p) for p in self.parameters}) < len(self.parameters):
+        self._add(groups)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Train more parameters, from the next step on, e.g. for gradual unfreezing (PyTorch: `add_param_group`).
+
+        A group without a rate of its own gets that of the others, and a schedule covers it from now on.
+
+        Args:
+            param_group: as in the constructor: `{"params": [...], "lr": ..., ...}`.
+
+        Raises:
+            TypeError: it is not a dict.
+            ValueError: a parameter is in a group already, an unknown setting, or one out of range; nothing is changed.
+        """
+        if not isinstance(param_group, dict):
+            raise TypeError(f"a parameter group is a dict with params and settings, not {type(param_group).__name__}")
+        group = self._group(param_group)
+        if not group["params"]:
+            raise ValueError("the parameter group has no parameters in its params")
+        if "lr" not in param_group:
+            group["lr"] = next((other["lr"] for other in self.param_groups if other["own_lr"] is None), group["lr"])
+        self._add([group])
+
+    def _group(self, entry: dict[str, Any]) -> dict[str, Any]:
+        """A complete one of what the user gave."""
+        if not isinstance(entry, dict):
+            raise TypeError(f"params must be a list of parameters or of groups, not of both: one is {type(entry).__name__}")
+        unknown = sorted(map(str, set(entry) - set(self.defaults) - {"params", *_LABELS}))
+        if unknown:
+            raise ValueError(f"a parameter group has unknown settings {unknown}; known are {sorted(self.defaults)}")
+        if "params" not in entry:
+            raise ValueError(f"a parameter group has no params; it has {sorted(entry)}")
+        inner = entry["params"]  # one parameter is a group of one, as in PyTorch; its elements are not parameters
+        params = [inner] if isinstance(inner, Parameter) else list(inner)
+        other = [type(p).__name__ for p in params if not isinstance(p, Parameter)]
+        if other:
+            raise TypeError(f"an optimizer takes Parameters, not a {other[0]}: give it model.trainable_params()")
+        return {**self.defaults, **entry, "params": params, "own_lr": entry.get("lr")}
+
+    def _add(self, groups: list[dict[str, Any]]) -> None:
+        """Take groups that fit, all or none."""
+        for group in groups:
+            try:
+                self._check(group)
+            except TypeError as error:
+                raise ValueError(f"a setting of a parameter group is of a wrong type: {error}") from error
+        added = [p for group in groups for p in group["params"]]
+        if len({id(p) for p in [*self.parameters, *added]}) < len(self.parameters) + len(added):
             raise ValueError("a parameter appears twice in the optimizer's groups")
-        wide = [p.name for p in self.parameters if p.dtype == ms.float64]
+        wide = [p.name for p in added if p.dtype == ms.float64]
         if wide:
             raise ValueError(
                 f"parameter {wide[0]} is float64, and updates are computed in float32: make it float32, or use an optimizer of "
                 "MindSpore's"
             )
-        self._made_for = {id(p): (p.dtype, p.size) for p in self.parameters}
+        self.param_groups += groups
+        self._made_for.update({id(p): (p.dtype, p.size) for p in added})
+        self._states.update({id(p): self._make_state(p) for p in added})
 
     @abstractmethod
     def _check(self, group: dict[str, Any]) -> None:
         """Raise ValueError where a setting is out of range."""
 
     @abstractmethod
-    def _state(self, p: Parameter) -> ParamState: ...
+    def _make_state(self, p: Parameter) -> ParamState: ...
+
+    def _state(self, p: Parameter) -> ParamState:
+        if id(p) not in self._states:
+            self._refuse_appended()
+            raise ValueError(f"the optimizer does not have parameter {p.name}")
+        return self._states[id(p)]
 
     @abstractmethod
     def _update(self, updates: list[tuple[dict[str, Any], Parameter, Tensor]], scale: float) -> None:
@@ -99,7 +146,7 @@ class ShardOptimizer(ABC):
     @property
     def parameters(self) -> list[Parameter]:
         """All parameters, in the order of their groups; what to differentiate with respect to."""
-        return [p for group in self.param_groups for p in group["params"]]
+        return [p for group in self.param_groups for p in group.get("params", ())]
 
     def __call__(self, grads: Sequence[Tensor]) -> None:
         """MindSpore's spelling: `grads` as `value_and_grad(forward, None, optimizer.parameters)` returns them.
@@ -119,13 +166,28 @@ class ShardOptimizer(ABC):
             scale: what the gradients are multiplied with first, e.g. 1 / loss scale.
 
         Raises:
-            ValueError: a gradient is not of the size of the shard, or a parameter has become another since. Nothing is changed.
+            ValueError: a gradient is not of the size of the shard, a parameter has become another since, or a group was put into
+                `param_groups`. Nothing is changed.
         """
+        self._refuse_appended()
         updates = [(g, p, grads[id(p)]) for g in self.param_groups for p in g["params"] if id(p) in grads]
         for _, p, grad in updates:
             self._check_fit(p, grad)  # compiled loops do not look
         announce_change(self.parameters)
         self._update(updates, scale)
+
+    def _refuse_appended(self) -> None:
+        """Groups may go, and parameters may change their group; new ones need a state."""
+        for group in self.param_groups:
+            new = [p.name for p in group.get("params", ()) if id(p) not in self._made_for]
+            missing = sorted({"params", *self.defaults} - set(group))
+            if new or missing:
+                raise ValueError(
+                    f"a group with {f'parameter {new[0]}' if new else f'no {missing[0]}'} was put into param_groups, and the "
+                    "optimizer has made nothing for it: take it out, and call optimizer.add_param_group(group)"
+                )
+        if len({id(p) for p in self.parameters}) < len(self.parameters):
+            raise ValueError("a parameter appears twice in the optimizer's groups")
 
     def _check_fit(self, p: Parameter, grad: Tensor) -> None:
         dtype, size = self._made_for[id(p)]
@@ -146,6 +208,7 @@ class ShardOptimizer(ABC):
 
     def state_tensors(self) -> StateTensors:
         """All of them, by name."""
+        self._refuse_appended()
         return named_states(self.parameters, [self.state_of(p) for p in self.parameters])
 
     def state_dict(self, gather: bool = False, tensors: bool = True) -> dict[str, Any]:
@@ -156,6 +219,7 @@ class ShardOptimizer(ABC):
                 to be loaded by the same rank of as many. `checkpoint.save_training` streams instead, and holds neither.
             tensors: False leaves them out; the rest is JSON-serialisable.
         """
+        self._refuse_appended()
         state = {
             "groups": [
                 {**{k: v for k, v in group.items() if k not in _UNSAVED}, "names": [p.name for p in group["params"]]}

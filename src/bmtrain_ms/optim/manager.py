@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any, Callable, Iterable
 
@@ -12,6 +13,7 @@ import numpy as np
 from mindspore import Parameter, Tensor
 
 from ..comm import World, world
+from ..compat.habits import refuse_graph_mode
 from ..compat.runtime import added, from_host, host_array, scaled, square_sum
 from ..zero import DistributedParameter, context_of
 from .base import average_whole
@@ -141,10 +143,7 @@ class OptimManager:
         driver = adapted(optimizer)
         if lr_scheduler is not None and any(lr_scheduler is other for other in self.lr_schedulers):
             raise ValueError("this schedule steps with another optimizer already, and would step twice; make one for each")
-        known = {id(p) for other in self.drivers for p in other.parameters}
-        shared = [p.name for p in driver.parameters if id(p) in known]
-        if shared:
-            raise ValueError(f"another optimizer has parameter {shared[0]} already: it would be updated twice")
+        self._refuse_shared([*self.drivers, driver])
         self.optimizers.append(optimizer)
         self.drivers.append(driver)
         self.lr_schedulers.append(lr_scheduler)
@@ -173,7 +172,7 @@ class OptimManager:
             What `forward` returned; the loss is this rank's, unscaled.
 
         Raises:
-            RuntimeError: there is no optimizer.
+            RuntimeError: there is no optimizer, or MindSpore is in GRAPH_MODE.
             TypeError: `forward` is not a function, or did not return a loss of one element.
         """
         if isinstance(forward, Tensor):
@@ -181,8 +180,10 @@ class OptimManager:
                 "backward takes the function that computes the loss, and its arguments, not the loss: MindSpore differentiates "
                 "functions. Write manager.backward(forward, *batch) where BMTrain has manager.backward(forward(*batch))"
             )
+        refuse_graph_mode("OptimManager.backward")
         if not self.optimizers:
             raise RuntimeError("OptimManager.backward needs an optimizer: call add_optimizer first")
+        self._refuse_shared(self.drivers)  # groups may have been added
         params = [p for driver in self.drivers for p in driver.parameters if p.requires_grad]
         returned: list[Any] = []
 
@@ -247,6 +248,8 @@ class OptimManager:
         self._count()
         self._began = True
         for driver, scheduler in zip(self.drivers, self.lr_schedulers):
+            if hasattr(scheduler, "cover_new_groups"):
+                scheduler.cover_new_groups()
             with self._world.measure("optimizer step"):
                 driver.step(self._grads, 1.0 / self.grads_scale)
             if scheduler is not None:
@@ -391,6 +394,13 @@ class OptimManager:
         self._whole.update(id(p) for p in named.values() if _like(p) is None)
 
     # Implementation #
+
+    def _refuse_shared(self, drivers: list[Any]) -> None:
+        names = {id(p): p.name for driver in drivers for p in driver.parameters}
+        counts = Counter(id(p) for driver in drivers for p in driver.parameters)
+        shared = [names[i] for i, count in counts.items() if count > 1]
+        if shared:
+            raise ValueError(f"another optimizer has parameter {shared[0]} already: it would be updated twice")
 
     def _count(self, made: bool = True) -> None:
         self._world.engine.clock.step += 1

@@ -70,9 +70,8 @@ class AdamOffloadOptimizer(Adam):
         *,
         transfer: Transfer | None = None,
     ):
-        super().__init__(params, settings(lr, betas, eps, weight_decay, hold_steps, maximize))
         self._transfer = transfer or Transfer()
-        self._states = {id(p): HostState(p, self._transfer.shares_memory) for p in self.parameters}
+        super().__init__(params, settings(lr, betas, eps, weight_decay, hold_steps, maximize))
         here = [p.world for p in self.parameters if isinstance(p, DistributedParameter)]
         self._world = here[0] if here else world()
         self._announce()
@@ -99,8 +98,14 @@ class AdamOffloadOptimizer(Adam):
         count, total, squares = self._sums()
         return max(0.0, squares / count - (total / count) ** 2)  # rounding
 
-    def _state(self, p: Parameter) -> ParamState:
-        return self._states[id(p)]
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        super().add_param_group(param_group)
+        self._announce()
+        for p in self.param_groups[-1]["params"]:
+            self._states[id(p)].touch()
+
+    def _make_state(self, p: Parameter) -> ParamState:
+        return HostState(p, self._transfer.shares_memory)
 
     def _update(self, updates: list[tuple[dict[str, Any], Parameter, Tensor]], scale: float) -> None:
         if self._record_delta:

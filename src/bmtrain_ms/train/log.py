@@ -185,7 +185,7 @@ def read_log(path: str | Path) -> list[dict[str, Any]]:
     Raises:
         ValueError: another line is not JSON.
     """
-    lines = Path(path).read_text(encoding="utf-8").splitlines(keepends=True)
+    lines = Path(path).expanduser().read_text(encoding="utf-8").splitlines(keepends=True)
     if lines and not lines[-1].endswith("\n"):
         lines.pop()
     records = []

@@ -59,6 +59,7 @@ class TrainSettings:
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ValueError(f"{name} must be positive, not {value}")
+        object.__setattr__(self, "log", None if self.log is None else Path(self.log).expanduser())
 
 
 class Trainer:

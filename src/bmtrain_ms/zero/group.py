@@ -19,7 +19,7 @@ from mindspore import Tensor, ops
 
 from ..comm import Buffer, Engine, Label, Work
 from ..compat.autograd import no_grad
-from ..compat.runtime import address, from_host, host_array, numpy_dtype, result_array, was_copied
+from ..compat.runtime import address, from_host, host_array, numpy_dtype, values, was_copied
 from .buffers import BufferPool, HostBuffer, layout
 from .wire import wire_for
 
@@ -87,8 +87,8 @@ class ParamGroup:
         if not self.engine.lands_in_place:
             flat = grad.reshape(-1)
             return ops.cat((flat, ops.zeros((missing,), grad.dtype))) if missing else flat
-        values = result_array(grad, p.full_size)
-        return np.concatenate([values, np.zeros(missing, values.dtype)]) if missing else values
+        flat = values(grad).reshape(-1)
+        return np.concatenate([flat, np.zeros(missing, flat.dtype)]) if missing else flat
 
 
 class AcrossReplicas(Work):

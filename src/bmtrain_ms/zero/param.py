@@ -11,6 +11,7 @@ from mindspore import Parameter, Tensor
 
 from ..comm import World, world
 from ..compat.autograd import custom_op, recording
+from ..compat.habits import sharded_types
 from ..compat.parameter import adopt
 from ..compat.runtime import from_host, host_array, is_float, numpy_dtype
 from .context import context_of
@@ -182,6 +183,9 @@ class DistributedParameter(Parameter):
         """As MindSpore's; the gradient that the hook sees is this rank's shard of the mean."""
         self.has_hooks = True
         return super().register_hook(hook)
+
+
+sharded_types.append(DistributedParameter)
 
 
 def _dtype_of(data: Any) -> Any:

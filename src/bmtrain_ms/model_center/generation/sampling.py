@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from typing import Any, Callable, Optional, Sequence
 
 import mindspore as ms
@@ -73,25 +74,26 @@ def generate(
         The new tokens of each prompt.
 
     Raises:
-        ValueError: an empty prompt, or a setting out of range.
+        ValueError: an empty prompt, a token that the model does not have, or a setting out of range.
+        TypeError: prompts that are not lists of token ids.
+        FloatingPointError: the model computes NaN or infinity.
     """
-    if not prompts or not all(len(prompt) for prompt in prompts):
-        raise ValueError("every prompt needs at least one token; begin with the tokenizer's start token")
+    rows = _checked(prompts, getattr(getattr(model, "config", None), "vocab_size", None))
     if temperature < 0 or top_k < 0 or not 0 < top_p <= 1 or max_new_tokens < 1:
         raise ValueError(
             f"need temperature >= 0, top_k >= 0, 0 < top_p <= 1, max_new_tokens >= 1, not {temperature}, {top_k}, {top_p}, "
             f"{max_new_tokens}"
         )
     engine = world().engine
-    longest = max(len(prompt) for prompt in prompts)
-    ids = np.zeros((len(prompts), longest), np.int32)
-    real = np.zeros((len(prompts), longest), bool)
-    for i, prompt in enumerate(prompts):
+    longest = max(len(prompt) for prompt in rows)
+    ids = np.zeros((len(rows), longest), np.int32)
+    real = np.zeros((len(rows), longest), bool)
+    for i, prompt in enumerate(rows):
         ids[i, longest - len(prompt) :] = prompt
         real[i, longest - len(prompt) :] = True
     padded = not real.all()
-    results: list[list[int]] = [[] for _ in prompts]
-    done = np.zeros(len(prompts), bool)
+    results: list[list[int]] = [[] for _ in rows]
+    done = np.zeros(len(rows), bool)
     past: Any = None
     training = model.training
     model.set_train(False)
@@ -101,9 +103,14 @@ def generate(
                 padding = from_host(real) if padded else None
                 logits, past = model(from_host(ids), padding, past, use_cache=True)
             last = host_array(logits[:, -1].astype(ms.float32))
-            words = np.random.Philox(key=key_of(seed, "sample", step)).random_raw(-(-len(prompts) // 4) * 4)
-            ids = choose(last, uniform(words[: len(prompts)]), temperature, top_k, top_p)[:, None]
-            real = np.concatenate([real, np.ones((len(prompts), 1), bool)], 1)
+            if not np.isfinite(last.max(-1)).all():  # tokens that are ruled out may have -inf
+                raise FloatingPointError(
+                    f"the logits for new token {step} are not finite: no token follows from them. Are the parameters? "
+                    "(a checkpoint saved after the loss became NaN, or values beyond float16)"
+                )
+            words = np.random.Philox(key=key_of(seed, "sample", step)).random_raw(-(-len(rows) // 4) * 4)
+            ids = choose(last, uniform(words[: len(rows)]), temperature, top_k, top_p)[:, None]
+            real = np.concatenate([real, np.ones((len(rows), 1), bool)], 1)
             if on_token is not None:
                 on_token(ids[:, 0])
             for i, token in enumerate(ids[:, 0].tolist()):
@@ -115,6 +122,27 @@ def generate(
     finally:
         model.set_train(training)
     return results
+
+
+def _checked(prompts: Any, vocab_size: int | None) -> list[np.ndarray]:
+    """The prompts as arrays of token ids."""
+    checked = []
+    for i, prompt in enumerate(prompts):
+        tokens = np.asarray(prompt.asnumpy() if isinstance(prompt, Tensor) else prompt)
+        if tokens.ndim != 1:
+            raise TypeError(f"prompts are lists of token ids, one list each: prompt {i} is {reprlib.repr(prompt)}")
+        if not tokens.size:
+            raise ValueError("every prompt needs at least one token; begin with the tokenizer's start token")
+        if tokens.dtype.kind not in "iu":
+            raise TypeError(f"prompts are whole numbers, ids of a tokenizer: prompt {i} has {reprlib.repr(tokens.tolist())}")
+        wrong = tokens[(tokens < 0) | (tokens >= (vocab_size or 1 << 31))]
+        if wrong.size:
+            limit = f"ids from 0 to {vocab_size - 1}: was it made by another tokenizer?" if vocab_size else "no such ids"
+            raise ValueError(f"prompt {i} has the token {wrong[0]}, and the model {limit}")
+        checked.append(tokens)
+    if not checked:
+        raise ValueError("every prompt needs at least one token, and there is no prompt")
+    return checked
 
 
 def _all_ranks(engine: Any, mine: bool) -> bool:

@@ -77,12 +77,12 @@ class LlamaConfig:
 
     def to_json_file(self, path: str | Path) -> None:
         """Write the fields as JSON."""
-        Path(path).write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
+        Path(path).expanduser().write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
 
     @classmethod
     def from_json_file(cls, path: str | Path) -> LlamaConfig:
         """Read what `to_json_file` wrote."""
-        return cls.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
+        return cls.from_dict(json.loads(Path(path).expanduser().read_text(encoding="utf-8")))
 
 
 class Llama(nn.Cell):

@@ -1,0 +1,81 @@
+"""What the command line understands, and how it says that it does not: in one line."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import os
+import sys
+from pathlib import Path
+from typing import Any, NoReturn, Sequence
+
+
+class Parser(argparse.ArgumentParser):
+    """Takes whole names of options only, and asks whether another was meant; complaints are one line, without the usage."""
+
+    _words: Sequence[str] = ()
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **{"allow_abbrev": False, **kwargs})
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As argparse's, but nothing unknown is left over."""
+        self._words = sys.argv[1:] if args is None else list(args)
+        parsed, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            self.error(f"unrecognized arguments: {' '.join(unknown)}")
+        return parsed, unknown
+
+    def error(self, message: str) -> NoReturn:
+        """One line, and exit code 2."""
+        hint = self._meant() if "arguments" in message else ""
+        self.exit(2, f"{self.prog}: {message}{hint} (see {self.prog} --help)\n")
+
+    def _meant(self) -> str:
+        """The option that looks most like one that is none."""
+        known = [name for action in self._actions for name in action.option_strings if name.startswith("--")]
+        for name in [word.split("=")[0] for word in self._words if word.startswith("--") and word != "--"]:
+            begun = [] if name in known else [x for x in known if x.startswith(name)]
+            near = begun or ([] if name in known else difflib.get_close_matches(name, known, 1))
+            if near:
+                return f"; {name}: did you mean {' or '.join(near)}?"
+        return ""
+
+
+def positive(text: str) -> int:
+    """A whole number of at least 1."""
+    value = whole(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, not {value}")
+    return value
+
+
+def whole(text: str) -> int:
+    """A whole number."""
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be a whole number, not {text!r}") from None
+
+
+def seed(text: str) -> int:
+    """What NumPy's and MindSpore's generators take."""
+    value = whole(text)
+    if not 0 <= value < 1 << 32:
+        raise argparse.ArgumentTypeError(f"must be between 0 and {(1 << 32) - 1}, not {value}")
+    return value
+
+
+def number(text: str) -> float:
+    """A number, perhaps with a fraction."""
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be a number, not {text!r}") from None
+
+
+def path(text: str) -> Path:
+    """A path; a shell leaves the `~` of `--out=~/x` to us."""
+    if not text or "\0" in text:
+        raise argparse.ArgumentTypeError(f"must be a path, not {text!r}")
+    return Path(os.path.expanduser(text))
