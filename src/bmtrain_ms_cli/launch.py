@@ -46,7 +46,7 @@ def launch(
 
     The first SIGTERM or SIGINT is passed on to the ranks, which may save and end (`train.StopSignals`); SIGHUP, SIGQUIT and SIGUSR1
     count as SIGTERM. What comes within a second of it says the same; a later one ends the ranks within seconds. When a rank fails,
-    the others get six. Whatever ends, no process that a rank has started stays.
+    the others get six seconds. Whatever ends, no process that a rank has started stays.
 
     Args:
         script: its path, or `-m` and a module, then its arguments.
