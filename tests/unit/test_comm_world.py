@@ -314,7 +314,8 @@ def test_cpu_under_msrun(communication: list, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("mindspore.ops.AllGather", lambda: None)  # asks the real job for its size
     made = bmtrain_ms.init_distributed(device="CPU")
     assert (made.engine.name, made.engine.rank, made.engine.size) == ("mccl", 3, 4)
-    assert communication == [("cores", [1]), ("threads", 1), ("init",)]
+    # its connections are made on all cores, see `_make_engine`
+    assert communication == [("cores", [1]), ("threads", 1), ("cores", [0, 1]), ("init",), ("cores", [1])]
 
 
 def test_one_ascend_card_without_a_launcher(configured: list):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 from typing import Any, Sequence, Union
 
 import numpy as np
@@ -30,21 +31,16 @@ class CommTimeoutError(CommError):
     """A collective did not finish in time: a rank is dead, stuck, or took another branch."""
 
 
+@dataclass
 class Clock:
     """The training step, shared by all engines of a process so that errors can name it, and the launcher when the process ends."""
 
-    def __init__(self, step: int = 0):
-        self._step = step
+    step: int = 0
 
-    @property
-    def step(self) -> int:
-        """How many there were."""
-        return self._step
-
-    @step.setter
-    def step(self, step: int) -> None:
-        self._step = step
-        note(step)
+    def __setattr__(self, name: str, step: int) -> None:
+        super().__setattr__(name, step)
+        if step:  # 0 is that of a new clock, of which there may be several
+            note(step)
 
 
 def note(step: int, doing: str = "") -> None:

@@ -284,6 +284,8 @@ def _make_engine(launch: Launch, target: str, timeout: float) -> Engine:
 
             init("hccl")
             return HcclEngine("hccl_world_group", get_rank(), get_group_size())
+        if launch.kind == "mpi":
+            raise RuntimeError("Ascend ranks are started with msrun (bmtrain-ms launch --with msrun), not with mpiexec")
         if launch.size > 1:
             raise RuntimeError(f"Ascend ranks are started with msrun: bmtrain-ms launch --with msrun -n {launch.size} script.py")
         return SingleEngine(host=False)
@@ -295,7 +297,10 @@ def _make_engine(launch: Launch, target: str, timeout: float) -> Engine:
 
         from .mccl import McclEngine
 
+        # on all cores: on one, MindSpore's thread for connections comes before it knows their names, and this may take minutes
+        os.sched_setaffinity(0, _cores)
         init()
+        _take_cores(launch)
         return McclEngine(get_rank(), get_group_size())
     if launch.size == 1:
         return SingleEngine()
@@ -345,11 +350,15 @@ def _make_mpi_engine(launch: Launch, timeout: float) -> Engine:
 
 
 def _configure_cpu(launch: Launch) -> None:
-    """Each rank of a host gets its share of the cores; more ranks than cores share one each."""
     if not _cores:
-        _cores.extend(sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1))
+        _cores.extend(sorted(os.sched_getaffinity(0)))
+    runtime.configure_cpu(_take_cores(launch))
+
+
+def _take_cores(launch: Launch) -> int:
+    """Each rank of a host gets its share of the cores; more ranks than cores share one each. Returns how many it got."""
     share = max(1, len(_cores) // launch.local_size)
-    if launch.local_size > 1 and hasattr(os, "sched_setaffinity"):
+    if launch.local_size > 1:
         start = launch.local_rank * share % len(_cores)
         os.sched_setaffinity(0, _cores[start : start + share])
-    runtime.configure_cpu(share)
+    return share
