@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from .checkpoint import Checkpointer
 from .checkpoint.folder import replace_text
+from .checks import number, whole
 from .comm import world
 from .compat.autograd import no_grad
 from .compat.memory import resident_memory
@@ -38,6 +39,12 @@ class TrainingError(RuntimeError):
 
 class Stopped(Exception):
     """A signal came; the step was finished and a checkpoint saved. End the process with `EXIT_STOPPED`."""
+
+
+_KINDS = {
+    **dict.fromkeys(("steps", "warmup", "bad_steps", "save_every", "keep_last", "keep_every"), whole),
+    **dict.fromkeys(("lr", "weight_decay", "clip", "loss_scale", "save_minutes"), number),
+}
 
 
 @dataclass(frozen=True)
@@ -67,9 +74,11 @@ class TrainSettings:
     shared_storage: bool = True
 
     def __post_init__(self) -> None:
-        for name in ("steps", "bad_steps", "save_every", "save_minutes"):
+        for name, kind in _KINDS.items():
             value = getattr(self, name)
-            if value is not None and not value > 0:
+            optional = self.__dataclass_fields__[name].default is None or name == "keep_last"
+            value = value if value is None and optional else kind(name, value)
+            if value is not None and not value > 0 and name not in ("lr", "warmup", "weight_decay"):
                 raise ValueError(f"{name} must be positive, not {value}")
         object.__setattr__(self, "log", None if self.log is None else Path(self.log).expanduser())
 
@@ -118,6 +127,9 @@ class Trainer:
     """
 
     def __init__(self, model: nn.Cell, sampler: TokenSampler, settings: TrainSettings, folder: str | Path | None = None):
+        if not (isinstance(model, nn.Cell) and isinstance(settings, TrainSettings)):
+            kinds = f"{type(model).__name__} and {type(settings).__name__}"
+            raise TypeError(f"Trainer takes a model, a sampler, TrainSettings and a folder; model and settings are {kinds}")
         self.model, self.sampler, self.settings = model, sampler, settings
         self.done = 0  # steps
         optimizer = AdamOptimizer(model.trainable_params(), settings.lr, settings.betas, weight_decay=settings.weight_decay)
@@ -347,11 +359,11 @@ def read_log(path: str | Path) -> list[dict[str, Any]]:
     if lines and not lines[-1].endswith("\n"):
         lines.pop()
     records = []
-    for number, line in enumerate(lines, 1):
+    for place, line in enumerate(lines, 1):
         try:
             records.append(json.loads(line))
         except json.JSONDecodeError as error:
-            raise ValueError(f"{path}, line {number} is not JSON: {error}") from error
+            raise ValueError(f"{path}, line {place} is not JSON: {error}") from error
     return records
 
 

@@ -66,7 +66,7 @@ class Block(nn.Cell):
         if not isinstance(inner_module, nn.Cell):
             raise TypeError(f"Block wraps a Cell, not a {type(inner_module).__name__}")
         if zero_level not in (2, 3):
-            raise ValueError(f"zero_level must be 2 or 3, not {zero_level}")
+            raise ValueError(f"zero_level must be 2 or 3, not {zero_level!r}")
         slots = _find_slots(inner_module)
         own = self.__dict__  # not Cell attributes: the inner module must not appear as a child with a name of its own
         own["inner"], own["use_checkpoint"], own["zero_level"] = inner_module, bool(use_checkpoint), zero_level
