@@ -17,6 +17,7 @@ import mindspore as ms
 import numpy as np
 from mindspore import Parameter, Tensor, nn
 
+from .checks import number
 from .compat.runtime import overwrite
 
 # (the rate that the group was given for itself, or None; what sets its rate)
@@ -85,6 +86,12 @@ class WarmupLRScheduler(ABC):
 
     def __init__(self, optimizer: Any, start_lr: float, warmup_iter: int, end_iter: int, num_iter: int = 0):
         group_rates(optimizer)
+        given = {"start_lr": start_lr, "warmup_iter": warmup_iter, "num_iter": num_iter}
+        if self._has_end:
+            given["end_iter"] = end_iter
+        wrong = [f"{name}={value}" for name, value in given.items() if not math.isfinite(number(name, value))]
+        if wrong:
+            raise ValueError(f"a schedule needs finite numbers, not {wrong[0]}")
         if warmup_iter < 0 or (self._has_end and end_iter < warmup_iter):
             raise ValueError(f"need 0 <= warmup_iter <= end_iter, not warmup_iter={warmup_iter}, end_iter={end_iter}")
         self.optimizer = optimizer
@@ -211,7 +218,7 @@ class Exponential(WarmupLRScheduler):
     """s * gamma^(n - w)."""
 
     def __init__(self, optimizer: Any, start_lr: float, warmup_iter: int, end_iter: int, num_iter: int = 0, gamma: float = 0.95):
-        self.gamma = gamma
+        self.gamma = number("gamma", gamma)
         super().__init__(optimizer, start_lr, warmup_iter, end_iter, num_iter)
 
     def get_lr_decay(self, num_iter: int) -> float:
@@ -239,9 +246,9 @@ class WSD(WarmupLRScheduler):
         decay_iter: int,
         end_lr: float = 0.0,
     ):
-        if not warmup_iter <= decay_iter <= end_iter:
+        if not number("warmup_iter", warmup_iter) <= number("decay_iter", decay_iter) <= number("end_iter", end_iter):
             raise ValueError(f"need warmup_iter <= decay_iter <= end_iter, not {warmup_iter}, {decay_iter}, {end_iter}")
-        self.decay_iter, self.end_lr = decay_iter, end_lr
+        self.decay_iter, self.end_lr = decay_iter, number("end_lr", end_lr)
         super().__init__(optimizer, start_lr, warmup_iter, end_iter, num_iter)
 
     def get_lr_decay(self, num_iter: int) -> float:

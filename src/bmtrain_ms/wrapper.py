@@ -116,6 +116,8 @@ def BMTrainModelWrapper(
     """
     if not isinstance(model, nn.Cell):
         raise TypeError(f"BMTrainModelWrapper wraps a Cell, not a {type(model).__name__}")
+    if isinstance(layers, str) or isinstance(buffers, str):
+        raise TypeError(f"layers and buffers are lists of patterns: [{layers if isinstance(layers, str) else buffers!r}]")
     report = WrapReport()
     cells = _cells(model, stop_at=(Block,))
     for path, cell in cells:

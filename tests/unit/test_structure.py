@@ -13,7 +13,7 @@ SOURCE = ROOT / "src" / "bmtrain_ms"
 
 # A unit may import the units on lower levels, and those of its own level that are named. Nothing else.
 LEVELS = [
-    {"compat", "absent"},
+    {"compat", "absent", "checks"},
     {"comm"},
     {"zero", "parallel", "distributed", "nn"},
     {"model_center", "optim", "checkpoint", "data", "loss", "lr_scheduler", "wrapper"},

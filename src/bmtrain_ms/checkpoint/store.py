@@ -69,6 +69,8 @@ class LoadResult:
 
 def model_entries(model: nn.Cell) -> dict[str, Entry]:
     """Every parameter of a model, tied ones once, and its persistent buffers."""
+    if not isinstance(model, nn.Cell):
+        raise TypeError(f"the model comes first, then the path: {type(model).__name__} is no Cell")
     entries = {}
     for p in model.get_parameters():
         if p.name in entries:

@@ -15,6 +15,7 @@ import numpy as np
 from bmtrain_ms_base.board import own_board, own_row
 from bmtrain_ms_base.mpi import finalise_in_ranks_only
 
+from ..checks import number, whole
 from ..compat import habits, runtime
 from . import ending, node
 from .engine import Clock, Engine
@@ -90,7 +91,7 @@ _lost: list[BaseException] = []  # of worlds that were shut down: see `Engine.lo
 
 
 def _check_gather_dtype(name: Optional[str]) -> None:
-    if name is not None and name not in GATHER_DTYPES:
+    if name is not None and not (isinstance(name, str) and name in GATHER_DTYPES):
         raise ValueError(f"gather_dtype must be None or one of {', '.join(GATHER_DTYPES)}, not {name!r}")
 
 
@@ -195,7 +196,7 @@ def init_distributed(
     Raises:
         RuntimeError: called twice, after an operation on CPU, under a parallel mode of MindSpore's, or the launcher does not fit
             the device.
-        TypeError: `init_method` is a number: the seed is the second argument.
+        TypeError: `init_method` is a number (the seed is the second argument), or an option that must be a number is none.
         ValueError: an option out of range, or a parallel size that is not available.
     """
     if _current:
@@ -209,10 +210,14 @@ def init_distributed(
             f"tp_size={tp_size}, pipe_size={pipe_size}, num_micro_batches={num_micro_batches}: tensor and pipeline parallel layers "
             "are not part of this release; use tp_size=1, pipe_size=-1 (ZeRO shards over all ranks)"
         )
+    seed, prefetch = whole("seed", seed), whole("prefetch", prefetch)
+    if not 0 <= seed < 1 << 32:
+        raise ValueError(f"seed must be between 0 and {(1 << 32) - 1}, as NumPy's, not {seed}")
     if prefetch < 0:
         raise ValueError(f"prefetch must be 0 (off) or more, not {prefetch}")
+    shard_size = None if shard_size is None else whole("shard_size", shard_size)
     _check_gather_dtype(gather_dtype)
-    if timeout <= 0:
+    if not number("timeout", timeout) > 0:
         raise ValueError(f"timeout must be a positive number of seconds, not {timeout}")
     if is_scheduler():
         _serve_as_scheduler()

@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 import xxhash
 
+from ..checks import whole
+
 _HASHED = 1 << 20  # tokens at a time
 
 
@@ -28,6 +30,10 @@ class TokenSampler:
     """
 
     def __init__(self, tokens: np.ndarray, length: int, global_batch: int, seed: int = 0, tokenizer: Any = None):
+        length, global_batch, seed = whole("length", length), whole("global_batch", global_batch), whole("seed", seed)
+        tokens = np.asarray(tokens)
+        if tokens.ndim != 1 or tokens.dtype.kind not in "iu":
+            raise TypeError(f"tokens must be one long array of whole numbers, not of shape {tokens.shape} and type {tokens.dtype}")
         if length < 1 or global_batch < 1:
             raise ValueError(f"need length >= 1 and global_batch >= 1, not {length} and {global_batch}")
         self._tokens, self._length, self.global_batch, self._seed = tokens, length, global_batch, seed

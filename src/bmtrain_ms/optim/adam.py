@@ -8,6 +8,7 @@ import mindspore as ms
 import numpy as np
 from mindspore import Parameter, Tensor, ops
 
+from ..checks import number
 from ..compat.runtime import device_target, host_array, is_at, kept_on_host, numpy_dtype, values, writable_array
 from .base import ParamState, ShardOptimizer
 from .host_adam import Coefficients, Delta, Update, Workers, bits, round_to, run
@@ -19,14 +20,18 @@ class Adam(ShardOptimizer):
     """What Adam is, wherever it keeps its state."""
 
     def _check(self, group: dict[str, Any]) -> None:
-        lr, betas, eps, decay = group["lr"], group["betas"], group["eps"], group["weight_decay"]
+        lr, eps, decay = (number(name, group[name]) for name in ("lr", "eps", "weight_decay"))
+        betas, hold_steps = group["betas"], number("hold_steps", group["hold_steps"])
+        if not isinstance(betas, (tuple, list)):
+            raise TypeError(f"betas must be two numbers, not {betas!r}")
+        betas = tuple(number("betas", beta) for beta in betas)
         possible = all(0 <= x < _LARGEST for x in (lr, eps, decay)) and len(betas) == 2 and all(0 <= beta < 1 for beta in betas)
         if not possible or eps == 0:
             raise ValueError(f"need lr, weight_decay >= 0, eps > 0 and 0 <= betas < 1, not {lr}, {decay}, {eps}, {betas}")
         # zero would make 0 / 0 of a gradient that has always been zero, as that of the padding is
         if np.float32(eps * (1 - betas[1]) ** 0.5) == 0:  # as the first step has it
             raise ValueError(f"eps = {eps} is zero in float32, in which updates are computed; use 1e-30 or more")
-        if not 0 <= group["hold_steps"] < _LARGEST:
+        if not 0 <= hold_steps < _LARGEST:
             raise ValueError(f"hold_steps must be 0 or more, not {group['hold_steps']}")
 
 
@@ -36,7 +41,7 @@ def settings(
     """As a parameter group has them."""
     return {
         "lr": lr,
-        "betas": tuple(betas),
+        "betas": tuple(betas) if isinstance(betas, list) else betas,
         "eps": eps,
         "weight_decay": weight_decay,
         "hold_steps": hold_steps,

@@ -57,6 +57,8 @@ class ShardOptimizer(ABC):
     def __init__(self, params: Iterable[Any], defaults: dict[str, Any]):
         if isinstance(params, (Parameter, dict)):
             raise TypeError(f"params must be a list of parameters or of groups, not one {type(params).__name__}: put it in a list")
+        if not isinstance(params, Iterable):
+            raise TypeError(f"params must be a list of parameters, as model.trainable_params(), not a {type(params).__name__}")
         entries = list(params)
         if entries and not isinstance(entries[0], dict):
             entries = [{"params": entries}]

@@ -12,6 +12,7 @@ import mindspore as ms
 import numpy as np
 from mindspore import Parameter, Tensor
 
+from ..checks import number, whole
 from ..comm import World, world
 from ..compat.habits import refuse_graph_mode
 from ..compat.runtime import added, from_host, host_array, scaled, square_sum
@@ -72,6 +73,7 @@ class OptimManager:
         in_world: the ranks; default: the current world.
 
     Raises:
+        TypeError: a setting that is not a number.
         ValueError: a setting out of range.
     """
 
@@ -88,9 +90,15 @@ class OptimManager:
         max_skipped_steps: int | None = 64,
         in_world: World | None = None,
     ):
+        loss_scale = None if loss_scale is None else number("loss_scale", loss_scale)
+        grad_scale = None if grad_scale is None else number("grad_scale", grad_scale)
+        loss_scale_factor = number("loss_scale_factor", loss_scale_factor)
+        min_loss_scale, max_loss_scale = number("min_loss_scale", min_loss_scale), number("max_loss_scale", max_loss_scale)
+        loss_scale_steps, hysteresis = whole("loss_scale_steps", loss_scale_steps), whole("hysteresis", hysteresis)
+        max_skipped_steps = None if max_skipped_steps is None else whole("max_skipped_steps", max_skipped_steps)
         if loss_scale is not None and not 0 < loss_scale < math.inf:
             raise ValueError(f"loss_scale must be positive and finite, or None, not {loss_scale}")
-        if loss_scale_factor <= 0 or loss_scale_factor == 1 or loss_scale_steps < 1:
+        if not 0 < loss_scale_factor < math.inf or loss_scale_factor == 1 or loss_scale_steps < 1:
             raise ValueError(
                 f"need a positive loss_scale_factor other than 1 and loss_scale_steps >= 1, not {loss_scale_factor}, "
                 f"{loss_scale_steps}"
@@ -137,12 +145,17 @@ class OptimManager:
             lr_scheduler: one of `bmtrain_ms.lr_scheduler`, or None.
 
         Raises:
-            ValueError: it shares a parameter, or the schedule, with an optimizer added before; or needs whole parameters.
+            ValueError: it shares a parameter, or the schedule, with an optimizer added before; the schedule is another optimizer's;
+                or it needs whole parameters.
             TypeError: it is not an optimizer.
         """
         driver = adapted(optimizer)
+        if lr_scheduler is not None and not hasattr(lr_scheduler, "step"):
+            raise TypeError(f"lr_scheduler must be one of bmtrain_ms.lr_scheduler, made for this optimizer, not {lr_scheduler!r}")
         if lr_scheduler is not None and any(lr_scheduler is other for other in self.lr_schedulers):
             raise ValueError("this schedule steps with another optimizer already, and would step twice; make one for each")
+        if getattr(lr_scheduler, "optimizer", optimizer) is not optimizer:
+            raise ValueError(f"this {type(lr_scheduler).__name__} was made for another optimizer, and would set its rates")
         self._refuse_shared([*self.drivers, driver])
         self.optimizers.append(optimizer)
         self.drivers.append(driver)
@@ -180,6 +193,8 @@ class OptimManager:
                 "backward takes the function that computes the loss, and its arguments, not the loss: MindSpore differentiates "
                 "functions. Write manager.backward(forward, *batch) where BMTrain has manager.backward(forward(*batch))"
             )
+        if not callable(forward):
+            raise TypeError(f"backward takes the function that computes the loss, and its arguments, not {forward!r}")
         refuse_graph_mode("OptimManager.backward")
         if not self.optimizers:
             raise RuntimeError("OptimManager.backward needs an optimizer: call add_optimizer first")

@@ -148,7 +148,8 @@ def adapted(optimizer: Any) -> Any:
     if isinstance(optimizer, (nn.Optimizer, ExperimentalOptimizer)):
         return NativeOptimizer(optimizer)
     missing = [name for name in ("parameters", "step", "state_dict", "load_state_dict") if not hasattr(optimizer, name)]
-    if missing:
+    if missing or isinstance(optimizer, type):
         kind = type(optimizer).__name__
+        missing = missing or ["an instance: it is the class"]
         raise TypeError(f"{kind} is neither an optimizer of bmtrain_ms nor one of MindSpore's: it lacks {', '.join(missing)}")
     return optimizer

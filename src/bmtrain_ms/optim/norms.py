@@ -9,6 +9,7 @@ import mindspore as ms
 import numpy as np
 from mindspore import Parameter, Tensor
 
+from ..checks import number
 from ..comm import World, world
 from ..compat.autograd import no_grad
 from ..compat.runtime import from_host, host_array, square_sum
@@ -62,9 +63,10 @@ def checked_order(max_norm: float, norm_type: float | str) -> float:
     """The p of a p-norm.
 
     Raises:
+        TypeError: it, or `max_norm`, is not a number.
         ValueError: it, or `max_norm`, is not positive.
     """
-    order = float(norm_type)
+    max_norm, order = number("max_norm", max_norm), math.inf if norm_type == "inf" else number("norm_type", norm_type)
     if not (max_norm > 0 and order > 0):
         raise ValueError(f"max_norm and norm_type must be positive, not {max_norm}, {order}")
     return order

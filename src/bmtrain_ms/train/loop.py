@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from ..checkpoint import Checkpointer, CheckpointError
 from ..checkpoint.store import gather_json
+from ..checks import number, whole
 from ..comm import world
 from ..compat.memory import resident_memory
 from ..compat.runtime import from_host, host_array
@@ -26,6 +27,11 @@ from .errors import Stopped, TrainingError
 from .evaluate import mean_loss
 from .log import LogFile
 from .signals import StopSignals
+
+_KINDS = {
+    **dict.fromkeys(("steps", "warmup", "bad_steps", "save_every", "keep_last", "keep_every"), whole),
+    **dict.fromkeys(("lr", "weight_decay", "clip", "loss_scale", "save_minutes"), number),
+}
 
 
 @dataclass(frozen=True)
@@ -55,9 +61,11 @@ class TrainSettings:
     shared_storage: bool = True
 
     def __post_init__(self) -> None:
-        for name in ("steps", "bad_steps", "save_every", "save_minutes"):
+        for name, kind in _KINDS.items():
             value = getattr(self, name)
-            if value is not None and not value > 0:
+            optional = self.__dataclass_fields__[name].default is None or name == "keep_last"
+            value = value if value is None and optional else kind(name, value)
+            if value is not None and not value > 0 and name not in ("lr", "warmup", "weight_decay"):
                 raise ValueError(f"{name} must be positive, not {value}")
         object.__setattr__(self, "log", None if self.log is None else Path(self.log).expanduser())
 
@@ -87,6 +95,9 @@ class Trainer:
         *,
         signals: StopSignals | None = None,
     ):
+        if not (isinstance(model, nn.Cell) and isinstance(settings, TrainSettings)):
+            kinds = f"{type(model).__name__} and {type(settings).__name__}"
+            raise TypeError(f"Trainer takes a model, a sampler, TrainSettings and a folder; model and settings are {kinds}")
         self.model, self.sampler, self.settings = model, sampler, settings
         self.done = 0  # steps
         optimizer = AdamOptimizer(model.trainable_params(), settings.lr, settings.betas, weight_decay=settings.weight_decay)

@@ -65,7 +65,7 @@ class Block(nn.Cell):
         if not isinstance(inner_module, nn.Cell):
             raise TypeError(f"Block wraps a Cell, not a {type(inner_module).__name__}")
         if zero_level not in (2, 3):
-            raise ValueError(f"zero_level must be 2 or 3, not {zero_level}")
+            raise ValueError(f"zero_level must be 2 or 3, not {zero_level!r}")
         inside = [path for path, cell in inner_module.cells_and_names() if isinstance(cell, Block)]
         if inside:
             raise ValueError(

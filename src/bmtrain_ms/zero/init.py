@@ -98,6 +98,8 @@ class ParameterInitializer:
     """
 
     def __init__(self, func: Callable[..., Any], *args: Any, **kwargs: Any):
+        if not callable(func):
+            raise TypeError(f"func must be a function, as bmtrain_ms.init.normal_, not {func!r}")
         self.func, self.args, self.kwargs = func, args, kwargs
 
     def shard(self, key: np.ndarray, shape: tuple[int, ...], start: int, stop: int) -> np.ndarray:
@@ -130,6 +132,8 @@ def init_parameters(model: nn.Cell) -> None:
     Raises:
         TypeError: an `init_method` is not a `ParameterInitializer`.
     """
+    if not isinstance(model, nn.Cell):
+        raise TypeError(f"init_parameters takes a model, not a {type(model).__name__}")
     model.check_names_and_refresh_name()
     for parameter in model.get_parameters():
         if isinstance(parameter, DistributedParameter) and parameter.init_method is not None:

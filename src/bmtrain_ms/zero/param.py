@@ -9,6 +9,7 @@ import mindspore as ms
 import numpy as np
 from mindspore import Parameter, Tensor
 
+from ..checks import whole
 from ..comm import World, world
 from ..compat.autograd import custom_op, recording
 from ..compat.habits import sharded_types
@@ -32,7 +33,10 @@ def empty(*shape: int, dtype: Any = ms.float32) -> Empty:
 
     The shard starts as zeros; `init_parameters` or `load` fills it.
     """
-    return Empty(tuple(int(n) for n in shape), dtype)
+    sizes = shape[0] if len(shape) == 1 and isinstance(shape[0], (tuple, list)) else shape
+    if not isinstance(dtype, type(ms.float32)):
+        raise TypeError(f"dtype must be a type of MindSpore's, as mindspore.float32, not {dtype!r}")
+    return Empty(tuple(whole("a dimension", n, 0) for n in sizes), dtype)
 
 
 class DistributedParameter(Parameter):
@@ -57,10 +61,13 @@ class DistributedParameter(Parameter):
 
     Raises:
         RuntimeError: `init_distributed` has not been called.
+        TypeError: `data` is neither a tensor nor an array.
         ValueError: `data` has no elements or is not of a floating-point type, or `tp_mode`.
     """
 
     def __new__(cls, data: Any, *args: Any, in_world: World | None = None, **kwargs: Any) -> DistributedParameter:
+        if not isinstance(data, (Empty, Tensor, np.ndarray)):
+            raise TypeError(f"DistributedParameter takes a tensor, an array or bmtrain_ms.empty(...), not {type(data).__name__}")
         shard_length = -(-element_count(data.shape) // (in_world or world()).shards.size)
         return adopt(cls, from_host(np.zeros(shard_length, numpy_dtype(_dtype_of(data)))))
 

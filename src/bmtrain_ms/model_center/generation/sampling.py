@@ -9,6 +9,7 @@ import mindspore as ms
 import numpy as np
 from mindspore import Tensor
 
+from ...checks import number, whole
 from ...comm import world
 from ...compat.autograd import no_grad
 from ...compat.runtime import from_host, host_array
@@ -78,22 +79,25 @@ def generate(
         TypeError: prompts that are not lists of token ids.
         FloatingPointError: the model computes NaN or infinity.
     """
-    rows = _checked(prompts, getattr(getattr(model, "config", None), "vocab_size", None))
-    if temperature < 0 or top_k < 0 or not 0 < top_p <= 1 or max_new_tokens < 1:
+    given = _checked(prompts, getattr(getattr(model, "config", None), "vocab_size", None))
+    max_new_tokens, top_k, seed = whole("max_new_tokens", max_new_tokens), whole("top_k", top_k), whole("seed", seed)
+    temperature, top_p = number("temperature", temperature), number("top_p", top_p)
+    eos_id = None if eos_id is None else whole("eos_id", eos_id)
+    if not temperature >= 0 or top_k < 0 or not 0 < top_p <= 1 or max_new_tokens < 1:
         raise ValueError(
             f"need temperature >= 0, top_k >= 0, 0 < top_p <= 1, max_new_tokens >= 1, not {temperature}, {top_k}, {top_p}, "
             f"{max_new_tokens}"
         )
     engine = world().engine
-    longest = max(len(prompt) for prompt in rows)
-    ids = np.zeros((len(rows), longest), np.int32)
-    real = np.zeros((len(rows), longest), bool)
-    for i, prompt in enumerate(rows):
+    longest = max(len(prompt) for prompt in given)
+    ids = np.zeros((len(given), longest), np.int32)
+    real = np.zeros((len(given), longest), bool)
+    for i, prompt in enumerate(given):
         ids[i, longest - len(prompt) :] = prompt
         real[i, longest - len(prompt) :] = True
     padded = not real.all()
-    results: list[list[int]] = [[] for _ in rows]
-    done = np.zeros(len(rows), bool)
+    results: list[list[int]] = [[] for _ in given]
+    done = np.zeros(len(given), bool)
     past: Any = None
     training = model.training
     model.set_train(False)
@@ -108,9 +112,9 @@ def generate(
                     f"the logits for new token {step} are not finite: no token follows from them. Are the parameters? "
                     "(a checkpoint saved after the loss became NaN, or values beyond float16)"
                 )
-            words = np.random.Philox(key=key_of(seed, "sample", step)).random_raw(-(-len(rows) // 4) * 4)
-            ids = choose(last, uniform(words[: len(rows)]), temperature, top_k, top_p)[:, None]
-            real = np.concatenate([real, np.ones((len(rows), 1), bool)], 1)
+            words = np.random.Philox(key=key_of(seed, "sample", step)).random_raw(-(-len(given) // 4) * 4)
+            ids = choose(last, uniform(words[: len(given)]), temperature, top_k, top_p)[:, None]
+            real = np.concatenate([real, np.ones((len(given), 1), bool)], 1)
             if on_token is not None:
                 on_token(ids[:, 0])
             for i, token in enumerate(ids[:, 0].tolist()):

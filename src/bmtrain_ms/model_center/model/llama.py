@@ -10,6 +10,7 @@ from typing import Any, Optional, Sequence
 import mindspore as ms
 from mindspore import Tensor, nn
 
+from ...checks import whole
 from ...zero import undisturbed
 from ..layer import Embedding, Encoder, Linear, RotaryEmbedding
 from ..layer.attention import KeyValue
@@ -44,8 +45,7 @@ class LlamaConfig:
     def __post_init__(self) -> None:
         set_field = object.__setattr__
         for name in ("vocab_size", "dim_model", "num_heads", "dim_ff", "num_layers"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+            set_field(self, name, whole(name, getattr(self, name), 1))
         set_field(self, "num_heads_kv", self.num_heads_kv or self.num_heads)
         if self.num_heads_kv < 1 or self.num_heads % self.num_heads_kv:
             raise ValueError(f"num_heads={self.num_heads} is not a multiple of num_heads_kv={self.num_heads_kv}")
