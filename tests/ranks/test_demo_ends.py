@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -30,8 +31,10 @@ def demo(out: Path, *words: Any, ranks: int = 1, script: str | None = None) -> s
 
 
 def told(done: subprocess.CompletedProcess[str]) -> str:
-    """The line of an error, of which there is one, and no traceback."""
+    """The line of an error, of which there is one, and no traceback; behind it the launcher may say which rank ended."""
     lines = [line for line in done.stderr.splitlines() if line.startswith("bmtrain-ms: ")]
+    if len(lines) == 2 and re.match(r"bmtrain-ms: rank \d+ \(pid \d+\) ended with exit code", lines[-1]):
+        assert lines.pop().endswith(f"exit code {done.returncode}")
     assert len(lines) == 1 and "Traceback" not in done.stderr, done.stderr
     return lines[0].removeprefix("bmtrain-ms: ")
 
