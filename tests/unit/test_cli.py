@@ -137,9 +137,9 @@ def test_what_argparse_refuses(parent, started, words, text, capsys):
     assert text in error and error.count("\n") == 1 and error.startswith("bmtrain-ms") and not started
 
 
-def test_options_of_the_script_are_its_own(spawned, script):
+def test_options_of_the_script_are_its_own(planned, script):
     assert exit_code("launch", "-n", 1, script, "--step", "5", "--rank") == 5
-    assert spawned[0][0][-3:] == ["--step", "5", "--rank"]
+    assert planned[0][0]["command"][-3:] == ["--step", "5", "--rank"]
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,10 @@ class Made:
 
     def state_dict(self) -> dict[str, Any]:
         """Under `made` what the other methods of another run take; nothing for an optimizer of somebody else's."""
-        return {"made": {"groups": self._groups, "schedule": self._settings}} if hasattr(self._driver, "settings") else {}
+        if not hasattr(self._driver, "settings"):
+            return {}
+        self._note_added(self._driver.settings())
+        return {"made": {"groups": self._groups, "schedule": self._settings}}
 
     def schedule_to_load(self, saved: Any, theirs: Any, fresh: bool) -> tuple[Any, Told, Told]:
         """The saved state with what was chosen in this run; what that is, and what was written by hand here and is not used.
@@ -52,6 +55,7 @@ class Made:
             before: the groups' settings before that.
         """
         all_chosen, all_replaced = [], []
+        self._note_added(before)
         others = theirs.get("groups") if isinstance(theirs, dict) else None
         scheduled = self._schedule is not None
         for index, (mine, loaded) in enumerate(zip(before, self._driver.settings() if before else [])):
@@ -67,6 +71,10 @@ class Made:
             all_chosen += [f"group {index}: {x}" for x in told]
             all_replaced += [f"group {index}: {x}" for x in replaced]
         return all_chosen, all_replaced
+
+    def _note_added(self, groups: list[Settings]) -> None:
+        """Groups that came later (`add_param_group`) were made with what they have when they are first seen."""
+        self._groups += groups[len(self._groups) :]
 
 
 def _chosen(mine: Settings, saved: Settings, asked: Settings, then: Optional[Settings], fresh: bool) -> tuple[Settings, Told, Told]:
