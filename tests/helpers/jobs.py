@@ -32,7 +32,9 @@ class JobUnderTest:
         command = [sys.executable, "-m", "bmtrain_ms_cli", "launch", "-n", str(ranks), "--with", launcher, str(path), str(folder)]
         env = {**os.environ, **variables, "BMTRAIN_MS_TEST_JOB": str(folder), "OMP_NUM_THREADS": "1"}
         with open(folder / "out", "w") as out, open(folder / "err", "w") as err:
-            self.process = subprocess.Popen(command, env=env, stdout=out, stderr=err, start_new_session=True)
+            # under nohup, as this test may be, SIGHUP is ignored, and the launcher respects that
+            hear = lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL)  # noqa: E731
+            self.process = subprocess.Popen(command, env=env, stdout=out, stderr=err, start_new_session=True, preexec_fn=hear)
 
     @property
     def err(self) -> str:
