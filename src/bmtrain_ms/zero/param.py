@@ -34,7 +34,7 @@ def empty(*shape: int, dtype: Any = ms.float32) -> Empty:
     The shard starts as zeros; `init_parameters` or `load` fills it.
     """
     sizes = shape[0] if len(shape) == 1 and isinstance(shape[0], (tuple, list)) else shape
-    if not isinstance(dtype, type(ms.float32)):
+    if isinstance(dtype, (str, type, np.dtype)):
         raise TypeError(f"dtype must be a type of MindSpore's, as mindspore.float32, not {dtype!r}")
     return Empty(tuple(whole("a dimension", n, 0) for n in sizes), dtype)
 
