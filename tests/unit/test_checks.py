@@ -12,6 +12,7 @@ from mindspore import Tensor, nn, ops
 import bmtrain_ms as bms
 from bmtrain_ms import lr_scheduler
 from bmtrain_ms.checks import number, whole
+from bmtrain_ms.compat.runtime import FLOATS
 from bmtrain_ms.data import TokenSampler
 from bmtrain_ms.model_center.generation import generate
 from bmtrain_ms.model_center.model import Llama, LlamaConfig
@@ -172,6 +173,10 @@ def test_numbers_of_numpy_and_tensors_are_numbers(single_world):
         (lambda: bms.empty(4.0, 4), "a dimension must be a whole number, not 4.0"),
         (lambda: bms.empty(-1), "a dimension must be at least 0, not -1"),
         (lambda: bms.empty(4, dtype="float32"), "dtype must be a type of MindSpore's, as mindspore.float32, not 'float32'"),
+        (
+            lambda: bms.empty(4, dtype=np.float32),
+            "dtype must be a type of MindSpore's, as mindspore.float32, not <class 'numpy.float32'>",
+        ),
         (lambda: bms.init_parameters(None), "init_parameters takes a model, not a NoneType"),
         (lambda: bms.ParameterInitializer("normal"), "func must be a function, as bmtrain_ms.init.normal_, not 'normal'"),
         (lambda: bms.load("x.safetensors", Layer()), "the model comes first, then the path: str is no Cell"),
@@ -189,6 +194,11 @@ def test_an_argument_that_is_something_else(single_world, call, text):
 
 def test_a_shape_may_be_one_tuple(single_world):
     assert bms.DistributedParameter(bms.empty((3, 4))).full_shape == (3, 4)
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_every_type_of_mindspore_s_is_one(single_world, dtype):
+    assert bms.DistributedParameter(bms.empty(3, dtype=dtype)).dtype == dtype
 
 
 @pytest.mark.parametrize("value", [3, np.int64(3), np.uint8(3)])
