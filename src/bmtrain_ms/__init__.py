@@ -3,6 +3,8 @@
 Importing the package patches MindSpore at run time (see `bmtrain_ms.compat`); MindSpore's files are never touched.
 """
 
+from bmtrain_ms_base.absent import absent as _absent
+
 from . import compat
 
 compat.install()
@@ -28,7 +30,6 @@ from . import (
     wrapper,
     zero,
 )
-from .absent import absent
 from .checkpoint import load, save
 from .comm import init_distributed, is_initialized, rank, shutdown, synchronize, world_size
 from .global_var import config
@@ -71,7 +72,7 @@ _ABSENT = {
 }
 
 
-__getattr__ = absent(__name__, _ABSENT)
+__getattr__ = _absent(__name__, _ABSENT)
 
 
 __all__ = [

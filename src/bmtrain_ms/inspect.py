@@ -10,10 +10,10 @@ from typing import Any, Iterable, Iterator, Sequence
 import numpy as np
 from mindspore import Parameter, Tensor, nn
 
-from .comm import Engine, world
+from .comm import Engine, reduce_numbers, world
 from .compat.autograd import hookable, recording
 from .compat.cells import child_table, parameter_table
-from .compat.runtime import from_host, host_array
+from .compat.runtime import host_array
 from .zero import Block, DistributedParameter, context_of
 
 _COLUMNS = ("name", "shape", "max", "min", "std", "mean", "grad_std", "grad_mean")
@@ -238,7 +238,7 @@ def _statistics(values: Iterable[np.ndarray], engine: Engine) -> list[dict[str, 
     arrays = list(values)
 
     def reduce(numbers: list[float], op: str = "sum") -> np.ndarray:
-        return host_array(engine.all_reduce([from_host(np.array(numbers, np.float64))], op, "inspect").wait()[0])
+        return reduce_numbers(engine, numbers, "inspect", np.float64, op)
 
     with np.errstate(all="ignore"):
         sizes, sums = reduce([float(x.size) for x in arrays] + [x.sum() for x in arrays]).reshape(2, -1)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from mindspore import Tensor, nn
 
-from .absent import absent
+from bmtrain_ms_base.absent import absent
+
 from .nn import functional
 
 __getattr__ = absent(

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from mindspore import Tensor
 
+from bmtrain_ms_base.absent import absent
+
 from . import distributed
-from .absent import absent
 from .comm import Engine
 from .compat.autograd import no_grad
 from .compat.runtime import overwrite

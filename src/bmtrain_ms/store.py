@@ -13,7 +13,8 @@ import mindspore as ms
 import numpy as np
 from mindspore import Tensor
 
-from .absent import absent
+from bmtrain_ms_base.absent import absent
+
 from .checkpoint import load, load_state_dict, save, state_dict
 from .comm import Engine, all_gather_bytes, world
 from .compat.runtime import from_host, host_array, numpy_dtype

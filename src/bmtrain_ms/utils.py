@@ -9,11 +9,12 @@ import mindspore as ms
 import numpy as np
 from mindspore import Parameter, Tensor, nn
 
-from .absent import absent
+from bmtrain_ms_base.absent import absent
+from bmtrain_ms_base.memory import reset_peak_memory, resident_memory
+
 from .comm import Engine, is_initialized, world
 from .comm import rank as this_rank
 from .compat.cells import child_table, parameter_table
-from .compat.memory import reset_peak_memory, resident_memory
 from .compat.runtime import device_target, from_host, host_array
 from .distributed import all_reduce
 from .zero import Block, DistributedParameter, context_of

@@ -13,10 +13,12 @@ import gc
 import sys
 import zlib
 from dataclasses import dataclass, field
-from typing import Sequence
+from typing import Any, Sequence
 
 import numpy as np
 from mindspore import Parameter, nn
+
+from bmtrain_ms_base.tree import flatten
 
 from .comm import world
 from .compat.cells import child_table, drop_rate, parameter_lists, parameter_table
@@ -24,7 +26,6 @@ from .compat.habits import refuse_recompute
 from .compat.runtime import from_host, host_array, is_float
 from .nn.dropout import Dropout, ReplayingDropout
 from .zero import Block, DistributedModule, DistributedParameter, empty
-from .zero.tree import flatten
 
 # Written by operations in forward, so they stay whole on every rank.
 _RUNNING = ("moving_mean", "moving_variance", "running_mean", "running_var")
@@ -114,10 +115,7 @@ def BMTrainModelWrapper(
         ValueError: a pattern matches nothing, ranks have different values, a layer is inside another or is never called, or a cell
             keeps parameters where they cannot be replaced.
     """
-    if not isinstance(model, nn.Cell):
-        raise TypeError(f"BMTrainModelWrapper wraps a Cell, not a {type(model).__name__}")
-    if isinstance(layers, str) or isinstance(buffers, str):
-        raise TypeError(f"layers and buffers are lists of patterns: [{layers if isinstance(layers, str) else buffers!r}]")
+    _check_arguments(model, layers, buffers)
     report = WrapReport()
     cells = _cells(model, stop_at=(Block,))
     for path, cell in cells:
@@ -125,13 +123,36 @@ def BMTrainModelWrapper(
     chosen = None if layers is None else _matching(cells, layers)
     _shard_parameters(cells, buffers, report)
     gc.collect()  # the Parameters that were replaced: they are in reference cycles
+    _change_cells(cells, report)
+    _wrap_layers(_repeated_layers(cells) if chosen is None else chosen, use_checkpoint, zero_level, report)
+    _count_elements(model, report)
+    _have_reads_gather(model)
+    model.__dict__["wrap_report"] = report
+    if verbose and world().mesh.rank == 0:
+        sys.stderr.write(f"{report}\n")
+    return model
+
+
+def _check_arguments(model: Any, layers: Sequence[str] | None, buffers: Sequence[str]) -> None:
+    if not isinstance(model, nn.Cell):
+        raise TypeError(f"BMTrainModelWrapper wraps a Cell, not a {type(model).__name__}")
+    if isinstance(layers, str) or isinstance(buffers, str):
+        raise TypeError(f"layers and buffers are lists of patterns: [{layers if isinstance(layers, str) else buffers!r}]")
+
+
+def _change_cells(cells: list[tuple[str, nn.Cell]], report: WrapReport) -> None:
+    """Give cells with sharded parameters, and dropouts, the classes that handle them."""
     for _, cell in cells:
         if any(isinstance(p, DistributedParameter) for p in parameter_table(cell).values()):
             _mix_in(DistributedModule, cell)
         if isinstance(cell, nn.Dropout) and type(cell).construct is nn.Dropout.construct:
             _mix_in(ReplayingDropout, cell)
             report.dropouts += 1
-    for path, cell in _repeated_layers(cells) if chosen is None else chosen:
+
+
+def _wrap_layers(layers: list[tuple[str, nn.Cell]], use_checkpoint: bool, zero_level: int, report: WrapReport) -> None:
+    """Make a Block of each layer that can be one, and checkpoint those that can be repeated."""
+    for path, cell in layers:
         if _is_wrapped(cell):
             continue
         if in_tuple := _in_parameter_tuple(cell):
@@ -142,11 +163,6 @@ def BMTrainModelWrapper(
         report.blocks[path] = type(cell).__name__
         if reason:
             report.not_checkpointed[path] = reason
-    _count_elements(model, report)
-    model.__dict__["wrap_report"] = report
-    if verbose and world().mesh.rank == 0:
-        sys.stderr.write(f"{report}\n")
-    return model
 
 
 def _cells(model: nn.Cell, stop_at: tuple[type, ...] = ()) -> list[tuple[str, nn.Cell]]:
@@ -189,6 +205,11 @@ def _count_elements(model: nn.Cell, report: WrapReport) -> None:
         report.elements += p.full_size
         report.elements_outside += 0 if id(p) in inside else p.full_size
         report.shard_bytes += p.nbytes
+
+
+def _have_reads_gather(model: nn.Cell) -> None:
+    """Parameters of cells that are reached without going through a Block are gathered when they are read, also where a Block has
+    them as well."""
     outside = [model]
     reached: set[int] = set()
     while outside:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
-import runpy
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
+
+from bmtrain_ms_base.data import text
 
 from .launch import LaunchError
 
@@ -24,7 +22,6 @@ def check_text(path: Path | None, windows: int, length: int, vocab_size: int) ->
     Raises:
         LaunchError: it cannot be read, or is too short.
     """
-    text = _text_module()
     try:
         documents = text.python_documentation() if path is None else text.read_text(path)
     except FileNotFoundError:
@@ -51,11 +48,3 @@ def check_text(path: Path | None, windows: int, length: int, vocab_size: int) ->
         f"{counts[0]:,} training and {counts[1]:,} held-out tokens, --batch {windows} needs {needed[0]:,} and {needed[1]:,}; give "
         f"{more:,} characters or more, or a smaller --batch"
     )
-
-
-def _text_module() -> Any:
-    """`bmtrain_ms.data.text` without its package, which would import MindSpore: seconds before anything is said."""
-    package = importlib.util.find_spec("bmtrain_ms")
-    if package is None or package.origin is None:
-        raise LaunchError("bmtrain_ms is not installed")
-    return SimpleNamespace(**runpy.run_path(str(Path(package.origin).parent / "data" / "text.py")))

@@ -17,8 +17,8 @@ from bmtrain_ms.checkpoint import checkpointer as checkpointer_module
 from bmtrain_ms.checkpoint import saving as saving_module
 from bmtrain_ms.checkpoint.sharded import HASHED, file_name
 from bmtrain_ms.comm import World
-from bmtrain_ms.compat.memory import reset_peak_memory, resident_memory
 from bmtrain_ms.optim import AdamOptimizer, OptimManager
+from bmtrain_ms_base.memory import reset_peak_memory, resident_memory
 from tests.helpers.checkpoints import Layout, Run, counted_bytes, equal
 
 pytestmark = pytest.mark.ranks

@@ -11,13 +11,13 @@ from mindspore import Tensor, nn, ops
 
 import bmtrain_ms as bms
 from bmtrain_ms import lr_scheduler
-from bmtrain_ms.checks import number, whole
 from bmtrain_ms.compat.runtime import FLOATS
 from bmtrain_ms.data import TokenSampler
 from bmtrain_ms.model_center.generation import generate
 from bmtrain_ms.model_center.model import Llama, LlamaConfig
 from bmtrain_ms.optim import AdamOffloadOptimizer, AdamOptimizer, OptimManager
 from bmtrain_ms.train import Trainer, TrainSettings
+from bmtrain_ms_base.checks import number, whole
 
 NAN, INF = float("nan"), float("inf")
 SIZES = {"vocab_size": 9, "dim_model": 8, "num_heads": 2, "dim_ff": 8, "num_layers": 1}

@@ -336,7 +336,7 @@ MEASURE = """
 import mindspore as ms, numpy as np
 from mindspore import Tensor
 import bmtrain_ms as bms
-from bmtrain_ms.compat.memory import reset_peak_memory, resident_memory
+from bmtrain_ms_base.memory import reset_peak_memory, resident_memory
 from bmtrain_ms.compat.runtime import from_host
 from bmtrain_ms.nn.functional import cross_entropy
 

@@ -20,7 +20,8 @@ import bmtrain_ms as bms
 from bmtrain_ms.compat.runtime import numpy_dtype
 from bmtrain_ms.optim import AdamOptimizer, adam, host_adam
 from bmtrain_ms.optim.adam import DeviceState, HostState
-from bmtrain_ms.optim.host_adam import Coefficients, Update, Workers, round_to, run
+from bmtrain_ms.optim.host_adam import Workers, round_to, run
+from bmtrain_ms.optim.update import CHUNK, Coefficients, Update
 from tests.helpers.optim import DTYPES, floats, gradients, numbers, parameters
 
 GROUP = {"lr": 0.1, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.1, "hold_steps": 0, "maximize": False}
@@ -176,10 +177,10 @@ def test_rounding_to_float32_is_a_copy():
         round_to(values, np.zeros(3, np.float16))
 
 
-@pytest.mark.parametrize("more", [-1, 0, 1, host_adam.CHUNK + 1])
+@pytest.mark.parametrize("more", [-1, 0, 1, CHUNK + 1])
 def test_sizes_around_a_chunk(three, more):
     """Of the real size: every element is updated, once."""
-    (x,) = updates([host_adam.CHUNK + more], ms.bfloat16)
+    (x,) = updates([CHUNK + more], ms.bfloat16)
     p, m, v, grad = (array.astype(np.float64) for array in (x.p, x.m, x.v, x.grad))
     run([x], three)
     m, v = 0.9 * m + 0.05 * grad, 0.999 * v + 0.00025 * grad**2

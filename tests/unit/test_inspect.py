@@ -16,7 +16,7 @@ from bmtrain_ms.inspect import format_summary, inspect_model, inspect_tensor, re
 from bmtrain_ms.nn.functional import cross_entropy
 from bmtrain_ms.optim import AdamOptimizer, OptimManager
 from bmtrain_ms.store import state_dict
-from bmtrain_ms.zero.random import Draws
+from bmtrain_ms_base.random import Draws
 from tests.helpers.inspected import LAYERS, NAMES, WAYS, batch, build, reference, train
 
 pytestmark = pytest.mark.usefixtures("single_world")

@@ -87,5 +87,48 @@ def test_errors(arguments: dict, text: str):
 
 
 def test_unknown_axis():
-    with pytest.raises(ValueError, match=r"^unknown mesh axis 'ep'; choose pp, dp or tp$"):
-        Mesh(2, 0).peers("ep")
+    with pytest.raises(ValueError, match=r"^unknown mesh axis 'cp'; choose one of pp, dp, tp, replica, shard, edp, ep$"):
+        Mesh(2, 0).peers("cp")
+    with pytest.raises(ValueError, match="unknown mesh axis 'world'"):
+        Mesh(2, 0).size("world")
+
+
+@pytest.mark.parametrize("arguments", [{"replica": 3}, {"ep": 3}, {"ep": 0}, {"tp": 2, "replica": 4}], ids=str)
+def test_factors_of_the_data_axis_must_divide_it(arguments: dict):
+    with pytest.raises(ValueError, match=r"^(replica|ep)=\d does not divide the \d data-parallel ranks$"):
+        Mesh(4, 0, **arguments)
+
+
+GRIDS = [  # world, pp, tp, replica, ep
+    shape
+    for shape in itertools.product((1, 2, 4, 6, 8, 12, 16), (1, 2), (1, 2, 3), (1, 2, 3), (1, 2, 4))
+    if shape[0] % (shape[1] * shape[2]) == 0 and all(shape[0] // (shape[1] * shape[2]) % n == 0 for n in shape[3:])
+]
+
+
+@pytest.mark.parametrize(("world", "pp", "tp", "replica", "ep"), GRIDS)
+def test_both_readings_of_the_data_axis_partition_it(world: int, pp: int, tp: int, replica: int, ep: int):
+    meshes = [Mesh(world, rank, tp, pp, replica, ep) for rank in range(world)]
+    for axes in (("pp", "replica", "shard", "tp"), ("pp", "edp", "ep", "tp")):
+        assert len({tuple(mesh.coordinate(axis) for axis in axes) for mesh in meshes}) == world
+        for mesh in meshes:
+            assert mesh.peers(*axes) == list(range(world)) and mesh.peers(axes[1], axes[2]) == mesh.peers("dp")
+            for axis in axes:
+                peers = mesh.peers(axis)
+                assert len(peers) == mesh.size(axis) and peers.index(mesh.rank) == mesh.coordinate(axis)
+    for mesh in meshes:
+        assert mesh.shard * mesh.replica == mesh.dp == mesh.edp * mesh.ep
+
+
+def test_sharding_ranks_and_expert_ranks_are_neighbours():
+    mesh = Mesh(16, 9, tp=2, replica=2, ep=4)
+    assert mesh.peers("shard") == [9, 11, 13, 15] and mesh.peers("replica") == [1, 9]
+    assert mesh.peers("ep") == [9, 11, 13, 15] and mesh.peers("edp") == [1, 9]
+    assert mesh.peers("dp", "tp") == list(range(16))
+    assert mesh.peers() == [9]
+
+
+@pytest.mark.parametrize("axes", [("shard", "ep"), ("dp", "ep"), ("replica", "dp")])
+def test_readings_of_the_data_axis_are_not_mixed(axes: tuple[str, str]):
+    with pytest.raises(ValueError, match=f"^axes {', '.join(axes)} are different readings of the data axis"):
+        Mesh(4, 0).peers(*axes)

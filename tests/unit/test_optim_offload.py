@@ -16,10 +16,11 @@ import pytest
 from mindspore import Parameter, Tensor
 
 import bmtrain_ms as bms
-from bmtrain_ms.compat import memory, runtime
+from bmtrain_ms.compat import runtime
 from bmtrain_ms.lr_scheduler import Linear
 from bmtrain_ms.optim import AdamOffloadOptimizer, AdamOptimizer, OptimManager, adam, host_adam, offload
 from bmtrain_ms.optim.offload import AHEAD, Transfer
+from bmtrain_ms_base import memory
 from tests.helpers.optim import DTYPES, AdamW, floats, gradients, numbers, parameters, same, states, values
 
 pytestmark = pytest.mark.usefixtures("single_world")

@@ -14,7 +14,7 @@ from mindspore import nn
 
 import bmtrain_ms as bms
 from bmtrain_ms.comm import Mesh, SingleEngine, World, use_world
-from bmtrain_ms.zero.random import CHUNK, chunks, key_of, normal, uniform
+from bmtrain_ms_base.random import CHUNK, chunks, key_of, normal, uniform
 
 
 class PretendEngine(SingleEngine):

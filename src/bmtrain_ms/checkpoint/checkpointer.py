@@ -16,10 +16,9 @@ from typing import Any, Callable, Collection, Mapping
 import numpy as np
 from mindspore import nn
 
-from ..comm import World, world
-from ..compat.runtime import from_host, host_array
+from ..comm import World, all_ranks, gather_json, world
 from ..optim import OptimManager
-from .errors import CheckpointError
+from .errors import CheckpointError, agree_or_fail
 from .folder import (
     LATEST,
     FolderLock,
@@ -40,7 +39,7 @@ from .resuming import advising, check_layout, older_ones, same_everywhere
 from .run_state import checked, checked_extra, checked_keep, checked_step, collected
 from .saving import Saving
 from .sharded import INDEX, Index, IndexedTensor, ShardedReader, file_name, useful_threads
-from .store import Entry, LoadResult, _agree, apply_entries, compare, gather_json
+from .store import Entry, LoadResult, apply_entries, compare
 from .training import GRADIENT, as_named_here, check_complete, entries_to_load, entries_to_save, load_file
 
 _ATTEMPTS = 20  # to load the latest before another takes its place
@@ -151,7 +150,7 @@ class Checkpointer:
         except Exception as caught:  # out of memory: the other ranks must hear of it
             error = caught
         try:
-            _agree(self._world.engine, error, f"{target} cannot be written")
+            agree_or_fail(self._world.engine, error, f"{target} cannot be written")
         except CheckpointError:
             self._as_chief(shutil.rmtree, target, ignore_errors=True)
             raise
@@ -176,8 +175,7 @@ class Checkpointer:
         """
         if self._running is None:
             return True
-        done = from_host(np.array([self._running.done()], np.int32))
-        if not host_array(self._world.engine.all_reduce([done], "min", "checkpoint poll").wait()[0])[0]:
+        if not all_ranks(self._world.engine, self._running.done(), "checkpoint poll"):
             return False
         self.finish()
         return True
@@ -204,18 +202,18 @@ class Checkpointer:
             error = caught
         naming = Naming(saving.folder, final)
         try:
-            _agree(engine, error, what)
+            agree_or_fail(engine, error, what)
             everybody = gather_json(hashes, engine, "checkpoint hashes")
-            _agree(engine, self._as_chief(self._write_index, saving, everybody), what)
-            _agree(engine, self._as_chief(naming.do), what)
+            agree_or_fail(engine, self._as_chief(self._write_index, saving, everybody), what)
+            agree_or_fail(engine, self._as_chief(naming.do), what)
         except CheckpointError:
             self._as_chief(naming.undo)
             engine.barrier("checkpoint removed").wait()  # no rank goes on with half of it there
             raise
         failed = self._as_chief(point_to, self.folder, final.name)
-        _agree(engine, failed, f"{final} was saved, but {self.folder / LATEST} cannot be moved to it")
+        agree_or_fail(engine, failed, f"{final} was saved, but {self.folder / LATEST} cannot be moved to it")
         failed = self._as_chief(self._prune, naming, saving.in_background)
-        _agree(engine, failed, f"{final} was saved, but an older checkpoint cannot be deleted")
+        agree_or_fail(engine, failed, f"{final} was saved, but an older checkpoint cannot be deleted")
 
     def _as_chief(self, action: Callable[..., Any], *args: Any, **kwargs: Any) -> Exception | None:
         """What went wrong, whatever it is, where a chief did it: the other ranks wait to hear of it."""
@@ -278,7 +276,7 @@ class Checkpointer:
             found, wrong = (source, "") if (source / INDEX).exists() else find_latest(source)
         except OSError as caught:
             error = caught
-        _agree(self._world.engine, error, f"{source} cannot be read")
+        agree_or_fail(self._world.engine, error, f"{source} cannot be read")
         if is_file:
             return None, True
         found = same_everywhere(source, found, self._world, self._shared)
@@ -304,7 +302,7 @@ class Checkpointer:
         if self._locked:
             return
         try:
-            _agree(self._world.engine, self._as_chief(self._lock_folder), f"{self.folder} cannot be used")
+            agree_or_fail(self._world.engine, self._as_chief(self._lock_folder), f"{self.folder} cannot be used")
         except CheckpointError:
             self._unlock()  # on a host where it went well
             raise
@@ -340,7 +338,7 @@ class Checkpointer:
         self._join_deletion()  # there would not be room for all of them
         token = gather_json(secrets.token_hex(8) if self._world.mesh.rank == 0 else None, self._world.engine, "checkpoint")[0]
         target = self.folder / f".{checkpoint_name(step)}.{token}"
-        _agree(self._world.engine, self._as_chief(target.mkdir), f"{target} cannot be made")
+        agree_or_fail(self._world.engine, self._as_chief(target.mkdir), f"{target} cannot be made")
         return target
 
     def _path_in(self, folder: Path) -> Path | None:
@@ -408,7 +406,7 @@ class Checkpointer:
                 state = checked(reader.index.state, self._manager, here, strict, str(folder))
             except Exception as caught:  # whatever it is: the other ranks wait
                 error = caught
-            _agree(here.engine, error, what)
+            agree_or_fail(here.engine, error, what)
             identities = gather_json(reader.index.identity, here.engine, "checkpoint identity")
             if len(set(identities)) > 1:
                 raise CheckpointError(
@@ -420,7 +418,7 @@ class Checkpointer:
                     apply_entries({n: e for n, e in entries.items() if n in sources}, _renamed(reader.read, sources), here)
             except Exception as caught:
                 error = caught
-            _agree(here.engine, error, what)
+            agree_or_fail(here.engine, error, what)
         gradients = {n[len(GRADIENT) :]: e.get() for n, e in entries.items() if n.startswith(GRADIENT) and not e.of_model}
         self._manager.restore_gradients(gradients)
         state.restore(self._manager, here, keep)
@@ -442,7 +440,7 @@ def lock_folder(folder: str | Path) -> FolderLock | None:
             lock = FolderLock(Path(folder))
     except Exception as caught:  # whatever it is: the other ranks wait
         error = caught
-    _agree(here.engine, error, f"{folder} cannot be used")
+    agree_or_fail(here.engine, error, f"{folder} cannot be used")
     return lock
 
 

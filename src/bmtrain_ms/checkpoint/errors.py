@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from ..comm import Engine, SharedError, agree
+
 
 def printable(text: str) -> str:
     """With escapes for what would act on a terminal (control characters, direction marks, line ends) instead of being shown.
@@ -11,14 +13,13 @@ def printable(text: str) -> str:
     return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
-class CheckpointError(RuntimeError):
-    """A checkpoint cannot be written or read; raised on every rank alike. Its text is one printable line.
-
-    Attributes:
-        speaker: the rank whose text says most, and which alone needs to show it.
-    """
-
-    speaker = 0
+class CheckpointError(SharedError):
+    """A checkpoint cannot be written or read; raised on every rank alike. Its text is one printable line."""
 
     def __init__(self, message: str):
         super().__init__(printable(message))
+
+
+def agree_or_fail(engine: Engine, error: BaseException | None, what: str) -> None:
+    """Raise CheckpointError on all ranks if one has an error."""
+    agree(engine, error, what, CheckpointError)

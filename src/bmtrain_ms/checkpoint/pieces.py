@@ -7,9 +7,9 @@ from typing import Any, Collection, Mapping
 import numpy as np
 import xxhash
 
-from ..comm import World
+from ..comm import World, gather_json
 from ..compat.runtime import from_host, host_array
-from .store import Entry, gather_json
+from .store import Entry
 
 
 def differing(entries: Mapping[str, Entry], here: World) -> list[str]:

@@ -7,11 +7,10 @@ import sys
 from pathlib import Path
 from typing import Iterator
 
-from ..comm import World
+from ..comm import World, gather_json
 from .errors import CheckpointError
 from .folder import checkpoint_name, step_of, steps_in
 from .sharded import read_index
-from .store import gather_json
 
 
 def same_everywhere(source: Path, found: Path | None, here: World, shared: bool) -> Path | None:

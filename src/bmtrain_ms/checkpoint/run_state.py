@@ -12,13 +12,12 @@ from typing import Any, Optional
 
 import numpy as np
 
-from ..comm import World
+from ..comm import World, gather_json
 from ..compat import versions
 from ..optim import OptimManager
 from ..zero import context_of
 from .errors import CheckpointError
 from .format import is_count
-from .store import gather_json
 
 _NUMPY_WORDS = 624  # of its generator's state
 

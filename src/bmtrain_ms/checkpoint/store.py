@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import difflib
-import json
 import math
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -18,12 +17,12 @@ from typing import Any, Callable, Mapping, Sequence
 import numpy as np
 from mindspore import Parameter, Tensor, nn
 
-from ..comm import Engine, World, all_gather_bytes, world
+from ..comm import Engine, World, world
 from ..compat.runtime import from_host, host_array, numpy_dtype, overwrite
 from ..zero import DistributedParameter
 from .background import DeferredFile, pending
 from .consolidated import ConsolidatedReader, Replacement, file_names, size_in_bytes, split, tensor_bytes
-from .errors import CheckpointError
+from .errors import CheckpointError, agree_or_fail
 from .format import TYPE_NAMES, AtomicFile, plan
 
 # What is there: name -> (shape, MindSpore dtype)
@@ -136,7 +135,7 @@ def save(model: nn.Cell, file_name: str | Path, non_blocking: bool = False, max_
                 stack.enter_context(new)
         except OSError as caught:
             error = caught
-        _agree(here.engine, error, f"{folder} cannot be made")
+        agree_or_fail(here.engine, error, f"{folder} cannot be made")
         for name, group in zip(file_names(len(groups)), groups):
             save_entries(new.folder / name, {x: entries[x] for x in group}, {"format": "pt"}, here)
         try:
@@ -144,7 +143,7 @@ def save(model: nn.Cell, file_name: str | Path, non_blocking: bool = False, max_
                 new.commit(groups, sum(sizes.values()))
         except OSError as caught:
             error = caught
-        _agree(here.engine, error, f"{folder} cannot be written")
+        agree_or_fail(here.engine, error, f"{folder} cannot be written")
 
 
 def wait_for_saves() -> None:
@@ -163,7 +162,7 @@ def wait_for_saves() -> None:
         except Exception as caught:
             error = CheckpointError(f"{file.path} was not written in the background: {caught}")
     pending.clear()
-    _agree(world().engine, error, "a file saved with non_blocking=True was not written")
+    agree_or_fail(world().engine, error, "a file saved with non_blocking=True was not written")
 
 
 def load(model: nn.Cell, file_name: str | Path, strict: bool = True) -> LoadResult:
@@ -231,7 +230,7 @@ def save_entries(
     except Exception as caught:  # whatever it is: the other ranks wait
         error = caught
     try:
-        _agree(engine, error, f"{path} cannot be written")
+        agree_or_fail(engine, error, f"{path} cannot be written")
         for name, entry in entries.items():
             for position, piece in _pieces(entry, here.shards, name):
                 if file is None or error is not None:
@@ -250,7 +249,7 @@ def save_entries(
     except Exception as caught:
         error = caught
         file.discard()
-    _agree(engine, error, f"{path} cannot be written")
+    agree_or_fail(engine, error, f"{path} cannot be written")
     if non_blocking:
         pending.append(file if isinstance(file, DeferredFile) else None)
 
@@ -264,7 +263,7 @@ def read_headers(path: str | Path, here: World) -> tuple[dict[str, str], Describ
             metadata, there = reader.metadata, reader.described
     except Exception as caught:  # whatever it is: the other ranks wait
         error = caught
-    _agree(here.engine, error, f"{path} cannot be loaded")
+    agree_or_fail(here.engine, error, f"{path} cannot be loaded")
     return metadata, there
 
 
@@ -285,12 +284,12 @@ def load_entries(path: str | Path, entries: Mapping[str, Entry], here: World, st
             result = compare({**reader.described, **unread}, entries, strict, str(reader.path))
         except Exception as caught:
             error = caught
-        _agree(here.engine, error, f"{path} cannot be loaded")
+        agree_or_fail(here.engine, error, f"{path} cannot be loaded")
         try:
             apply_entries({name: entry for name, entry in entries.items() if name in reader.tensors}, reader.read, here)
         except Exception as caught:
             error = caught
-        _agree(here.engine, error, f"{path} cannot be loaded")
+        agree_or_fail(here.engine, error, f"{path} cannot be loaded")
     return result
 
 
@@ -298,11 +297,6 @@ def apply_entries(entries: Mapping[str, Entry], read: Callable[[str, int, int], 
     """Fill every entry with what this rank stores of it; `read(name, start, stop)` gives elements of the flattened full tensor."""
     for name, entry in entries.items():
         entry.set(from_host(_shard(partial(read, name), entry, here.shards)))
-
-
-def gather_json(value: Any, engine: Engine, label: str) -> list[Any]:
-    """Every rank's value, which JSON can hold, by rank."""
-    return [json.loads(text) for text in all_gather_bytes(engine, json.dumps(value).encode(), label)]
 
 
 def _pieces(entry: Entry, engine: Engine, name: str) -> Any:
@@ -383,16 +377,3 @@ def _with_hints(names: Sequence[str], candidates: Sequence[str]) -> list[str]:
 
 def _first(items: Sequence[str]) -> str:
     return ", ".join(items[:10]) + (f" and {len(items) - 10} more" if len(items) > 10 else "")
-
-
-def _agree(engine: Engine, error: BaseException | None, what: str) -> None:
-    """Raise on all ranks if one has an error."""
-    failed = from_host(np.array([float(error is not None)], np.float32))
-    flags = host_array(engine.all_gather([failed], label="agree").wait()[0])
-    if not flags.any():
-        return
-    ranks = np.flatnonzero(flags).tolist()
-    told = CheckpointError(f"{what}: rank(s) {ranks} failed; see their messages" if error is None else f"{what}: {error}")
-    raised = error if isinstance(error, CheckpointError) else told
-    raised.speaker = ranks[0]
-    raise raised from (None if raised is error else error)

@@ -13,7 +13,7 @@ from mindspore import Parameter, nn
 from ..comm import world
 from ..optim import OptimManager
 from ..zero import context_of
-from .errors import CheckpointError
+from .errors import CheckpointError, agree_or_fail
 from .format import is_count, parsed_json
 from .pieces import differing
 from .run_state import RunState, checked, checked_keep
@@ -21,7 +21,6 @@ from .store import (
     Described,
     Entry,
     LoadResult,
-    _agree,
     companion_entry,
     compare,
     load_entries,
@@ -93,7 +92,7 @@ def load_file(file_name: str | Path, model: nn.Cell, manager: OptimManager, stri
         state = checked(raw, manager, here, strict, str(file_name))
     except Exception as caught:  # whatever it is: the other ranks wait
         error = caught
-    _agree(here.engine, error, f"{file_name} cannot be loaded")
+    agree_or_fail(here.engine, error, f"{file_name} cannot be loaded")
     result = load_entries(file_name, entries, here, strict)
     manager.restore_gradients({})
     state.restore(manager, here, keep)

@@ -1,8 +1,10 @@
 """Moving bytes between ranks."""
 
-from .engine import Buffer, Clock, CommError, CommTimeoutError, Engine, Label, Work, all_gather_bytes
+from bmtrain_ms_base.mesh import Mesh
+
+from .agreement import SharedError, agree, all_gather_bytes, all_ranks, any_rank, gather_json, reduce_numbers
+from .engine import Buffer, Clock, CommError, CommTimeoutError, Engine, Label, Work
 from .launch import Launch
-from .mesh import Mesh
 from .simulated import SimulatedEngine
 from .single import SingleEngine
 from .trace import Span, Trace, TracingEngine, write_trace
@@ -34,6 +36,7 @@ __all__ = [
     "Launch",
     "Mesh",
     "RecordingEngine",
+    "SharedError",
     "SimulatedEngine",
     "SingleEngine",
     "Span",
@@ -41,11 +44,16 @@ __all__ = [
     "TracingEngine",
     "Work",
     "World",
+    "agree",
     "all_gather_bytes",
+    "all_ranks",
+    "any_rank",
+    "gather_json",
     "init_distributed",
     "is_initialized",
     "make_hierarchy",
     "rank",
+    "reduce_numbers",
     "shutdown",
     "synchronize",
     "use_world",

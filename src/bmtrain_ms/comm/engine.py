@@ -17,7 +17,7 @@ from mindspore import Tensor
 
 from bmtrain_ms_base.board import own_row
 
-from ..compat.runtime import from_host, host_array, is_float
+from ..compat.runtime import is_float
 
 Buffer = Union[Tensor, np.ndarray]
 REDUCE_OPS = ("sum", "mean", "max", "min")
@@ -85,6 +85,10 @@ class Work(ABC):
             CommTimeoutError: not finished within the engine's time-out.
             CommError: the collective failed.
         """
+
+    def advance(self) -> None:  # noqa: B027  (most have one part)
+        """Start the next part of an operation of several, after waiting for the one before. Called at a point of the program that
+        is the same on every rank, so that all issue the same order."""
 
     def span(self) -> tuple[float, float] | None:
         """When it ran, in seconds of `time.monotonic`; after `wait`. None where that is unknown."""
@@ -206,12 +210,3 @@ class Engine(ABC):
             raise ValueError(f"a rank appears twice in the sub-group {list(ranks)}")
         if self.rank not in ranks:
             raise ValueError(f"rank {self.rank} is not in the sub-group {list(ranks)}: only its members create it")
-
-
-def all_gather_bytes(engine: Engine, data: bytes, label: str = "") -> list[bytes]:
-    """Every rank's bytes, however many they are, by rank."""
-    lengths = host_array(engine.all_gather([from_host(np.array([len(data)], np.int64))], label=label).wait()[0])
-    padded = np.zeros(max(int(lengths.max()), 1), np.uint8)
-    padded[: len(data)] = np.frombuffer(data, np.uint8)
-    rows = host_array(engine.all_gather([from_host(padded)], label=label).wait()[0]).reshape(engine.size, -1)
-    return [row[:n].tobytes() for row, n in zip(rows, lengths)]

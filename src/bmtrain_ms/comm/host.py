@@ -71,16 +71,17 @@ class Operation:
     """What a transport runs.
 
     Attributes:
-        op, kind: e.g. `reduce_scatter` and `mean`.
+        op: e.g. `reduce_scatter`.
         pair: (sender, receiver) of a message; None for a collective.
+        root: the rank whose values a broadcast sends.
         what: for messages to people: operation, label, step and rank.
         signature: what must be the same on every rank.
         outputs, stages, arrays: the results, how to get them, and the memory that others read.
     """
 
     op: str
-    kind: str
     pair: Optional[tuple[int, int]]
+    root: Optional[int]
     what: str
     signature: str
     outputs: list[Tensor]
@@ -126,7 +127,7 @@ class HostEngine(Engine):
         self._check_peer(root, "root")
         out = list(tensors) if self.rank == root else [self._new(tuple(x.shape), x.dtype) for x in tensors]
         arrays = [host_array(x) for x in out]
-        return self._issue("broadcast", label, out, self._broadcast(arrays, root), arrays, kind=f"from rank {root}")
+        return self._issue("broadcast", label, out, self._broadcast(arrays, root), arrays, root=root)
 
     def all_to_all(self, tensors: Sequence[Buffer], label: str = "") -> Work:
         self._check_divisible(tensors, "all_to_all")
@@ -228,12 +229,14 @@ class HostEngine(Engine):
         arrays: Rows,
         kind: str = "",
         pair: tuple[int, int] | None = None,
+        root: int | None = None,
     ) -> Work:
-        """`kind`: what else must be the same on every rank.  `pair`: (sender, receiver) of a message."""
+        """`kind`: what else must be the same on every rank.  `pair`: (sender, receiver) of a message.  `root`: of a broadcast."""
+        kind = kind if root is None else f"from rank {root}"
         signature = signature_of(op, kind, label, arrays) if pair is None else signature_of("message", kind, "", arrays)
         self._note(op, label)
         peer = "" if pair is None else f" to rank {pair[1]}" if op == "send" else f" from rank {pair[0]}"
-        return self._submit(Operation(op, kind, pair, self._what(op + peer, label), signature, out, stages, arrays))
+        return self._submit(Operation(op, pair, root, self._what(op + peer, label), signature, out, stages, arrays))
 
     def _what(self, op: str, label: str) -> str:
         """For messages."""

@@ -355,8 +355,8 @@ class NodeEngine(HostEngine):
             job = self._job(operation, self._group)
             others = [rank for rank in self._ranks if rank != self._thread.rank]
             job.tells = job.needs = others
-            if op == "broadcast":
-                root = self._ranks[int(operation.kind.split()[-1])]
+            if operation.root is not None:
+                root = self._ranks[operation.root]
                 job.reads, job.readers = ([], others) if root == self._thread.rank else ([root], [])
             elif op != "barrier":
                 job.reads = job.readers = others

@@ -11,7 +11,8 @@ from typing import Any, Iterator, Sequence
 
 from mindspore import Tensor
 
-from .engine import Buffer, Engine, Work, all_gather_bytes
+from .agreement import all_gather_bytes
+from .engine import Buffer, Engine, Work
 from .wrappers import Around
 
 TRACKS = ("compute", "gather", "reduce", "other")  # rows of the picture, one group of them for each rank

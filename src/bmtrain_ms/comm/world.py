@@ -7,21 +7,21 @@ import contextlib
 import os
 import random
 from dataclasses import dataclass, field
-from typing import ContextManager, Iterator, Optional
+from typing import Any, ContextManager, Iterator, Optional
 
 import mindspore as ms
 import numpy as np
 
 from bmtrain_ms_base.board import own_board, own_row
+from bmtrain_ms_base.checks import number, whole
+from bmtrain_ms_base.mesh import Mesh
 from bmtrain_ms_base.mpi import finalise_in_ranks_only
 
-from ..checks import number, whole
 from ..compat import habits, runtime
 from . import ending, node
 from .engine import Clock, Engine
 from .launch import Launch, detect, is_scheduler
 from .meeting import BoardMeeting, MpiMeeting, SocketMeeting
-from .mesh import Mesh
 from .single import SingleEngine
 from .trace import Trace, TracingEngine
 
@@ -201,6 +201,45 @@ def init_distributed(
     """
     if _current:
         raise RuntimeError("init_distributed was called before; call bmtrain_ms.shutdown() first to start over")
+    _check_not_available(init_method, pipe_size, num_micro_batches, tp_size)
+    seed, prefetch, shard_size = _checked_settings(seed, prefetch, shard_size, gather_dtype, timeout)
+    if is_scheduler():
+        _serve_as_scheduler()
+    habits.refuse_parallel_mode()
+    launch, target = detect(), device or runtime.device_target()
+    if engine is None:
+        engine = _make_engine(launch, target, timeout)
+    elif target == "CPU":
+        _configure_cpu(launch)
+    for seed_it in (random.seed, np.random.seed, ms.set_seed):
+        seed_it(seed)
+    made = _make_world(engine, shard_size, seed, launch, prefetch, gather_dtype, Trace() if trace else None)
+    _enter(made)
+    return made
+
+
+def _enter(made: World) -> None:
+    _current.append(made)
+    _process[:] = [os.getpid()]
+    row = own_row()
+    if row is not None:
+        row.join()
+
+
+def _make_world(
+    engine: Engine, shard_size: int | None, seed: int, launch: Launch, prefetch: int, gather_dtype: str | None, trace: Trace | None
+) -> World:
+    if trace is not None:
+        engine = TracingEngine(engine, trace)
+    try:
+        hierarchy = make_hierarchy(engine, shard_size)
+    except ValueError:
+        engine.close()
+        raise
+    return World(engine, Mesh(engine.size, engine.rank), seed, launch, prefetch, gather_dtype, hierarchy, trace)
+
+
+def _check_not_available(init_method: Any, pipe_size: int, num_micro_batches: int | None, tp_size: int) -> None:
     if not isinstance(init_method, str):
         raise TypeError(f"init_method must be 'env://', not {init_method!r}; a seed is given by its name: init_distributed(seed=3)")
     if init_method != "env://":
@@ -210,6 +249,12 @@ def init_distributed(
             f"tp_size={tp_size}, pipe_size={pipe_size}, num_micro_batches={num_micro_batches}: tensor and pipeline parallel layers "
             "are not part of this release; use tp_size=1, pipe_size=-1 (ZeRO shards over all ranks)"
         )
+
+
+def _checked_settings(
+    seed: int, prefetch: int, shard_size: int | None, gather_dtype: str | None, timeout: float
+) -> tuple[int, int, int | None]:
+    """Seed, prefetch and shard_size as whole numbers."""
     seed, prefetch = whole("seed", seed), whole("prefetch", prefetch)
     if not 0 <= seed < 1 << 32:
         raise ValueError(f"seed must be between 0 and {(1 << 32) - 1}, as NumPy's, not {seed}")
@@ -219,32 +264,7 @@ def init_distributed(
     _check_gather_dtype(gather_dtype)
     if not number("timeout", timeout) > 0:
         raise ValueError(f"timeout must be a positive number of seconds, not {timeout}")
-    if is_scheduler():
-        _serve_as_scheduler()
-    habits.refuse_parallel_mode()
-    launch = detect()
-    target = device or runtime.device_target()
-    if engine is None:
-        engine = _make_engine(launch, target, timeout)
-    elif target == "CPU":
-        _configure_cpu(launch)
-    for seed_it in (random.seed, np.random.seed, ms.set_seed):
-        seed_it(seed)
-    noted = Trace() if trace else None
-    if noted is not None:
-        engine = TracingEngine(engine, noted)
-    try:
-        hierarchy = make_hierarchy(engine, shard_size)
-    except ValueError:
-        engine.close()
-        raise
-    made = World(engine, Mesh(engine.size, engine.rank), seed, launch, prefetch, gather_dtype, hierarchy, noted)
-    _current.append(made)
-    _process[:] = [os.getpid()]
-    row = own_row()
-    if row is not None:
-        row.join()
-    return made
+    return seed, prefetch, shard_size
 
 
 def shutdown() -> None:

@@ -1,6 +1,7 @@
 """Layers with sharded parameters, and the operations that they are made of."""
 
-from ..absent import absent
+from bmtrain_ms_base.absent import absent
+
 from . import functional
 from .dropout import Dropout
 from .linear import Linear

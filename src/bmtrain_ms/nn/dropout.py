@@ -5,12 +5,13 @@ from __future__ import annotations
 import numpy as np
 from mindspore import Tensor, nn
 
+from bmtrain_ms_base.random import chunks, uniform
+
 from ..comm import world
 from ..compat.autograd import custom_op
 from ..compat.cells import drop_rate
 from ..compat.runtime import from_host, numpy_dtype
 from ..zero import context_of
-from ..zero.random import chunks, uniform
 
 
 class Dropout(nn.Cell):

@@ -8,10 +8,12 @@ import mindspore as ms
 import numpy as np
 from mindspore import Parameter, Tensor, ops
 
-from ..checks import number
+from bmtrain_ms_base.checks import number
+
 from ..compat.runtime import device_target, host_array, is_at, kept_on_host, numpy_dtype, values, writable_array
 from .base import ParamState, ShardOptimizer
-from .host_adam import Coefficients, Delta, Update, Workers, bits, round_to, run
+from .host_adam import Workers, bits, round_to, run
+from .update import Coefficients, Delta, Update
 
 _LARGEST = 2.0**127  # what float32 can hold
 

@@ -15,7 +15,7 @@ import numpy as np
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 if TYPE_CHECKING:
-    from .host_adam import Coefficients
+    from .update import Coefficients
 
     def compiled(function: Function) -> Function:
         """To those who call it it is the function."""

@@ -12,10 +12,11 @@ import mindspore as ms
 import numpy as np
 from mindspore import Parameter, Tensor
 
-from ..checks import number, whole
-from ..comm import World, world
+from bmtrain_ms_base.checks import number, whole
+
+from ..comm import World, reduce_numbers, world
 from ..compat.habits import refuse_graph_mode
-from ..compat.runtime import added, from_host, host_array, scaled, square_sum
+from ..compat.runtime import added, from_host, scaled, square_sum
 from ..zero import DistributedParameter, context_of
 from .base import average_whole
 from .native import adapted
@@ -455,8 +456,8 @@ class OptimManager:
 
     def _advice(self, scale: float) -> str:
         params = [p for driver in self.drivers for p in driver.parameters if id(p) in self._grads]
-        flags = np.array([not math.isfinite(square_sum(self._grads[id(p)])) for p in params], np.float32)
-        bad = host_array(self._world.shards.all_reduce([from_host(flags)], "max", "overflow").wait()[0])
+        flags = [not math.isfinite(square_sum(self._grads[id(p)])) for p in params]
+        bad = reduce_numbers(self._world.shards, flags, "overflow", op="max")
         names = [p.name for p, flag in zip(params, bad) if flag]
         which = f"those of {', '.join(names[:5])}" if names else "the norm of all of them"
         if scale <= self.min_loss_scale:

@@ -10,9 +10,9 @@ from mindspore import Parameter, Tensor, nn
 from mindspore.experimental.optim.optimizer import Optimizer as ExperimentalOptimizer
 
 from ..compat.runtime import is_float
-from ..lr_scheduler import group_rates
 from ..zero import DistributedParameter
 from .base import announce_change
+from .rates import group_rates
 from .state import StateTensors, check_arrays, from_arrays, to_arrays
 
 # What they compute for a parameter takes all of its elements, or its axes; a shard is flat, and a part.

@@ -9,8 +9,9 @@ import mindspore as ms
 import numpy as np
 from mindspore import Parameter, Tensor
 
-from ..checks import number
-from ..comm import World, world
+from bmtrain_ms_base.checks import number
+
+from ..comm import World, reduce_numbers, world
 from ..compat.autograd import no_grad
 from ..compat.runtime import from_host, host_array, square_sum
 from ..zero import DistributedParameter
@@ -94,8 +95,8 @@ def total_norm(sharded: Sequence[Tensor], whole: Sequence[Tensor], here: World, 
         if not 0.0 < unit < math.inf:
             return unit
         mine = sum(host_array(((g.abs() * (1.0 / unit)) ** p).sum()).item() for g in grads)
-    total = host_array(here.shards.all_reduce([_scalar(mine)], label="grad norm").wait()[0]).item()
-    return unit * total ** (1.0 / p) if math.isfinite(total) else total
+    powers = reduce_numbers(here.shards, [mine], "grad norm").item()
+    return unit * powers ** (1.0 / p) if math.isfinite(powers) else powers
 
 
 def _averaged(parameters: Iterable[Parameter], grads: Sequence[Tensor]) -> tuple[list[Parameter], list[Tensor], World]:

@@ -10,13 +10,15 @@ from typing import Any, Iterable
 import numpy as np
 from mindspore import Parameter, Tensor, ops
 
-from ..comm import world
-from ..compat.memory import available_memory
+from bmtrain_ms_base.memory import available_memory
+
+from ..comm import reduce_numbers, world
 from ..compat.runtime import device_target, from_host, host_array, values
 from ..zero import DistributedParameter
 from .adam import Adam, HostState, settings
 from .base import ParamState
-from .host_adam import Delta, Workers, run
+from .host_adam import Workers, run
+from .update import Delta
 
 AHEAD = 3  # gradients that are used, have arrived, or are on their way
 
@@ -131,9 +133,9 @@ class AdamOffloadOptimizer(Adam):
             raise RuntimeError("deltas are not recorded; make the optimizer with record_delta=True")
         if self._delta is None:
             raise RuntimeError("no step has been made yet")
-        mine = np.array([self._delta.count, self._delta.total, self._delta.squares], np.float64)
-        count, total, squares = host_array(self._world.shards.all_reduce([from_host(mine)], label="delta").wait()[0]).tolist()
-        return int(count), total, squares
+        mine = [self._delta.count, self._delta.total, self._delta.squares]
+        count, added, squares = reduce_numbers(self._world.shards, mine, "delta", np.float64).tolist()
+        return int(count), added, squares
 
     def _announce(self) -> None:
         if self._world.mesh.rank:

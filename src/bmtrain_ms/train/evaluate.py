@@ -7,7 +7,7 @@ from typing import Callable
 import numpy as np
 from mindspore import Tensor
 
-from ..comm import Engine
+from ..comm import Engine, reduce_numbers
 from ..compat.autograd import no_grad
 from ..compat.runtime import from_host, host_array
 
@@ -45,5 +45,4 @@ def mean_loss(
             if mine < len(starts):
                 total += host_array(value).item() * len(inputs[part])
             each_round()
-    sums = engine.all_reduce([from_host(np.array([total], np.float32))], label="evaluate").wait()
-    return host_array(sums[0]).item() / windows
+    return reduce_numbers(engine, [total], "evaluate").item() / windows

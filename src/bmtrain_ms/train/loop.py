@@ -13,13 +13,13 @@ import numpy as np
 from mindspore import Tensor, nn
 from tqdm import tqdm
 
+from bmtrain_ms_base.checks import number, whole
+from bmtrain_ms_base.data import TokenSampler
+from bmtrain_ms_base.memory import resident_memory
+
 from ..checkpoint import Checkpointer, CheckpointError
-from ..checkpoint.store import gather_json
-from ..checks import number, whole
-from ..comm import world
-from ..compat.memory import resident_memory
+from ..comm import any_rank, gather_json, world
 from ..compat.runtime import from_host, host_array
-from ..data import TokenSampler
 from ..lr_scheduler import Cosine
 from ..nn.functional import cross_entropy
 from ..optim import AdamOptimizer, GradientOverflowError, OptimManager
@@ -189,8 +189,7 @@ class Trainer:
 
     def _any_told(self) -> bool:
         """Whether any rank was told to stop; all ranks ask."""
-        told = self._engine.all_reduce([from_host(np.array([self._stop.asked], np.float32))], "max", "told to stop")
-        return bool(host_array(told.wait()[0])[0])
+        return any_rank(self._engine, self._stop.asked, "told to stop")
 
     def _end(self) -> None:
         where = "there is no folder for a checkpoint"

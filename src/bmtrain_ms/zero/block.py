@@ -16,6 +16,8 @@ from typing import Any
 
 from mindspore import nn
 
+from bmtrain_ms_base.tree import flatten
+
 from ..comm import rank
 from ..compat.autograd import recording
 from ..compat.cells import share_tables
@@ -23,7 +25,6 @@ from .call import Call, plain
 from .context import context_of
 from .group import ParamGroup
 from .slots import Slots
-from .tree import flatten
 
 
 class Block(nn.Cell):

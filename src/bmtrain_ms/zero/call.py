@@ -7,6 +7,8 @@ from typing import Any, Callable, ContextManager, Sequence
 
 from mindspore import Parameter, Tensor
 
+from bmtrain_ms_base.tree import Rebuild, flatten
+
 from ..comm import rank
 from ..compat.autograd import closed, custom_op, requested, vjp
 from ..compat.runtime import host_array, is_float
@@ -16,7 +18,6 @@ from .param import DistributedParameter
 from .pipeline import Phase
 from .replay import Replay, hashes
 from .slots import Slots
-from .tree import Rebuild, flatten
 
 
 class Call:
@@ -155,7 +156,7 @@ class Call:
     def _inputs(self) -> list[Tensor]:
         return [self.leaves[i] for i in self.differentiable]
 
-    def _shards(self) -> list[DistributedParameter]:
+    def _shards(self) -> list[Any]:  # tensors and `Sharded`: Python has no type for both
         return [self.group.params[i] for i in self.trainable]
 
     def _run(self, inputs: Sequence[Tensor], weights: Sequence[Tensor]) -> Any:

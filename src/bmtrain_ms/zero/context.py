@@ -8,12 +8,13 @@ from typing import Any, ContextManager, Iterator
 
 from mindspore import Parameter, Tensor
 
+from bmtrain_ms_base.random import Draws
+
 from ..comm import World, is_initialized, world
 from ..compat import autograd
 from ..compat.autograd import Deliver
 from .buffers import BufferPool
 from .pipeline import GatherPipeline
-from .random import Draws
 from .reducer import Reducer
 
 

@@ -11,20 +11,29 @@ from __future__ import annotations
 
 import weakref
 from enum import Enum, auto
-from typing import TYPE_CHECKING, Any, Sequence
+from typing import Any, Protocol, Sequence
 
 import numpy as np
 import xxhash
 from mindspore import Tensor, ops
 
-from ..comm import Buffer, Engine, Label, Work
+from ..comm import Buffer, Engine, Label, Work, World
 from ..compat.autograd import no_grad
 from ..compat.runtime import address, from_host, host_array, numpy_dtype, values, was_copied
 from .buffers import BufferPool, HostBuffer, layout
 from .wire import wire_for
 
-if TYPE_CHECKING:
-    from .param import DistributedParameter
+
+class Sharded(Protocol):
+    """What a group asks of a parameter, see `DistributedParameter`; as a tensor it is this rank's shard."""
+
+    name: str
+    world: World
+    full_shape: tuple[int, ...]
+    full_size: int
+    shard_length: int
+    dtype: Any
+    requires_grad: bool
 
 
 class ShardState(Enum):
@@ -49,7 +58,7 @@ class ParamGroup:
         parked: gathered copies whose memory a recorded graph refers to, oldest first.
     """
 
-    def __init__(self, params: Sequence[DistributedParameter], label: str):
+    def __init__(self, params: Sequence[Sharded], label: str):
         self.params = list(params)
         self._details = [f"{p.name} {p.full_shape} {p.dtype}" for p in self.params]
         self.label = Label(label, self._details)
@@ -81,7 +90,7 @@ class ParamGroup:
         hierarchy = self.world.hierarchy
         return inside if hierarchy is None else AcrossReplicas(inside, hierarchy.replicas, label)
 
-    def _pad(self, p: DistributedParameter, grad: Tensor) -> Buffer:
+    def _pad(self, p: Sharded, grad: Tensor) -> Buffer:
         """(size * shard_length,): an array on the host."""
         missing = self.engine.size * p.shard_length - p.full_size
         if not self.engine.lands_in_place:
@@ -92,20 +101,17 @@ class ParamGroup:
 
 
 class AcrossReplicas(Work):
-    """A reduce inside a node, then the mean of its results across nodes.
-
-    `start_second` is called at a point of the program that is the same on every rank, so that all issue the same order.
-    """
+    """A reduce inside a node, then the mean of its results across nodes."""
 
     def __init__(self, inside: Work, replicas: Engine, label: str):
         self._inside, self._replicas, self._label = inside, replicas, label
         self._across: Work | None = None
         self.outputs = inside.outputs
         if not replicas.lands_in_place:  # a device orders its own work, and results cannot be put where they are expected
-            self.start_second()
+            self.advance()
             self.outputs = self._across.outputs
 
-    def start_second(self) -> None:
+    def advance(self) -> None:
         """Wait for the first reduce and start the second; does nothing when that has happened."""
         if self._across is None:
             self._across = self._replicas.all_reduce(self._inside.wait(), "mean", self._label)
@@ -114,7 +120,7 @@ class AcrossReplicas(Work):
         return self._across is not None and self._across.done()
 
     def wait(self) -> list[Tensor]:
-        self.start_second()
+        self.advance()
         results = self._across.wait()
         for mine, result in zip(self.outputs, results):
             if mine is not result:
@@ -164,7 +170,7 @@ class Gathered:
                 self._tensors = self._full_on_device(outputs)
         return self._tensors
 
-    def written(self) -> list[DistributedParameter]:
+    def written(self) -> list[Sharded]:
         """Parameters whose shard is another than the one that was gathered, or whose part of this copy is not what arrived.
 
         Nobody announces writes: MindSpore has no counter of them. What a rank can see is its own piece, of the copy and of the
@@ -190,7 +196,7 @@ class Gathered:
         if self._landing:
             self._refuse([p for p, x, y in zip(self.group.params, self._shard_prints(), before) if x != y])
 
-    def _refuse(self, written: Sequence[DistributedParameter]) -> None:
+    def _refuse(self, written: Sequence[Sharded]) -> None:
         if written:
             raise RuntimeError(
                 f"parameter {written[0].name} was written while {self.group.label} was computing with it, on rank "
@@ -232,7 +238,7 @@ class Gathered:
             self._settle()
         self._buffer, self._landing, self._tensors = None, [], []
 
-    def copied(self) -> list[DistributedParameter]:
+    def copied(self) -> list[Sharded]:
         """Parameters of whose full tensors MindSpore has made a copy, which a recorded graph then keeps; none if it is small."""
         with no_grad():
             copies = [i for i, (full, x) in enumerate(zip(self._tensors, self._landing)) if was_copied(full, x)]

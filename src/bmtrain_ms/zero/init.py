@@ -12,11 +12,12 @@ from typing import Any, Callable
 import numpy as np
 from mindspore import nn
 
+from bmtrain_ms_base.random import chunks, key_of, normal, uniform
+
 from ..comm import init_distributed as init_distributed  # BMTrain has these two here as well
 from ..comm import is_initialized as is_initialized
 from ..compat.runtime import from_host, numpy_dtype
 from .param import DistributedParameter
-from .random import chunks, key_of, normal, uniform
 
 # values of a chunk of elements: (words, shape of the full tensor, *args) -> float64, one per word
 Fill = Callable[..., np.ndarray]

@@ -9,7 +9,8 @@ import mindspore as ms
 import numpy as np
 from mindspore import Parameter, Tensor
 
-from ..checks import whole
+from bmtrain_ms_base.checks import whole
+
 from ..comm import World, world
 from ..compat.autograd import custom_op, recording
 from ..compat.habits import sharded_types

@@ -24,9 +24,7 @@ import weakref
 from enum import Enum, auto
 from typing import Iterator
 
-import numpy as np
-
-from ..compat.runtime import from_host, host_array
+from ..comm import any_rank
 from .buffers import BufferPool
 from .group import Gathered, Meter, ParamGroup, ShardState
 
@@ -145,9 +143,8 @@ class GatherPipeline:
     @staticmethod
     def _written_anywhere(gathered: Gathered) -> bool:
         """Whether any rank has written a parameter since it was gathered; the same answer on all."""
-        mine = from_host(np.array([bool(gathered.written())], np.float32))
-        agreed = gathered.group.engine.all_reduce([mine], "max", f"{gathered.group.label} written since it was gathered")
-        return bool(host_array(agreed.wait()[0])[0])
+        label = f"{gathered.group.label} written since it was gathered"
+        return any_rank(gathered.group.engine, bool(gathered.written()), label)
 
     def _drop_ahead(self) -> None:
         for _, gathered, _ in self._ahead:

@@ -10,7 +10,7 @@ from mindspore import Parameter, Tensor
 from ..comm import Work
 from ..compat.autograd import Deliver, no_grad, requested
 from ..compat.runtime import added, address, from_host, numpy_dtype, zeros
-from .group import AcrossReplicas, ParamGroup
+from .group import ParamGroup
 
 
 class Reducer:
@@ -32,8 +32,7 @@ class Reducer:
         At most one earlier reduce stays in flight, so that full gradients of at most two groups are alive.
         """
         for work, _ in self._in_flight:
-            if isinstance(work, AcrossReplicas):
-                work.start_second()
+            work.advance()
         self.finish(keep=1)
         params = [group.params[i] for i in indices]
         work = group.reduce(indices, grads)

@@ -10,8 +10,9 @@ import numpy as np
 import xxhash
 from mindspore import Parameter, Tensor
 
+from bmtrain_ms_base.random import Draws
+
 from ..compat.runtime import host_array, values
-from .random import Draws
 
 _SAMPLE = 1 << 10  # elements of an output that are kept, to tell rounding from another result
 

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import reprlib
-from typing import Any, Callable, Optional, Sequence
+from typing import Any, Callable, Iterator, Optional, Sequence
 
 import mindspore as ms
 import numpy as np
 from mindspore import Tensor
 
-from ...checks import number, whole
-from ...comm import world
+from bmtrain_ms_base.checks import number, whole
+from bmtrain_ms_base.random import key_of, uniform
+
+from ...comm import all_ranks, world
 from ...compat.autograd import no_grad
 from ...compat.runtime import from_host, host_array
-from ...zero.random import key_of, uniform
 
 
 def choose(logits: np.ndarray, draws: np.ndarray, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0) -> np.ndarray:
@@ -88,44 +89,68 @@ def generate(
             f"need temperature >= 0, top_k >= 0, 0 < top_p <= 1, max_new_tokens >= 1, not {temperature}, {top_k}, {top_p}, "
             f"{max_new_tokens}"
         )
-    engine = world().engine
-    longest = max(len(prompt) for prompt in given)
-    ids = np.zeros((len(given), longest), np.int32)
-    real = np.zeros((len(given), longest), bool)
-    for i, prompt in enumerate(given):
-        ids[i, longest - len(prompt) :] = prompt
-        real[i, longest - len(prompt) :] = True
-    padded = not real.all()
     results: list[list[int]] = [[] for _ in given]
-    done = np.zeros(len(given), bool)
-    past: Any = None
-    training = model.training
+    done, training = np.zeros(len(given), bool), model.training
     model.set_train(False)
     try:
-        for step in range(max_new_tokens):
-            with no_grad():
-                padding = from_host(real) if padded else None
-                logits, past = model(from_host(ids), padding, past, use_cache=True)
-            last = host_array(logits[:, -1].astype(ms.float32))
-            if not np.isfinite(last.max(-1)).all():  # tokens that are ruled out may have -inf
-                raise FloatingPointError(
-                    f"the logits for new token {step} are not finite: no token follows from them. Are the parameters? "
-                    "(a checkpoint saved after the loss became NaN, or values beyond float16)"
-                )
+        for step, last in enumerate(steps := _Steps(model, given, max_new_tokens)):
             words = np.random.Philox(key=key_of(seed, "sample", step)).random_raw(-(-len(given) // 4) * 4)
-            ids = choose(last, uniform(words[: len(given)]), temperature, top_k, top_p)[:, None]
-            real = np.concatenate([real, np.ones((len(given), 1), bool)], 1)
+            chosen = choose(last, uniform(words[: len(given)]), temperature, top_k, top_p)
+            steps.append(chosen)
             if on_token is not None:
-                on_token(ids[:, 0])
-            for i, token in enumerate(ids[:, 0].tolist()):
-                if not done[i]:
-                    results[i].append(token)
-                    done[i] = token == eos_id
-            if eos_id is not None and _all_ranks(engine, bool(done.all())):
+                on_token(chosen)
+            for i in np.flatnonzero(~done):
+                results[i].append(int(chosen[i]))
+                done[i] = chosen[i] == eos_id
+            if eos_id is not None and all_ranks(world().engine, bool(done.all()), "generation done"):
                 break
     finally:
         model.set_train(training)
     return results
+
+
+class _Steps:
+    """The model's logits for the next token, again and again, while tokens are appended."""
+
+    def __init__(self, model: Any, prompts: Sequence[np.ndarray], most: int):
+        self._model, self._most = model, most
+        self._ids, self._real = _padded(prompts)
+        self._has_padding = not self._real.all()
+
+    def append(self, tokens: np.ndarray) -> None:
+        """(batch,): what comes next."""
+        self._ids = tokens[:, None]
+        self._real = np.concatenate([self._real, np.ones((len(tokens), 1), bool)], 1)
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        """(batch, vocab) each."""
+        past: Any = None
+        for step in range(self._most):
+            with no_grad():
+                padding = from_host(self._real) if self._has_padding else None
+                logits, past = self._model(from_host(self._ids), padding, past, use_cache=True)
+            last = host_array(logits[:, -1].astype(ms.float32))
+            _refuse_nan(last, step)
+            yield last
+
+
+def _padded(prompts: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """(batch, length) int32, padded on the left, and bool, which are no padding."""
+    longest = max(map(len, prompts))
+    ids = np.zeros((len(prompts), longest), np.int32)
+    real = np.zeros((len(prompts), longest), bool)
+    for i, prompt in enumerate(prompts):
+        ids[i, longest - len(prompt) :] = prompt
+        real[i, longest - len(prompt) :] = True
+    return ids, real
+
+
+def _refuse_nan(logits: np.ndarray, step: int) -> None:
+    if not np.isfinite(logits.max(-1)).all():  # tokens that are ruled out may have -inf
+        raise FloatingPointError(
+            f"the logits for new token {step} are not finite: no token follows from them. Are the parameters? "
+            "(a checkpoint saved after the loss became NaN, or values beyond float16)"
+        )
 
 
 def _checked(prompts: Any, vocab_size: int | None) -> list[np.ndarray]:
@@ -147,9 +172,3 @@ def _checked(prompts: Any, vocab_size: int | None) -> list[np.ndarray]:
     if not checked:
         raise ValueError("every prompt needs at least one token, and there is no prompt")
     return checked
-
-
-def _all_ranks(engine: Any, mine: bool) -> bool:
-    """Whether it is true on every rank: a rank that stops alone would leave the others waiting in a gather."""
-    flag: Tensor = from_host(np.array([mine], np.float32))
-    return bool(host_array(engine.all_reduce([flag], "min", "generation done").wait()[0])[0])

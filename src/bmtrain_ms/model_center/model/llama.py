@@ -10,7 +10,8 @@ from typing import Any, Optional, Sequence
 import mindspore as ms
 from mindspore import Tensor, nn
 
-from ...checks import whole
+from bmtrain_ms_base.checks import whole
+
 from ...zero import undisturbed
 from ..layer import Embedding, Encoder, Linear, RotaryEmbedding
 from ..layer.attention import KeyValue

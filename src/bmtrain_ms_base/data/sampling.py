@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from ..checks import whole
+from bmtrain_ms_base.checks import whole
 
 _HASHED = 1 << 20  # tokens at a time
 
