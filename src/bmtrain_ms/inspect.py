@@ -225,8 +225,7 @@ def _own_part(p: Parameter, x: Any, first: bool) -> np.ndarray:
     values = _flat(x)
     if not isinstance(p, DistributedParameter):
         return values if first else values[:0]
-    start, stop = p.owned
-    return values[: stop - start]
+    return values[: p.layout.owned_size]
 
 
 def _flat(x: Tensor | np.ndarray) -> np.ndarray:

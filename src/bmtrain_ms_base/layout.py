@@ -92,6 +92,11 @@ class Layout:
         start = min(self.index * self.length, self.local_size)
         return start, min(start + self.length, self.local_size)
 
+    @property
+    def owned_size(self) -> int:
+        """Elements of the shard that are no padding."""
+        return self.owned[1] - self.owned[0]
+
     def boxes(self) -> Iterator[tuple[slice, Box]]:
         """(slice of the shard, box of the whole tensor) of all owned elements, in order; at most two for each dim, less one.
 
@@ -114,7 +119,7 @@ class Layout:
         if self.local == self.whole:
             return flat
         corners = np.unravel_index(flat, self.local)
-        return np.ravel_multi_index([x + part.start for x, part in zip(corners, self.box)], self.whole)
+        return np.asarray(np.ravel_multi_index([x + part.start for x, part in zip(corners, self.box)], self.whole), np.int64)
 
     def cut(self, whole: np.ndarray) -> np.ndarray:
         """The shard, (length,), of an array of the whole tensor; padding is zero."""

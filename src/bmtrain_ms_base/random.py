@@ -12,7 +12,10 @@ from typing import Iterator
 
 import numpy as np
 
+from .layout import Layout
+
 CHUNK = 1 << 14  # elements; a multiple of the 4 words that one counter value yields
+_POSITIONS = 1 << 20  # elements whose positions are looked up at a time
 
 
 def key_of(seed: int, *parts: object) -> np.ndarray:
@@ -30,8 +33,30 @@ def chunks(key: np.ndarray, start: int, stop: int) -> Iterator[tuple[int, np.nda
     """
     for chunk in range(start // CHUNK, -(-stop // CHUNK)):
         first = chunk * CHUNK
-        words = np.random.Philox(key=key, counter=first // 4).random_raw(CHUNK)
-        yield first, words, slice(max(start - first, 0), min(stop - first, CHUNK))
+        yield first, _words(key, chunk), slice(max(start - first, 0), min(stop - first, CHUNK))
+
+
+def chunks_of(key: np.ndarray, layout: Layout) -> Iterator[tuple[slice, np.ndarray, slice | np.ndarray]]:
+    """The words of the elements that a rank owns; each element has the same ones whatever the layout.
+
+    Yields:
+        (slice of the shard, words of the whole chunk, which of them belong to the slice).
+    """
+    if layout.local == layout.whole:
+        start, stop = layout.owned
+        for first, words, inside in chunks(key, start, stop):
+            yield slice(first + inside.start - start, first + inside.stop - start), words, inside
+        return
+    for begin in range(0, layout.owned_size, _POSITIONS):
+        positions = layout.positions(begin, begin + _POSITIONS)
+        edges = [0, *(np.flatnonzero(np.diff(positions // CHUNK)) + 1).tolist(), len(positions)]
+        for left, right in zip(edges, edges[1:]):
+            chunk = int(positions[left]) // CHUNK
+            yield slice(begin + left, begin + right), _words(key, chunk), positions[left:right] - chunk * CHUNK
+
+
+def _words(key: np.ndarray, chunk: int) -> np.ndarray:
+    return np.random.Philox(key=key, counter=chunk * CHUNK // 4).random_raw(CHUNK)
 
 
 def uniform(words: np.ndarray) -> np.ndarray:

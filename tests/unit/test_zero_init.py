@@ -14,6 +14,7 @@ from mindspore import nn
 
 import bmtrain_ms as bms
 from bmtrain_ms.comm import Mesh, SingleEngine, World, use_world
+from bmtrain_ms_base.layout import Layout, Split
 from bmtrain_ms_base.random import CHUNK, chunks, key_of, normal, uniform
 
 
@@ -110,3 +111,20 @@ def test_other_generators_are_left_alone():
 def test_a_function_instead_of_an_initializer_is_refused():
     with pytest.raises(TypeError, match=r"init_method of parameter w is a function; wrap it: ParameterInitializer"):
         shards(1, (3,), lambda x: x, name="w")
+
+
+@pytest.mark.parametrize("function", [bms.init.normal_, bms.init.xavier_uniform_])
+@pytest.mark.parametrize("parts", [2, 3])
+@pytest.mark.parametrize("dim", [0, 1])
+def test_a_tensor_cut_along_a_dim_has_the_values_of_the_whole_one(function, parts: int, dim: int):
+    """As tensor parallelism cuts it, over several chunks of the generator, and then ZeRO."""
+    method, shape, key = bms.ParameterInitializer(function), (301, 173), key_of(3, "init", "w")
+    whole = method.shard(key, Layout(shape)).reshape(shape)
+    out = np.full(shape, np.nan, np.float32)
+    for index in range(parts):
+        for rank in range(3):
+            layout = Layout(shape, (Split(dim, index, parts),), rank, 3)
+            shard = method.shard(key, layout)
+            assert not shard[layout.owned_size :].any()
+            layout.paste(shard, out)
+    np.testing.assert_array_equal(out.view(np.uint32), whole.view(np.uint32))

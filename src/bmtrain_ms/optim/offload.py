@@ -156,5 +156,4 @@ class AdamOffloadOptimizer(Adam):
 def _owned(p: Parameter) -> int:
     if not isinstance(p, DistributedParameter):
         return p.size
-    start, stop = p.owned
-    return stop - start
+    return p.layout.owned_size

@@ -71,7 +71,7 @@ def from_arrays(named: StateTensors, state: Mapping[str, Any]) -> None:
         if name in named:
             like, x = named[name]
             array = np.asarray(saved, order="C")
-            overwrite(x, from_host(_shard(like, array) if like is not None and state["is_whole"] else array))
+            overwrite(x, from_host(like.layout.cut(array) if like is not None and state["is_whole"] else array))
 
 
 def _copy(x: Tensor) -> np.ndarray:
@@ -91,11 +91,3 @@ def _whole(name: str, like: DistributedParameter | None, x: Tensor) -> np.ndarra
         return _copy(x)
     gathered = host_array(like.world.shards.all_gather([x], label=f"state {name}").wait()[0])
     return gathered[: like.full_size].reshape(like.full_shape).copy()
-
-
-def _shard(like: DistributedParameter, whole: np.ndarray) -> np.ndarray:
-    """What this rank stores of it."""
-    start, stop = like.owned
-    shard = np.zeros(like.shard_length, whole.dtype)
-    shard[: stop - start] = whole.reshape(-1)[start:stop]
-    return shard

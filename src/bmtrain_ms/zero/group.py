@@ -343,8 +343,3 @@ class Meter:
     def reset_peak(self) -> None:
         """Start a new peak from what is alive."""
         self.peak = self.current
-
-
-def element_count(shape: Sequence[int]) -> int:
-    """Elements of a tensor of that shape."""
-    return int(np.prod(shape, dtype=np.int64))

@@ -12,7 +12,8 @@ from typing import Any, Callable
 import numpy as np
 from mindspore import nn
 
-from bmtrain_ms_base.random import chunks, key_of, normal, uniform
+from bmtrain_ms_base.layout import Layout
+from bmtrain_ms_base.random import chunks_of, key_of, normal, uniform
 
 from ..comm import init_distributed as init_distributed  # BMTrain has these two here as well
 from ..comm import is_initialized as is_initialized
@@ -103,26 +104,24 @@ class ParameterInitializer:
             raise TypeError(f"func must be a function, as bmtrain_ms.init.normal_, not {func!r}")
         self.func, self.args, self.kwargs = func, args, kwargs
 
-    def shard(self, key: np.ndarray, shape: tuple[int, ...], start: int, stop: int) -> np.ndarray:
-        """Elements [start, stop) of the flattened full tensor, float32."""
+    def shard(self, key: np.ndarray, layout: Layout) -> np.ndarray:
+        """What a rank stores, (layout.length,) float32, padded with zeros; the same whole tensor whatever the layout."""
         if not getattr(self.func, "counter_based", False):
-            return self._shard_of_full(key, shape, start, stop)
-        values = np.empty(stop - start, np.float32)
-        for first, words, inside in chunks(key, start, stop):
-            piece = self.func(words, shape, *self.args, **self.kwargs)[inside]
-            offset = first + inside.start - start
-            values[offset : offset + piece.size] = piece
-        return values
+            return layout.cut(self._whole(key, layout.whole))
+        shard = np.zeros(layout.length, np.float32)
+        for piece, words, inside in chunks_of(key, layout):
+            shard[piece] = self.func(words, layout.whole, *self.args, **self.kwargs)[inside]
+        return shard
 
-    def _shard_of_full(self, key: np.ndarray, shape: tuple[int, ...], start: int, stop: int) -> np.ndarray:
-        full = np.zeros(shape, np.float32)
+    def _whole(self, key: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+        whole = np.zeros(shape, np.float32)
         saved = np.random.get_state()
         np.random.seed(key.view(np.uint32))
         try:
-            self.func(full, *self.args, **self.kwargs)
+            self.func(whole, *self.args, **self.kwargs)
         finally:
             np.random.set_state(saved)
-        return full.reshape(-1)[start:stop].copy()
+        return whole
 
 
 def init_parameters(model: nn.Cell) -> None:
@@ -147,8 +146,5 @@ def _initialise(parameter: DistributedParameter) -> None:
         raise TypeError(
             f"init_method of parameter {parameter.name} is a {type(method).__name__}; wrap it: ParameterInitializer(func, ...)"
         )
-    start, stop = parameter.owned
-    shard = np.zeros(parameter.shard_length, numpy_dtype(parameter.dtype))
-    key = key_of(parameter.world.seed, "init", parameter.name)
-    shard[: stop - start] = method.shard(key, parameter.full_shape, start, stop).astype(shard.dtype)
-    parameter.set_shard(from_host(shard))
+    shard = method.shard(key_of(parameter.world.seed, "init", parameter.name), parameter.layout)
+    parameter.set_shard(from_host(shard.astype(numpy_dtype(parameter.dtype), copy=False)))

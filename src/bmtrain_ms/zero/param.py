@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Callable
+from typing import Any, Callable, Sequence
 
 import mindspore as ms
 import numpy as np
 from mindspore import Parameter, Tensor
 
 from bmtrain_ms_base.checks import whole
+from bmtrain_ms_base.layout import Layout
 
 from ..comm import World, world
 from ..compat.autograd import custom_op, recording
@@ -17,7 +18,7 @@ from ..compat.habits import sharded_types
 from ..compat.parameter import adopt
 from ..compat.runtime import from_host, host_array, is_float, numpy_dtype
 from .context import context_of
-from .group import ParamGroup, element_count
+from .group import ParamGroup
 from .pipeline import Phase
 
 
@@ -56,8 +57,7 @@ class DistributedParameter(Parameter):
         in_world: the ranks that share it; default: the current world.
 
     Attributes:
-        full_shape, full_size: of the full tensor; `size` and `numel()` are the shard's.
-        shard_length: ceil(full_size / ranks); equal on every rank, padded with zeros.
+        layout: where the shard lies in the whole tensor; `size` and `numel()` are the shard's.
         replaced: how often `set_data` gave it other memory.
 
     Raises:
@@ -69,8 +69,8 @@ class DistributedParameter(Parameter):
     def __new__(cls, data: Any, *args: Any, in_world: World | None = None, **kwargs: Any) -> DistributedParameter:
         if not isinstance(data, (Empty, Tensor, np.ndarray)):
             raise TypeError(f"DistributedParameter takes a tensor, an array or bmtrain_ms.empty(...), not {type(data).__name__}")
-        shard_length = -(-element_count(data.shape) // (in_world or world()).shards.size)
-        return adopt(cls, from_host(np.zeros(shard_length, numpy_dtype(_dtype_of(data)))))
+        length = _layout_of(data.shape, in_world or world()).length
+        return adopt(cls, from_host(np.zeros(length, numpy_dtype(_dtype_of(data)))))
 
     def __init__(
         self,
@@ -91,13 +91,11 @@ class DistributedParameter(Parameter):
             )
         super().__init__(self, name=name, requires_grad=requires_grad)
         self.world = in_world or world()
-        self.full_shape = tuple(int(n) for n in data.shape)
-        self.full_size = element_count(self.full_shape)
+        self.layout = _layout_of(data.shape, self.world)
         if not self.full_size:
             raise ValueError(f"a parameter of shape {self.full_shape} has no elements; leave it out of the model")
         if not is_float(self):
             raise ValueError(f"a parameter must be of a floating-point type, not {self.dtype}; keep integers in a buffer")
-        self.shard_length = -(-self.full_size // self.world.shards.size)
         self.init_method, self.group = init_method, group
         self.has_hooks, self.replaced = False, 0
         self._alone: ParamGroup | None = None
@@ -105,10 +103,24 @@ class DistributedParameter(Parameter):
             self.copy_full(data)
 
     @property
+    def full_shape(self) -> tuple[int, ...]:
+        """Shape of the full tensor, which layers compute with."""
+        return self.layout.local
+
+    @property
+    def full_size(self) -> int:
+        """Elements of the full tensor."""
+        return self.layout.local_size
+
+    @property
+    def shard_length(self) -> int:
+        """Elements of a shard, ceil(full_size / ranks); equal on every rank, padded with zeros."""
+        return self.layout.length
+
+    @property
     def owned(self) -> tuple[int, int]:
         """First and one past the last element of the flattened full tensor that this rank owns; may be empty."""
-        start = min(self.world.shards.rank * self.shard_length, self.full_size)
-        return start, min(start + self.shard_length, self.full_size)
+        return self.layout.owned
 
     # BMTrain's names for the same things #
 
@@ -154,12 +166,9 @@ class DistributedParameter(Parameter):
         values = host_array(full) if isinstance(full, Tensor) else np.asarray(full)
         if isinstance(full, Tensor) and full.has_init:
             values = host_array(full.init_data())
-        if tuple(full.shape) != self.full_shape:
-            raise ValueError(f"parameter {self.name} has full shape {self.full_shape}, the values {tuple(full.shape)}")
-        start, stop = self.owned
-        shard = np.zeros(self.shard_length, numpy_dtype(self.dtype))
-        shard[: stop - start] = values.reshape(-1)[start:stop].astype(shard.dtype)
-        self.set_shard(from_host(shard))
+        if tuple(full.shape) != self.layout.whole:
+            raise ValueError(f"parameter {self.name} has full shape {self.layout.whole}, the values {tuple(full.shape)}")
+        self.set_shard(from_host(self.layout.cut(values).astype(numpy_dtype(self.dtype), copy=False)))
 
     def gather(self) -> Tensor:
         """The full tensor, gathered now, on all ranks together; its gradient is reduced to this rank's shard of the mean.
@@ -194,6 +203,10 @@ class DistributedParameter(Parameter):
 
 
 sharded_types.append(DistributedParameter)
+
+
+def _layout_of(shape: Sequence[int], here: World) -> Layout:
+    return Layout(tuple(shape), index=here.shards.rank, ranks=here.shards.size)
 
 
 def _dtype_of(data: Any) -> Any:

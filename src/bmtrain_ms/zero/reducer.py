@@ -70,15 +70,15 @@ class Reducer:
 
 def _whole(p: Parameter, arrived: Tensor | None, found: Tensor) -> Tensor:
     """What came past autograd, and what it has found: where nothing but our zeros went in, those come out."""
-    if not hasattr(p, "shard_length"):  # not sharded
+    if not hasattr(p, "layout"):  # not sharded
         return found if arrived is None else _sum(arrived, found)
-    told = zeros(p.shard_length, found.dtype)
+    told = zeros(p.layout.length, found.dtype)
     if found is told or (address(found) is not None and address(found) == address(told)):
         return found if arrived is None else arrived
-    start, stop = p.owned
-    if stop - start < p.shard_length:  # whoever writes a shard, or makes a penalty of it, does not think of its padding
+    layout = p.layout
+    if layout.owned_size < layout.length:  # whoever writes a shard, or makes a penalty of it, does not think of its padding
         with no_grad():
-            found = found * from_host((np.arange(p.shard_length) < stop - start).astype(numpy_dtype(found.dtype)))
+            found = found * from_host((np.arange(layout.length) < layout.owned_size).astype(numpy_dtype(found.dtype)))
     return found if arrived is None else _sum(arrived, found)
 
 
