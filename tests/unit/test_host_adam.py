@@ -18,7 +18,7 @@ from mindspore import Tensor
 
 import bmtrain_ms as bms
 from bmtrain_ms.compat.runtime import numpy_dtype
-from bmtrain_ms.optim import AdamOptimizer, adam, host_adam
+from bmtrain_ms.optim import AdamOptimizer, adam, host_adam, update
 from bmtrain_ms.optim.adam import DeviceState, HostState
 from bmtrain_ms.optim.host_adam import Workers, round_to, run
 from bmtrain_ms.optim.update import CHUNK, Coefficients, Update
@@ -64,8 +64,7 @@ def test_chunks_and_threads_change_no_bit(three, low, chunk, sizes, seed):
     whole, apart, threaded = (updates(sizes, low, seed) for _ in range(3))
     run(whole, Workers(1))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(host_adam, "CHUNK", chunk)
-        patch.setattr(host_adam, "_scratch", host_adam._Scratch())  # of that size
+        patch.setattr(update, "CHUNK", chunk)
         run(apart, Workers(1))
         run(threaded, three)
     assert bits(whole) == bits(apart) == bits(threaded)
@@ -212,7 +211,7 @@ def test_every_thread_has_scratch_of_its_own(three):
 
     def note(item: int) -> None:
         together.wait(5)
-        addresses.append(host_adam._scratch.wide.ctypes.data)
+        addresses.append(host_adam._scratch.of(1).ctypes.data)
 
     three.map(note, range(3))
     assert len(set(addresses)) == 3

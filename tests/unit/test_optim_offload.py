@@ -18,7 +18,7 @@ from mindspore import Parameter, Tensor
 import bmtrain_ms as bms
 from bmtrain_ms.compat import runtime
 from bmtrain_ms.lr_scheduler import Linear
-from bmtrain_ms.optim import AdamOffloadOptimizer, AdamOptimizer, OptimManager, adam, host_adam, offload
+from bmtrain_ms.optim import AdamOffloadOptimizer, AdamOptimizer, OptimManager, adam, offload, update
 from bmtrain_ms.optim.offload import AHEAD, Transfer
 from bmtrain_ms_base import memory
 from tests.helpers.optim import DTYPES, AdamW, floats, gradients, numbers, parameters, same, states, values
@@ -368,8 +368,7 @@ def test_memory_is_provided_at_construction(transfer):
 @pytest.mark.parametrize("setting", [{}, {"hold_steps": 9}, {"maximize": True}], ids=str)
 def test_deltas(dtype, transfer, setting, monkeypatch):
     """Mean and variance of what a step subtracts before the rate, in float64; in several chunks."""
-    monkeypatch.setattr(host_adam, "CHUNK", 10)
-    monkeypatch.setattr(host_adam, "_scratch", host_adam._Scratch())
+    monkeypatch.setattr(update, "CHUNK", 10)
     params = parameters(dtype)
     optimizer = AdamOffloadOptimizer(params, 0.1, weight_decay=0.2, record_delta=True, transfer=transfer(), **setting)
     references = [AdamW(floats(p), 0.1, weight_decay=0.2, **setting) for p in params]

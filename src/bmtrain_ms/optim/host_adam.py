@@ -15,7 +15,7 @@ import mindspore as ms
 import numpy as np
 
 from ..compat.runtime import numpy_dtype
-from .update import CHUNK, Update
+from .update import Update
 
 
 class Workers:
@@ -54,10 +54,16 @@ class Workers:
 
 
 class _Scratch(threading.local):
-    """An array of a chunk's size for each thread: what is allocated anew has to be provided by the system, page by page."""
+    """An array of the largest chunk's size for each thread: what is allocated anew the system provides page by page."""
 
     def __init__(self) -> None:
-        self.wide = np.empty(CHUNK, np.float32)
+        self._wide = np.empty(0, np.float32)
+
+    def of(self, size: int) -> np.ndarray:
+        """So many elements; compiled loops, which write here, do not look."""
+        if self._wide.size < size:
+            self._wide = np.empty(size, np.float32)
+        return self._wide[:size]
 
 
 _scratch = _Scratch()
@@ -89,7 +95,7 @@ def _widened(grad: np.ndarray) -> np.ndarray:
     """In float32; valid until this thread's next chunk."""
     from . import kernels
 
-    wide = _scratch.wide[: grad.size]
+    wide = _scratch.of(grad.size)
     if grad.dtype == np.float16:
         kernels.from_float16(bits(grad), bits(wide))
     elif grad.dtype == numpy_dtype(ms.bfloat16):
