@@ -36,7 +36,8 @@ def inspect_model(model: nn.Cell, param_name: str, prefix: str = "") -> list[dic
     if not found:
         return []
     here = world()
-    engine, first = here.shards, here.shards.rank == 0
+    engine = here.along("shard")
+    first = engine.rank == 0
     values: list[np.ndarray] = []
     for _, p in found:
         grad = _gradient(here, p)
@@ -100,7 +101,7 @@ class InspectTensor:
             For each record: `name` (with `group.` before it), `shape` (dim 0 times the number of ranks), and the numbers of
             `inspect_model`.
         """
-        engine = world().engine
+        engine = world().along("dp")
         values: list[np.ndarray] = []
         for record in self.records:
             grad = record.grad

@@ -17,7 +17,7 @@ from .compat.runtime import overwrite
 _OPS = {"sum": "sum", "avg": "mean", "max": "max", "min": "min"}
 
 
-_MADE = "init_distributed makes the communicators; take config['comm'], or comm.world().engine.subgroup(ranks)"
+_MADE = "init_distributed makes the communicators; take config['comm'], or comm.world().everyone.subgroup(ranks)"
 __getattr__ = absent(
     __name__,
     {

@@ -44,13 +44,13 @@ def broadcast_object(obj: Any, comm: Engine | None = None, src: int = 0) -> Any:
     Raises:
         TypeError: another type is in it; on every rank.
     """
-    engine = comm or world().engine
+    engine = comm or world().everyone
     return _decoded(all_gather_bytes(engine, _encoded(obj) if engine.rank == src else b"", "broadcast_object")[src])
 
 
 def allgather_objects(obj: Any, comm: Engine | None = None) -> list[Any]:
     """Every rank's object, by rank; objects as in `broadcast_object`. All ranks call it."""
-    engine = comm or world().engine
+    engine = comm or world().everyone
     return [_decoded(text) for text in all_gather_bytes(engine, _encoded(obj), "allgather_objects")]
 
 

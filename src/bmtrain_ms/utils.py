@@ -118,7 +118,7 @@ def gather_result(result: Tensor) -> Tensor:
     Raises:
         ValueError: shapes or types differ between ranks; on every rank.
     """
-    engine = world().engine
+    engine = world().everyone
     array = np.atleast_1d(host_array(result))
     mine = f"{array.shape} {array.dtype}"
     text = np.zeros(256, np.uint8)

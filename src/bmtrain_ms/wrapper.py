@@ -278,7 +278,7 @@ def _sharded(p: Parameter, name: str, digests: list[tuple[str, int]]) -> Distrib
 
 def _compare(digests: list[tuple[str, int]]) -> None:
     """Raise on all ranks where they were built with different values."""
-    engine = world().engine
+    engine = world().everyone
     mine = from_host(np.array([crc for _, crc in digests] or [0], np.int64))
     rows = host_array(engine.all_gather([mine], label=f"wrap {len(digests)} parameters").wait()[0]).reshape(engine.size, -1)
     different = np.flatnonzero((rows != rows[0]).any(0))

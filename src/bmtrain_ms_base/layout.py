@@ -42,7 +42,7 @@ class Layout:
         whole: shape of the whole tensor.
         splits: dims that are cut, each at most once.
         index, ranks: this rank among those over which the local tensor is sharded.
-        copies: how many ranks store these same elements.
+        copy: which of the ranks that store these same elements this is: what counts each element once counts those of copy 0.
 
     Raises:
         ValueError: a split or an index that is outside of its range, or a dim that is cut twice.
@@ -52,7 +52,7 @@ class Layout:
     splits: tuple[Split, ...] = ()
     index: int = 0
     ranks: int = 1
-    copies: int = 1
+    copy: int = 0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "whole", tuple(int(n) for n in self.whole))
@@ -60,8 +60,8 @@ class Layout:
         if len(set(dims)) < len(dims) or not all(0 <= dim < len(self.whole) for dim in dims):
             raise ValueError(f"dims {dims} of a tensor of shape {self.whole} cannot be split: each at most once, from 0")
         places = [(split.index, split.parts) for split in self.splits] + [(self.index, self.ranks)]
-        if not all(0 <= index < parts for index, parts in places) or self.copies < 1:
-            raise ValueError(f"a layout has parts (index, number) {places} and {self.copies} copies: an index is below its number")
+        if not all(0 <= index < parts for index, parts in places) or self.copy < 0:
+            raise ValueError(f"a layout has parts (index, number) {places} and copy {self.copy}: an index is below its number")
 
     @cached_property
     def box(self) -> Box:
@@ -139,10 +139,10 @@ class Layout:
 
     def of_rank(self, index: int) -> Layout:
         """The layout of another rank of the sharding group."""
-        return Layout(self.whole, self.splits, index, self.ranks, self.copies)
+        return Layout(self.whole, self.splits, index, self.ranks, self.copy)
 
     def to_json(self) -> dict[str, Any]:
-        """What `from_json` reads; `copies` are no part of it."""
+        """What `from_json` reads; `copy` is no part of it."""
         splits = [[split.dim, split.index, split.parts] for split in self.splits]
         return {"whole": list(self.whole), "splits": splits, "index": self.index, "ranks": self.ranks}
 

@@ -148,7 +148,7 @@ def _train(options: DemoOptions) -> None:
         shard_size=options.shard_size,
         trace=options.trace is not None,
     )
-    chief = world.engine.rank == 0
+    chief = world.everyone.rank == 0
     say = print if chief else _silent
     out = options.out
     stop = bms.train.StopSignals()  # from the first step to the last, for both trainers
@@ -160,7 +160,7 @@ def _train(options: DemoOptions) -> None:
         tokenizer, train, held_out = _prepare(options, chief)
     entropy = bms.data.unigram_entropy(held_out)
     say(
-        f"{world.engine.size} rank(s), ZeRO-{options.zero}, {len(train):,} training and {len(held_out):,} held-out tokens, "
+        f"{world.everyone.size} rank(s), ZeRO-{options.zero}, {len(train):,} training and {len(held_out):,} held-out tokens, "
         f"vocabulary {tokenizer.get_vocab_size()}"
     )
 
@@ -186,8 +186,8 @@ def _train(options: DemoOptions) -> None:
     say(f"held-out loss {final:.4f} nats per token; unigram entropy of the same text {entropy:.4f}")
     _write_samples(trainer.model, tokenizer, options.seed, say)
     if options.trace is not None and world.trace is not None:
-        bms.comm.write_trace(options.trace, world.trace, world.engine)
-        say(f"trace of {world.engine.size} rank(s) written to {options.trace}")
+        bms.comm.write_trace(options.trace, world.trace, world.everyone)
+        say(f"trace of {world.everyone.size} rank(s) written to {options.trace}")
     if chief:
         bms.train.plot_log(out / "log.jsonl", out / "loss.png", curve, entropy)
         say(f"log.jsonl, loss.png, model.safetensors, tokenizer.json, config.json and checkpoints are in {out}")

@@ -85,11 +85,11 @@ def measure(Layer: Any, watch: Stopwatch, size: int, use_checkpoint: bool) -> tu
     import numpy as np
 
     import bmtrain_ms as bms
-    from bmtrain_ms.comm import Mesh, RecordingEngine, SimulatedEngine, World, make_hierarchy, use_world
+    from bmtrain_ms.comm import Mesh, RecordingEngine, SimulatedEngine, World, use_world
     from bmtrain_ms.compat.runtime import from_host
 
     recording = RecordingEngine(SimulatedEngine(size // 2, size))
-    make_hierarchy(recording, min(size, 8))
+    World(recording, Mesh(size, size // 2, replica=size // min(size, 8)))
     with use_world(World(SimulatedEngine(size // 2, size), Mesh(size, size // 2))):
         chain = bms.TransformerBlockList(bms.Block(Layer(), use_checkpoint) for _ in range(BLOCKS))
         wanted = chain.trainable_params()

@@ -31,15 +31,14 @@ class Counted:
 def received(make: Callable[[], Any], shape: Sequence[int], others: Sequence[Any], ranks: int, setting: Setting) -> Counted:
     """Count a step of the model that `make` makes, on inputs of ones, in a simulated world."""
     import bmtrain_ms as bms
-    from bmtrain_ms.comm import Mesh, RecordingEngine, SimulatedEngine, World, make_hierarchy, use_world
+    from bmtrain_ms.comm import Mesh, RecordingEngine, SimulatedEngine, World, use_world
     from bmtrain_ms.compat.runtime import from_host
 
     engine = RecordingEngine(SimulatedEngine(ranks - 1, ranks))
     world = World(
         engine,
-        Mesh(ranks, ranks - 1),
+        Mesh(ranks, ranks - 1, replica=ranks // (setting.shard_size or ranks)),
         gather_dtype=setting.gather_dtype,
-        hierarchy=make_hierarchy(engine, setting.shard_size),
     )
     with use_world(world):
         model = make()

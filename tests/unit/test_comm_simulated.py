@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from bmtrain_ms.comm import SimulatedEngine, make_hierarchy
+from bmtrain_ms.comm import Mesh, SimulatedEngine, World
 from bmtrain_ms.compat.runtime import from_host, host_array
 
 pytestmark = pytest.mark.usefixtures("single_world")
@@ -29,11 +29,11 @@ def test_as_if_all_ranks_gave_the_same():
 
 def test_groups_of_any_size():
     engine = SimulatedEngine(4100, 8192)
-    hierarchy = make_hierarchy(engine, 8)
-    assert hierarchy is not None
-    assert (hierarchy.shards.rank, hierarchy.shards.size) == (4, 8)
-    assert (hierarchy.replicas.rank, hierarchy.replicas.size) == (512, 1024)
-    assert make_hierarchy(engine, 8192) is None
+    world = World(engine, Mesh(8192, 4100, replica=1024))
+    assert (world.along("shard").rank, world.along("shard").size) == (4, 8)
+    assert (world.along("replica").rank, world.along("replica").size) == (512, 1024)
+    assert world.along("dp") is world.everyone is engine
+    assert (world.along("tp").size, world.along("pp").size) == (1, 1)
 
 
 def test_errors():

@@ -96,7 +96,7 @@ def test_parts_are_contiguous_and_of_nearly_one_size(size: int, parts: int):
         {"splits": (Split(0, 2, 2),)},
         {"index": 2, "ranks": 2},
         {"index": -1},
-        {"copies": 0},
+        {"copy": -1},
     ],
     ids=str,
 )

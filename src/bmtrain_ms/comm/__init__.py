@@ -9,11 +9,9 @@ from .simulated import SimulatedEngine
 from .single import SingleEngine
 from .trace import Span, Trace, TracingEngine, write_trace
 from .world import (
-    Hierarchy,
     World,
     init_distributed,
     is_initialized,
-    make_hierarchy,
     rank,
     shutdown,
     synchronize,
@@ -31,7 +29,6 @@ __all__ = [
     "Engine",
     "Event",
     "FabricEngine",
-    "Hierarchy",
     "Label",
     "Launch",
     "Mesh",
@@ -51,7 +48,6 @@ __all__ = [
     "gather_json",
     "init_distributed",
     "is_initialized",
-    "make_hierarchy",
     "rank",
     "reduce_numbers",
     "shutdown",

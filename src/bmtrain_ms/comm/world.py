@@ -14,7 +14,7 @@ import numpy as np
 
 from bmtrain_ms_base.board import own_board, own_row
 from bmtrain_ms_base.checks import number, whole
-from bmtrain_ms_base.mesh import Mesh
+from bmtrain_ms_base.mesh import AXES, Mesh
 from bmtrain_ms_base.mpi import finalise_in_ranks_only
 
 from ..compat import habits, runtime
@@ -29,51 +29,64 @@ GATHER_DTYPES = {"float16": ms.float16, "bfloat16": ms.bfloat16, "int8": ms.int8
 
 
 @dataclass(frozen=True, eq=False)
-class Hierarchy:
-    """Shards inside a node, replicas of them across nodes (MiCS, Zhang et al., 2022; PyTorch: hybrid sharding).
-
-    `shards`: among the ranks that hold different shards.  `replicas`: among the ranks that hold the same one.
-    """
-
-    shards: Engine
-    replicas: Engine
-
-
-@dataclass(frozen=True, eq=False)
 class World:
-    """Where this process stands.
+    """Where this process stands, and the ways to talk to others.
+
+    *Everyone* and an axis are different things, also where they have the same ranks: what all decide together (to skip a step, to
+    stop, to save) is decided by `everyone`; gradients and losses are averaged along `dp`, parameters gathered along `shard`.
 
     Attributes:
-        engine: collectives among all data-parallel ranks.
-        mesh: rank arithmetic.
+        everyone: collectives among all ranks.
+        mesh: which rank stands where.
         seed: of initialisation and of all stateless randomness.
         launch: launcher, local rank.
         prefetch: how many groups of parameters are gathered ahead.
         gather_dtype: what parameters are gathered in: see `init_distributed`.
-        hierarchy: None: parameters are sharded over all ranks of `engine`.
         trace: of what happens when, or None.
     """
 
-    engine: Engine
+    everyone: Engine
     mesh: Mesh
     seed: int = 0
     launch: Launch = field(default_factory=Launch)
     prefetch: int = 1
     gather_dtype: Optional[str] = None
-    hierarchy: Optional[Hierarchy] = None
     trace: Optional[Trace] = None
+    _engines: dict[str, Engine] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         _check_gather_dtype(self.gather_dtype)
+        # all of them now, in one order on every rank: making a group is a collective
+        object.__setattr__(self, "_engines", {axis: self._make(axis) for axis in AXES})
+
+    def along(self, axis: str) -> Engine:
+        """Collectives among the ranks that differ from this one along an axis only, see `Mesh`.
+
+        Where these are all ranks it is `everyone`: on Ascend each communicator has buffers of its own.
+        """
+        return self._engines[axis]
+
+    def _make(self, axis: str) -> Engine:
+        size = self.mesh.size(axis)
+        if size == self.everyone.size:
+            return self.everyone
+        if size == 1:
+            return SingleEngine(self.everyone.clock, host=self.everyone.lands_in_place)
+        return self.everyone.subgroup(self.mesh.peers(axis))
+
+    @property
+    def engine(self) -> Engine:
+        """`everyone`, where BMTrain says `config["comm"]`."""
+        return self.everyone
 
     @property
     def shards(self) -> Engine:
         """Collectives among the ranks over which parameters are sharded."""
-        return self.hierarchy.shards if self.hierarchy else self.engine
+        return self.along("shard")
 
     def measure(self, name: str) -> ContextManager[None]:
         """A span of the trace around the body of a `with` statement."""
-        return contextlib.nullcontext() if self.trace is None else self.trace.measure(name, self.engine.clock.step)
+        return contextlib.nullcontext() if self.trace is None else self.trace.measure(name, self.everyone.clock.step)
 
     # A copied or unpickled parameter belongs to the world of the process that it is in.
 
@@ -93,24 +106,6 @@ _lost: list[BaseException] = []  # of worlds that were shut down: see `Engine.lo
 def _check_gather_dtype(name: Optional[str]) -> None:
     if name is not None and not (isinstance(name, str) and name in GATHER_DTYPES):
         raise ValueError(f"gather_dtype must be None or one of {', '.join(GATHER_DTYPES)}, not {name!r}")
-
-
-def make_hierarchy(engine: Engine, shard_size: Optional[int]) -> Optional[Hierarchy]:
-    """Shard over groups of `shard_size` neighbouring ranks; None where that is all of them.
-
-    Raises:
-        ValueError: the number of ranks is not a multiple of `shard_size`.
-    """
-    if shard_size is None or shard_size == engine.size:
-        return None
-    if shard_size < 1 or engine.size % shard_size:
-        raise ValueError(
-            f"shard_size={shard_size} does not divide the {engine.size} ranks; give the number of ranks of a node, or None to "
-            "shard over all"
-        )
-    node, place = divmod(engine.rank, shard_size)
-    shards = engine.subgroup(range(node * shard_size, (node + 1) * shard_size))
-    return Hierarchy(shards, engine.subgroup(range(place, engine.size, shard_size)))
 
 
 def world() -> World:
@@ -144,7 +139,7 @@ def world_size() -> int:
 
 def synchronize() -> None:
     """Wait until every rank has come here (BMTrain: `synchronize`)."""
-    world().engine.barrier("synchronize").wait()
+    world().everyone.barrier("synchronize").wait()
 
 
 @contextlib.contextmanager
@@ -231,12 +226,14 @@ def _make_world(
 ) -> World:
     if trace is not None:
         engine = TracingEngine(engine, trace)
-    try:
-        hierarchy = make_hierarchy(engine, shard_size)
-    except ValueError:
+    if shard_size is not None and (shard_size < 1 or engine.size % shard_size):
         engine.close()
-        raise
-    return World(engine, Mesh(engine.size, engine.rank), seed, launch, prefetch, gather_dtype, hierarchy, trace)
+        raise ValueError(
+            f"shard_size={shard_size} does not divide the {engine.size} ranks; give the number of ranks of a node, or None to "
+            "shard over all"
+        )
+    mesh = Mesh(engine.size, engine.rank, replica=1 if shard_size is None else engine.size // shard_size)
+    return World(engine, mesh, seed, launch, prefetch, gather_dtype, trace)
 
 
 def _check_not_available(init_method: Any, pipe_size: int, num_micro_batches: int | None, tp_size: int) -> None:
@@ -270,7 +267,7 @@ def _checked_settings(
 def shutdown() -> None:
     """Finish what is in flight and forget the world; does nothing when there is none. Called at exit."""
     while _current:
-        engine = _current.pop().engine
+        engine = _current.pop().everyone
         engine.close()
         if engine.lost is not None:
             _lost.append(engine.lost)

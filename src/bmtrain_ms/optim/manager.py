@@ -20,7 +20,7 @@ from ..compat.runtime import added, from_host, scaled, square_sum
 from ..zero import DistributedParameter, context_of
 from .base import average_whole
 from .native import adapted
-from .norms import checked_order, total_norm
+from .norms import checked_order, counts_here, total_norm
 from .settings import Made
 
 
@@ -131,10 +131,10 @@ class OptimManager:
         self._began = False  # whether something else than what was asked for may be in force
         self._world = in_world or world()
         self._stepped = True  # the gradients that are there have been used
-        self._factor = 1.0 if grad_scale is None else self._world.engine.size / grad_scale
+        self._factor = 1.0 if grad_scale is None else self._world.mesh.dp / grad_scale
         self._grad_norm: float | None = None
         self._grads: dict[int, Tensor] = {}  # id of parameter -> float32 shard of the scaled gradient
-        self._whole: set[int] = set()  # ids of those that are not sharded
+        self._elsewhere: set[int] = set()  # ids of those that another rank counts in norms
         context_of(self._world).managers.add(self)
 
     def add_optimizer(self, optimizer: Any, lr_scheduler: Any = None) -> None:
@@ -216,7 +216,7 @@ class OptimManager:
         _, grads = ms.value_and_grad(loss_of_forward, None, params)()
         grads, self._stepped = average_whole(params, list(grads), self._world), False
         self._grad_norm, self.grads_scale = None, scale
-        self._whole.update(id(p) for p in params if not isinstance(p, DistributedParameter))
+        self._elsewhere.update(id(p) for p in params if not counts_here(p, self._world))
         for p in params:
             self._add(p, grads.pop(0))  # let go of each: with accumulation there are two otherwise
         return returned[0]
@@ -407,7 +407,7 @@ class OptimManager:
         self._stepped = not grads
         named = self.parameters_by_name()
         self._grads.update({id(named[name]): grad for name, grad in grads.items()})
-        self._whole.update(id(p) for p in named.values() if _like(p) is None)
+        self._elsewhere.update(id(p) for p in named.values() if not counts_here(p, self._world))
 
     # Implementation #
 
@@ -419,7 +419,7 @@ class OptimManager:
             raise ValueError(f"another optimizer has parameter {shared[0]} already: it would be updated twice")
 
     def _count(self, made: bool = True) -> None:
-        self._world.engine.clock.step += 1
+        self._world.everyone.clock.step += 1
         context_of(self._world).draws.next_step(made)
 
     def _scaled(self, loss: Tensor, scale: float) -> Tensor:
@@ -435,9 +435,8 @@ class OptimManager:
         self._grads[id(p)] = grad if before is None else added(before, grad)
 
     def _norm(self, ids: list[int], p: float) -> float:
-        """p-norm over all ranks that hold different shards; each element counts once. Not finite if any is not."""
-        sharded = [self._grads[i] for i in ids if i not in self._whole]
-        return total_norm(sharded, [self._grads[i] for i in ids if i in self._whole], self._world, p)
+        """p-norm over all ranks; each element counts once. Not finite if any is not."""
+        return total_norm([self._grads[i] for i in ids if i not in self._elsewhere], self._world, p)
 
     def _skip(self) -> StepResult:
         old, norm = self.loss_scale, self._grad_norm
@@ -457,7 +456,7 @@ class OptimManager:
     def _advice(self, scale: float) -> str:
         params = [p for driver in self.drivers for p in driver.parameters if id(p) in self._grads]
         flags = [not math.isfinite(square_sum(self._grads[id(p)])) for p in params]
-        bad = reduce_numbers(self._world.shards, flags, "overflow", op="max")
+        bad = reduce_numbers(self._world.everyone, flags, "overflow", op="max")
         names = [p.name for p, flag in zip(params, bad) if flag]
         which = f"those of {', '.join(names[:5])}" if names else "the norm of all of them"
         if scale <= self.min_loss_scale:

@@ -42,7 +42,7 @@ def clip_grad_norm(
     """
     order = checked_order(max_norm, norm_type)
     params, averaged, here = _averaged(parameters, grads)
-    norm = total_norm(*_parts(params, averaged), here, order)
+    norm = total_norm(_counted(params, averaged, here), here, order)
     coefficient = max_norm / (norm + eps)
     if not (math.isfinite(norm) and coefficient < 1.0):
         return tuple(averaged), norm
@@ -57,7 +57,7 @@ def all_finite(parameters: Iterable[Parameter], grads: Sequence[Tensor]) -> bool
         parameters, grads: as in `clip_grad_norm`.
     """
     params, averaged, here = _averaged(parameters, grads)
-    return math.isfinite(total_norm(*_parts(params, averaged), here, math.inf))
+    return math.isfinite(total_norm(_counted(params, averaged, here), here, math.inf))
 
 
 def checked_order(max_norm: float, norm_type: float | str) -> float:
@@ -73,29 +73,31 @@ def checked_order(max_norm: float, norm_type: float | str) -> float:
     return order
 
 
-def total_norm(sharded: Sequence[Tensor], whole: Sequence[Tensor], here: World, p: float) -> float:
-    """p-norm of float32 gradients over all ranks that hold different shards; not finite if an element is not.
+def counts_here(p: Parameter, world: World) -> bool:
+    """Whether a norm over all ranks has to count this rank's gradient of `p`: of ranks that store the same elements one does."""
+    return p.layout.copy == 0 if isinstance(p, DistributedParameter) else world.everyone.rank == 0
 
-    Args:
-        sharded: this rank's shards, whose padding is zero.
-        whole: gradients that are the same on every rank, and count once.
+
+def total_norm(grads: Sequence[Tensor], world: World, p: float) -> float:
+    """p-norm over all ranks of float32 gradients; not finite if an element is not.
+
+    `grads`: what `counts_here`; the padding of shards is zero.
     """
-    grads = [*sharded, *(whole if here.shards.rank == 0 else ())]
     if p == math.inf:
         # the sum is 0, or NaN if an element is not finite: max() on CPU ignores NaN
         largest = [host_array(g.abs().max() + (g * 0.0).sum()).item() for g in grads]
         mine = math.nan if any(math.isnan(x) for x in largest) else max(largest, default=0.0)
-        gathered = host_array(here.shards.all_gather([_scalar(mine)], label="grad norm").wait()[0])
+        gathered = host_array(world.everyone.all_gather([_scalar(mine)], label="grad norm").wait()[0])
         return float(np.max(gathered))
     unit = 1.0
     if p == 2.0:
         mine = sum(map(square_sum, grads))
     else:  # powers of what is at most 1: those of a scaled gradient leave float32
-        unit = total_norm(sharded, whole, here, math.inf)
+        unit = total_norm(grads, world, math.inf)
         if not 0.0 < unit < math.inf:
             return unit
         mine = sum(host_array(((g.abs() * (1.0 / unit)) ** p).sum()).item() for g in grads)
-    powers = reduce_numbers(here.shards, [mine], "grad norm").item()
+    powers = reduce_numbers(world.everyone, [mine], "grad norm").item()
     return unit * powers ** (1.0 / p) if math.isfinite(powers) else powers
 
 
@@ -108,12 +110,10 @@ def _averaged(parameters: Iterable[Parameter], grads: Sequence[Tensor]) -> tuple
     return params, average_whole(params, list(grads), here), here
 
 
-def _parts(params: Sequence[Parameter], grads: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-    """Shards, and whole gradients, in float32."""
+def _counted(params: Sequence[Parameter], grads: Sequence[Tensor], world: World) -> list[Tensor]:
+    """What `counts_here`, in float32."""
     with no_grad():
-        wide = [g if g.dtype == ms.float32 else g.astype(ms.float32) for g in grads]
-    is_shard = [isinstance(p, DistributedParameter) for p in params]
-    return [g for g, shard in zip(wide, is_shard) if shard], [g for g, shard in zip(wide, is_shard) if not shard]
+        return [g if g.dtype == ms.float32 else g.astype(ms.float32) for p, g in zip(params, grads) if counts_here(p, world)]
 
 
 def _scalar(x: float) -> Tensor:

@@ -134,7 +134,7 @@ class AdamOffloadOptimizer(Adam):
         if self._delta is None:
             raise RuntimeError("no step has been made yet")
         mine = [self._delta.count, self._delta.total, self._delta.squares]
-        count, added, squares = reduce_numbers(self._world.shards, mine, "delta", np.float64).tolist()
+        count, added, squares = reduce_numbers(self._world.along("shard"), mine, "delta", np.float64).tolist()
         return int(count), added, squares
 
     def _announce(self) -> None:

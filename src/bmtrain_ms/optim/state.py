@@ -79,7 +79,7 @@ def _copy(x: Tensor) -> np.ndarray:
 
 
 def _shard_of(p: DistributedParameter) -> list[Any]:
-    return [p.world.shards.rank, p.world.shards.size, list(p.full_shape)]
+    return [p.layout.index, p.layout.ranks, list(p.full_shape)]
 
 
 def _where(shard: list[Any] | None) -> str:
@@ -89,5 +89,5 @@ def _where(shard: list[Any] | None) -> str:
 def _whole(name: str, like: DistributedParameter | None, x: Tensor) -> np.ndarray:
     if like is None:
         return _copy(x)
-    gathered = host_array(like.world.shards.all_gather([x], label=f"state {name}").wait()[0])
+    gathered = host_array(like.world.along("shard").all_gather([x], label=f"state {name}").wait()[0])
     return gathered[: like.full_size].reshape(like.full_shape).copy()

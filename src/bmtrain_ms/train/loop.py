@@ -105,7 +105,7 @@ class Trainer:
         schedule = Cosine(optimizer, settings.lr, min(settings.warmup, settings.steps), settings.steps)
         self.manager.add_optimizer(optimizer, schedule)
         self._optimizer = optimizer
-        self._engine = world().engine
+        self._world = world()
         self.checkpoints: Checkpointer | None = None
         if folder is not None:
             self.checkpoints = Checkpointer(
@@ -142,7 +142,7 @@ class Trainer:
             raise ValueError(f"{self.done} steps are done already, the settings ask for {self.settings.steps} in all: ask for more")
         until = self.settings.steps if until is None else min(until, self.settings.steps)
         self.model.set_train(True)
-        chief = self._engine.rank == 0
+        chief = self._world.everyone.rank == 0
         if self.checkpoints is not None:
             self.checkpoints.lock()
         self._as_chief(self._open_log)
@@ -189,7 +189,7 @@ class Trainer:
 
     def _any_told(self) -> bool:
         """Whether any rank was told to stop; all ranks ask."""
-        return any_rank(self._engine, self._stop.asked, "told to stop")
+        return any_rank(self._world.everyone, self._stop.asked, "told to stop")
 
     def _end(self) -> None:
         where = "there is no folder for a checkpoint"
@@ -202,7 +202,7 @@ class Trainer:
     def train_step(self) -> dict[str, Any]:
         """One step; returns what the log line holds (the loss is the mean over the ranks)."""
         start = time.perf_counter()
-        inputs, targets = self.sampler.batch(self.done, self._engine.rank, self._engine.size)
+        inputs, targets = self.sampler.batch(self.done, self._world.mesh.dp_rank, self._world.mesh.dp)
         rate = self._optimizer.param_groups[0]["lr"]
         self.manager.zero_grad()
         loss = self._mean(self.manager.backward(self._loss, from_host(inputs), from_host(targets.reshape(-1))))
@@ -233,7 +233,7 @@ class Trainer:
         """
         self.model.set_train(False)
         try:
-            return mean_loss(self._loss, tokens, length, rows, self._engine, self._end_if_told)
+            return mean_loss(self._loss, tokens, length, rows, self._world.along("dp"), self._end_if_told)
         finally:
             self.model.set_train(True)
 
@@ -294,7 +294,7 @@ class Trainer:
             ValueError: the sampler is another one: it would repeat or leave out data.
         """
         log = self.settings.log
-        has_log = gather_json(log is not None and log.exists(), self._engine, "log")[0]
+        has_log = gather_json(log is not None and log.exists(), self._world.everyone, "log")[0]
         if has_log:
             self._folder().lock()
             self._as_chief(self._open_log)
@@ -346,7 +346,7 @@ class Trainer:
         minutes = self.settings.save_minutes
         due = minutes is not None and time.monotonic() - self._saved_at >= 60 * minutes
         told = from_host(np.array([self._stop.asked, due], np.float32))
-        mean, told = self._engine.all_reduce([loss.reshape(1), told], "mean", "loss").wait()
+        mean, told = self._world.everyone.all_reduce([loss.reshape(1), told], "mean", "loss").wait()
         stop, due = host_array(told) > 0
         self._told = bool(stop), bool(due)
         return host_array(mean).item()
@@ -366,12 +366,12 @@ class Trainer:
     def _as_chief(self, action: Callable[[], None]) -> None:
         """On rank 0; what goes wrong there is raised on every rank."""
         error = ""
-        if self._engine.rank == 0:
+        if self._world.everyone.rank == 0:
             try:
                 action()
             except Exception as caught:  # whatever it is: the other ranks wait
                 error = str(caught) or type(caught).__name__
-        error = gather_json(error, self._engine, "log")[0]
+        error = gather_json(error, self._world.everyone, "log")[0]
         if error:
             raise TrainingError(error)
 

@@ -25,7 +25,7 @@ class ZeroContext:
         self.pool = BufferPool(spare=world.prefetch + 2)
         self.pipeline = GatherPipeline(self.pool, world.prefetch)
         self.reducer = Reducer()
-        self.draws = Draws(world.seed, world.mesh.rank)
+        self.draws = Draws(world.seed, world.mesh.dp_rank)
         self._gathers: list[list[Any]] = []
         self.managers: weakref.WeakSet[Any] = weakref.WeakSet()  # those with gradients of this world's parameters, for `inspect`
 

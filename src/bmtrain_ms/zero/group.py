@@ -63,7 +63,7 @@ class ParamGroup:
         self._details = [f"{p.name} {p.full_shape} {p.dtype}" for p in self.params]
         self.label = Label(label, self._details)
         self.world = self.params[0].world
-        self.engine: Engine = self.world.shards
+        self.engine: Engine = self.world.along("shard")
         self.wires = [wire_for(self.world.gather_dtype, p.dtype) for p in self.params]
         self.parked: list[Gathered] = []
         self.followers: dict[Any, tuple[Any, weakref.ref[ParamGroup]]] = {}
@@ -87,8 +87,8 @@ class ParamGroup:
             padded = [self._pad(self.params[i], g) for i, g in zip(indices, grads)]
         label = self.label if len(padded) == len(self.params) else Label(self.label, [self._details[i] for i in indices])
         inside = self.engine.reduce_scatter(padded, "mean", label)
-        hierarchy = self.world.hierarchy
-        return inside if hierarchy is None else AcrossReplicas(inside, hierarchy.replicas, label)
+        replicas = self.world.along("replica")
+        return inside if replicas.size == 1 else AcrossReplicas(inside, replicas, label)
 
     def _pad(self, p: Sharded, grad: Tensor) -> Buffer:
         """(size * shard_length,): an array on the host."""

@@ -206,7 +206,8 @@ sharded_types.append(DistributedParameter)
 
 
 def _layout_of(shape: Sequence[int], here: World) -> Layout:
-    return Layout(tuple(shape), index=here.shards.rank, ranks=here.shards.size)
+    mesh = here.mesh
+    return Layout(tuple(shape), (), mesh.coordinate("shard"), mesh.shard, copy=mesh.coordinate("replica"))
 
 
 def _dtype_of(data: Any) -> Any:

@@ -102,7 +102,7 @@ def generate(
             for i in np.flatnonzero(~done):
                 results[i].append(int(chosen[i]))
                 done[i] = chosen[i] == eos_id
-            if eos_id is not None and all_ranks(world().engine, bool(done.all()), "generation done"):
+            if eos_id is not None and all_ranks(world().everyone, bool(done.all()), "generation done"):
                 break
     finally:
         model.set_train(training)
