@@ -54,9 +54,8 @@ def test_parameters_are_sharded_along_their_axis_and_counted_once():
         np.testing.assert_array_equal(p.asnumpy()[: stop - start], whole[start:stop])
         seen[start:stop] += 1
         counted[start:stop] += counts_here(p, world)
-    # every element is stored by one rank of each sharding group, of which there are two replicas for each of two tensor-parallel
-    # ranks; those of one replica count
-    assert (seen == 4).all() and (counted == 2).all()
+    # stored once in each sharding group, of which there are two replicas for each of two tensor-parallel ranks
+    assert (seen == 4).all() and (counted == 1).all()
 
 
 def test_gradients_are_divided_by_the_data_parallel_ranks_only():

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from mindspore import nn
+from mindspore import Tensor, nn
 
 import bmtrain_ms as bms
 from bmtrain_ms.comm import Mesh, SingleEngine, World, use_world
@@ -128,3 +128,11 @@ def test_a_tensor_cut_along_a_dim_has_the_values_of_the_whole_one(function, part
             assert not shard[layout.owned_size :].any()
             layout.paste(shard, out)
     np.testing.assert_array_equal(out.view(np.uint32), whole.view(np.uint32))
+
+
+@pytest.mark.parametrize("dtype", [ms.float16, ms.bfloat16])
+def test_a_rank_that_owns_nothing_of_a_16_bit_parameter(dtype):
+    with use_world(World(PretendEngine(5, 6), Mesh(6, 5))):
+        p = bms.DistributedParameter(bms.empty(3, dtype=dtype))
+        p.copy_full(Tensor(np.ones(3, np.float32)).astype(dtype))
+    assert p.owned == (3, 3) and not p.asnumpy().astype(np.float32).any()

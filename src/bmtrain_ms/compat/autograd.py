@@ -8,6 +8,7 @@ Parameters among the inputs get their gradient like any other input.
 from __future__ import annotations
 
 import contextlib
+import weakref
 from itertools import zip_longest
 from typing import Any, Callable, Iterator, Optional, Sequence
 
@@ -18,7 +19,20 @@ from mindspore.ops.composite import base as _composite
 
 from .executor import GRAD_TAKES_HAS_AUX, PyNativeExecutor, executor, no_grad, recording
 
-__all__ = ["Deliver", "Graph", "backward_hooks", "closed", "custom_op", "hookable", "no_grad", "recording", "requested", "vjp"]
+__all__ = [
+    "Deliver",
+    "Graph",
+    "Recorded",
+    "backward_hooks",
+    "closed",
+    "custom_op",
+    "hookable",
+    "no_grad",
+    "record",
+    "recording",
+    "requested",
+    "vjp",
+]
 
 Tensors = tuple[Tensor, ...]
 Deliver = Callable[[Parameter, Tensor], Tensor]  # the whole gradient of a parameter, for what autograd has found
@@ -39,9 +53,13 @@ _depth = [0]  # backward passes under way: recomputation nests them
 _forwards = [0]  # recorded forward passes of `value_and_grad` under way
 _hookable = [0]  # contexts that want hooks on outputs of `custom_op`
 _closed = [0]  # contexts in which no gradient may be taken
+_open: list[weakref.ref[Recorded]] = []  # functions that are recorded and not differentiated yet, oldest first
+_younger = [False]  # whether the one whose backward pass is under way has younger ones
+_OPEN_GRAPHS_SURVIVE_NESTED_ONES = GRAD_TAKES_HAS_AUX  # 2.10
 _requested: list[dict[int, Parameter]] = []  # by id: what the outermost backward pass under way was asked for
 _Grad = _composite._Grad
 _grad_by_position = _Grad(get_by_position=True, sens_param=True)
+_grad_by_list = _Grad(get_by_list=True, sens_param=True)
 _grad_by_both = _Grad(get_by_position=True, get_by_list=True, sens_param=True)
 
 
@@ -153,6 +171,92 @@ def requested() -> dict[int, Parameter]:
     return _requested[-1] if _requested else {}
 
 
+class Recorded:
+    """A function that has run recorded, and is differentiated later: others may run, and be differentiated, in between.
+
+    Attributes:
+        outputs: what it returned.
+        forgotten: an error elsewhere had MindSpore forget all that is recorded.
+    """
+
+    def __init__(self, graph: Graph, inputs: Sequence[Tensor], outputs: Tensors):
+        self._graph, self._inputs, self.outputs = graph, inputs, outputs
+        self.forgotten = False
+
+    def pull(self, cotangents: Tensors, weights: Sequence[Parameter] = ()) -> Tensors:
+        """Gradients of (outputs * cotangents).sum() with respect to each input, then each weight; zeros where unused. Once.
+
+        Raises:
+            RuntimeError: another function failed since, and MindSpore has forgotten this one with it; or MindSpore 2.5, and a Block
+                would be recomputed while younger functions are recorded.
+            ValueError: there is neither an input nor a weight.
+        """
+        if not (self._inputs or weights):
+            raise ValueError("there is nothing to differentiate with respect to: neither an input nor a parameter")
+        if self.forgotten:
+            raise RuntimeError(
+                "this function cannot be differentiated any more: an error in another one, since it was recorded, had MindSpore "
+                "forget everything that is recorded. Begin again with the first micro-batch"
+            )
+        # A one-element tuple and its element are different outputs to the executor; the cotangent must match.
+        last = cotangents[0] if len(self.outputs) == 1 else cotangents
+        aux = (False,) if GRAD_TAKES_HAS_AUX else ()
+        places = tuple(range(len(self._inputs))) if self._inputs else None
+        how = _grad_by_both if self._inputs and weights else _grad_by_list if weights else _grad_by_position
+        with _pulled(self):
+            found = executor.grad(self._graph, how, list(weights) or None, places, *aux, *self._inputs, last)
+        self._inputs = ()
+        if not (places and weights):
+            return tuple(map(_of_python, _as_tuple(found))) if weights else _as_tuple(found)
+        return (*_as_tuple(found[0]), *map(_of_python, _as_tuple(found[1])))
+
+
+def record(
+    function: Callable[..., Tensors], inputs: Sequence[Tensor], leaves: Sequence[Tensor] = (), graph: Graph | None = None
+) -> Recorded:
+    """Run `function(*inputs, *leaves)` recorded, to be differentiated later.
+
+    Args:
+        inputs: may have a history, which is not followed.
+        leaves: more inputs, which have none: no Parameters either.
+        graph: the one of earlier calls; not one that is in use. Several functions that are recorded at once need one each.
+    """
+    nested = _depth[0] > 0
+    if nested and _younger[0] and not _OPEN_GRAPHS_SURVIVE_NESTED_ONES:
+        raise RuntimeError(
+            "MindSpore 2.5 loses functions that were recorded later when a Block is recomputed in the backward pass of an earlier "
+            "one: use Block(use_checkpoint=False), or let backward passes come youngest first"
+        )
+    cell = Graph() if graph is None else graph
+    detached = [*map(_detach, inputs), *leaves]
+    executor.set_grad_flag(True)
+    executor.new_graph(cell, *detached)
+    with _explained():
+        outputs = _clear_after_failure(function, None, tuple(detached), {})
+    executor.end_graph(cell, outputs[0] if len(outputs) == 1 else outputs, *detached)
+    recorded = Recorded(cell, detached, outputs)
+    if not nested:
+        executor.set_grad_flag(False)  # what comes now is not recorded, before the backward pass
+        _open.append(weakref.ref(recorded))
+    return recorded
+
+
+@contextlib.contextmanager
+def _pulled(recorded: Recorded) -> Iterator[None]:
+    """Inside the `with` statement it is known whether there are younger functions that are recorded."""
+    _open[:] = [reference for reference in _open if reference() is not None]
+    found = [i for i, reference in enumerate(_open) if reference() is recorded]
+    if not found:  # recomputation, inside of another backward pass
+        yield
+        return
+    _younger[0] = found[0] < len(_open) - 1
+    del _open[found[0]]
+    try:
+        yield
+    finally:
+        _younger[0] = False
+
+
 def vjp(
     function: Callable[..., Tensors],
     inputs: Sequence[Tensor],
@@ -166,30 +270,14 @@ def vjp(
     Usable inside the backward of a `custom_op`: this is what recomputation is made of.
 
     Args:
-        inputs: may have a history, which is not followed.
-        leaves: more inputs, which have none: no Parameters either.
-        graph: the one of earlier calls for the same function; not one that is in use.
+        inputs, leaves, graph: as in `record`.
         captured: asked after `function` has run: Parameters that it may have used without being given them.
 
     Returns:
         One gradient per input, leaf and captured Parameter; zeros where it was not used.
     """
-    cell = Graph() if graph is None else graph
-    detached = [*map(_detach, inputs), *leaves]
-    executor.set_grad_flag(True)
-    executor.new_graph(cell, *detached)
-    with _explained():
-        outputs = _clear_after_failure(function, None, tuple(detached), {})
-    # A one-element tuple and its element are different outputs to the executor; the cotangent must match.
-    if len(outputs) == 1:
-        outputs, cotangents = outputs[0], cotangents[0]
-    executor.end_graph(cell, outputs, *detached)
-    aux = (False,) if GRAD_TAKES_HAS_AUX else ()
-    places, weights = tuple(range(len(detached))), list(captured())
-    if not weights:
-        return _as_tuple(executor.grad(cell, _grad_by_position, None, places, *aux, *detached, cotangents))
-    grads = executor.grad(cell, _grad_by_both, weights, places, *aux, *detached, cotangents)
-    return (*_as_tuple(grads[0]), *map(_of_python, _as_tuple(grads[1])))
+    recorded = record(function, inputs, leaves, graph)
+    return recorded.pull(cotangents, list(captured()))
 
 
 def _of_python(x: Any) -> Tensor:
@@ -243,6 +331,16 @@ def uninstall() -> None:
         setattr(*_originals.pop())
 
 
+def _clear() -> None:
+    """Have MindSpore forget all that is recorded."""
+    executor.clear_res()
+    for reference in _open:
+        recorded = reference()
+        if recorded is not None:
+            recorded.forgotten = True
+    _open.clear()
+
+
 def _record(wrapped: Any, instance: Any, args: tuple, kwargs: dict) -> Any:
     if _closed[0]:
         raise RuntimeError(NESTED)
@@ -256,7 +354,7 @@ def _clear_after_failure(wrapped: Any, instance: Any, args: tuple, kwargs: dict)
         return wrapped(*args, **kwargs)
     except BaseException:
         if _forwards[0] == 1 and _depth[0] == 0:
-            executor.clear_res()
+            _clear()
         raise
     finally:
         _forwards[0] -= 1
@@ -281,7 +379,7 @@ def _watch(wrapped: Any, instance: Any, args: tuple, kwargs: dict) -> Any:
         _depth[0] -= 1
         if outermost:
             if error is not None:
-                executor.clear_res()  # otherwise 2.10 refuses the next, healthy, backward pass
+                _clear()  # otherwise 2.10 refuses the next, healthy, backward pass
             try:
                 for hook in tuple(backward_hooks):
                     deliver = hook(error)

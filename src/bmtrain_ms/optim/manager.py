@@ -6,7 +6,7 @@ import math
 import sys
 from collections import Counter
 from dataclasses import dataclass
-from typing import Any, Callable, Iterable
+from typing import Any, Callable, Iterable, Sequence
 
 import mindspore as ms
 import numpy as np
@@ -212,14 +212,31 @@ class OptimManager:
                 raise TypeError(f"forward must return a scalar loss, or a tuple that starts with it, not {what}")
             return self._scaled(loss, scale)
 
-        scale = self.grads_scale if self._grads else self.loss_scale
+        scale = self.scale_to_accumulate
         _, grads = ms.value_and_grad(loss_of_forward, None, params)()
-        grads, self._stepped = average_whole(params, list(grads), self._world), False
+        grads = list(grads)
+        self.accumulate(params, grads)
+        return returned[0]
+
+    @property
+    def scale_to_accumulate(self) -> float:
+        """What losses are multiplied with now: the loss scale, or that of the gradients that are there already."""
+        return self.grads_scale if self._grads else self.loss_scale
+
+    def accumulate(self, params: Sequence[Parameter], grads: list[Tensor]) -> None:
+        """Add gradients that were made elsewhere to the accumulated ones. All ranks call it together.
+
+        Args:
+            params: of the optimizers.
+            grads: as `value_and_grad` returns them, one for each parameter, of losses times `scale_to_accumulate`; the list is
+                emptied, so that no gradient is alive twice.
+        """
+        scale = self.scale_to_accumulate
+        averaged, self._stepped = average_whole(params, grads, self._world), False
         self._grad_norm, self.grads_scale = None, scale
         self._elsewhere.update(id(p) for p in params if not counts_here(p, self._world))
         for p in params:
-            self._add(p, grads.pop(0))  # let go of each: with accumulation there are two otherwise
-        return returned[0]
+            self._add(p, averaged.pop(0))
 
     def clip_grad_norm(self, param_groups: Any, max_norm: float, norm_type: float | str = 2.0, eps: float = 1e-6) -> float:
         """Scale gradients down so that their norm over all ranks is at most `max_norm`.

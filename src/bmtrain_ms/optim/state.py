@@ -89,5 +89,5 @@ def _where(shard: list[Any] | None) -> str:
 def _whole(name: str, like: DistributedParameter | None, x: Tensor) -> np.ndarray:
     if like is None:
         return _copy(x)
-    gathered = host_array(like.world.along("shard").all_gather([x], label=f"state {name}").wait()[0])
+    gathered = host_array(like.world.along(like.along).all_gather([x], label=f"state {name}").wait()[0])
     return gathered[: like.full_size].reshape(like.full_shape).copy()

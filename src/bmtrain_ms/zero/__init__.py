@@ -9,6 +9,7 @@ from .group import ParamGroup, ShardState
 from .init import ParameterInitializer, init_parameters
 from .module import DistributedModule
 from .param import DistributedParameter, empty
+from .passes import Pass
 
 __all__ = [
     "Block",
@@ -17,6 +18,7 @@ __all__ = [
     "DistributedParameter",
     "ParamGroup",
     "ParameterInitializer",
+    "Pass",
     "ShardState",
     "TransformerBlockList",
     "ZeroContext",

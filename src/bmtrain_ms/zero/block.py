@@ -110,7 +110,7 @@ class Block(nn.Cell):
             return plain(slots.run(*args, **kwargs))
         slots.refuse_changes()
         leaves, rebuild = flatten((args, kwargs))
-        call = Call(slots, self.zero_level, context_of(slots.group.world), leaves, rebuild)
+        call = Call(slots, self.zero_level, context_of(slots.world), leaves, rebuild)
         if not recording():
             return call.evaluate()
         if not self.use_checkpoint:
@@ -119,9 +119,9 @@ class Block(nn.Cell):
         return call.checkpointed()
 
     @property
-    def group(self) -> ParamGroup | None:
-        """The parameters, which travel together; None where there are none."""
-        return self._slots.group if self._slots else None
+    def groups(self) -> list[ParamGroup]:
+        """The parameters, those that travel together in one group; none where there are none."""
+        return self._slots.groups if self._slots else []
 
 
 CheckpointBlock = Block

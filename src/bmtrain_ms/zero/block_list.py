@@ -75,7 +75,7 @@ class TransformerBlockList(nn.Cell):
 
     def _undisturbed(self) -> ContextManager[None]:
         """Between two blocks of the list none of the user's code runs."""
-        group = next((block.group for block in self if block.group is not None), None)
+        group = next((group for block in self for group in block.groups), None)
         return contextlib.nullcontext() if group is None else context_of(group.world).pipeline.undisturbed()
 
 

@@ -13,7 +13,7 @@ from ..comm import rank
 from ..compat.autograd import closed, custom_op, requested, vjp
 from ..compat.runtime import host_array, is_float
 from .context import ZeroContext
-from .group import Gathered
+from .copies import Copies
 from .param import DistributedParameter
 from .pipeline import Phase
 from .replay import Replay, hashes
@@ -24,13 +24,13 @@ class Call:
     """One call of a Block: its arguments, and what its backward must remember."""
 
     def __init__(self, slots: Slots, zero_level: int, context: ZeroContext, leaves: list[Any], rebuild: Rebuild):
-        self.slots, self.zero_level, self.group, self.pipeline = slots, zero_level, slots.group, context.pipeline
-        self.context, self.reducer = context, context.reducer
+        self.slots, self.zero_level = slots, zero_level
+        self.context, self.reducer, self.of = context, context.reducer, context.current
         self.leaves, self.rebuild = leaves, rebuild
-        self.measure = self.group.world.measure
+        self.measure = slots.world.measure
         self.backward_span = contextlib.ExitStack()
         self.differentiable = [i for i, x in enumerate(leaves) if is_float(x)]
-        self.trainable = self.group.trainable()
+        self.trainable = slots.trainable()
         self.prints: tuple[int, ...] = ()  # of the shards that forward used
         self.inside: Callable[[], ContextManager[None]] = closed
 
@@ -39,51 +39,54 @@ class Call:
     def evaluate(self) -> Any:
         """Not recorded: gather, run, release."""
         self.inside = contextlib.nullcontext  # forces, attributions: nothing is recorded yet
-        gathered = self.pipeline.enter(self.group, Phase.EVAL)
+        gathered = self._copies().enter(Phase.EVAL)
         try:
-            with self.measure(f"evaluate {self.group.label}"):
+            with self.measure(f"evaluate {self.slots.label}"):
                 out = plain(self._run(self._inputs(), gathered.tensors()))
             gathered.verify()
             return out
         finally:
-            self.pipeline.leave(gathered)
+            gathered.leave()
 
     def checkpointed(self) -> Any:
         """One function of (inputs, shards) that recomputes in its backward."""
         keep = self.zero_level == 2
         result = _Result()
         due = self.slots.is_due()
-        replay = Replay(self.context.draws, looks=due or self.group.engine.lands_in_place)
-        kept: list[Gathered] = []
+        replay = Replay(self.context.draws, looks=due or self.slots.world.everyone.lands_in_place)
+        kept: list[Copies] = []
         gathers: list[DistributedParameter] = []
 
         def forward(*inputs_and_shards: Tensor) -> tuple[Tensor, ...]:
-            gathered = self.pipeline.enter(self.group, Phase.FORWARD)
+            gathered = self._copies().enter(Phase.FORWARD)
             try:
-                with self.measure(f"forward {self.group.label}"), self.context.gathers(gathers):
+                with self.measure(f"forward {self.slots.label}"), self.context.gathers(gathers):
                     out = result.take(self._run(inputs_and_shards[: len(self.differentiable)], gathered.tensors()))
                 gathered.verify()
                 self.prints = gathered.prints
             except BaseException:
-                self.pipeline.leave(gathered)
+                gathered.leave()
                 raise
-            self.pipeline.leave(gathered, keep=keep)
-            kept.append(gathered)
+            if keep:
+                gathered.keep()
+                kept.append(gathered)
+            else:
+                gathered.leave()
             replay.ended(out)
             return out
 
         def backward(grads: tuple[Tensor, ...]) -> list[Tensor]:
-            gathered = kept[0] if keep else self.pipeline.enter(self.group, Phase.BACKWARD)
+            gathered = kept[0] if keep else self._copies().enter(Phase.BACKWARD)
             try:
-                with self.measure(f"backward {self.group.label}"):
+                with self.measure(f"backward {self.slots.label}"):
                     pulled = self._pull(gathered, grads, replay, due)
                 gathered.verify_again(self.prints)
             except BaseException:
-                self.pipeline.leave(gathered)
+                gathered.leave()
                 raise
             here = len(self.differentiable)
-            shards = self.reducer.reduce(self.group, self.trainable, pulled[here:]) if self.trainable else []
-            self.pipeline.leave(gathered)
+            shards = self._reduce(pulled[here:])
+            gathered.leave()
             return [*pulled[:here], *shards]
 
         inputs = *self._inputs(), *self._shards()
@@ -92,44 +95,44 @@ class Call:
     def kept(self) -> Any:
         """Recorded by autograd as it runs; only the gathered memory is let go of in between."""
         result = _Result()
-        gathered = self.pipeline.enter(self.group, Phase.FORWARD)
+        gathered = self._copies().enter(Phase.FORWARD)
         try:
             weights = list(gathered.tensors())
             inputs = self._before(gathered, weights)
-            with self.measure(f"forward {self.group.label}"):
+            with self.measure(f"forward {self.slots.label}"):
                 out = result.take(self._run(inputs, weights))
             gathered.verify()
             self.prints = gathered.prints
             stays = self.zero_level == 2 or any(gathered.owns(x) for x in out)
             out = self._behind(gathered, out)
         except BaseException:
-            self.pipeline.leave(gathered)
+            gathered.leave()
             raise
         if stays:
-            self.pipeline.leave(gathered, keep=True)
+            gathered.keep()
         else:
             self.slots.warn_of_copies(gathered)
-            self.pipeline.park(gathered)
+            gathered.park()
         return result.restore(out)
 
     # Pieces #
 
-    def _before(self, gathered: Gathered, weights: list[Tensor]) -> list[Tensor]:
+    def _before(self, gathered: Copies, weights: list[Tensor]) -> list[Tensor]:
         """Make full tensors functions of the shards; the last thing that backward reaches. Replaces entries of `weights`."""
         inputs = self._inputs()
         if not self.trainable:  # nothing to reduce, but something to release: an identity on the inputs
 
             def leave(grads: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
                 self._end_of_backward(gathered)
-                self.pipeline.leave(gathered)
+                gathered.leave()
                 return grads
 
             return list(custom_op(lambda *xs: xs, leave, *inputs)) if inputs else inputs
 
         def reduce(grads: tuple[Tensor, ...]) -> list[Tensor]:
             self._end_of_backward(gathered)
-            shards = self.reducer.reduce(self.group, self.trainable, grads)
-            self.pipeline.leave(gathered)
+            shards = self._reduce(grads)
+            gathered.leave()
             return shards
 
         full = tuple(weights[i] for i in self.trainable)
@@ -137,27 +140,41 @@ class Call:
             weights[i] = tensor
         return inputs
 
-    def _end_of_backward(self, gathered: Gathered) -> None:
+    def _end_of_backward(self, gathered: Copies) -> None:
         self.backward_span.close()
         gathered.verify_again(self.prints)
 
-    def _behind(self, gathered: Gathered, outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    def _behind(self, gathered: Copies, outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """An identity; the first thing that backward reaches."""
 
         def gather_again(grads: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
             if self.zero_level == 3:
-                self.pipeline.enter(self.group, Phase.BACKWARD, parked=gathered)
+                gathered.enter_again()
             self.backward_span = contextlib.ExitStack()
-            self.backward_span.enter_context(self.measure(f"backward {self.group.label}"))
+            self.backward_span.enter_context(self.measure(f"backward {self.slots.label}"))
             return grads
 
         return custom_op(lambda *xs: xs, gather_again, *outputs) if outputs else outputs
+
+    def _copies(self) -> Copies:
+        return Copies(self.slots.groups, self.context.pipeline, self.of)
+
+    def _reduce(self, grads: Sequence[Tensor]) -> list[Tensor]:
+        """Start reducing gradients of the full tensors that are trained; what autograd is told."""
+        told, left, first = [], list(zip(self.trainable, grads)), 0
+        for group in self.slots.groups:
+            behind = first + len(group.params)
+            mine = [(i - first, grad) for i, grad in left if first <= i < behind]
+            if mine:
+                told += self.reducer.reduce(group, [i for i, _ in mine], [grad for _, grad in mine])
+            first = behind
+        return told
 
     def _inputs(self) -> list[Tensor]:
         return [self.leaves[i] for i in self.differentiable]
 
     def _shards(self) -> list[Any]:  # tensors and `Sharded`: Python has no type for both
-        return [self.group.params[i] for i in self.trainable]
+        return [self.slots.params[i] for i in self.trainable]
 
     def _run(self, inputs: Sequence[Tensor], weights: Sequence[Tensor]) -> Any:
         leaves = list(self.leaves)
@@ -167,7 +184,7 @@ class Call:
         with self.slots.substituted(weights), self.inside():
             return self.slots.run(*args, **kwargs)
 
-    def _pull(self, gathered: Gathered, grads: tuple[Tensor, ...], replay: Replay, due: bool) -> tuple[Tensor, ...]:
+    def _pull(self, gathered: Copies, grads: tuple[Tensor, ...], replay: Replay, due: bool) -> tuple[Tensor, ...]:
         """Recompute, and differentiate with respect to inputs and trainable full tensors."""
         weights, here = gathered.tensors(), len(self.differentiable)
         captured: list[Parameter] = []
@@ -195,9 +212,9 @@ class Call:
         self._add_captured(captured, found[asked:], gathers)
         return found[:asked]
 
-    def _check(self, gathered: Gathered, replay: Replay, again: tuple[Tensor, ...], changed: list[str]) -> None:
+    def _check(self, gathered: Copies, replay: Replay, again: tuple[Tensor, ...], changed: list[str]) -> None:
         """That recomputation does what forward did, to rounding, and leaves buffers as they were."""
-        where = f"rank {rank()}: recomputing {self.group.label} ({type(self.slots.module).__name__})"
+        where = f"rank {rank()}: recomputing {self.slots.label} ({type(self.slots.module).__name__})"
         if replay.differs(again):
             gathered.verify_again(self.prints)  # other values of parameters are the better explanation
             raise RuntimeError(
@@ -218,7 +235,7 @@ class Call:
                 self.reducer.add(p, grad * 1.0)  # the gradients of a and b in a + b are one tensor
             elif host_array(grad).any():
                 raise RuntimeError(
-                    f"rank {rank()}: {type(self.slots.module).__name__} ({self.group.label}) uses the shard of {p.name} itself in "
+                    f"rank {rank()}: {type(self.slots.module).__name__} ({self.slots.label}) uses the shard of {p.name} itself in "
                     "a checkpointed Block, where it gets no gradient. Compute what is made of shards (a penalty) outside of the "
                     "Block, or use Block(use_checkpoint=False)"
                 )

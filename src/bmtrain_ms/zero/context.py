@@ -14,6 +14,7 @@ from ..comm import World, is_initialized, world
 from ..compat import autograd
 from ..compat.autograd import Deliver
 from .buffers import BufferPool
+from .passes import Pass
 from .pipeline import GatherPipeline
 from .reducer import Reducer
 
@@ -26,8 +27,26 @@ class ZeroContext:
         self.pipeline = GatherPipeline(self.pool, world.prefetch)
         self.reducer = Reducer()
         self.draws = Draws(world.seed, world.mesh.dp_rank)
+        self._passes = [Pass()]  # the last is the one that calls belong to; the first that of who opens none
         self._gathers: list[list[Any]] = []
         self.managers: weakref.WeakSet[Any] = weakref.WeakSet()  # those with gradients of this world's parameters, for `inspect`
+
+    @property
+    def current(self) -> Pass:
+        """The pass that a call which comes now belongs to."""
+        return self._passes[-1]
+
+    @contextlib.contextmanager
+    def within(self, one: Pass) -> Iterator[None]:
+        """Inside the `with` statement forward calls, and a backward pass, belong to `one`, see [Note: passes]. An error ends it."""
+        self._passes.append(one)
+        try:
+            yield
+        except BaseException:
+            one.end()
+            raise
+        finally:
+            self._passes.pop()
 
     @contextlib.contextmanager
     def gathers(self, noted: list[Any]) -> Iterator[None]:
@@ -47,6 +66,7 @@ class ZeroContext:
         """All gradients are there, and whole, before the caller of `value_and_grad` sees them."""
         deliver = self.reducer.end_of_backward(failed=error is not None)
         self.pipeline.end_sequence()
+        self.current.end()
         return deliver
 
 

@@ -9,7 +9,6 @@ beginning. *gather*: shards -> full; *release*: the opposite; *reduce*: full gra
 
 from __future__ import annotations
 
-import weakref
 from enum import Enum, auto
 from typing import Any, Protocol, Sequence
 
@@ -17,7 +16,7 @@ import numpy as np
 import xxhash
 from mindspore import Tensor, ops
 
-from ..comm import Buffer, Engine, Label, Work, World
+from ..comm import Buffer, Engine, Label, SingleEngine, Work, World
 from ..compat.autograd import no_grad
 from ..compat.runtime import address, from_host, host_array, numpy_dtype, values, was_copied
 from .buffers import BufferPool, HostBuffer, layout
@@ -29,6 +28,7 @@ class Sharded(Protocol):
 
     name: str
     world: World
+    along: str
     full_shape: tuple[int, ...]
     full_size: int
     shard_length: int
@@ -50,12 +50,9 @@ class ParamGroup:
         params: in the order in which they travel.
         label: for messages and event lists, e.g. `layers.3`.
         engine: among the ranks that share the parameters.
-        followers: phase of the pipeline -> the visit that came after one of this group.
-        starts: phases in which this group has started a sequence, see `zero/pipeline.py`.
         wires: how each travels; None: as it is.
         sizes: (elements, type) of each padded full tensor.
         full_nbytes: of all of them.
-        parked: gathered copies whose memory a recorded graph refers to, oldest first.
     """
 
     def __init__(self, params: Sequence[Sharded], label: str):
@@ -63,11 +60,12 @@ class ParamGroup:
         self._details = [f"{p.name} {p.full_shape} {p.dtype}" for p in self.params]
         self.label = Label(label, self._details)
         self.world = self.params[0].world
-        self.engine: Engine = self.world.along("shard")
+        along, mesh = self.params[0].along, self.world.mesh
+        self.engine: Engine = self.world.along(along)
+        # of an expert there are no replicas, but fewer ranks than data-parallel ones, over all of which gradients are averaged
+        self._replicas = self.world.along("replica") if along == "shard" else SingleEngine(self.engine.clock)
+        self._share = 1.0 if along == "shard" else mesh.size(along) / mesh.dp
         self.wires = [wire_for(self.world.gather_dtype, p.dtype) for p in self.params]
-        self.parked: list[Gathered] = []
-        self.followers: dict[Any, tuple[Any, weakref.ref[ParamGroup]]] = {}
-        self.starts: set[Any] = set()
         self.sizes = [(self.engine.size * p.shard_length, numpy_dtype(p.dtype)) for p in self.params]
         self.full_nbytes = sum(n * dtype.itemsize for n, dtype in self.sizes)
 
@@ -77,18 +75,15 @@ class ParamGroup:
     def __reduce__(self) -> tuple:
         return type(None), ()
 
-    def trainable(self) -> list[int]:
-        """Indices of the parameters that require a gradient now; the flag may be toggled between calls."""
-        return [i for i, p in enumerate(self.params) if p.requires_grad]
-
     def reduce(self, indices: Sequence[int], grads: Sequence[Tensor]) -> Work:
-        """Start reducing full gradients of `params[i] for i in indices` to shards of their mean over all ranks."""
+        """Start reducing full gradients of `params[i] for i in indices` to shards of their mean over the data-parallel ranks."""
         with no_grad():
-            padded = [self._pad(self.params[i], g) for i, g in zip(indices, grads)]
+            padded = [
+                self._pad(self.params[i], g if self._share == 1.0 else ops.mul(g, self._share)) for i, g in zip(indices, grads)
+            ]
         label = self.label if len(padded) == len(self.params) else Label(self.label, [self._details[i] for i in indices])
         inside = self.engine.reduce_scatter(padded, "mean", label)
-        replicas = self.world.along("replica")
-        return inside if replicas.size == 1 else AcrossReplicas(inside, replicas, label)
+        return inside if self._replicas.size == 1 else AcrossReplicas(inside, self._replicas, label)
 
     def _pad(self, p: Sharded, grad: Tensor) -> Buffer:
         """(size * shard_length,): an array on the host."""
@@ -142,6 +137,7 @@ class Gathered:
         self.prints: tuple[int, ...] = ()  # of the shards, when `written` looked last
         self._given: tuple[int, ...] = ()  # where fewer bits travel: prints of the shards that were gathered ...
         self._arrived: tuple[int, ...] = ()  # ... and of what this rank's became
+        self.parked = False  # a recorded graph refers to the memory
         self.trusted = False  # gathered before it was asked for, and nobody has looked whether it still holds
 
     def issue(self) -> None:
@@ -224,14 +220,13 @@ class Gathered:
         if self.state is ShardState.FULL:
             self._settle()
             self._buffer.drop_pages()
-            if self not in self.group.parked:
-                self.group.parked.append(self)
+            self.parked = True
         return True
 
     def release(self) -> None:
         """Let go of the copy; its memory is reused once nothing else refers to it."""
-        if self in self.group.parked:
-            self.group.parked.remove(self)
+        if self.parked:
+            self.parked = False
             self._settle()
             self._buffer.drop_pages()  # as many as there are blocks; used pages are kept for a few
         else:

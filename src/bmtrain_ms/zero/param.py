@@ -55,6 +55,8 @@ class DistributedParameter(Parameter):
         tp_mode, tp_split_dim: shard over tensor-parallel ranks, along a dim; only False and -1 so far.
         name: unique in the model; by default the Cell it is assigned to names it.
         in_world: the ranks that share it; default: the current world.
+        along: the axis of the mesh over whose ranks it is sharded: `shard`, or `edp` for an expert's, which ranks along `ep` do not
+            share. Its gradient is divided by the number of data-parallel ranks in either case.
 
     Attributes:
         layout: where the shard lies in the whole tensor; `size` and `numel()` are the shard's.
@@ -66,10 +68,12 @@ class DistributedParameter(Parameter):
         ValueError: `data` has no elements or is not of a floating-point type, or `tp_mode`.
     """
 
-    def __new__(cls, data: Any, *args: Any, in_world: World | None = None, **kwargs: Any) -> DistributedParameter:
+    def __new__(
+        cls, data: Any, *args: Any, in_world: World | None = None, along: str = "shard", **kwargs: Any
+    ) -> DistributedParameter:
         if not isinstance(data, (Empty, Tensor, np.ndarray)):
             raise TypeError(f"DistributedParameter takes a tensor, an array or bmtrain_ms.empty(...), not {type(data).__name__}")
-        length = _layout_of(data.shape, in_world or world()).length
+        length = _layout_of(data.shape, in_world or world(), along).length
         return adopt(cls, from_host(np.zeros(length, numpy_dtype(_dtype_of(data)))))
 
     def __init__(
@@ -83,6 +87,7 @@ class DistributedParameter(Parameter):
         *,
         name: str | None = None,
         in_world: World | None = None,
+        along: str = "shard",
     ):
         if tp_mode or tp_split_dim != -1:
             raise ValueError(
@@ -90,8 +95,8 @@ class DistributedParameter(Parameter):
                 "leave them out"
             )
         super().__init__(self, name=name, requires_grad=requires_grad)
-        self.world = in_world or world()
-        self.layout = _layout_of(data.shape, self.world)
+        self.world, self.along = in_world or world(), along
+        self.layout = _layout_of(data.shape, self.world, along)
         if not self.full_size:
             raise ValueError(f"a parameter of shape {self.full_shape} has no elements; leave it out of the model")
         if not is_float(self):
@@ -182,7 +187,7 @@ class DistributedParameter(Parameter):
         phase = Phase.FORWARD if recording() else Phase.EVAL
 
         def take(*_: Tensor) -> tuple[Tensor, ...]:
-            gathered = context.pipeline.enter(group, phase)
+            gathered = context.pipeline.enter(group, phase, context.current)
             try:
                 full = tuple(gathered.tensors())
                 if gathered.trusted:
@@ -205,9 +210,12 @@ class DistributedParameter(Parameter):
 sharded_types.append(DistributedParameter)
 
 
-def _layout_of(shape: Sequence[int], here: World) -> Layout:
+def _layout_of(shape: Sequence[int], here: World, along: str) -> Layout:
+    if along not in ("shard", "edp"):
+        raise ValueError(f"a parameter is sharded along shard or edp, not along {along!r}")
     mesh = here.mesh
-    return Layout(tuple(shape), (), mesh.coordinate("shard"), mesh.shard, copy=mesh.coordinate("replica"))
+    replica = mesh.coordinate("replica") if along == "shard" else 0
+    return Layout(tuple(shape), (), mesh.coordinate(along), mesh.size(along), copy=replica * mesh.tp + mesh.tp_rank)
 
 
 def _dtype_of(data: Any) -> Any:

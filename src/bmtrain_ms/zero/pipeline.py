@@ -27,6 +27,7 @@ from typing import Iterator
 from ..comm import any_rank
 from .buffers import BufferPool
 from .group import Gathered, Meter, ParamGroup, ShardState
+from .passes import Pass
 
 
 class Phase(Enum):
@@ -43,6 +44,17 @@ _SMALL = 1 / 8  # of the largest group: a smaller one does not count as gathered
 _MOST_AHEAD = 8  # small ones
 
 
+class _Order:
+    """What a group's visits were like.
+
+    `followers`: phase -> the visit that came after.  `starts`: phases in which it has started a sequence.
+    """
+
+    def __init__(self) -> None:
+        self.followers: dict[Phase, tuple[Phase, weakref.ref[ParamGroup]]] = {}
+        self.starts: set[Phase] = set()
+
+
 class GatherPipeline:
     """Decides which groups are FULL; at most `1 + prefetch` of them, besides small ones and those that ZeRO-2 keeps."""
 
@@ -53,16 +65,20 @@ class GatherPipeline:
         self._largest = 0  # bytes of a group
         self._seen: set[tuple[Phase, int]] = set()  # what an evaluation has visited
         self._last: Visit | None = None
+        self._pass = Pass()  # of the last visit
         self._ahead: list[tuple[Visit, Gathered, object]] = []  # with the undisturbed stretch in which it was issued
         self._stretch: object = None  # where no code of the user's runs between visits; None: it may
-        self._kept: list[Gathered] = []
+        self._orders: weakref.WeakKeyDictionary[ParamGroup, _Order] = weakref.WeakKeyDictionary()
 
-    def enter(self, group: ParamGroup, phase: Phase, parked: Gathered | None = None) -> Gathered:
+    def enter(self, group: ParamGroup, phase: Phase, of: Pass, parked: Gathered | None = None) -> Gathered:
         """Have the group FULL and start on what comes next.
 
-        `parked`: gather into this copy, whose memory a graph refers to.
+        Args:
+            of: the pass that the visit belongs to.
+            parked: gather into this copy, whose memory a graph refers to.
         """
         visit = (phase, group)
+        self._pass = of
         self._largest = max(self._largest, group.full_nbytes)
         self._learn(visit)
         gathered = self._take_ahead(visit, parked)
@@ -80,32 +96,20 @@ class GatherPipeline:
         finally:
             self._stretch = before
 
-    def leave(self, gathered: Gathered, keep: bool = False) -> None:
-        """The call is over.
-
-        `keep`: ZeRO-2 needs the copy again in backward; it is released there, or at the end of the pass.
-        """
-        if keep:
-            self._kept.append(gathered)
-            return
-        if gathered in self._kept:
-            self._kept.remove(gathered)
+    def leave(self, gathered: Gathered) -> None:
+        """The call is over, and nobody needs the copy."""
         gathered.release()
         self._after_release()
 
     def park(self, gathered: Gathered) -> None:
         """The call is over, but the graph refers to the copy's memory, which is filled again before backward."""
-        self._kept.append(gathered)
         if gathered.park():
             self._after_release()
 
     def end_sequence(self) -> None:
-        """See [Note: sequences]. Whatever is still FULL is released."""
-        for _, gathered, _ in self._ahead:
-            gathered.release()
-        for gathered in self._kept:
-            gathered.release()
-        self._ahead, self._kept, self._last = [], [], None
+        """See [Note: sequences]. What was gathered ahead is let go of."""
+        self._drop_ahead()
+        self._last = None
         self.pool.trim()
 
     def parameters_changed(self) -> None:
@@ -119,11 +123,11 @@ class GatherPipeline:
         if again or (self._last is not None and (self._last[0] is Phase.EVAL) != (phase is Phase.EVAL)):
             self.parameters_changed()
         if self._last is None:
-            group.starts.add(phase)
+            self._order(group).starts.add(phase)
             self._seen.clear()
         else:
             before, last = self._last
-            last.followers[before] = (phase, weakref.ref(group))
+            self._order(last).followers[before] = (phase, weakref.ref(group))
         self._seen.add((phase, id(group)))
         self._last = visit
 
@@ -148,7 +152,7 @@ class GatherPipeline:
 
     def _drop_ahead(self) -> None:
         for _, gathered, _ in self._ahead:
-            if gathered in self._kept:
+            if gathered.parked:
                 gathered.park()
             else:
                 gathered.release()
@@ -158,14 +162,17 @@ class GatherPipeline:
         if self._last is not None:
             self._gather_ahead(self._last, running=None)
 
-    @staticmethod
-    def _following(visit: Visit) -> Visit | None:
+    def _order(self, group: ParamGroup) -> _Order:
+        return self._orders.setdefault(group, _Order())
+
+    def _following(self, visit: Visit) -> Visit | None:
         """What came after it last time, unless that starts a sequence."""
-        if visit[0] not in visit[1].followers:
+        followers = self._order(visit[1]).followers
+        if visit[0] not in followers:
             return None
-        phase, reference = visit[1].followers[visit[0]]
+        phase, reference = followers[visit[0]]
         group = reference()  # None: the model is gone
-        return None if group is None or phase in group.starts else (phase, group)
+        return None if group is None or phase in self._order(group).starts else (phase, group)
 
     def _gather_ahead(self, visit: Visit, running: ParamGroup | None) -> None:
         counted = 0
@@ -184,8 +191,9 @@ class GatherPipeline:
                 return
             if group is running:
                 return  # its own copy is still FULL: gathered ahead when that is released
-            parked = phase is Phase.BACKWARD and group.parked
-            gathered = parked[-1] if parked else Gathered(group, self.pool, self.meter)
+            # of the pass that is under way: a guess, where it is another one whose backward pass comes next
+            parked = self._pass.parked(group) if phase is Phase.BACKWARD else None
+            gathered = parked or Gathered(group, self.pool, self.meter)
             if gathered.state is ShardState.FULL:
                 return
             gathered.issue()

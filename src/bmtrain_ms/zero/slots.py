@@ -8,11 +8,12 @@ from typing import Any, Callable, Iterator, Sequence
 
 from mindspore import Parameter, Tensor, nn
 
-from ..comm import rank
+from ..comm import World, rank
 from ..compat.autograd import Graph
 from ..compat.cells import child_table, drop_rate, parameter_table
 from ..compat.runtime import is_float
-from .group import Gathered, ParamGroup
+from .copies import Copies
+from .group import ParamGroup
 from .param import DistributedParameter
 
 Place = tuple[nn.Cell, str]  # a cell, and the attribute that holds a parameter
@@ -35,7 +36,7 @@ class Slots:
         self.places = _find_places(module)
         self._made_of = contents(module)
         self._dropouts = [(name, c) for name, c in module.cells_and_names() if _is_dropout(c)]
-        self._group: ParamGroup | None = None
+        self._groups: list[ParamGroup] = []
         self._warned = False
         self._looked_at: Any = None
 
@@ -47,12 +48,33 @@ class Slots:
         return (self.function or self.module)(*args, **kwargs)
 
     @property
-    def group(self) -> ParamGroup:
-        """The parameters; made at the first call, when they have their final names."""
-        if self._group is None:
-            params = [parameter for parameter, _ in self.places]
-            self._group = ParamGroup(params, _common_prefix([p.name for p in params]))
-        return self._group
+    def groups(self) -> list[ParamGroup]:
+        """The parameters, by the axis that they are sharded along; made at the first call, when they have their final names."""
+        if None in self._groups or not self._groups:  # None: this is a copy, whose parameters are others
+            self._groups = []
+            for along in dict.fromkeys(p.along for p in self.params):
+                params = [p for p in self.params if p.along == along]
+                self._groups.append(ParamGroup(params, _common_prefix([p.name for p in params])))
+        return self._groups
+
+    @property
+    def params(self) -> list[DistributedParameter]:
+        """In the order of `places`, which is that of the groups."""
+        return [parameter for parameter, _ in self.places]
+
+    @property
+    def world(self) -> World:
+        """That of all parameters."""
+        return self.places[0][0].world
+
+    @property
+    def label(self) -> str:
+        """For messages, e.g. `layers.3`."""
+        return self.groups[0].label
+
+    def trainable(self) -> list[int]:
+        """Indices of the parameters that require a gradient now; the flag may be toggled between calls."""
+        return [i for i, (p, _) in enumerate(self.places) if p.requires_grad]
 
     @contextlib.contextmanager
     def substituted(self, tensors: Sequence[Tensor]) -> Iterator[None]:
@@ -74,7 +96,7 @@ class Slots:
 
     def is_due(self) -> bool:
         """Whether what cannot be looked at in every pass is looked at in this one: the first, and the first in another mode."""
-        state = [(cell.training, vars(cell).get("p")) for cell in self._cells()], [p.requires_grad for p in self.group.params]
+        state = [(cell.training, vars(cell).get("p")) for cell in self._cells()], [p.requires_grad for p in self.params]
         due, self._looked_at = state != self._looked_at, state
         return due
 
@@ -105,7 +127,7 @@ class Slots:
                     "twice. Use bmtrain_ms.nn.Dropout, or Block(use_checkpoint=False)"
                 )
 
-    def warn_of_copies(self, gathered: Gathered) -> None:
+    def warn_of_copies(self, gathered: Copies) -> None:
         """Say once which parameters stay in memory until backward in spite of ZeRO-3."""
         if self._warned:
             return
@@ -139,7 +161,15 @@ def _find_places(module: nn.Cell) -> list[tuple[DistributedParameter, list[Place
                     "DistributedParameter (use bmtrain_ms.nn layers), or have requires_grad=False"
                 )
             found.setdefault(id(parameter), (parameter, []))[1].append((cell, name))
-    return list(found.values())
+    places = list(found.values())
+    for parameter, _ in places:
+        if parameter.world is not places[0][0].world:
+            raise ValueError(
+                f"rank {rank()}: parameters {places[0][0].name} and {parameter.name} of one Block are in different worlds: it "
+                "could not say among which ranks to gather. Make them with the same in_world, or wrap them in Blocks of their own"
+            )
+    axes = list(dict.fromkeys(parameter.along for parameter, _ in places))
+    return sorted(places, key=lambda place: axes.index(place[0].along))
 
 
 def _is_dropout(cell: nn.Cell) -> bool:
