@@ -88,7 +88,7 @@ def over_mpi(size: int) -> MpiEngine:
 def with_engine(world: Any, kind: str, body: str, **kwargs: Any) -> Any:
     """Run a function of this module in a world of that engine."""
     if kind == "mpi":
-        world = dataclasses.replace(world, engine=over_mpi(world.engine.size))
+        world = dataclasses.replace(world, everyone=over_mpi(world.engine.size))
     assert world.engine.name == kind
     return globals()[body](world, **kwargs)
 
