@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any, Callable, Iterator
 
 Rebuild = Callable[[Iterator[Any]], Any]
@@ -13,17 +14,26 @@ def flatten(tree: Any) -> tuple[list[Any], Rebuild]:
     Returns:
         The leaves, and a function that makes the same structure from an iterator over as many leaves.
     """
+    make: Callable[[list], Any]
     if isinstance(tree, dict):
         keys, parts = list(tree), [flatten(value) for value in tree.values()]
-        make: Callable[[list], Any] = lambda values: type(tree)(zip(keys, values))  # noqa: E731
+        make = lambda values: _refilled(tree, zip(keys, values))  # noqa: E731
     elif isinstance(tree, tuple) and hasattr(tree, "_fields"):
         parts = [flatten(value) for value in tree]
         make = lambda values: type(tree)(*values)  # noqa: E731
-    elif isinstance(tree, (tuple, list)):
+    elif isinstance(tree, (tuple, list)):  # a subclass, as a ParameterTuple, may take no list of what it holds
         parts = [flatten(value) for value in tree]
-        make = type(tree)
+        make = tuple if isinstance(tree, tuple) else list
     else:
         return [tree], next
     leaves = [leaf for part, _ in parts for leaf in part]
     rebuilds = [rebuild for _, rebuild in parts]
     return leaves, lambda leaves: make([rebuild(leaves) for rebuild in rebuilds])
+
+
+def _refilled(like: dict, items: Iterator[tuple[Any, Any]]) -> dict:
+    """A dict of the same kind, e.g. with the same default factory."""
+    made = copy.copy(like)
+    made.clear()
+    made.update(items)
+    return made

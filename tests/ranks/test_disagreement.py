@@ -82,7 +82,7 @@ def told(text: str, expected: Callable[[int, int], str], rank: int, size: int) -
 def failure(world: Any, kind: str, case: str, use_checkpoint: bool) -> str:
     """The error of a training step."""
     engine = make_engine(kind)
-    with use_world(dataclasses.replace(world, engine=engine)):
+    with use_world(dataclasses.replace(world, everyone=engine)):
         model = Model(case if engine.rank == ODD else "", use_checkpoint)
         model.check_names_and_refresh_name()
         x = from_host(np.ones(4, np.float32))

@@ -283,25 +283,6 @@ def test_writing_a_later_block_of_a_chain_is_refused(record):
 # What a module was not given #
 
 
-class Penalised(Counted):
-    """A penalty on its own shard, inside."""
-
-    def construct(self, x):
-        return super().construct(x), (self.dense.parameter("weight") ** 2).sum()
-
-
-def test_a_shard_that_is_used_in_a_checkpointed_block_is_refused():
-    def loss(block):
-        y, penalty = block(x_of())
-        return (y**2).mean() + penalty
-
-    block = build(Penalised())
-    with pytest.raises(RuntimeError, match=r"Penalised \(dense\) uses the shard of dense\.weight itself in a checkpointed Block"):
-        ms.value_and_grad(lambda: loss(block), None, block.trainable_params())()
-    kept = build(Penalised(), use_checkpoint=False)
-    ms.value_and_grad(lambda: loss(kept), None, kept.trainable_params())()
-
-
 def test_a_gradient_inside_of_a_block_says_what_to_do():
     class Inner(Counted):
         def construct(self, x):

@@ -48,6 +48,7 @@ NESTED = (
     "network of plain MindSpore Cells, without bmtrain_ms, on every rank"
 )
 
+_IGNORES_HOOKS = not GRAD_TAKES_HAS_AUX  # 2.5: outputs of what has a `bprop`
 _originals: list[tuple[Any, str, Any]] = []  # (owner, name, MindSpore's own function)
 _depth = [0]  # backward passes under way: recomputation nests them
 _forwards = [0]  # recorded forward passes of `value_and_grad` under way
@@ -150,7 +151,12 @@ def custom_op(
         outputs = _distinct(forward(*inputs), inputs)
     recorded = executor.call_custom_bprop(_Op(backward), outputs, *inputs, *captured())
     recorded = outputs if recorded is None else recorded  # 2.5 marks the outputs in place
-    return tuple(x.copy() for x in recorded) if _hookable[0] else recorded
+    if _hookable[0]:
+        return tuple(x.copy() for x in recorded)
+    if _IGNORES_HOOKS:
+        for x in recorded:
+            x.ignores_hooks = True
+    return recorded
 
 
 def _distinct(outputs: Tensors, inputs: Sequence[Tensor]) -> Tensors:
@@ -320,6 +326,10 @@ def install() -> None:
     forward = "_pynative_forward_run"  # 2.5: a method of two classes; 2.10: a function
     owners = [owner for owner in (_composite, _composite.GradOperation, _Grad) if forward in vars(owner)]
     wrappers = [(PyNativeExecutor, "grad", _watch), *((owner, forward, _record) for owner in owners)]
+    if _IGNORES_HOOKS:
+        from mindspore.common._stub_tensor import StubTensor
+
+        wrappers += [(owner, "register_hook", _refuse_what_is_ignored) for owner in (Tensor, StubTensor)]
     for owner, name, wrapper in wrappers:
         _originals.append((owner, name, vars(owner)[name]))
         wrapt.wrap_function_wrapper(owner, name, wrapper)
@@ -358,6 +368,15 @@ def _clear_after_failure(wrapped: Any, instance: Any, args: tuple, kwargs: dict)
         raise
     finally:
         _forwards[0] -= 1
+
+
+def _refuse_what_is_ignored(wrapped: Any, instance: Any, args: tuple, kwargs: dict) -> Any:
+    if recording() and getattr(instance, "ignores_hooks", False):
+        raise RuntimeError(
+            "MindSpore 2.5 ignores a hook on a tensor that a Block, or another operation of bmtrain_ms, returns: take y = y.copy() "
+            "and go on with that, whose hooks work"
+        )
+    return wrapped(*args, **kwargs)
 
 
 def _watch(wrapped: Any, instance: Any, args: tuple, kwargs: dict) -> Any:

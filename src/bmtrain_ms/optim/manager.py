@@ -6,7 +6,7 @@ import math
 import sys
 from collections import Counter
 from dataclasses import dataclass
-from typing import Any, Callable, Iterable, Sequence
+from typing import Any, Callable, Sequence
 
 import mindspore as ms
 import numpy as np
@@ -20,7 +20,7 @@ from ..compat.runtime import added, from_host, scaled, square_sum
 from ..zero import DistributedParameter, context_of
 from .base import average_whole
 from .native import adapted
-from .norms import checked_order, counts_here, total_norm
+from .norms import checked_order, counts_here, parameters_of, total_norm
 from .settings import Made
 
 
@@ -253,7 +253,7 @@ class OptimManager:
             ValueError: `max_norm` or `norm_type` is not positive.
         """
         order = checked_order(max_norm, norm_type)
-        ids = [id(p) for p in _parameters_of(param_groups) if id(p) in self._grads]
+        ids = [id(p) for p in parameters_of(param_groups) if id(p) in self._grads]
         norm = self._norm(ids, order)
         coefficient = max_norm * self.grads_scale / (norm + eps)
         if math.isfinite(norm) and coefficient < 1.0:
@@ -492,16 +492,6 @@ class OptimManager:
     def _rescale(self, scale: float) -> None:
         self.loss_scale = min(max(scale, self.min_loss_scale), self.max_loss_scale)
         self.steps_since_last_scale = 0
-
-
-def _parameters_of(what: Any) -> list[Parameter]:
-    """Of an optimizer, groups, or a list of parameters."""
-    if isinstance(what, Parameter):
-        return [what]
-    items: Any = getattr(what, "param_groups", None) or getattr(what, "parameters", what)
-    if isinstance(items, dict) or not isinstance(items, Iterable):
-        raise TypeError(f"clip_grad_norm takes an optimizer, its param_groups or a list of parameters, not {type(what).__name__}")
-    return [p for item in items for p in (item["params"] if isinstance(item, dict) else [item])]
 
 
 def _like(p: Parameter) -> DistributedParameter | None:

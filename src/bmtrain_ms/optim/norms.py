@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Iterable, Sequence
+from typing import Any, Iterable, Sequence
 
 import mindspore as ms
 import numpy as np
@@ -119,3 +119,13 @@ def _counted(params: Sequence[Parameter], grads: Sequence[Tensor], world: World)
 def _scalar(x: float) -> Tensor:
     with np.errstate(over="ignore"):  # inf, as a sum in float32 has it
         return from_host(np.array([x], np.float32))
+
+
+def parameters_of(what: Any) -> list[Parameter]:
+    """Of an optimizer, groups, or a list of parameters."""
+    if isinstance(what, Parameter):
+        return [what]
+    items: Any = getattr(what, "param_groups", None) or getattr(what, "parameters", what)
+    if isinstance(items, dict) or not isinstance(items, Iterable):
+        raise TypeError(f"clip_grad_norm takes an optimizer, its param_groups or a list of parameters, not {type(what).__name__}")
+    return [p for item in items for p in (item["params"] if isinstance(item, dict) else [item])]

@@ -16,8 +16,6 @@ from typing import Any
 
 from mindspore import nn
 
-from bmtrain_ms_base.tree import flatten
-
 from ..comm import rank
 from ..compat.autograd import recording
 from ..compat.cells import share_tables
@@ -102,17 +100,34 @@ class Block(nn.Cell):
     def __repr__(self) -> str:
         return f"Block({self.inner!r})"
 
+    # What is asked of the Block is asked of the module: a walk over cells sees the one, and not the other. #
+
+    def add_flags(self, **flags: Any) -> None:
+        """As MindSpore's: `set_train`, `to_float` and their like go through here."""
+        super().add_flags(**flags)
+        if "inner" in vars(self) and self._slots.function is None:
+            self.inner.add_flags(**flags)
+
+    def register_backward_hook(self, hook_fn: Any) -> Any:
+        """As MindSpore's, with the gradients of the inner module."""
+        return self.inner.register_backward_hook(hook_fn)
+
+    def recompute(self, **options: Any) -> None:
+        """Refused: a Block recomputes by itself."""
+        raise ValueError(f"a Block recomputes by itself: leave recompute({options or ''}) out, and use Block(use_checkpoint=True)")
+
     def construct(self, *args: Any, **kwargs: Any) -> Any:
         slots = self._slots
-        if slots.function is None and self.inner.training != self.training:
-            self.inner.training = self.training  # set_train on a parent sees the Block and the children, not the inner module
         if not slots:  # nothing to gather; recomputing it would draw dropout anew
             return plain(slots.run(*args, **kwargs))
         slots.refuse_changes()
-        leaves, rebuild = flatten((args, kwargs))
-        call = Call(slots, self.zero_level, context_of(slots.world), leaves, rebuild)
+        context = context_of(slots.world)
+        for p in slots.params:
+            context.note_gather(p)
         if not recording():
-            return call.evaluate()
+            return Call(slots, self.zero_level, context, args, kwargs).evaluate()
+        call = Call(slots, self.zero_level, context, args, kwargs)
+        call.refuse_complex()
         if not self.use_checkpoint:
             return call.kept()
         slots.refuse_dropout()

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from typing import Any, Callable, ContextManager, Sequence
 
+import mindspore as ms
 from mindspore import Parameter, Tensor
 
-from bmtrain_ms_base.tree import Rebuild, flatten
+from bmtrain_ms_base.tree import flatten
 
 from ..comm import rank
 from ..compat.autograd import closed, custom_op, requested, vjp
@@ -16,6 +18,7 @@ from .context import ZeroContext
 from .copies import Copies
 from .param import DistributedParameter
 from .pipeline import Phase
+from .reducer import without_padding
 from .replay import Replay, hashes
 from .slots import Slots
 
@@ -23,13 +26,14 @@ from .slots import Slots
 class Call:
     """One call of a Block: its arguments, and what its backward must remember."""
 
-    def __init__(self, slots: Slots, zero_level: int, context: ZeroContext, leaves: list[Any], rebuild: Rebuild):
+    def __init__(self, slots: Slots, zero_level: int, context: ZeroContext, args: tuple, kwargs: dict[str, Any]):
         self.slots, self.zero_level = slots, zero_level
         self.context, self.reducer, self.of = context, context.reducer, context.current
-        self.leaves, self.rebuild = leaves, rebuild
+        self.args, self.kwargs = args, kwargs
+        self.leaves, self.rebuild = flatten((args, kwargs))
         self.measure = slots.world.measure
         self.backward_span = contextlib.ExitStack()
-        self.differentiable = [i for i, x in enumerate(leaves) if is_float(x)]
+        self.differentiable = [i for i, x in enumerate(self.leaves) if is_float(x)]
         self.trainable = slots.trainable()
         self.prints: tuple[int, ...] = ()  # of the shards that forward used
         self.inside: Callable[[], ContextManager[None]] = closed
@@ -41,8 +45,8 @@ class Call:
         self.inside = contextlib.nullcontext  # forces, attributions: nothing is recorded yet
         gathered = self._copies().enter(Phase.EVAL)
         try:
-            with self.measure(f"evaluate {self.slots.label}"):
-                out = plain(self._run(self._inputs(), gathered.tensors()))
+            with self.measure(f"evaluate {self.slots.label}"), self.slots.substituted(gathered.tensors()), self.inside():
+                out = plain(self.slots.run(*self.args, **self.kwargs))
             gathered.verify()
             return out
         finally:
@@ -54,6 +58,7 @@ class Call:
         result = _Result()
         due = self.slots.is_due()
         replay = Replay(self.context.draws, looks=due or self.slots.world.everyone.lands_in_place)
+        replay.given(self.leaves)
         kept: list[Copies] = []
         gathers: list[DistributedParameter] = []
 
@@ -72,7 +77,7 @@ class Call:
                 kept.append(gathered)
             else:
                 gathered.leave()
-            replay.ended(out)
+            replay.ended(out, self.slots.flags())
             return out
 
         def backward(grads: tuple[Tensor, ...]) -> list[Tensor]:
@@ -99,11 +104,14 @@ class Call:
         try:
             weights = list(gathered.tensors())
             inputs = self._before(gathered, weights)
+            references = list(map(sys.getrefcount, weights))
             with self.measure(f"forward {self.slots.label}"):
                 out = result.take(self._run(inputs, weights))
             gathered.verify()
             self.prints = gathered.prints
-            stays = self.zero_level == 2 or any(gathered.owns(x) for x in out)
+            # what somebody has kept of the weights has to stay what it is
+            stays = self.zero_level == 2 or any(gathered.owns(x) for x in out) or self.slots.holds(gathered)
+            stays = stays or references != list(map(sys.getrefcount, weights))
             out = self._behind(gathered, out)
         except BaseException:
             gathered.leave()
@@ -182,12 +190,25 @@ class Call:
             leaves[i] = x
         args, kwargs = self.rebuild(iter(leaves))
         with self.slots.substituted(weights), self.inside():
-            return self.slots.run(*args, **kwargs)
+            out = self.slots.run(*args, **kwargs)
+        left, _ = flatten((args, kwargs))
+        if len(left) != len(leaves) or any(x is not y for x, y in zip(left, leaves)):
+            raise RuntimeError(
+                f"rank {rank()}: {type(self.slots.module).__name__} ({self.slots.label}) changed a list or dict that it was given, "
+                "which only its Block would see: what is put there has no gradient outside. Return it instead"
+            )
+        return out
+
+    def refuse_complex(self) -> None:
+        """Raise TypeError where an argument is complex: it would get no gradient."""
+        refuse_complex(self.leaves, self.slots)
 
     def _pull(self, gathered: Copies, grads: tuple[Tensor, ...], replay: Replay, due: bool) -> tuple[Tensor, ...]:
         """Recompute, and differentiate with respect to inputs and trainable full tensors."""
         weights, here = gathered.tensors(), len(self.differentiable)
         captured: list[Parameter] = []
+        around = self.slots.looks_around() or due
+        self._refuse_changed_inputs(replay)
 
         def recompute(*inputs_and_weights: Tensor) -> tuple[Tensor, ...]:
             full = list(weights)
@@ -204,13 +225,30 @@ class Call:
         with replay.again(), self.context.gathers(gathers):
 
             def capture() -> list[Parameter]:
-                captured.extend(_captured(gathers, self._shards() if due else []))
+                captured.extend(_captured(gathers, [*self._shards(), *self._others(around)]))
                 return captured
 
             found = vjp(recompute, self._inputs(), grads, leaves, self.slots.graph, capture)
         asked = here + len(leaves)
         self._add_captured(captured, found[asked:], gathers)
         return found[:asked]
+
+    def _others(self, around: bool) -> list[DistributedParameter]:
+        """Parameters of elsewhere whose shards the module is known to use, or (`around`) may use."""
+        if not around:
+            return list(self.slots.others.values())
+        own = {id(p) for p in self.slots.params}
+        return [p for i, p in requested().items() if isinstance(p, DistributedParameter) and i not in own]
+
+    def _refuse_changed_inputs(self, replay: Replay) -> None:
+        what = "what it was given" if replay.inputs_differ(self.leaves) else None
+        what = what or ("a flag of its cells" if replay.flags_differ(self.slots.flags()) else None)
+        if what:
+            raise RuntimeError(
+                f"rank {rank()}: {what} was changed between forward and backward of {self.slots.label} "
+                f"({type(self.slots.module).__name__}), which a checkpointed Block computes with again: its gradients would be "
+                "wrong. Change it after backward, or use Block(use_checkpoint=False)"
+            )
 
     def _check(self, gathered: Copies, replay: Replay, again: tuple[Tensor, ...], changed: list[str]) -> None:
         """That recomputation does what forward did, to rounding, and leaves buffers as they were."""
@@ -233,12 +271,25 @@ class Call:
         for p, grad in zip(captured, grads):
             if not isinstance(p, DistributedParameter) or any(p is other for other in gathers):
                 self.reducer.add(p, grad * 1.0)  # the gradients of a and b in a + b are one tensor
-            elif host_array(grad).any():
-                raise RuntimeError(
-                    f"rank {rank()}: {type(self.slots.module).__name__} ({self.slots.label}) uses the shard of {p.name} itself in "
-                    "a checkpointed Block, where it gets no gradient. Compute what is made of shards (a penalty) outside of the "
-                    "Block, or use Block(use_checkpoint=False)"
-                )
+            elif not self.slots.world.everyone.lands_in_place or host_array(grad).any():  # the module uses the shard itself
+                self._know(p)
+                self.reducer.add(p, without_padding(p, grad * 1.0))
+
+    def _know(self, p: DistributedParameter) -> None:
+        """From now on the module's gradient of this shard is asked for.
+
+        Raises:
+            RuntimeError: it may have been missing: nobody looked in each of the earlier backward passes.
+        """
+        if id(p) in self.slots.others or any(p is own for own in self.slots.params):
+            return
+        if self.slots.backward_passes > 1:
+            raise RuntimeError(
+                f"rank {rank()}: {type(self.slots.module).__name__} ({self.slots.label}) uses the shard of {p.name}, which is no "
+                "parameter of its own, and did not in its first backward pass: gradients since may be without it. Compute what is "
+                "made of shards (a penalty) outside of the checkpointed Block, or give the parameter to it as an argument"
+            )
+        self.slots.others[id(p)] = p
 
 
 def plain(out: Any) -> Any:
@@ -246,19 +297,28 @@ def plain(out: Any) -> Any:
     return tuple(out) if isinstance(out, list) else out
 
 
+def refuse_complex(leaves: Sequence[Any], slots: Slots | None) -> None:
+    """Raise TypeError for complex tensors among arguments, or (no `slots`) results: they would carry no gradient."""
+    if any(isinstance(x, Tensor) and x.dtype in (ms.complex64, ms.complex128) for x in leaves):
+        where = "returned by the module of a Block" if slots is None else f"given to Block {slots.label}"
+        raise TypeError(
+            f"a complex tensor is {where}, through which it carries no gradient: pass real and imaginary part as two tensors"
+        )
+
+
 def _once(params: Sequence[DistributedParameter]) -> list[DistributedParameter]:
     """Each parameter that is trained, once."""
     return list({id(p): p for p in params if p.requires_grad}.values())
 
 
-def _captured(gathers: list[DistributedParameter], own: list[DistributedParameter]) -> list[Parameter]:
+def _captured(gathers: list[DistributedParameter], shards: list[DistributedParameter]) -> list[Parameter]:
     """Parameters that a recomputed module may have used without being given them: whole ones, and those it gathered itself.
 
-    `own`: those of the Block whose shards it may have used; looked at now and then.
+    `shards`: those whose shards it may have used.
     """
     found: dict[int, Parameter] = {i: p for i, p in requested().items() if not isinstance(p, DistributedParameter)}
     found.update((id(p), p) for p in _once(gathers))
-    found.update((id(p), p) for p in own if not p.has_hooks)  # a hook would see what is no gradient
+    found.update((id(p), p) for p in shards if not p.has_hooks)  # a hook would see what is no gradient
     return list(found.values())
 
 
@@ -268,6 +328,7 @@ class _Result:
     def take(self, out: Any) -> tuple[Tensor, ...]:
         """Remember the structure of `out`; return its floating-point tensors."""
         self._leaves, self._rebuild = flatten(plain(out))
+        refuse_complex(self._leaves, None)
         self._places = [i for i, x in enumerate(self._leaves) if is_float(x)]
         return tuple(self._leaves[i] for i in self._places)
 

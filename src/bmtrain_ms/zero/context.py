@@ -56,9 +56,11 @@ class ZeroContext:
             yield
         finally:
             self._gathers.pop()
+            for p in noted:
+                self.note_gather(p)  # whoever is around sees it, too
 
     def note_gather(self, p: Parameter) -> None:
-        """A parameter gathers itself."""
+        """A parameter gathers itself, or a Block inside of a Block does."""
         for noted in self._gathers[-1:]:
             noted.append(p)
 

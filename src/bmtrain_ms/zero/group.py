@@ -9,6 +9,7 @@ beginning. *gather*: shards -> full; *release*: the opposite; *reduce*: full gra
 
 from __future__ import annotations
 
+import math
 from enum import Enum, auto
 from typing import Any, Protocol, Sequence
 
@@ -88,6 +89,11 @@ class ParamGroup:
     def _pad(self, p: Sharded, grad: Tensor) -> Buffer:
         """(size * shard_length,): an array on the host."""
         missing = self.engine.size * p.shard_length - p.full_size
+        if math.prod(grad.shape) != p.full_size:
+            raise RuntimeError(
+                f"MindSpore made a gradient of shape {tuple(grad.shape)} for parameter {p.name} of shape {p.full_shape}, as 2.5 "
+                "does for a batch without rows: give every rank at least one"
+            )
         if not self.engine.lands_in_place:
             flat = grad.reshape(-1)
             return ops.cat((flat, ops.zeros((missing,), grad.dtype))) if missing else flat

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Sequence
+from typing import Any, Sequence
 
-import numpy as np
-from mindspore import Parameter, Tensor
+from mindspore import Parameter, Tensor, ops
 
 from ..comm import Work
 from ..compat.autograd import Deliver, no_grad, requested
-from ..compat.runtime import added, address, from_host, numpy_dtype, zeros
+from ..compat.runtime import added, address, zeros
 from .group import ParamGroup
 
 
@@ -75,11 +74,19 @@ def _whole(p: Parameter, arrived: Tensor | None, found: Tensor) -> Tensor:
     told = zeros(p.layout.length, found.dtype)
     if found is told or (address(found) is not None and address(found) == address(told)):
         return found if arrived is None else arrived
-    layout = p.layout
-    if layout.owned_size < layout.length:  # whoever writes a shard, or makes a penalty of it, does not think of its padding
-        with no_grad():
-            found = found * from_host((np.arange(layout.length) < layout.owned_size).astype(numpy_dtype(found.dtype)))
+    found = without_padding(p, found)
     return found if arrived is None else _sum(arrived, found)
+
+
+def without_padding(p: Any, grad: Tensor) -> Tensor:
+    """The gradient of a shard with zeros where it is padded: who makes a penalty of shards does not think of padding, where it may
+    even be NaN."""
+    owned, length = p.layout.owned_size, p.layout.length
+    if owned == length:
+        return grad
+    with no_grad():
+        padding = ops.zeros((length - owned,), grad.dtype)
+        return ops.cat((grad.reshape(-1)[:owned], padding)) if owned else padding
 
 
 def _sum(arrived: Tensor, found: Tensor) -> Tensor:

@@ -36,9 +36,24 @@ class Replay:
         self._start = draws.count, draws.records
         self._generators: tuple[Any, Any] | None = _generators()
         self._results: list[_Result] = []
+        self._given: list[int] = []
+        self._flags: list[bool] = []
 
-    def ended(self, outputs: Sequence[Tensor]) -> None:
-        """The pass has returned `outputs`."""
+    def given(self, leaves: Sequence[Any]) -> None:
+        """What the pass computes with: tensors and arrays are remembered by a hash."""
+        self._given = _hashes_of(leaves) if self._looks else []
+
+    def inputs_differ(self, leaves: Sequence[Any]) -> bool:
+        """Whether somebody has written into what the pass was given."""
+        return self._looks and self._given != _hashes_of(leaves)
+
+    def flags_differ(self, flags: list[bool]) -> bool:
+        """Whether truth values that the module may decide by are others."""
+        return self._looks and self._flags != flags
+
+    def ended(self, outputs: Sequence[Tensor], flags: list[bool]) -> None:
+        """The pass has returned `outputs`, and left these truth values in the module."""
+        self._flags = flags
         if _equal(self._generators, _generators()):
             self._generators = None  # nothing was drawn: nothing to draw again
         if self._looks:
@@ -85,6 +100,10 @@ class _Result:
 def hashes(parameters: Sequence[Parameter]) -> list[int]:
     """What tells later whether one of them was written."""
     return [_hash(host_array(p).reshape(-1)) for p in parameters]
+
+
+def _hashes_of(leaves: Sequence[Any]) -> list[int]:
+    return [_hash((values(x) if isinstance(x, Tensor) else x).reshape(-1)) for x in leaves if isinstance(x, (Tensor, np.ndarray))]
 
 
 def _hash(flat: np.ndarray) -> int:

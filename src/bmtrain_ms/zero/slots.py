@@ -11,6 +11,7 @@ from mindspore import Parameter, Tensor, nn
 from ..comm import World, rank
 from ..compat.autograd import Graph
 from ..compat.cells import child_table, drop_rate, parameter_table
+from ..compat.habits import refuse_recompute
 from ..compat.runtime import is_float
 from .copies import Copies
 from .group import ParamGroup
@@ -27,6 +28,8 @@ class Slots:
         function: what is called; None: the module itself.
         graph: the name under which its recomputations are recorded.
         places: each parameter, with every place that holds it.
+        backward_passes: in which it was recomputed.
+        others: parameters of elsewhere whose shards it uses, by id.
     """
 
     def __init__(self, module: nn.Cell):
@@ -38,6 +41,8 @@ class Slots:
         self._dropouts = [(name, c) for name, c in module.cells_and_names() if _is_dropout(c)]
         self._groups: list[ParamGroup] = []
         self._warned = False
+        self.backward_passes = 0
+        self.others: dict[int, DistributedParameter] = {}  # of elsewhere, whose shards the module uses
         self._looked_at: Any = None
 
     def __len__(self) -> int:
@@ -78,7 +83,16 @@ class Slots:
 
     @contextlib.contextmanager
     def substituted(self, tensors: Sequence[Tensor]) -> Iterator[None]:
-        """Inside the `with` statement the parameters are hidden behind full tensors."""
+        """Inside the `with` statement the parameters are hidden behind full tensors.
+
+        Raises:
+            RuntimeError: they are already: the module calls the Block that it is in.
+        """
+        if any(name in vars(cell) for _, places in self.places[:1] for cell, name in places):
+            raise RuntimeError(
+                f"rank {rank()}: {type(self.module).__name__} ({self.label}) calls the Block that it is in: write the "
+                "repetition as a loop around the Block"
+            )
         for (_, places), tensor in zip(self.places, tensors):
             for cell, name in places:
                 vars(cell)[name] = tensor
@@ -98,7 +112,27 @@ class Slots:
         """Whether what cannot be looked at in every pass is looked at in this one: the first, and the first in another mode."""
         state = [(cell.training, vars(cell).get("p")) for cell in self._cells()], [p.requires_grad for p in self.params]
         due, self._looked_at = state != self._looked_at, state
+        if due:
+            self._refuse_recompute()
         return due
+
+    def _refuse_recompute(self) -> None:
+        for name, cell in self.module.cells_and_names():
+            refuse_recompute(name, cell)
+
+    def looks_around(self) -> bool:
+        """Whether shards of other parameters are looked at in this backward pass, which takes memory and time for each of them: in
+        the first, the second, the fourth and so on."""
+        self.backward_passes += 1
+        return not self.backward_passes & (self.backward_passes - 1)
+
+    def flags(self) -> list[bool]:
+        """Attributes of the cells that are truth values: what a module may decide by."""
+        return [x for cell in self._cells() for name, x in vars(cell).items() if type(x) is bool and name[0] != "_"]
+
+    def holds(self, copies: Copies) -> bool:
+        """Whether a cell has one of the full tensors, or a view of one, as an attribute."""
+        return any(isinstance(x, Tensor) and copies.owns(x) for cell in self._cells() for x in vars(cell).values())
 
     def refuse_changes(self) -> None:
         """Raise ValueError where the module is not what it was when it was wrapped."""
@@ -112,6 +146,7 @@ class Slots:
                     )
         now = contents(self.module)
         if len(now) != len(self._made_of) or any(a is not b for a, b in zip(now, self._made_of)):
+            self._refuse_recompute()
             raise ValueError(
                 f"rank {rank()}: cells or parameters of {type(self.module).__name__} were added, exchanged, removed or, of those "
                 "that are not sharded, made trainable after the Block was made: gradients would be lost. Change the module "
