@@ -15,6 +15,44 @@ from tests.helpers.ranks import RankPool
 
 OF_MINDSPORE = {"rank_0", "kernel_meta"}  # folders that it makes when it compiles
 
+# `-m quick`: what breaks first when something is changed, in under three minutes on 2 cores. Whole files, and single tests.
+QUICK = {
+    "unit": {
+        "test_block_groups",
+        "test_block_twins",
+        "test_checks",
+        "test_comm_simulated",
+        "test_comm_single",
+        "test_compat_parameter",
+        "test_cross_entropy",
+        "test_data",
+        "test_generation",
+        "test_layout",
+        "test_llama",
+        "test_lr_scheduler",
+        "test_mesh",
+        "test_optim_adam",
+        "test_optim_manager",
+        "test_passes",
+        "test_public_names",
+        "test_structure",
+        "test_world_axes",
+        "test_zero_block",
+        "test_zero_collectives",
+        "test_zero_init",
+        "test_zero_wire",
+    },
+    "ranks": {"test_padding", "test_passes_ranks"},
+}
+QUICK_TESTS = {"tests/ranks/test_parity.py::test_parity_with_the_unsharded_twin[2]"}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the tests of the quick tier."""
+    for item in items:
+        if item.path.stem in QUICK.get(item.path.parent.name, ()) or item.nodeid in QUICK_TESTS:
+            item.add_marker("quick")
+
 
 @pytest.fixture(scope="session", autouse=True)
 def _empty_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
