@@ -49,6 +49,20 @@ class Mesh:
             if size < 1 or self.dp % size:
                 raise ValueError(f"{name}={size} does not divide the {self.dp} data-parallel ranks")
 
+    @classmethod
+    def data_parallel(cls, world: int, rank: int, shard_size: int | None = None) -> Mesh:
+        """All ranks on the data axis, parameters sharded over so many neighbours (default: all) and repeated across.
+
+        Raises:
+            ValueError: the number of ranks is not a multiple of `shard_size`.
+        """
+        if shard_size is not None and (shard_size < 1 or world % shard_size):
+            raise ValueError(
+                f"shard_size={shard_size} does not divide the {world} ranks; give the number of ranks of a node, or None to shard over "
+                "all"
+            )
+        return cls(world, rank, replica=1 if shard_size is None else world // shard_size)
+
     @property
     def dp(self) -> int:
         """Data-parallel replicas: what gradients are averaged over."""

@@ -9,7 +9,7 @@ import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
 
 import bmtrain_ms as bms
-from bmtrain_ms.comm import Engine, Mesh, RecordingEngine, World, use_world
+from bmtrain_ms.comm import Mesh, RecordingEngine, World, use_world
 from bmtrain_ms.nn.functional import cross_entropy
 from bmtrain_ms.optim import AdamOptimizer, OptimManager
 from bmtrain_ms.zero import context_of
@@ -104,12 +104,7 @@ def share(world: World, x: np.ndarray) -> np.ndarray:
 def recorded(world: World, prefetch: int = 1, gather_dtype: str | None = None, shard_size: int | None = None) -> World:
     """The same ranks, with a list of their collectives."""
     engine = RecordingEngine(world.engine)
-    return World(engine, sharded_mesh(engine, shard_size), world.seed, world.launch, prefetch, gather_dtype)
-
-
-def sharded_mesh(engine: Engine, shard_size: int | None) -> Mesh:
-    """All ranks data parallel, sharded over so many neighbours; None: over all."""
-    return Mesh(engine.size, engine.rank, replica=engine.size // (shard_size or engine.size))
+    return World(engine, Mesh.data_parallel(engine.size, engine.rank, shard_size), world.seed, world.launch, prefetch, gather_dtype)
 
 
 def full(world: World, p: bms.DistributedParameter, shard: Tensor | None = None) -> np.ndarray:

@@ -226,13 +226,11 @@ def _make_world(
 ) -> World:
     if trace is not None:
         engine = TracingEngine(engine, trace)
-    if shard_size is not None and (shard_size < 1 or engine.size % shard_size):
+    try:
+        mesh = Mesh.data_parallel(engine.size, engine.rank, shard_size)
+    except ValueError:
         engine.close()
-        raise ValueError(
-            f"shard_size={shard_size} does not divide the {engine.size} ranks; give the number of ranks of a node, or None to "
-            "shard over all"
-        )
-    mesh = Mesh(engine.size, engine.rank, replica=1 if shard_size is None else engine.size // shard_size)
+        raise
     return World(engine, mesh, seed, launch, prefetch, gather_dtype, trace)
 
 
