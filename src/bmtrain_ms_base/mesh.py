@@ -58,8 +58,8 @@ class Mesh:
         """
         if shard_size is not None and (shard_size < 1 or world % shard_size):
             raise ValueError(
-                f"shard_size={shard_size} does not divide the {world} ranks; give the number of ranks of a node, or None to shard over "
-                "all"
+                f"shard_size={shard_size} does not divide the {world} ranks; give the number of ranks of a node, or None to "
+                "shard over all"
             )
         return cls(world, rank, replica=1 if shard_size is None else world // shard_size)
 

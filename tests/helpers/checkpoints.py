@@ -13,12 +13,12 @@ from mindspore import Tensor, nn
 import bmtrain_ms as bms
 from bmtrain_ms.checkpoint import Checkpointer
 from bmtrain_ms.checkpoint import format as format_module
-from bmtrain_ms.comm import World, use_world
+from bmtrain_ms.comm import Mesh, World, use_world
 from bmtrain_ms.comm.launch import Launch
 from bmtrain_ms.lr_scheduler import Linear
 from bmtrain_ms.nn.functional import cross_entropy
 from bmtrain_ms.optim import AdamOffloadOptimizer, AdamOptimizer, OptimManager
-from tests.helpers.models import CLASSES, WIDTH, Dense, Residual, data, full, sharded_mesh, share
+from tests.helpers.models import CLASSES, WIDTH, Dense, Residual, data, full, share
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ class Run:
     ):
         layout = layout or Layout()
         world.engine.clock.step = 0
-        mesh = sharded_mesh(world.engine, layout.shard_size)
+        mesh = Mesh.data_parallel(world.engine.size, world.engine.rank, layout.shard_size)
         self.world = World(world.engine, mesh, 5, launch or world.launch, layout.prefetch)
         self.dtype = ms.float16 if layout.half else ms.float32
         if layout.half and loss_scale is None:

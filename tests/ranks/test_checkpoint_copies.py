@@ -14,10 +14,9 @@ from mindspore import Parameter, Tensor, nn
 import bmtrain_ms as bms
 from bmtrain_ms.checkpoint import Checkpointer, save_training, tools
 from bmtrain_ms.checkpoint.sharded import ShardedReader
-from bmtrain_ms.comm import World, use_world
+from bmtrain_ms.comm import Mesh, World, use_world
 from bmtrain_ms.optim import AdamOptimizer, OptimManager
 from tests.helpers.checkpoints import counted_bytes
-from tests.helpers.models import sharded_mesh
 
 pytestmark = pytest.mark.ranks
 
@@ -37,7 +36,7 @@ class Job:
     """In a world of its own, of any sharding."""
 
     def __init__(self, world: World, folder: str, shard_size: int | None = None, shared_storage: bool = True):
-        self.world = World(world.engine, sharded_mesh(world.engine, shard_size), 5, world.launch)
+        self.world = World(world.engine, Mesh.data_parallel(world.engine.size, world.engine.rank, shard_size), 5, world.launch)
         with use_world(self.world):
             self.model = Net()
             self.manager = OptimManager()
