@@ -86,7 +86,7 @@ class Work(ABC):
             CommError: the collective failed.
         """
 
-    def advance(self) -> None:  # noqa: B027  (most have one part)
+    def start_next_part(self) -> None:  # noqa: B027  (most have one part)
         """Start the next part of an operation of several, after waiting for the one before. Called at a point of the program that
         is the same on every rank, so that all issue the same order."""
 

@@ -109,10 +109,10 @@ class AcrossReplicas(Work):
         self._across: Work | None = None
         self.outputs = inside.outputs
         if not replicas.lands_in_place:  # a device orders its own work, and results cannot be put where they are expected
-            self.advance()
+            self.start_next_part()
             self.outputs = self._across.outputs
 
-    def advance(self) -> None:
+    def start_next_part(self) -> None:
         """Wait for the first reduce and start the second; does nothing when that has happened."""
         if self._across is None:
             self._across = self._replicas.all_reduce(self._inside.wait(), "mean", self._label)
@@ -121,7 +121,7 @@ class AcrossReplicas(Work):
         return self._across is not None and self._across.done()
 
     def wait(self) -> list[Tensor]:
-        self.advance()
+        self.start_next_part()
         results = self._across.wait()
         for mine, result in zip(self.outputs, results):
             if mine is not result:

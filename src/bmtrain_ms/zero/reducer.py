@@ -31,7 +31,7 @@ class Reducer:
         At most one earlier reduce stays in flight, so that full gradients of at most two groups are alive.
         """
         for work, _ in self._in_flight:
-            work.advance()
+            work.start_next_part()
         self.finish(keep=1)
         params = [group.params[i] for i in indices]
         work = group.reduce(indices, grads)
