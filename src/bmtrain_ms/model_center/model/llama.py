@@ -5,10 +5,11 @@ Parameters have the names and shapes of Hugging Face's `LlamaForCausalLM`, so th
 
 from __future__ import annotations
 
+import functools
 import json
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any, Callable, Optional, TypeVar
 
 import mindspore as ms
 from mindspore import Tensor, nn
@@ -35,6 +36,8 @@ EARLIER_NAMES = (
     ("lm_head.", "output_projection."),
 )
 
+Config = TypeVar("Config")
+
 _DTYPES = ("float32", "float16", "bfloat16")
 _NO_SIZES = {  # fields of LlamaConfig in earlier releases
     "half": 'write dtype="float16" for float16 parameters',
@@ -43,6 +46,22 @@ _NO_SIZES = {  # fields of LlamaConfig in earlier releases
 }
 
 
+def _refusing_what_is_no_size(cls: type[Config]) -> type[Config]:
+    """Say where fields that have gone are now; `__init__` would only say that they are unknown."""
+    init: Callable[..., None] = cls.__init__
+
+    @functools.wraps(init)
+    def checked(self: Config, *args: Any, **values: Any) -> None:
+        for name, advice in _NO_SIZES.items():
+            if name in values:
+                raise TypeError(f"{name} is no longer a field of {cls.__name__}, which holds sizes: {advice}")
+        init(self, *args, **values)
+
+    cls.__init__ = checked
+    return cls
+
+
+@_refusing_what_is_no_size
 @dataclass(frozen=True)
 class LlamaConfig:
     """Sizes of a Llama (ModelCenter's names).
@@ -67,13 +86,6 @@ class LlamaConfig:
     init_std: float = 0.02
     dtype: str = "float32"
     tied: bool = False
-
-    def __new__(cls, *_: Any, **values: Any) -> LlamaConfig:
-        """Refuse what has another place now; `__init__` would only say that it is unknown."""
-        for name, advice in _NO_SIZES.items():
-            if name in values:
-                raise TypeError(f"{name} is no longer a field of LlamaConfig, which holds sizes: {advice}")
-        return super().__new__(cls)
 
     def __post_init__(self) -> None:
         set_field = object.__setattr__
