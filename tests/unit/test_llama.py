@@ -96,6 +96,12 @@ def test_shapes_names_and_learning(single_world, tied, half):
     assert abs(losses[0] - np.log(37)) < 0.1 and losses[-1] < 0.3
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_parameters_are_of_the_configured_dtype(single_world, dtype):
+    model = Llama(LlamaConfig(**SIZES, dtype=dtype))
+    assert {p.dtype for p in model.get_parameters()} == {getattr(ms, dtype)}
+
+
 def test_the_future_is_not_seen(single_world):
     model = Llama(LlamaConfig(**SIZES, init_std=0.3))
     bms.init_parameters(model)

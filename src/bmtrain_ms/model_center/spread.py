@@ -54,11 +54,9 @@ def spread(model: Model, how: Spread = Spread()) -> Model:
         )
     if any(isinstance(encoder.layers, TransformerBlockList) for encoder in encoders):
         raise ValueError(f"this {type(model).__name__} has been spread already: a model is spread once")
+    # Order matters. What takes layers away or exchanges them belongs in front of the Blocks, which hold a layer to what it was when
+    # it was wrapped. Names come last: MindSpore renames the parameters of a Cell that is put somewhere.
     for encoder in encoders:
-        _wrap_in_blocks(encoder, how)  # last: a Block holds its layer to what it was when it was wrapped
-    model.update_parameters_name()  # names are paths: putting a Cell somewhere else has prefixed them
+        encoder.layers = TransformerBlockList(Block(layer, how.recompute, how.zero_level) for layer in encoder.layers)
+    model.update_parameters_name()
     return model
-
-
-def _wrap_in_blocks(encoder: Encoder, how: Spread) -> None:
-    encoder.layers = TransformerBlockList(Block(layer, how.recompute, how.zero_level) for layer in encoder.layers)

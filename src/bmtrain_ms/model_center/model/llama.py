@@ -133,7 +133,7 @@ class LlamaConfig:
 
 
 class Llama(nn.Cell):
-    """The language model. Call `spread` where there are several ranks, and `init_parameters` or `load`."""
+    """The language model, plain: `spread` makes Blocks of its layers, `init_parameters` or `load` gives it values."""
 
     def __init__(self, config: LlamaConfig):
         super().__init__()
