@@ -14,6 +14,7 @@ from mindspore import Tensor
 
 import bmtrain_ms as bms
 from bmtrain_ms.data import TokenSampler, encode, read_text, split_held_out, train_tokenizer
+from bmtrain_ms.model_center import spread
 from bmtrain_ms.model_center.generation import generate
 from bmtrain_ms.model_center.model import Llama, LlamaConfig
 
@@ -31,8 +32,15 @@ training, held_out = split_held_out(read_text(options.text))
 tokenizer = train_tokenizer(training, 2048)  # every rank trains the same one
 sampler = TokenSampler(encode(tokenizer, training), options.length, options.batch, seed=0)
 
-config = LlamaConfig(vocab_size=tokenizer.get_vocab_size(), dim_model=192, num_heads=4, dim_ff=512, num_layers=4, half=options.fp16)
-model = Llama(config)
+config = LlamaConfig(
+    vocab_size=tokenizer.get_vocab_size(),
+    dim_model=192,
+    num_heads=4,
+    dim_ff=512,
+    num_layers=4,
+    dtype="float16" if options.fp16 else "float32",
+)
+model = spread(Llama(config))
 bms.init_parameters(model)
 loss_func = bms.loss.FusedCrossEntropy()  # float32, whatever the logits are
 

@@ -285,6 +285,7 @@ def _prepare(options: DemoOptions, chief: bool) -> tuple[Any, Any, Any]:
 
 def _trainer(options: DemoOptions, tokens: Any, tokenizer: Any, stop: Any) -> Any:
     import bmtrain_ms as bms
+    from bmtrain_ms.model_center import Spread, spread
     from bmtrain_ms.model_center.model import Llama, LlamaConfig
 
     config = LlamaConfig(
@@ -294,12 +295,11 @@ def _trainer(options: DemoOptions, tokens: Any, tokenizer: Any, stop: Any) -> An
         num_heads_kv=2,
         dim_ff=512,
         num_layers=4,
-        half=options.fp16,
-        zero_level=options.zero,
+        dtype="float16" if options.fp16 else "float32",
     )
     if bms.rank() == 0:
         config.to_json_file(options.out / "config.json")
-    model = Llama(config)
+    model = spread(Llama(config), Spread(zero_level=options.zero))
     bms.init_parameters(model)
     sampler = bms.data.TokenSampler(tokens, _LENGTH, options.batch, options.seed, tokenizer)
     settings = bms.train.TrainSettings(

@@ -36,6 +36,7 @@ def run_rank(case: str, start: float, use_checkpoint: bool) -> None:
 
     import bmtrain_ms as bms
     from bmtrain_ms.comm import Mesh, SingleEngine, World, use_world
+    from bmtrain_ms.model_center import Spread, spread
     from bmtrain_ms.model_center.model import Llama, LlamaConfig
     from bmtrain_ms.train import Trainer, TrainSettings
 
@@ -45,10 +46,8 @@ def run_rank(case: str, start: float, use_checkpoint: bool) -> None:
     # "compute only": as many processes at the same time, each a world of its own with the whole model
     alone = World(SingleEngine(), Mesh(1, 0), prefetch=prefetch)
     with use_world(world if communicate else alone) as here:
-        config = LlamaConfig(
-            vocab_size=VOCAB, dim_model=192, num_heads=4, num_heads_kv=2, dim_ff=512, num_layers=4, use_checkpoint=use_checkpoint
-        )
-        model = Llama(config)
+        config = LlamaConfig(vocab_size=VOCAB, dim_model=192, num_heads=4, num_heads_kv=2, dim_ff=512, num_layers=4)
+        model = spread(Llama(config), Spread(use_checkpoint))
         bms.init_parameters(model)
         tokens = np.random.RandomState(0).randint(0, VOCAB, 50_000).astype(np.int32)
         sampler = bms.data.TokenSampler(tokens, LENGTH, BATCH_PER_RANK * here.engine.size)

@@ -54,6 +54,7 @@ class Training:
         import bmtrain_ms as bms
         from bmtrain_ms.comm.world import world
         from bmtrain_ms.compat.runtime import from_host
+        from bmtrain_ms.model_center import Spread, spread
         from bmtrain_ms.model_center.model import Llama, LlamaConfig
         from bmtrain_ms.nn.functional import cross_entropy
 
@@ -64,10 +65,8 @@ class Training:
             num_heads=size.heads,
             dim_ff=size.ff,
             num_layers=size.layers,
-            use_checkpoint=use_checkpoint,
-            zero_level=zero_level,
         )
-        self.model = Llama(config)
+        self.model = spread(Llama(config), Spread(use_checkpoint, zero_level))
         bms.init_parameters(self.model)
         if change is not None:
             self.model = change(self.model)

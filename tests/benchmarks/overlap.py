@@ -47,7 +47,7 @@ def measure(size: str, use_checkpoint: bool, factors: Sequence[float] = FACTORS)
     training.step()
     moved = [event for event in alone.engine.events if event.received]
     total = sum(event.received for event in moved)
-    exposed = ("input_embedding.weight", "encoder.layers.0")  # nothing can be computed before they are there, nor after
+    exposed = ("model.embed_tokens.weight", "model.layers.0")  # nothing can be computed before they are there, nor after
     ends = 2 * sum(event.received for event in moved if event.op == "reduce_scatter" and event.label in exposed)
     del training
     rows = []

@@ -21,11 +21,12 @@ SETTINGS = {
 def chain_of_blocks(setting: Setting) -> Any:
     """The blocks of model S by themselves: every parameter lives in a Block."""
     import bmtrain_ms as bms
-    from bmtrain_ms.model_center.layer import TransformerBlock
+    from bmtrain_ms.model_center.layer import RotaryEmbedding, TransformerBlock
 
     size = SIZES["S"]
     head = size.dim // size.heads
-    blocks = [TransformerBlock(size.dim, size.ff, size.heads, head) for _ in range(size.layers)]
+    rotary = RotaryEmbedding(head)
+    blocks = [TransformerBlock(size.dim, size.ff, size.heads, head, rotary=rotary) for _ in range(size.layers)]
     return bms.TransformerBlockList(bms.Block(block, True, setting.zero_level) for block in blocks)
 
 
@@ -37,16 +38,16 @@ def main() -> None:
     from matplotlib import pyplot
 
     import bmtrain_ms as bms
-    from bmtrain_ms.model_center.layer import RotaryEmbedding
+    from bmtrain_ms.model_center.layer import Positions
 
     bms.init_distributed()
     size = SIZES["S"]
-    rotary = RotaryEmbedding(size.dim // size.heads)
+    positions = Positions(1, 8)
     rows: list[list[Any]] = []
     for name, setting in SETTINGS.items():
         for ranks in RANKS:
             if setting.shard_size is None or ranks >= setting.shard_size:
-                counted = received(lambda s=setting: chain_of_blocks(s), (1, 8, size.dim), (rotary,), ranks, setting)
+                counted = received(lambda s=setting: chain_of_blocks(s), (8, size.dim), (positions,), ranks, setting)
                 formula = expected(counted.parameters, ranks, setting)
                 rows.append([name, ranks, counted.bytes, formula, "yes" if counted.bytes == formula else "NO", counted.scalars])
     figure, axes = pyplot.subplots(figsize=(9, 4), layout="constrained")

@@ -25,6 +25,7 @@ from bmtrain_ms.checkpoint import folder as folder_module
 from bmtrain_ms.checkpoint import saving as saving_module
 from bmtrain_ms.checkpoint.training import entries_to_save
 from bmtrain_ms.comm.engine import CommTimeoutError
+from bmtrain_ms.model_center import spread
 from bmtrain_ms.model_center.model import Llama, LlamaConfig
 from bmtrain_ms.optim import AdamOptimizer, OptimManager
 from bmtrain_ms.train import EXIT_STOPPED, Stopped, Trainer, TrainSettings
@@ -222,7 +223,7 @@ def train(
     """Train a tiny Llama. The ranks in `pause` wait in the seventh step until a signal has come, or two."""
     world = bms.init_distributed(seed=1)
     rank = world.engine.rank
-    model = Llama(LlamaConfig(13, 16, 2, dim_ff=12, num_layers=1))
+    model = spread(Llama(LlamaConfig(13, 16, 2, dim_ff=12, num_layers=1)))
     bms.init_parameters(model)
     log = Path(notes, "log.jsonl")
     settings = TrainSettings(steps, lr=0.03, warmup=2, log=log, save_every=save_every)

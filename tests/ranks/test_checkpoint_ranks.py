@@ -18,6 +18,7 @@ from bmtrain_ms.checkpoint import store as store_module
 from bmtrain_ms.checkpoint.format import AtomicFile
 from bmtrain_ms.comm import World, use_world
 from bmtrain_ms.lr_scheduler import Linear
+from bmtrain_ms.model_center import spread
 from bmtrain_ms.model_center.model import Llama, LlamaConfig
 from bmtrain_ms.nn.functional import cross_entropy
 from bmtrain_ms.optim import AdamOptimizer, OptimManager
@@ -211,8 +212,8 @@ class Run:
         self.world = World(world.engine, world.mesh, seed=5, launch=world.launch)
         world.engine.clock.step = 0
         with use_world(self.world):
-            config = LlamaConfig(17, 12, 2, num_heads_kv=1, dim_ff=7, num_layers=2, half=half)
-            self.model = Llama(config).set_train(True)
+            config = LlamaConfig(17, 12, 2, num_heads_kv=1, dim_ff=7, num_layers=2, dtype="float16" if half else "float32")
+            self.model = spread(Llama(config)).set_train(True)
             self.dropout = bms.nn.Dropout(dropout).set_train(True)
             bms.init_parameters(self.model)
             self.optimizer = AdamOptimizer(self.model.trainable_params(), weight_decay=0.1, eps=1e-4)

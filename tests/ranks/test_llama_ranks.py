@@ -11,9 +11,11 @@ import pytest
 import bmtrain_ms as bms
 from bmtrain_ms.comm import World, use_world
 from bmtrain_ms.data import TokenSampler
+from bmtrain_ms.model_center import Spread, spread
 from bmtrain_ms.model_center.generation import generate
 from bmtrain_ms.model_center.model import Llama, LlamaConfig
 from bmtrain_ms.train import Trainer, TrainSettings, read_log
+from tests.helpers.adapters import adapted
 from tests.helpers.models import full
 
 pytestmark = pytest.mark.ranks
@@ -28,9 +30,12 @@ def train(world: World, **options: Any) -> dict[str, Any]:
     """Three steps at a global batch of 6; what came of it."""
     here = World(world.engine, world.mesh, seed=7, launch=world.launch, prefetch=options.pop("prefetch", 1))
     world.engine.clock.step = 0
-    scale = options.pop("loss_scale", None)
+    scale, how = options.pop("loss_scale", None), options.pop("how", Spread())
+    make = adapted if options.pop("adapters", False) else Llama
     with use_world(here):
-        model = Llama(LlamaConfig(**SIZES, init_std=0.1, **options))
+        model = make(LlamaConfig(**SIZES, init_std=0.1, **options))
+        if how is not None:
+            spread(model, how)
         bms.init_parameters(model)
         settings = TrainSettings(3, lr=0.01, warmup=1, loss_scale=scale)
         trainer = Trainer(model, TokenSampler(TOKENS, 8, 6), settings)
@@ -78,10 +83,12 @@ _trained: dict[Any, list[dict[str, Any]]] = {}
 
 OPTIONS = [
     {},
-    {"zero_level": 2, "prefetch": 0},
-    {"use_checkpoint": False, "prefetch": 2},
-    {"use_checkpoint": False, "zero_level": 2, "tied": True},
+    {"how": Spread(zero_level=2), "prefetch": 0},
+    {"how": Spread(recompute=False), "prefetch": 2},
+    {"how": None},
+    {"how": Spread(recompute=False, zero_level=2), "tied": True},
     {"tied": True},
+    {"adapters": True},
 ]
 
 
@@ -101,13 +108,13 @@ def test_three_ranks_train_as_one(trained):
 
 
 def test_options_do_not_change_the_result(trained):
-    """Level, recomputation and prefetch move data at other times; the sums are the same, in the same order."""
-    for options in OPTIONS[1:3]:
+    """Level, recomputation, prefetch and no spread at all move data at other times; the sums are the same, in the same order."""
+    for options in OPTIONS[1:4]:
         np.testing.assert_equal(trained(2, **options)[0], trained(2)[0])
 
 
 def test_half_with_loss_scale(trained):
-    (alone,), results = (trained(ranks, half=True, loss_scale=256.0) for ranks in (1, 2))
+    (alone,), results = (trained(ranks, dtype="float16", loss_scale=256.0) for ranks in (1, 2))
     assert_same(results)
     assert results[0]["updated"] == [True] * 3
     np.testing.assert_allclose(results[0]["losses"], alone["losses"], rtol=2e-3)
@@ -116,7 +123,7 @@ def test_half_with_loss_scale(trained):
 def fit_with_log(world: World, log: str) -> list[int]:
     """Only rank 0 writes the log."""
     with use_world(World(world.engine, world.mesh, seed=7, launch=world.launch)):
-        model = Llama(LlamaConfig(**SIZES))
+        model = spread(Llama(LlamaConfig(**SIZES)))
         bms.init_parameters(model)
         trainer = Trainer(model, TokenSampler(TOKENS, 8, 6), TrainSettings(2, log=Path(log)))
         trainer.fit()

@@ -10,6 +10,7 @@ import pytest
 import bmtrain_ms as bms
 from bmtrain_ms.comm import World, use_world
 from bmtrain_ms.compat.runtime import from_host, host_array
+from bmtrain_ms.model_center import spread
 from bmtrain_ms.model_center.model import Llama, LlamaConfig
 from bmtrain_ms.nn.functional import cross_entropy
 
@@ -24,8 +25,9 @@ def train(world: World, half: bool, scale: float | None) -> dict[str, Any]:
     random = np.random.default_rng(7)
     follows = random.permutation(64)
     with use_world(own):
-        config = LlamaConfig(vocab_size=64, dim_model=32, num_heads=4, num_heads_kv=2, dim_ff=64, num_layers=2, half=half)
-        model = Llama(config)
+        dtype = "float16" if half else "float32"
+        config = LlamaConfig(vocab_size=64, dim_model=32, num_heads=4, num_heads_kv=2, dim_ff=64, num_layers=2, dtype=dtype)
+        model = spread(Llama(config))
         bms.init_parameters(model)
         model.set_train(True)
         optimizer = bms.optim.AdamOptimizer(model.trainable_params(), weight_decay=0.01)

@@ -23,6 +23,7 @@ from bmtrain_ms.checkpoint.format import AtomicFile
 from bmtrain_ms.comm import world
 from bmtrain_ms.compat.runtime import numpy_dtype
 from bmtrain_ms.lr_scheduler import Cosine
+from bmtrain_ms.model_center import spread
 from bmtrain_ms.model_center.model import Llama, LlamaConfig
 from bmtrain_ms.optim import AdamOptimizer, OptimManager
 
@@ -145,9 +146,8 @@ def test_tied_weights_are_stored_once(tmp_path):
     model, other = Llama(config), Llama(config)
     bms.init_parameters(model)
     bms.save(model, tmp_path / "file")
-    assert [n for n in safetensors.numpy.load_file(tmp_path / "file") if "embedding" in n or "projection" in n] == [
-        "input_embedding.weight"
-    ]
+    names = safetensors.numpy.load_file(tmp_path / "file")
+    assert [name for name in names if "embed" in name or "head" in name] == ["model.embed_tokens.weight"]
     bms.load(other, tmp_path / "file")
     assert raw(other) == raw(model)
 
@@ -361,8 +361,8 @@ class Run:
     def __init__(self, half: bool, seed: int = 0):
         bms.shutdown()
         bms.init_distributed(seed=seed)
-        config = LlamaConfig(17, 12, 2, dim_ff=10, num_layers=2, half=half)
-        self.model = Llama(config).set_train(True)
+        config = LlamaConfig(17, 12, 2, dim_ff=10, num_layers=2, dtype="float16" if half else "float32")
+        self.model = spread(Llama(config)).set_train(True)
         self.dropout = bms.nn.Dropout(0.2).set_train(True)
         bms.init_parameters(self.model)
         params = self.model.trainable_params()
@@ -464,7 +464,7 @@ def test_half_state_does_not_fit_a_float_model(tmp_path):
     half, full = Run(half=True), None
     save_training(tmp_path / "file", half.model, half.manager, {})
     full = Run(half=False)
-    with pytest.raises(CheckpointError, match=r"unexpected in the file: optimizer\.0\.master\.input_embedding\.weight, "):
+    with pytest.raises(CheckpointError, match=r"unexpected in the file: optimizer\.0\.master\.model\.embed_tokens\.weight, "):
         load_training(tmp_path / "file", full.model, full.manager)
 
 

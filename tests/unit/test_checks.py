@@ -13,6 +13,7 @@ import bmtrain_ms as bms
 from bmtrain_ms import lr_scheduler
 from bmtrain_ms.compat.runtime import FLOATS
 from bmtrain_ms.data import TokenSampler
+from bmtrain_ms.model_center import spread
 from bmtrain_ms.model_center.generation import generate
 from bmtrain_ms.model_center.model import Llama, LlamaConfig
 from bmtrain_ms.optim import AdamOffloadOptimizer, AdamOptimizer, OptimManager
@@ -43,7 +44,7 @@ def managed() -> tuple[OptimManager, AdamOptimizer]:
 
 
 def llama() -> Llama:
-    made = Llama(LlamaConfig(**SIZES))
+    made = spread(Llama(LlamaConfig(**SIZES)))
     bms.init_parameters(made)
     return made
 

@@ -9,7 +9,9 @@ import pytest
 from mindspore import Tensor
 
 import bmtrain_ms as bms
+from bmtrain_ms.model_center import spread
 from bmtrain_ms.model_center.generation import choose, generate
+from bmtrain_ms.model_center.layer import KeyValueCache
 from bmtrain_ms.model_center.model import Llama, LlamaConfig
 
 SIZES = {"vocab_size": 37, "dim_model": 24, "num_heads": 4, "num_heads_kv": 2, "dim_ff": 40, "num_layers": 2}
@@ -17,7 +19,7 @@ SIZES = {"vocab_size": 37, "dim_model": 24, "num_heads": 4, "num_heads_kv": 2, "
 
 @pytest.fixture
 def model(single_world):
-    made = Llama(LlamaConfig(**SIZES, init_std=0.3))
+    made = spread(Llama(LlamaConfig(**SIZES, init_std=0.3)))
     bms.init_parameters(made)
     return made
 
@@ -48,10 +50,12 @@ def test_choose_follows_the_distribution():
 def test_cached_logits_equal_uncached_ones(model):
     ids = np.random.RandomState(0).randint(0, 37, (2, 9)).astype(np.int32)
     whole = model(Tensor(ids)).asnumpy()
-    past, parts = None, []
-    for piece in (ids[:, :4], ids[:, 4:5], ids[:, 5:6], ids[:, 6:]):
-        logits, past = model(Tensor(np.ascontiguousarray(piece)), past_key_values=past, use_cache=True)
-        parts.append(logits.asnumpy())
+    cache = KeyValueCache(9)
+    parts = [
+        model(Tensor(np.ascontiguousarray(piece)), cache=cache).asnumpy()
+        for piece in (ids[:, :4], ids[:, 4:5], ids[:, 5:6], ids[:, 6:])
+    ]
+    assert cache.length == 9
     np.testing.assert_allclose(np.concatenate(parts, 1), whole, atol=1e-5)
 
 
@@ -148,7 +152,7 @@ def test_end_tokens_stop_each_prompt_by_itself(model):
 
 
 def test_half_models_generate(single_world):
-    model = Llama(LlamaConfig(**SIZES, init_std=0.3, half=True))
+    model = spread(Llama(LlamaConfig(**SIZES, init_std=0.3, dtype="float16")))
     bms.init_parameters(model)
     together = generate(model, [[3, 1, 4], [5]], 4)
     assert [len(row) for row in together] == [4, 4]
@@ -176,7 +180,7 @@ def test_no_new_tokens(model):
 
 
 def generate_everywhere(world):
-    model = Llama(LlamaConfig(**SIZES, init_std=0.3))
+    model = spread(Llama(LlamaConfig(**SIZES, init_std=0.3)))
     bms.init_parameters(model)
     mine = [[1, 2, 3]] if world.engine.rank == 0 else [[7]]
     return generate(model, [[3, 1, 4]], 6), generate(model, mine, 8, eos_id=5)
@@ -239,9 +243,9 @@ def test_tokens_may_be_ruled_out_by_minus_infinity(single_world):
         def set_train(self, mode):
             pass
 
-        def __call__(self, ids, padding, past, use_cache):
+        def __call__(self, ids, padding, cache):
             logits = np.full((*ids.shape, 4), -np.inf, np.float32)
             logits[..., 2] = 0.0
-            return Tensor(logits), None
+            return Tensor(logits)
 
     assert generate(Mask(), [[1]], 2) == [[2, 2]]

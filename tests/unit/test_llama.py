@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
+from typing import Any
+
 import mindspore as ms
 import numpy as np
 import pytest
+import safetensors.numpy
 from mindspore import Tensor
 
 import bmtrain_ms as bms
+from bmtrain_ms.model_center import Spread, spread
 from bmtrain_ms.model_center.layer import Attention, LayerNorm, RotaryEmbedding
 from bmtrain_ms.model_center.model import Llama, LlamaConfig
 from bmtrain_ms.nn.functional import cross_entropy
@@ -19,7 +25,6 @@ SIZES = {"vocab_size": 37, "dim_model": 24, "num_heads": 4, "num_heads_kv": 2, "
 def test_config_fills_in_checks_and_survives_json(tmp_path):
     config = LlamaConfig(**SIZES)
     assert config.dim_head == 6 and LlamaConfig(dim_model=64, num_heads=2).num_heads_kv == 2
-    assert config.dtype == ms.float32 and LlamaConfig(half=True).dtype == ms.float16
     config.to_json_file(tmp_path / "config.json")
     assert LlamaConfig.from_json_file(tmp_path / "config.json") == config
     with pytest.raises(ValueError, match="dim_model=25 is not a multiple of num_heads=4; set dim_head"):
@@ -28,6 +33,30 @@ def test_config_fills_in_checks_and_survives_json(tmp_path):
         LlamaConfig(num_layers=0)
     with pytest.raises(ValueError, match=r"unknown fields of LlamaConfig: \['depth'\]"):
         LlamaConfig.from_dict({"depth": 3})
+    with pytest.raises(ValueError, match="dtype must be one of float32, float16, bfloat16, not 'fp16'"):
+        LlamaConfig(dtype="fp16")
+
+
+@pytest.mark.parametrize("half", [True, False])
+def test_config_files_of_earlier_releases_are_read(half):
+    before = {**LlamaConfig(**SIZES).to_dict(), "half": half, "use_checkpoint": False, "zero_level": 2}
+    del before["dtype"]
+    assert LlamaConfig.from_dict(before) == LlamaConfig(**SIZES, dtype="float16" if half else "float32")
+    assert len(before) == 14  # the caller's dict stays as it was
+
+
+@pytest.mark.parametrize(
+    "field, advice",
+    [
+        ("half", 'write dtype="float16" for float16 parameters'),
+        ("use_checkpoint", r"write spread\(model, Spread\(recompute=\.\.\.\)\)"),
+        ("zero_level", r"write spread\(model, Spread\(zero_level=\.\.\.\)\)"),
+    ],
+)
+def test_fields_that_have_gone_say_what_to_write(field, advice):
+    arguments: dict[str, Any] = {**SIZES, field: True}
+    with pytest.raises(TypeError, match=f"^{field} is no longer a field of LlamaConfig, which holds sizes: {advice}$"):
+        LlamaConfig(**arguments)
 
 
 def test_layers_refuse_what_does_not_fit(single_world):
@@ -48,11 +77,11 @@ def test_layer_norm_layer(single_world):
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("half", [True, False])
 def test_shapes_names_and_learning(single_world, tied, half):
-    model = Llama(LlamaConfig(**SIZES, tied=tied, half=half))
+    model = spread(Llama(LlamaConfig(**SIZES, tied=tied, dtype="float16" if half else "float32")))
     bms.init_parameters(model)
     names = [p.name for p in model.get_parameters()]
     assert len(names) == len(set(names)) == 2 * 9 + 2 + (not tied)
-    assert "encoder.layers.1.attention.project_q.weight" in names
+    assert names == [path for path, _ in model.parameters_and_names()]
     optimizer = AdamOptimizer(model.trainable_params(), lr=1e-2)
     manager = OptimManager(loss_scale=128.0 if half else None)
     manager.add_optimizer(optimizer)
@@ -65,6 +94,12 @@ def test_shapes_names_and_learning(single_world, tied, half):
         losses.append(loss.asnumpy().item())
         assert manager.step()
     assert abs(losses[0] - np.log(37)) < 0.1 and losses[-1] < 0.3
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_parameters_are_of_the_configured_dtype(single_world, dtype):
+    model = Llama(LlamaConfig(**SIZES, dtype=dtype))
+    assert {p.dtype for p in model.get_parameters()} == {getattr(ms, dtype)}
 
 
 def test_the_future_is_not_seen(single_world):
@@ -97,21 +132,21 @@ def reference(params, config, ids):
     """Logits of Llama as in the papers; every query head with its own copy of keys and values."""
     batch, length = ids.shape
     causal = np.where(np.tril(np.ones((length, length))), 0.0, -np.inf)
-    hidden = params["input_embedding.weight"][ids]
+    hidden = params["model.embed_tokens.weight"][ids]
     for i in range(config.num_layers):
         layer = {n.split(f"layers.{i}.", 1)[1]: p for n, p in params.items() if f"layers.{i}." in n}
-        x = rms_norm(hidden, layer["attention_norm.weight"])
-        q, k, v = ((x @ layer[f"attention.project_{n}.weight"].T).reshape(batch, length, -1, config.dim_head) for n in "qkv")
+        x = rms_norm(hidden, layer["input_layernorm.weight"])
+        q, k, v = ((x @ layer[f"self_attn.{n}_proj.weight"].T).reshape(batch, length, -1, config.dim_head) for n in "qkv")
         repeats = config.num_heads // config.num_heads_kv
         q, k, v = rotated(q), np.repeat(rotated(k), repeats, 2), np.repeat(v, repeats, 2)
         scores = np.exp(np.einsum("bqhd,bkhd->bhqk", q, k) / np.sqrt(config.dim_head) + causal)
         mixed = np.einsum("bhqk,bkhd->bqhd", scores / scores.sum(-1, keepdims=True), v)
-        hidden = hidden + mixed.reshape(batch, length, -1) @ layer["attention.attention_out.weight"].T
-        x = rms_norm(hidden, layer["ffn_norm.weight"])
-        gate = x @ layer["ffn.w_gated.weight"].T
-        hidden = hidden + (gate / (1 + np.exp(-gate)) * (x @ layer["ffn.w_in.weight"].T)) @ layer["ffn.w_out.weight"].T
-    head = params.get("output_projection.weight", params["input_embedding.weight"])
-    return rms_norm(hidden, params["encoder.output_norm.weight"]) @ head.T
+        hidden = hidden + mixed.reshape(batch, length, -1) @ layer["self_attn.o_proj.weight"].T
+        x = rms_norm(hidden, layer["post_attention_layernorm.weight"])
+        gate = x @ layer["mlp.gate_proj.weight"].T
+        hidden = hidden + (gate / (1 + np.exp(-gate)) * (x @ layer["mlp.up_proj.weight"].T)) @ layer["mlp.down_proj.weight"].T
+    head = params.get("lm_head.weight", params["model.embed_tokens.weight"])
+    return rms_norm(hidden, params["model.norm.weight"]) @ head.T
 
 
 def loss_of(logits, targets):
@@ -120,11 +155,11 @@ def loss_of(logits, targets):
 
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
-@pytest.mark.parametrize("use_checkpoint", [True, False], ids=["recomputed", "kept"])
-def test_logits_and_gradients_are_the_formulas(single_world, tied, use_checkpoint):
+@pytest.mark.parametrize("how", [Spread(), Spread(recompute=False), None], ids=["recomputed", "kept", "plain"])
+def test_logits_and_gradients_are_the_formulas(single_world, tied, how):
     """Gradients by the directional derivative along a random direction of every parameter."""
-    config = LlamaConfig(**SIZES, dim_head=8, rope_base=100.0, init_std=0.2, tied=tied, use_checkpoint=use_checkpoint)
-    model = Llama(config)
+    config = LlamaConfig(**SIZES, dim_head=8, rope_base=100.0, init_std=0.2, tied=tied)
+    model = Llama(config) if how is None else spread(Llama(config), how)
     bms.init_parameters(model)
     random = np.random.default_rng(0)
     for p in model.get_parameters():
@@ -154,9 +189,9 @@ def test_logits_and_gradients_are_the_formulas(single_world, tied, use_checkpoin
 
 def test_a_tied_model_has_one_table(single_world):
     """Its gradient is the sum of both uses."""
-    model = Llama(LlamaConfig(**SIZES, tied=True))
+    model = spread(Llama(LlamaConfig(**SIZES, tied=True)))
     bms.init_parameters(model)
-    assert model.output_projection is None
+    assert model.lm_head is None
     assert [p.full_shape for p in model.get_parameters() if 37 in p.full_shape] == [(37, 24)]
     ids = Tensor(np.array([[1, 2]], np.int32))
     grad = ms.grad(lambda: model(ids)[0, :, 30].sum(), None, model.trainable_params()[:1])()[0].asnumpy().reshape(37, 24)
@@ -191,11 +226,79 @@ def test_config_sizes():
             LlamaConfig(**{name: -1})
     with pytest.raises(ValueError, match="num_heads must be at least 1, not 0"):
         LlamaConfig(num_heads=0)
-    with pytest.raises(ValueError, match="zero_level must be 2 or 3, not 1"):
-        LlamaConfig(zero_level=1)
 
 
 def test_config_of_all_fields_survives_a_dict():
-    config = LlamaConfig(5, 4, 2, 1, 8, 3, 2, 1e-3, 50.0, 0.1, True, True, False, 2)
-    assert LlamaConfig.from_dict(config.to_dict()) == config
-    assert list(config.to_dict().values()) == [5, 4, 2, 1, 8, 3, 2, 1e-3, 50.0, 0.1, True, True, False, 2]
+    config = LlamaConfig(5, 4, 2, 1, 8, 3, 2, 1e-3, 50.0, 0.1, "bfloat16", True)
+    assert LlamaConfig.from_dict(config.to_dict()) == copy.deepcopy(config) == config
+    assert list(config.to_dict().values()) == [5, 4, 2, 1, 8, 3, 2, 1e-3, 50.0, 0.1, "bfloat16", True]
+    assert dataclasses.replace(config, tied=False).tied is False
+
+
+# Hugging Face's names #
+
+GOLDEN = {
+    "untied": [
+        [-1.84628, -1.54211, -1.03676, -0.39615, 0.29614, 0.94979, 1.47954, 1.81627, 1.91604, 1.76585, 1.38529],
+        [0.14294, -0.50541, -1.08782, -1.52831, -1.76942, -1.77969, -1.55779, -1.13265, -0.55975, 0.08618, 0.72086],
+        [0.50357, 0.20316, -0.12375, -0.43452, -0.6886, -0.85285, -0.90583, -0.84064, -0.66578, -0.40406, -0.08963],
+        [0.26393, -0.40953, -1.02956, -1.51527, -1.8033, -1.85607, -1.6667, -1.25989, -0.68871, -0.02769, 0.63695],
+        [0.59651, 0.28327, -0.06693, -0.4084, -0.69658, -0.89389, -0.97459, -0.92814, -0.7606, -0.49384, -0.16265],
+    ],
+    "tied": [
+        [1.1161, 1.30396, 1.3217, 1.16702, 0.86009, 0.44095, -0.03572, -0.50772, -0.91349, -1.20009, -1.33012],
+        [1.89097, 1.78379, 1.44391, 0.91564, 0.26793, -0.41474, -1.04331, -1.53576, -1.82786, -1.88149, -1.68967],
+        [0.72238, 1.02295, 1.19006, 1.20192, 1.05698, 0.77414, 0.39031, -0.04444, -0.4734, -0.84059, -1.09812],
+        [1.89809, 1.802, 1.47081, 0.94775, 0.30105, -0.38494, -1.0207, -1.5233, -1.82717, -1.89267, -1.71125],
+        [0.1583, 0.52313, 0.81971, 1.00935, 1.06732, 0.98604, 0.77612, 0.46495, 0.09312, -0.29085, -0.63688],
+    ],
+}
+LAYER = "input_layernorm post_attention_layernorm self_attn.q_proj self_attn.k_proj self_attn.v_proj self_attn.o_proj"
+
+
+def names_of(layers: int, tied: bool) -> list[str]:
+    """What transformers' LlamaForCausalLM calls its parameters."""
+    inner = [*LAYER.split(), "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"]
+    cells = [f"model.layers.{i}.{name}" for i in range(layers) for name in inner]
+    return sorted(f"{cell}.weight" for cell in [*cells, "model.embed_tokens", "model.norm", *([] if tied else ["lm_head"])])
+
+
+@pytest.mark.parametrize("kind", GOLDEN)
+def test_names_and_logits_are_those_of_transformers(single_world, tmp_path, kind):
+    """Golden logits of transformers 4.46.3 (PyTorch 2.5.1), of the weights made here:
+
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=11, hidden_size=16, intermediate_size=20, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, rms_norm_eps=1e-5, rope_theta=100.0, tie_word_embeddings=tied))
+    model.load_state_dict({name: torch.from_numpy(array) for name, array in weights.items()}, strict=False)
+    model.eval()(torch.tensor([[3, 1, 4, 1, 5]])).logits
+
+    What `bms.save` writes of such models `LlamaForCausalLM.from_pretrained` read there, with nothing missing or unexpected, and
+    its logits were these models' to 2e-6.
+    """
+    config = LlamaConfig(11, 16, 4, 2, dim_ff=20, num_layers=2, rope_base=100.0, tied=kind == "tied")
+    model = spread(Llama(config))
+    shapes = {p.name: p.full_shape for p in model.get_parameters()}
+    assert sorted(shapes) == names_of(2, config.tied)
+    weights = {}
+    for i, name in enumerate(sorted(shapes)):
+        wave = 0.3 * np.sin((i + 1) * 0.37 * np.arange(np.prod(shapes[name]), dtype=np.float64))
+        weights[name] = (wave + ("norm" in name)).astype(np.float32).reshape(shapes[name])
+    safetensors.numpy.save_file(weights, tmp_path / "model.safetensors")
+    bms.load(model, tmp_path / "model.safetensors")
+    logits = model(Tensor(np.array([[3, 1, 4, 1, 5]], np.int32))).asnumpy()
+    np.testing.assert_allclose(logits[0], GOLDEN[kind], atol=2e-5)
+    bms.save(model, tmp_path / "again.safetensors")
+    again = safetensors.numpy.load_file(tmp_path / "again.safetensors")
+    np.testing.assert_equal(again, weights)
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_names_in_files_of_earlier_releases(single_world, tied):
+    model = Llama(LlamaConfig(**{**SIZES, "num_layers": 12}, tied=tied))
+    earlier = {model.earlier_name(p.name) for p in model.get_parameters()}
+    inner = ["attention_norm", "ffn_norm", "ffn.w_gated", "ffn.w_in", "ffn.w_out"]
+    inner += [f"attention.{name}" for name in ("project_q", "project_k", "project_v", "attention_out")]
+    expected = {f"encoder.layers.{i}.{name}.weight" for i in range(12) for name in inner}
+    expected |= {"input_embedding.weight", "encoder.output_norm.weight"} | (set() if tied else {"output_projection.weight"})
+    assert earlier == expected
+    assert model.earlier_name("steps") == "steps"

@@ -18,6 +18,7 @@ import bmtrain_ms as bms
 from bmtrain_ms.checkpoint import CheckpointError
 from bmtrain_ms.checkpoint import saving as saving_module
 from bmtrain_ms.data import TokenSampler
+from bmtrain_ms.model_center import Spread, spread
 from bmtrain_ms.model_center.model import Llama, LlamaConfig
 from bmtrain_ms.optim import GradientOverflowError
 from bmtrain_ms.train import Stopped, StopSignals, Trainer, TrainingError, TrainSettings, memory_mib, plot_log, read_log
@@ -33,7 +34,8 @@ FIELDS = {"step", "loss", "lr", "grad_norm", "loss_scale", "skipped", "seconds",
 
 
 def trainer(steps: int = 6, half: bool = False, folder: Any = None, **settings: Any) -> Trainer:
-    model = Llama(LlamaConfig(VOCAB, 16, 2, dim_ff=12, num_layers=1, half=half, use_checkpoint=False))
+    config = LlamaConfig(VOCAB, 16, 2, dim_ff=12, num_layers=1, dtype="float16" if half else "float32")
+    model = spread(Llama(config), Spread(recompute=False))
     bms.init_parameters(model)
     settings = {"lr": 0.03, "warmup": 2, **settings}
     return Trainer(model, TokenSampler(TOKENS, length=6, global_batch=4), TrainSettings(steps, **settings), folder)
@@ -147,7 +149,7 @@ def test_a_loss_that_is_not_finite_ends_training(bad, tmp_path):
     """With the parameters as they were, and a remedy."""
     t = trainer(log=tmp_path / "log")
     t.fit(until=2)
-    p = next(p for p in t.model.get_parameters() if p.name == "encoder.output_norm.weight")
+    p = next(p for p in t.model.get_parameters() if p.name == "model.norm.weight")
     values = p.asnumpy().copy()
     values[0] = bad
     p.copy_full(values)

@@ -1,5 +1,6 @@
-"""Models on sharded layers."""
+"""Models: plain ones, and how they are spread over ranks."""
 
 from . import generation, layer, model
+from .spread import Spread, spread
 
-__all__ = ["generation", "layer", "model"]
+__all__ = ["Spread", "generation", "layer", "model", "spread"]

@@ -15,6 +15,7 @@ from bmtrain_ms_base.random import key_of, uniform
 from ...comm import all_ranks, world
 from ...compat.autograd import no_grad
 from ...compat.runtime import from_host, host_array
+from ..layer import KeyValueCache
 
 
 def choose(logits: np.ndarray, draws: np.ndarray, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0) -> np.ndarray:
@@ -65,7 +66,7 @@ def generate(
     of ranks, nor on the other prompts' lengths beyond rounding.
 
     Args:
-        model: called as `Llama` is.
+        model: called as `Llama` is, with token ids, padding and a `KeyValueCache`.
         prompts: token ids, at least one each.
         max_new_tokens: at most so many; fewer where `eos_id` comes, which is kept.
         temperature, top_k, top_p: see `choose`; temperature 0, the default, is greedy.
@@ -116,6 +117,7 @@ class _Steps:
         self._model, self._most = model, most
         self._ids, self._real = _padded(prompts)
         self._has_padding = not self._real.all()
+        self._cache = KeyValueCache(self._ids.shape[1] + most)
 
     def append(self, tokens: np.ndarray) -> None:
         """(batch,): what comes next."""
@@ -124,11 +126,10 @@ class _Steps:
 
     def __iter__(self) -> Iterator[np.ndarray]:
         """(batch, vocab) each."""
-        past: Any = None
         for step in range(self._most):
             with no_grad():
                 padding = from_host(self._real) if self._has_padding else None
-                logits, past = self._model(from_host(self._ids), padding, past, use_cache=True)
+                logits = self._model(from_host(self._ids), padding, self._cache)
             last = host_array(logits[:, -1].astype(ms.float32))
             _refuse_nan(last, step)
             yield last

@@ -1,10 +1,12 @@
-"""Layers, under ModelCenter's names."""
+"""Layers, under ModelCenter's names; their parameters have Hugging Face's."""
 
 from ...nn import Linear
 from .attention import Attention
+from .cache import KeyValueCache, LayerCache
 from .embedding import Embedding
 from .feedforward import FeedForward
 from .norm import LayerNorm, RMSNorm
+from .positions import Positions
 from .rotary import RotaryEmbedding
 from .transformer import Encoder, TransformerBlock
 
@@ -13,8 +15,11 @@ __all__ = [
     "Embedding",
     "Encoder",
     "FeedForward",
+    "KeyValueCache",
+    "LayerCache",
     "LayerNorm",
     "Linear",
+    "Positions",
     "RMSNorm",
     "RotaryEmbedding",
     "TransformerBlock",

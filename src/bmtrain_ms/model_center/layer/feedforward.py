@@ -11,7 +11,7 @@ from ...nn import Linear, functional
 
 
 class FeedForward(nn.Cell):
-    """w_out(silu(w_gated x) * w_in x) (ModelCenter: `FeedForward` with `gated_silu`; Shazeer, 2020).
+    """down_proj(silu(gate_proj x) * up_proj x) (ModelCenter: `FeedForward` with `gated_silu`; Shazeer, 2020).
 
     Args:
         dim_in: of the hidden states.
@@ -24,11 +24,10 @@ class FeedForward(nn.Cell):
     def __init__(self, dim_in: int, dim_ff: int, bias: bool = False, dtype: Any = ms.float32, init_std: float = 0.02):
         super().__init__()
         settings = {"bias": bias, "dtype": dtype, "init_std": init_std}
-        self.w_gated = Linear(dim_in, dim_ff, **settings)
-        self.w_in = Linear(dim_in, dim_ff, **settings)
-        self.w_out = Linear(dim_ff, dim_in, **settings)
+        self.gate_proj = Linear(dim_in, dim_ff, **settings)
+        self.up_proj = Linear(dim_in, dim_ff, **settings)
+        self.down_proj = Linear(dim_ff, dim_in, **settings)
 
     def construct(self, hidden: Tensor) -> Tensor:
-        """(..., dim_in) -> (..., dim_in)."""
-        flat = hidden.reshape(-1, hidden.shape[-1])
-        return self.w_out(functional.swiglu(self.w_gated(flat), self.w_in(flat))).reshape(hidden.shape)
+        """hidden (tokens, dim_in) -> (tokens, dim_in)."""
+        return self.down_proj(functional.swiglu(self.gate_proj(hidden), self.up_proj(hidden)))

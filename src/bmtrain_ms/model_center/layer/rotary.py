@@ -27,7 +27,11 @@ class RotaryEmbedding:
 
     def angles(self, offset: int, length: int) -> functional.Angles:
         """cos and sin at positions offset, offset + 1, ...: each (length, dim_head / 2), float32; shared: do not write."""
-        return _angles(self.dim_head, self.base, offset, length)
+        return _consecutive(self.dim_head, self.base, offset, length)
+
+    def angles_at(self, positions: np.ndarray) -> functional.Angles:
+        """cos and sin at any positions (...) of int: each (..., dim_head / 2), float32."""
+        return _angles(self.dim_head, self.base, positions)
 
     def __call__(self, x: Tensor, offset: int = 0) -> Tensor:
         """x (batch, length, heads, dim_head), at positions offset, offset + 1, ... -> the same shape and dtype."""
@@ -37,7 +41,11 @@ class RotaryEmbedding:
 
 
 @functools.lru_cache(maxsize=8)
-def _angles(dim: int, base: float, offset: int, length: int) -> functional.Angles:
+def _consecutive(dim: int, base: float, offset: int, length: int) -> functional.Angles:
+    return _angles(dim, base, np.arange(offset, offset + length))
+
+
+def _angles(dim: int, base: float, positions: np.ndarray) -> functional.Angles:
     frequency = base ** (-np.arange(0, dim, 2, dtype=np.float64) / dim)
-    angles = np.outer(np.arange(offset, offset + length, dtype=np.float64), frequency)
+    angles = positions.astype(np.float64)[..., None] * frequency
     return np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any, Optional, Sequence
+from typing import Any, Iterable, Optional
 
 import mindspore as ms
 from mindspore import Tensor, nn
 
-from ...zero import Block, TransformerBlockList
-from .attention import Attention, KeyValue
+from .attention import Attention
+from .cache import KeyValueCache, LayerCache
 from .feedforward import FeedForward
 from .norm import RMSNorm
+from .positions import Positions
 from .rotary import RotaryEmbedding
 
 
@@ -21,6 +22,7 @@ class TransformerBlock(nn.Cell):
         dim_model, dim_ff, num_heads, dim_head, num_heads_kv: sizes, see `Attention` and `FeedForward`.
         norm_eps: of the two norms.
         dtype, init_std: of the parameters.
+        rotary: see `Attention`.
     """
 
     def __init__(
@@ -33,69 +35,39 @@ class TransformerBlock(nn.Cell):
         norm_eps: float = 1e-5,
         dtype: Any = ms.float32,
         init_std: float = 0.02,
+        rotary: Optional[RotaryEmbedding] = None,
     ):
         super().__init__()
-        self.attention_norm = RMSNorm(dim_model, norm_eps, dtype)
-        self.attention = Attention(dim_model, num_heads, dim_head, num_heads_kv, dtype=dtype, init_std=init_std)
-        self.ffn_norm = RMSNorm(dim_model, norm_eps, dtype)
-        self.ffn = FeedForward(dim_model, dim_ff, dtype=dtype, init_std=init_std)
+        self.input_layernorm = RMSNorm(dim_model, norm_eps, dtype)
+        self.self_attn = Attention(dim_model, num_heads, dim_head, num_heads_kv, dtype=dtype, init_std=init_std, rotary=rotary)
+        self.post_attention_layernorm = RMSNorm(dim_model, norm_eps, dtype)
+        self.mlp = FeedForward(dim_model, dim_ff, dtype=dtype, init_std=init_std)
 
-    def construct(
-        self,
-        hidden: Tensor,
-        position_bias: RotaryEmbedding,
-        padding: Optional[Tensor] = None,
-        past_key_value: Optional[KeyValue] = None,
-        use_cache: bool = False,
-    ) -> Any:
-        """(batch, length, dim_model) -> the same, or (the same, (keys, values)) with `use_cache`; see `Attention`."""
-        mixed = self.attention(self.attention_norm(hidden), position_bias, padding, past_key_value, use_cache)
-        mixed, cache = mixed if use_cache else (mixed, None)
-        hidden = hidden + mixed
-        hidden = hidden + self.ffn(self.ffn_norm(hidden))
-        return (hidden, cache) if use_cache else hidden
+    def construct(self, hidden: Tensor, positions: Positions, cache: Optional[LayerCache] = None) -> Tensor:
+        """hidden (tokens, dim_model) -> (tokens, dim_model)."""
+        hidden = hidden + self.self_attn(self.input_layernorm(hidden), positions, cache)
+        return hidden + self.mlp(self.post_attention_layernorm(hidden))
 
 
 class Encoder(nn.Cell):
-    """A stack of blocks, each in a `Block`, and a norm behind it (ModelCenter: `Encoder`).
+    """A stack of layers and a norm behind it, below a token embedding (ModelCenter: `Encoder`; Hugging Face: `model`).
 
     Args:
-        num_layers: how many.
-        use_checkpoint, zero_level: of each `Block`.
-        dim_model, norm_eps, dtype, block: passed on to `TransformerBlock`.
+        layers: called as `TransformerBlock` is.
+        norm: of what the last one returns.
+        embed_tokens: makes hidden states of token ids; None: hidden states are what the encoder is given.
     """
 
-    def __init__(
-        self,
-        num_layers: int,
-        dim_model: int,
-        norm_eps: float = 1e-5,
-        dtype: Any = ms.float32,
-        use_checkpoint: bool = True,
-        zero_level: int = 3,
-        **block: Any,
-    ):
+    def __init__(self, layers: Iterable[nn.Cell], norm: nn.Cell, embed_tokens: Optional[nn.Cell] = None):
         super().__init__()
-        self.layers = TransformerBlockList(
-            Block(TransformerBlock(dim_model, norm_eps=norm_eps, dtype=dtype, **block), use_checkpoint, zero_level)
-            for _ in range(num_layers)
-        )
-        self.output_norm = RMSNorm(dim_model, norm_eps, dtype)
+        self.embed_tokens = embed_tokens
+        self.layers: Iterable[nn.Cell] = nn.CellList(list(layers))  # a `TransformerBlockList` after `spread`
+        self.norm = norm
 
-    def construct(
-        self,
-        hidden: Tensor,
-        position_bias: RotaryEmbedding,
-        padding: Optional[Tensor] = None,
-        past_key_values: Optional[Sequence[KeyValue]] = None,
-        use_cache: bool = False,
-    ) -> Any:
-        """(batch, length, dim_model) -> the same, or (the same, keys and values of every layer) with `use_cache`."""
-        if not use_cache:
-            return self.output_norm(self.layers(hidden, position_bias, padding))
-        caches = []
-        for i, block in enumerate(self.layers):
-            past = past_key_values[i] if past_key_values is not None else None
-            hidden, cache = block(hidden, position_bias, padding, past_key_value=past, use_cache=True)
-            caches.append(cache)
-        return self.output_norm(hidden), tuple(caches)
+    def construct(self, hidden: Tensor, positions: Positions, cache: Optional[KeyValueCache] = None) -> Tensor:
+        """hidden (tokens, dim), or ids (tokens,) of int32 where there is an embedding -> (tokens, dim)."""
+        if self.embed_tokens is not None:
+            hidden = self.embed_tokens(hidden)
+        for number, layer in enumerate(self.layers):
+            hidden = layer(hidden, positions, None if cache is None else cache.layer(number))
+        return self.norm(hidden)

@@ -1,11 +1,15 @@
-"""Llama (Touvron et al., 2023): RMSNorm, rotary positions, SwiGLU, grouped queries."""
+"""Llama (Touvron et al., 2023): RMSNorm, rotary positions, SwiGLU, grouped queries.
+
+Parameters have the names and shapes of Hugging Face's `LlamaForCausalLM`, so that a file of `bmtrain_ms.save` is one of its.
+"""
 
 from __future__ import annotations
 
+import functools
 import json
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, Optional, Sequence
+from typing import Any, Callable, Optional, TypeVar
 
 import mindspore as ms
 from mindspore import Tensor, nn
@@ -13,19 +17,61 @@ from mindspore import Tensor, nn
 from bmtrain_ms_base.checks import whole
 
 from ...zero import undisturbed
-from ..layer import Embedding, Encoder, Linear, RotaryEmbedding
-from ..layer.attention import KeyValue
+from ..layer import Embedding, Encoder, KeyValueCache, Linear, Positions, RMSNorm, RotaryEmbedding, TransformerBlock
+
+# A part of a parameter's name, and what stood in its place in the files of releases before Hugging Face's names.
+EARLIER_NAMES = (
+    ("model.embed_tokens.", "input_embedding."),
+    ("model.layers.", "encoder.layers."),
+    (".input_layernorm.", ".attention_norm."),
+    (".self_attn.q_proj.", ".attention.project_q."),
+    (".self_attn.k_proj.", ".attention.project_k."),
+    (".self_attn.v_proj.", ".attention.project_v."),
+    (".self_attn.o_proj.", ".attention.attention_out."),
+    (".post_attention_layernorm.", ".ffn_norm."),
+    (".mlp.gate_proj.", ".ffn.w_gated."),
+    (".mlp.up_proj.", ".ffn.w_in."),
+    (".mlp.down_proj.", ".ffn.w_out."),
+    ("model.norm.", "encoder.output_norm."),
+    ("lm_head.", "output_projection."),
+)
+
+Config = TypeVar("Config")
+
+_DTYPES = ("float32", "float16", "bfloat16")
+_NO_SIZES = {  # fields of LlamaConfig in earlier releases
+    "half": 'write dtype="float16" for float16 parameters',
+    "use_checkpoint": "write spread(model, Spread(recompute=...))",
+    "zero_level": "write spread(model, Spread(zero_level=...))",
+}
 
 
+def _refusing_what_is_no_size(cls: type[Config]) -> type[Config]:
+    """Say where fields that have gone are now; `__init__` would only say that they are unknown."""
+    init: Callable[..., None] = cls.__init__
+
+    @functools.wraps(init)
+    def checked(self: Config, *args: Any, **values: Any) -> None:
+        for name, advice in _NO_SIZES.items():
+            if name in values:
+                raise TypeError(f"{name} is no longer a field of {cls.__name__}, which holds sizes: {advice}")
+        init(self, *args, **values)
+
+    cls.__init__ = checked
+    return cls
+
+
+@_refusing_what_is_no_size
 @dataclass(frozen=True)
 class LlamaConfig:
     """Sizes of a Llama (ModelCenter's names).
 
-    `num_heads_kv=0`: as many as `num_heads`.  `dim_head=0`: dim_model / num_heads.  `half`: float16 parameters.  `tied`: the output
-    projection is the embedding's table.
+    `num_heads_kv=0`: as many as `num_heads`.  `dim_head=0`: dim_model / num_heads.  `dtype`: of the parameters, "float32",
+    "float16" or "bfloat16".  `tied`: the output projection is the embedding's table.
 
     Raises:
-        ValueError: sizes that do not fit together.
+        ValueError: sizes that do not fit together, or another dtype.
+        TypeError: a field of earlier releases that is no size; the message says what to write now.
     """
 
     vocab_size: int = 32000
@@ -38,10 +84,8 @@ class LlamaConfig:
     norm_eps: float = 1e-5
     rope_base: float = 10000.0
     init_std: float = 0.02
-    half: bool = False
+    dtype: str = "float32"
     tied: bool = False
-    use_checkpoint: bool = True
-    zero_level: int = 3
 
     def __post_init__(self) -> None:
         set_field = object.__setattr__
@@ -56,13 +100,8 @@ class LlamaConfig:
             set_field(self, "dim_head", self.dim_model // self.num_heads)
         if self.dim_head < 1 or self.dim_head % 2:
             raise ValueError(f"dim_head must be positive and even, not {self.dim_head}: rotary embedding turns pairs")
-        if self.zero_level not in (2, 3):
-            raise ValueError(f"zero_level must be 2 or 3, not {self.zero_level}")
-
-    @property
-    def dtype(self) -> Any:
-        """Of the parameters."""
-        return ms.float16 if self.half else ms.float32
+        if self.dtype not in _DTYPES:
+            raise ValueError(f"dtype must be one of {', '.join(_DTYPES)}, not {self.dtype!r}")
 
     def to_dict(self) -> dict[str, Any]:
         """All fields, JSON-serialisable."""
@@ -70,11 +109,18 @@ class LlamaConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> LlamaConfig:
-        """The inverse of `to_dict`; unknown names are refused."""
-        unknown = set(values) - {field.name for field in fields(cls)}
+        """The inverse of `to_dict`; unknown names are refused.
+
+        Those of earlier releases are taken: `half` becomes the dtype, while `use_checkpoint` and `zero_level`, which never were
+        sizes, are left out, as they are now what `spread` is told.
+        """
+        known = {name: value for name, value in values.items() if name not in _NO_SIZES}
+        if values.get("half"):
+            known.setdefault("dtype", "float16")
+        unknown = set(known) - {field.name for field in fields(cls)}
         if unknown:
             raise ValueError(f"unknown fields of LlamaConfig: {sorted(unknown)}")
-        return cls(**values)
+        return cls(**known)
 
     def to_json_file(self, path: str | Path) -> None:
         """Write the fields as JSON."""
@@ -82,58 +128,61 @@ class LlamaConfig:
 
     @classmethod
     def from_json_file(cls, path: str | Path) -> LlamaConfig:
-        """Read what `to_json_file` wrote."""
+        """Read what `to_json_file` wrote, in this release or an earlier one; see `from_dict`."""
         return cls.from_dict(json.loads(Path(path).expanduser().read_text(encoding="utf-8")))
 
 
 class Llama(nn.Cell):
-    """The language model. Call `init_parameters` or `load` after construction."""
+    """The language model, plain: `spread` makes Blocks of its layers, `init_parameters` or `load` gives it values."""
 
     def __init__(self, config: LlamaConfig):
         super().__init__()
         self.config = config
-        self.input_embedding = Embedding(config.vocab_size, config.dim_model, config.dtype, config.init_std)
-        self.encoder = Encoder(
-            num_layers=config.num_layers,
-            dim_model=config.dim_model,
-            dim_ff=config.dim_ff,
-            num_heads=config.num_heads,
-            dim_head=config.dim_head,
-            num_heads_kv=config.num_heads_kv,
-            norm_eps=config.norm_eps,
-            dtype=config.dtype,
-            init_std=config.init_std,
-            use_checkpoint=config.use_checkpoint,
-            zero_level=config.zero_level,
-        )
-        self.output_projection = None
-        if not config.tied:
-            self.output_projection = Linear(
-                config.dim_model, config.vocab_size, bias=False, dtype=config.dtype, init_std=config.init_std
+        dtype = getattr(ms, config.dtype)
+        settings = {"dtype": dtype, "init_std": config.init_std}
+        rotary = RotaryEmbedding(config.dim_head, config.rope_base)
+        layers = (
+            TransformerBlock(
+                config.dim_model,
+                config.dim_ff,
+                config.num_heads,
+                config.dim_head,
+                config.num_heads_kv,
+                norm_eps=config.norm_eps,
+                rotary=rotary,
+                **settings,
             )
-        self._rotary = RotaryEmbedding(config.dim_head, config.rope_base)
+            for _ in range(config.num_layers)
+        )
+        norm = RMSNorm(config.dim_model, config.norm_eps, dtype)
+        self.model = Encoder(layers, norm, Embedding(config.vocab_size, config.dim_model, **settings))
+        self.lm_head = None if config.tied else Linear(config.dim_model, config.vocab_size, bias=False, **settings)
 
     def construct(
         self,
         input_ids: Tensor,
         padding: Optional[Tensor] = None,
-        past_key_values: Optional[Sequence[KeyValue]] = None,
-        use_cache: bool = False,
-    ) -> Any:
+        cache: Optional[KeyValueCache] = None,
+        documents: Optional[Tensor] = None,
+    ) -> Tensor:
         """
         Args:
             input_ids: (batch, length) int32.
-            padding: (batch, past + length) bool, False where a position is padding; None: no padding.
-            past_key_values: of the positions before, as returned with `use_cache`.
-            use_cache: also return keys and values.
+            padding: (batch, cached + length) bool, False where a token is padding; None: no padding.
+            cache: of the tokens before these; takes these up.
+            documents: (batch, length) of int, for rows that hold several documents; see `Positions`.
 
         Returns:
-            logits (batch, length, vocab_size), or (logits, keys and values of every layer) with `use_cache`.
+            logits (batch, length, vocab_size).
         """
+        positions = Positions.of(input_ids, padding, cache, documents)
         with undisturbed():
-            hidden = self.input_embedding(input_ids)
-            out = self.encoder(hidden, self._rotary, padding, past_key_values, use_cache)
-            hidden, caches = out if use_cache else (out, None)
-            head = self.input_embedding.projection if self.output_projection is None else self.output_projection
-            logits = head(hidden)
-        return (logits, caches) if use_cache else logits
+            hidden = self.model(input_ids.reshape(-1), positions, cache)
+            logits = self.model.embed_tokens.projection(hidden) if self.lm_head is None else self.lm_head(hidden)
+        return logits.reshape(positions.batch, positions.length, -1)
+
+    def earlier_name(self, name: str) -> str:
+        """What a parameter, of that name now, is called in files of releases before Hugging Face's names."""
+        for now, before in EARLIER_NAMES:
+            name = name.replace(now, before)
+        return name

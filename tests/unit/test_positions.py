@@ -1,0 +1,195 @@
+"""Who sees whom, at which position, and what is kept of it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import mindspore as ms
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from mindspore import Tensor
+
+import bmtrain_ms as bms
+from bmtrain_ms.model_center import Spread, spread
+from bmtrain_ms.model_center.layer import KeyValueCache, Positions, RotaryEmbedding, cache
+from bmtrain_ms.model_center.model import Llama, LlamaConfig
+from bmtrain_ms.nn import functional
+from bmtrain_ms.nn.functional import cross_entropy
+
+SIZES = {"vocab_size": 37, "dim_model": 24, "num_heads": 4, "num_heads_kv": 2, "dim_ff": 40, "num_layers": 2}
+
+pytestmark = pytest.mark.usefixtures("single_world")
+
+
+def seen(positions: Positions, heads: int = 1, repeats: int = 1) -> np.ndarray:
+    """(batch, queries, keys) bool, after it was seen that all heads are alike."""
+    mask = positions.mask(heads, repeats)
+    keys = positions.offset + positions.length
+    if mask is None:
+        return np.ones((positions.batch, positions.length, keys), bool)
+    values = mask.asnumpy().reshape(positions.batch, heads * repeats, positions.length, keys)
+    assert ((values == 0) | (values <= -1e30)).all() and np.isfinite(values).all()
+    assert (values == values[:, :1]).all()
+    return values[:, 0] == 0
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    batch=st.integers(1, 3),
+    length=st.integers(1, 7),
+    offset=st.integers(0, 4),
+    heads=st.integers(1, 3),
+    repeats=st.integers(1, 3),
+    padded=st.booleans(),
+    draw=st.randoms(use_true_random=False),
+)
+def test_the_mask_is_the_definition(batch, length, offset, heads, repeats, padded, draw):
+    keys = offset + length
+    real = np.array([[draw.random() < 0.6 for _ in range(keys)] for _ in range(batch)])
+    positions = Positions(batch, length, offset, Tensor(real) if padded else None)
+    expected = np.arange(keys)[None, None] <= offset + np.arange(length)[None, :, None]
+    expected = np.broadcast_to(expected & (real[:, None] if padded else True), (batch, length, keys))
+    np.testing.assert_array_equal(seen(positions, heads, repeats), expected)
+
+
+@settings(max_examples=20, deadline=None)
+@given(batch=st.integers(1, 3), length=st.integers(1, 9), repeats=st.integers(1, 2), draw=st.randoms(use_true_random=False))
+def test_documents_see_themselves_and_count_from_zero(batch, length, repeats, draw):
+    documents = np.array([[draw.randint(0, 3) for _ in range(length)] for _ in range(batch)], np.int32)
+    real = np.array([[draw.random() < 0.7 for _ in range(length)] for _ in range(batch)])
+    positions = Positions(batch, length, padding=real, documents=Tensor(documents))
+    allowed = np.tril(documents[:, :, None] == documents[:, None, :])
+    np.testing.assert_array_equal(seen(positions, 2, repeats), allowed & real[:, None, :])
+    cos, sin = positions.angles(RotaryEmbedding(4, base=100.0))
+    angles = (allowed.sum(-1) - 1)[:, None, :, None] * 100.0 ** (-np.arange(0, 4, 2) / 4)
+    np.testing.assert_allclose(cos, np.cos(angles), atol=1e-7)
+    np.testing.assert_allclose(sin, np.sin(angles), atol=1e-7)
+
+
+def test_what_all_layers_need_is_made_once():
+    rotary = RotaryEmbedding(6)
+    positions = Positions(2, 5, documents=np.zeros((2, 5), int))
+    assert positions.mask(2, 2) is positions.mask(2, 2) and positions.angles(rotary) is positions.angles(rotary)
+    assert positions.angles(rotary) is not positions.angles(RotaryEmbedding(6))
+    # who knows causal_mask may take a shorter way
+    assert Positions(2, 5).mask(2, 2) is functional.causal_mask(2, 2, 5, 5, 2)
+    assert Positions(2, 1, 4).mask(2) is None
+
+
+@pytest.mark.parametrize(
+    "arguments, text",
+    [
+        (
+            {"padding": np.ones((2, 4), bool)},
+            r"^padding has the shape \(2, 4\), not \(2, 5\): one entry per token",
+        ),
+        ({"offset": 2, "padding": np.ones((2, 5), bool)}, r"padding has the shape \(2, 5\), not \(2, 7\)"),
+        ({"documents": np.ones(10, int)}, r"documents has the shape \(10,\), not \(2, 5\)"),
+        ({"offset": 1, "documents": np.ones((2, 5), int)}, "documents behind 1 tokens of a cache: packed rows are for training"),
+    ],
+)
+def test_marks_that_do_not_fit(arguments, text):
+    with pytest.raises(ValueError, match=text):
+        Positions(2, 5, **arguments)
+
+
+# Packed rows #
+
+LENGTHS = ((3, 4, 2), (9,), (1, 8))
+
+
+@pytest.mark.parametrize("how", [Spread(), Spread(recompute=False), None], ids=["recomputed", "kept", "plain"])
+def test_packed_rows_are_their_documents_alone(how):
+    """Logits and gradients."""
+    model = Llama(LlamaConfig(**SIZES, init_std=0.3))
+    if how is not None:
+        spread(model, how)
+    bms.init_parameters(model)
+    ids, targets = np.random.default_rng(0).integers(0, 37, (2, len(LENGTHS), 9)).astype(np.int32)
+    numbers = np.array([np.repeat(np.arange(len(lengths)), lengths) for lengths in LENGTHS], np.int32)
+    parts = [(row, slice(end - n, end)) for row, lengths in enumerate(LENGTHS) for n, end in zip(lengths, np.cumsum(lengths))]
+
+    def loss_of(logits: Tensor, wanted: np.ndarray) -> Tensor:
+        return cross_entropy(logits.reshape(-1, 37), Tensor(wanted.reshape(-1))) * float(wanted.size)
+
+    def packed() -> Tensor:
+        return loss_of(model(Tensor(ids), documents=Tensor(numbers)), targets)
+
+    def alone() -> Tensor:
+        losses = [loss_of(model(Tensor(ids[row : row + 1, part])), targets[row, part]) for row, part in parts]
+        return sum(losses[1:], losses[0])
+
+    logits = model(Tensor(ids), documents=Tensor(numbers)).asnumpy()
+    for row, part in parts:
+        expected = model(Tensor(ids[row : row + 1, part])).asnumpy()
+        np.testing.assert_allclose(logits[row : row + 1, part], expected, atol=1e-5 * np.abs(expected).max())
+    params = model.trainable_params()
+    (loss, grads), (expected_loss, expected) = (ms.value_and_grad(f, None, params)() for f in (packed, alone))
+    assert loss.asnumpy().item() == pytest.approx(expected_loss.asnumpy().item(), rel=1e-5)
+    for p, a, b in zip(params, grads, expected):
+        np.testing.assert_allclose(a.asnumpy(), b.asnumpy(), atol=1e-5 * np.abs(b.asnumpy()).max(), err_msg=p.name)
+    assert np.abs(model(Tensor(ids)).asnumpy() - logits).max() > 1e-2  # without the marks they are others
+
+
+def test_documents_and_a_cache_do_not_go_together():
+    model = Llama(LlamaConfig(**SIZES))
+    ids = Tensor(np.zeros((1, 3), np.int32))
+    with pytest.raises(ValueError, match="a cache is for generation: leave one of them out"):
+        model(ids, cache=KeyValueCache(3), documents=ids)
+
+
+# The cache #
+
+
+@pytest.fixture(params=["CPU", "Ascend"])
+def _device(request: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is done on a device, here done on the CPU."""
+    monkeypatch.setattr(cache, "device_target", lambda: request.param)
+
+
+@pytest.mark.usefixtures("_device")
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+@settings(max_examples=10, deadline=None)
+@given(lengths=st.lists(st.integers(1, 4), min_size=1, max_size=5), batch=st.integers(1, 2), heads=st.integers(1, 2))
+def test_the_cache_returns_what_was_put_in(dtype, lengths, batch, heads):
+    random = np.random.default_rng(0)
+    kept = KeyValueCache(sum(lengths))
+    parts = [tuple(random.standard_normal((batch, heads, n, d)).astype(dtype) for d in (3, 5)) for n in lengths]
+    for i, new in enumerate(parts):
+        for number in (0, 1):
+            assert kept.layer(number).length == sum(lengths[:i]) and kept.length in (0, sum(lengths[:i]))
+            got = kept.layer(number).update(*(Tensor(x) for x in new))
+            for j in range(2):
+                np.testing.assert_array_equal(got[j].asnumpy(), np.concatenate([p[j] for p in parts[: i + 1]], 2))
+    assert kept.length == sum(lengths)
+
+
+@pytest.mark.usefixtures("_device")
+def test_the_cache_refuses_what_does_not_fit():
+    kept = KeyValueCache(4)
+    assert kept.length == 0
+    x = Tensor(np.ones((2, 1, 3, 5), np.float32))
+    kept.layer(0).update(x, x)
+    text = r"^a KeyValueCache of capacity 4 that holds 3 positions has no room for 3 more: KeyValueCache\(6\) has$"
+    with pytest.raises(ValueError, match=text):
+        kept.layer(0).update(x, x)
+    one = Tensor(np.ones((1, 1, 1, 5), np.float32))
+    with pytest.raises(ValueError, match=r"begun with \(batch, heads, dim\) \(2, 1, 5\), and this pass has \(1, 1, 5\)"):
+        kept.layer(0).update(one, one)
+    assert kept.length == 3
+    with pytest.raises(ValueError, match="capacity must be at least 1, not 0"):
+        KeyValueCache(0)
+
+
+@pytest.mark.parametrize("how", [Spread(), Spread(recompute=False), None], ids=["recomputed", "kept", "plain"])
+def test_no_gradient_goes_through_a_cache(how):
+    model = Llama(LlamaConfig(**SIZES))
+    if how is not None:
+        spread(model, how)
+    bms.init_parameters(model)
+    ids = Tensor(np.zeros((1, 3), np.int32))
+    with pytest.raises(RuntimeError, match="no gradient goes through a KeyValueCache: leave it out where gradients are taken"):
+        ms.value_and_grad(lambda: model(ids, cache=KeyValueCache(3)).sum(), None, model.trainable_params())()
+    assert model(ids, cache=KeyValueCache(3)).shape == (1, 3, 37)
