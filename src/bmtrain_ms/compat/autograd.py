@@ -26,6 +26,7 @@ __all__ = [
     "backward_hooks",
     "closed",
     "custom_op",
+    "custom_vjp",
     "hookable",
     "no_grad",
     "record",
@@ -151,6 +152,29 @@ def custom_op(
     recorded = executor.call_custom_bprop(_Op(backward), outputs, *inputs, *captured())
     recorded = outputs if recorded is None else recorded  # 2.5 marks the outputs in place
     return tuple(x.copy() for x in recorded) if _hookable[0] else recorded
+
+
+def custom_vjp(
+    forward: Callable[..., tuple[Tensors, Any]], backward: Callable[[Any, Tensors], Sequence[Tensor | None]], *inputs: Tensor
+) -> Tensors:
+    """`custom_op` whose forward says what its backward needs (JAX: `custom_vjp`).
+
+    Args:
+        forward: tensors -> (tuple of floating-point tensors, residuals of any kind).
+        backward: (residuals, gradients of the outputs) -> one gradient per input; `None` stands for zero.
+        inputs: see `custom_op`.
+
+    Returns:
+        The outputs of `forward`, as a tuple.
+    """
+    kept: list[Any] = []
+
+    def run(*xs: Tensor) -> Tensors:
+        outputs, residuals = forward(*xs)
+        kept.append(residuals)
+        return outputs
+
+    return custom_op(run, lambda grads: backward(kept.pop(), grads), *inputs)
 
 
 def _distinct(outputs: Tensors, inputs: Sequence[Tensor]) -> Tensors:
