@@ -99,3 +99,13 @@ def single_world() -> Iterator[Any]:
     bmtrain_ms.init_distributed(seed=0)
     yield bmtrain_ms.comm.world()
     bmtrain_ms.shutdown()
+
+
+@pytest.fixture(params=["host", "device"])
+def implementation(request: pytest.FixtureRequest, single_world: Any) -> Iterator[str]:
+    """Every implementation of the operations; the one for devices runs on CPU too."""
+    from bmtrain_ms import ops
+
+    ops.use(request.param)
+    yield request.param
+    ops.use("host")

@@ -15,10 +15,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from mindspore import Tensor
 
-from bmtrain_ms.nn import cross_entropy as module
 from bmtrain_ms.nn.functional import cross_entropy
-
-pytestmark = pytest.mark.usefixtures("single_world")
+from bmtrain_ms.ops import device_loss, host_loss
 
 SOURCE = Path(__file__).resolve().parents[2] / "src"
 # of the largest gradient: what rounding to the logits' type costs
@@ -27,13 +25,15 @@ DTYPES = pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
 REDUCTIONS = pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 
 
-@pytest.fixture(params=["CPU", "Ascend"])
-def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The path that each device takes, run on CPU; chunks of a few rows."""
-    monkeypatch.setattr(module, "device_target", lambda: request.param)
-    monkeypatch.setattr(module, "_HOST_CHUNK", 32)
-    monkeypatch.setattr(module, "_DEVICE_CHUNK", 32)
-    return request.param
+@pytest.fixture(autouse=True)
+def small_chunks(implementation: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every test on both implementations, in chunks of a few rows."""
+    set_chunk(monkeypatch, 32)
+
+
+def set_chunk(patch: pytest.MonkeyPatch, elements: int) -> None:
+    for module in (host_loss, device_loss):
+        patch.setattr(module, "CHUNK", elements)
 
 
 def numbers(*shape: int, seed: int = 0, scale: float = 3.0) -> np.ndarray:
@@ -96,10 +96,10 @@ def check(x: Tensor, targets: np.ndarray, weight: Any = None, smoothing: float =
 @pytest.mark.parametrize("weighted", [False, True], ids=["plain", "weighted"])
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("ignored", [False, True], ids=["all", "some"])
-def test_against_the_formula(device, monkeypatch, dtype, reduction, weighted, smoothing, ignored):
+def test_against_the_formula(monkeypatch, dtype, reduction, weighted, smoothing, ignored):
     """13 rows of 9 classes in chunks of 3 rows."""
     if dtype == ms.bfloat16:
-        monkeypatch.setattr(module, "_DEVICE_CHUNK", 1 << 20)  # MindSpore on CPU cannot concatenate bfloat16
+        set_chunk(monkeypatch, 1 << 20)  # MindSpore on CPU cannot concatenate bfloat16
     targets = np.random.default_rng(1).integers(0, 9, 13).astype(np.int32)
     targets[[0, 1, 7, 12] if ignored else []] = -100
     weight = np.linspace(0.25, 2.0, 9) if weighted else None
@@ -108,7 +108,7 @@ def test_against_the_formula(device, monkeypatch, dtype, reduction, weighted, sm
 
 @pytest.mark.parametrize("integer", [np.int32, np.int64], ids=["int32", "int64"])
 @pytest.mark.parametrize("targets", [[0, 6, 3, 3], [-100, -100, 5, -100]], ids=["all", "one"])
-def test_types_of_targets(device, targets, integer):
+def test_types_of_targets(targets, integer):
     check(Tensor(numbers(4, 7)), np.array(targets, integer))
 
 
@@ -120,15 +120,12 @@ def test_types_of_targets(device, targets, integer):
     weighted=st.booleans(),
     smoothing=st.sampled_from([0.0, 0.1, 0.9]),
     reduction=st.sampled_from(["mean", "sum", "none"]),
-    target=st.sampled_from(["CPU", "Ascend"]),
     seed=st.integers(0, 1 << 16),
 )
-def test_any_size_in_any_chunks(monkeypatch, rows, classes, chunk, weighted, smoothing, reduction, target, seed):
+def test_any_size_in_any_chunks(monkeypatch, rows, classes, chunk, weighted, smoothing, reduction, seed):
     random = np.random.default_rng(seed)
     with monkeypatch.context() as patch:
-        patch.setattr(module, "device_target", lambda: target)
-        patch.setattr(module, "_HOST_CHUNK", chunk)
-        patch.setattr(module, "_DEVICE_CHUNK", chunk)
+        set_chunk(patch, chunk)
         targets = np.where(random.random(rows) < 0.2, -100, random.integers(0, classes, rows)).astype(np.int32)
         weight = random.uniform(0.0, 2.0, classes).astype(np.float32) if weighted else None
         check(Tensor(numbers(rows, classes, seed=seed)), targets, weight, smoothing, least=1.0, reduction=reduction)
@@ -139,18 +136,18 @@ def test_chunks_do_not_change_a_bit(monkeypatch, smoothing):
     targets = np.random.default_rng(1).integers(0, 9, 13).astype(np.int32)
     weight, results = np.linspace(0.25, 2.0, 9), []
     for chunk in (1, 20, 27, 1 << 16):
-        monkeypatch.setattr(module, "_HOST_CHUNK", chunk)
+        set_chunk(monkeypatch, chunk)
         results.append(run(Tensor(numbers(13, 9)), targets, weight, label_smoothing=smoothing)[1])
     assert all(np.array_equal(results[0], other) for other in results)
 
 
-def test_the_gradient_from_above_is_a_factor(device):
+def test_the_gradient_from_above_is_a_factor():
     targets, x = np.array([1, 0], np.int32), numbers(2, 3)
     grad = ms.grad(lambda x: cross_entropy(x, Tensor(targets)) * 1024.0)(Tensor(x))
     np.testing.assert_allclose(grad.asnumpy(), 1024.0 * reference(x, targets)[1], rtol=1e-5, atol=1e-4)
 
 
-def test_other_ignore_index(device):
+def test_other_ignore_index():
     targets, x = np.array([1, 0, 2], np.int32), numbers(3, 3)
     loss, grad = run(Tensor(x), targets, ignore_index=0)
     expected, slope = reference(x, targets, ignore=0)
@@ -158,7 +155,7 @@ def test_other_ignore_index(device):
     np.testing.assert_allclose(grad, slope, atol=1e-6)
 
 
-def test_a_second_backward_through_the_same_function(device):
+def test_a_second_backward_through_the_same_function():
     """BMTrain's makes the gradient in the memory that backward reads."""
     targets, x = np.array([1, -100, 2], np.int32), numbers(3, 4)
     tensor = Tensor(x)
@@ -168,7 +165,7 @@ def test_a_second_backward_through_the_same_function(device):
     assert np.array_equal(tensor.asnumpy(), x)
 
 
-def test_two_losses_of_the_same_logits(device):
+def test_two_losses_of_the_same_logits():
     targets, x = np.array([1, 2, 0], np.int32), numbers(3, 4)
     both = ms.grad(lambda x: cross_entropy(x, Tensor(targets)) + cross_entropy(x, Tensor(targets[::-1].copy())))(Tensor(x))
     expected = reference(x, targets)[1] + reference(x, targets[::-1])[1]
@@ -185,7 +182,7 @@ VIEWS = {
 
 
 @pytest.mark.parametrize("name", VIEWS)
-def test_logits_that_are_a_view(device, name):
+def test_logits_that_are_a_view(name):
     view, whole = VIEWS[name], numbers(6, 12)
     shown = view(whole)
     targets = np.arange(len(shown), dtype=np.int32) % shown.shape[1]
@@ -202,7 +199,7 @@ def test_logits_that_are_a_view(device, name):
 
 @DTYPES
 @REDUCTIONS
-def test_all_rows_ignored(device, dtype, reduction):
+def test_all_rows_ignored(dtype, reduction):
     targets = np.full(3, -100, np.int32)
     loss, grad = run(Tensor(numbers(3, 5)).astype(dtype), targets, label_smoothing=0.1, reduction=reduction)
     assert not loss.any() and not grad.any()
@@ -214,7 +211,7 @@ def test_no_rows(reduction):
     assert loss == 0.0 and grad.shape == (0, 5)
 
 
-def test_a_weight_of_zero(device):
+def test_a_weight_of_zero():
     """Its rows count neither in the loss nor in the divisor."""
     weight, targets, x = np.array([0.0, 1.0, 2.0]), np.array([0, 1, 2], np.int32), numbers(3, 3)
     loss, grad = run(Tensor(x), targets, weight)
@@ -225,7 +222,7 @@ def test_a_weight_of_zero(device):
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
-def test_only_weights_of_zero(device, smoothing):
+def test_only_weights_of_zero(smoothing):
     """Nothing to divide by: 0, as where all rows are ignored (PyTorch: NaN)."""
     loss, grad = run(Tensor(numbers(2, 3)), np.array([0, 0], np.int32), [0.0, 1.0, 1.0], label_smoothing=smoothing)
     assert loss == 0.0 and not grad.any()
@@ -236,25 +233,25 @@ def test_only_weights_of_zero(device, smoothing):
 
 @pytest.mark.parametrize("offset", [100.0, 1e4, -1e6])
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
-def test_a_common_offset_costs_no_digits(device, offset, smoothing):
+def test_a_common_offset_costs_no_digits(offset, smoothing):
     check(Tensor(numbers(5, 7) + np.float32(offset)), np.arange(5, dtype=np.int32), None, smoothing)
 
 
 @DTYPES
-def test_an_impossible_target(device, dtype):
+def test_an_impossible_target(dtype):
     """A probability below the smallest float32 is not zero; exp does not overflow."""
     x = Tensor(np.array([[1000.0, 0.0], [0.0, 1000.0]], np.float32)).astype(dtype)
     loss, grad = run(x, np.array([0, 0], np.int32))
     assert loss == 500.0 and grad.tolist() == [[0.0, 0.0], [-0.5, 0.5]]
 
 
-def test_the_largest_logits(device):
+def test_the_largest_logits():
     largest = np.finfo(np.float32).max
     loss, grad = run(Tensor(np.array([[largest, 0.0, -largest]], np.float32)), np.array([0], np.int32))
     assert loss == 0.0 and not grad.any()
 
 
-def test_a_class_that_cannot_be(device):
+def test_a_class_that_cannot_be():
     """-inf, as masks write it, where it is not the target."""
     x = numbers(2, 4)
     x[:, 1] = -np.inf
@@ -273,7 +270,7 @@ BAD = pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 @DTYPES
 @REDUCTIONS
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
-def test_an_ignored_row_reaches_nothing(device, bad, dtype, reduction, smoothing):
+def test_an_ignored_row_reaches_nothing(bad, dtype, reduction, smoothing):
     x, targets = numbers(3, 4), np.array([1, -100, 2], np.int32)
     clean = run(Tensor(x).astype(dtype), targets, label_smoothing=smoothing, reduction=reduction)
     for place in (0, slice(None)):
@@ -285,7 +282,7 @@ def test_an_ignored_row_reaches_nothing(device, bad, dtype, reduction, smoothing
 @BAD
 @REDUCTIONS
 @pytest.mark.parametrize("weight", [None, [1.0, 1.0, 0.0]], ids=["plain", "weighted"])
-def test_an_overflow_in_a_row_that_counts_is_not_hidden(device, bad, reduction, weight):
+def test_an_overflow_in_a_row_that_counts_is_not_hidden(bad, reduction, weight):
     """What a loss scaler looks for. Warnings are errors here."""
     x = numbers(2, 3)
     x[1, 2] = bad
@@ -294,7 +291,7 @@ def test_an_overflow_in_a_row_that_counts_is_not_hidden(device, bad, reduction, 
     assert np.isfinite(grad[0]).all() and (bad == -np.inf or not np.isfinite(grad[1]).all())
 
 
-def test_an_overflow_of_the_gradient_is_inf(device):
+def test_an_overflow_of_the_gradient_is_inf():
     x = Tensor(np.zeros((1, 2), np.float16))
     grad = ms.grad(lambda x: cross_entropy(x, Tensor(np.array([0], np.int32))) * 1e6)(x)
     assert grad.asnumpy().tolist() == [[-np.inf, np.inf]]

@@ -17,7 +17,8 @@ SOURCE = ROOT / "src" / "bmtrain_ms"
 # draws it. `bmtrain_ms_base`, which has no units, is below all of it, and the command above.
 LEVELS = [
     {"compat"},
-    {"ops", "comm"},
+    {"ops"},
+    {"comm"},
     {"zero", "distributed"},
     {"parallel"},
     {"optim", "nn"},

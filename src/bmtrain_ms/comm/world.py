@@ -17,6 +17,7 @@ from bmtrain_ms_base.checks import number, whole
 from bmtrain_ms_base.mesh import AXES, Mesh
 from bmtrain_ms_base.mpi import finalise_in_ranks_only
 
+from .. import ops
 from ..compat import habits, runtime
 from . import ending, node
 from .engine import Clock, Engine
@@ -206,6 +207,7 @@ def init_distributed(
         engine = _make_engine(launch, target, timeout)
     elif target == "CPU":
         _configure_cpu(launch)
+    ops.use_for(target)
     for seed_it in (random.seed, np.random.seed, ms.set_seed):
         seed_it(seed)
     made = _make_world(engine, shard_size, seed, launch, prefetch, gather_dtype, Trace() if trace else None)

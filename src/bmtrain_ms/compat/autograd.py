@@ -26,6 +26,7 @@ __all__ = [
     "backward_hooks",
     "closed",
     "custom_op",
+    "custom_vjp",
     "hookable",
     "no_grad",
     "record",
@@ -157,6 +158,29 @@ def custom_op(
         for x in recorded:
             x.ignores_hooks = True
     return recorded
+
+
+def custom_vjp(
+    forward: Callable[..., tuple[Tensors, Any]], backward: Callable[[Any, Tensors], Sequence[Tensor | None]], *inputs: Tensor
+) -> Tensors:
+    """`custom_op` whose forward says what its backward needs (JAX: `custom_vjp`).
+
+    Args:
+        forward: tensors -> (tuple of floating-point tensors, residuals of any kind).
+        backward: (residuals, gradients of the outputs) -> one gradient per input; `None` stands for zero.
+        inputs: see `custom_op`.
+
+    Returns:
+        The outputs of `forward`, as a tuple.
+    """
+    kept: list[Any] = []
+
+    def run(*xs: Tensor) -> Tensors:
+        outputs, residuals = forward(*xs)
+        kept.append(residuals)
+        return outputs
+
+    return custom_op(run, lambda grads: backward(kept.pop(), grads), *inputs)
 
 
 def _distinct(outputs: Tensors, inputs: Sequence[Tensor]) -> Tensors:

@@ -1,0 +1,156 @@
+"""The operations that a transformer spends its time in, each with its own derivative.
+
+Here is what they promise. `ops.host` and `ops.device` are two implementations of the same names, of which one is chosen once:
+by `init_distributed`, or by what MindSpore says its device is at the first use before that. Norms, softmax, angles and the loss
+are computed in float32 whatever the dtype of the tensors; inf and nan are answers, which a loss scaler looks for.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+from mindspore import Tensor
+
+from ..compat.runtime import device_target
+from . import device, host
+from .rules import Angles, LossRule, check_cross_entropy_options
+
+__all__ = [
+    "Angles",
+    "attention",
+    "causal_mask",
+    "check_cross_entropy_options",
+    "chosen",
+    "cross_entropy",
+    "embedding",
+    "layer_norm",
+    "linear",
+    "merge_heads",
+    "rms_norm",
+    "split_heads",
+    "swiglu",
+    "use",
+    "use_for",
+]
+
+
+class _Choice:
+    implementation: ModuleType | None = None
+
+
+def use(name: str) -> None:
+    """Compute on the `host`, with NumPy and compiled loops, or on a `device`, with MindSpore's operations.
+
+    Raises:
+        ValueError: `name` is neither.
+    """
+    if name not in ("host", "device"):
+        raise ValueError(f"operations are computed on the 'host' or on a 'device', not on {name!r}")
+    _Choice.implementation = host if name == "host" else device
+
+
+def use_for(target: str) -> None:
+    """Choose what suits MindSpore's device target."""
+    use("host" if target == "CPU" else "device")
+
+
+def chosen() -> ModuleType:
+    """The implementation that runs, `ops.host` or `ops.device`."""
+    if _Choice.implementation is None:
+        _Choice.implementation = host if device_target() == "CPU" else device
+    return _Choice.implementation
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x (..., in), weight (out, in), bias (out,) -> (..., out), in the dtype of the inputs."""
+    return chosen().linear(x, weight, bias)
+
+
+def embedding(ids: Tensor, table: Tensor) -> Tensor:
+    """ids (...) of int, table (vocab, dim) -> (..., dim). Gradients of equal ids are summed in float32, in order."""
+    return chosen().embedding(ids, table)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) * weight over the last dim (Zhang and Sennrich, 2019); x (..., dim), weight (dim,)."""
+    return chosen().rms_norm(x, weight, eps)
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """(x - mean) / sqrt(var + eps) * weight + bias over the last dim (Ba et al., 2016); x (..., dim), weight and bias (dim,)."""
+    return chosen().layer_norm(x, weight, bias, eps)
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) * up (Shazeer, "GLU variants improve transformer", 2020); equal shapes."""
+    return chosen().swiglu(gate, up)
+
+
+def split_heads(x: Tensor, batch: int, heads: int, angles: Angles | None = None) -> Tensor:
+    """(batch * length, heads * dim) -> (batch, heads, length, dim), rotated by the angles if there are any.
+
+    Args:
+        angles: of rotary position embedding (Su et al., 2021), halves paired.
+    """
+    return chosen().split_heads(x, batch, heads, angles)
+
+
+def merge_heads(x: Tensor) -> Tensor:
+    """(batch, heads, length, dim) -> (batch * length, heads * dim)."""
+    return chosen().merge_heads(x)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """softmax(q kᵀ / sqrt(dim) + mask) v, softmax in float32.
+
+    Grouped queries (Ainslie et al., 2023) need no repeated keys: the queries of one group are more rows of the same product.
+
+    Args:
+        q: (batch, kv heads, queries of the group, dim).
+        k, v: (batch, kv heads, keys, dim).
+        mask: float32, added to the scores: broadcastable to (batch, kv heads, queries, keys). What `causal_mask` has returned,
+            the very tensor, costs less than another one.
+
+    Returns:
+        As `q`.
+    """
+    return chosen().attention(q, k, v, mask)
+
+
+def causal_mask(batch: int, heads: int, queries: int, keys: int, repeats: int = 1) -> Tensor:
+    """0 where a query may look, a large negative number where it may not; the last query sees all keys.
+
+    Returns:
+        float32, broadcastable to (batch, heads, repeats * queries, keys). Shared: do not write.
+    """
+    return chosen().causal_mask(batch, heads, queries, keys, repeats)
+
+
+def cross_entropy(
+    logits: Tensor,
+    targets: Tensor,
+    ignore_index: int = -100,
+    weight: Tensor | None = None,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+) -> Tensor:
+    """-log softmax(logits)[target], in float32.
+
+    Args:
+        logits: (rows, classes), any float dtype; the loss is computed in float32.
+        targets: (rows,) of int32 or int64.
+        ignore_index: rows with this target have no loss and no gradient.
+        weight: (classes,), of each class; default: ones.
+        reduction: `mean` over the rows that count (with `weight`: divided by the sum of their targets' weights), 0 when there is
+            none; `sum`; or `none`.
+        label_smoothing: e in [0, 1): that share of the target is spread over all classes.
+
+    Returns:
+        float32, a scalar; (rows,) for `none`.
+
+    Raises:
+        TypeError: targets are not integers.
+        ValueError: shapes do not fit, a target is outside [0, classes), or an option is out of range.
+    """
+    rule = LossRule.of(logits, targets, ignore_index, weight, reduction, label_smoothing)
+    return chosen().cross_entropy(logits, rule)

@@ -1,0 +1,293 @@
+"""Every operation, on the host and as on a device, forward and gradient, against the formula in float64 NumPy.
+
+`cross_entropy` has its own file.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any, Callable
+
+import mindspore as ms
+import numpy as np
+import pytest
+from mindspore import Tensor
+
+from bmtrain_ms import ops
+
+pytestmark = pytest.mark.usefixtures("implementation")  # every test twice: on the host, and as on a device
+
+TOLERANCE = {np.float32: 2e-5, np.float16: 4e-3}  # of the largest value
+BOTH = pytest.mark.parametrize("dtype", [np.float32, np.float16], ids=["fp32", "fp16"])
+
+
+def numbers(*shape: int, seed: int = 0, dtype: Any = np.float32) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal(shape).astype(dtype)
+
+
+def finite_differences(function: Callable[..., np.ndarray], inputs: list[np.ndarray], cotangent: np.ndarray) -> list[np.ndarray]:
+    """d sum(function(*inputs) * cotangent) / d input, in float64."""
+    grads = []
+    for x in inputs:
+        grad = np.zeros_like(x)
+        for i in np.ndindex(x.shape):
+            kept = x[i]
+            x[i] = kept + 1e-6
+            above = (function(*inputs) * cotangent).sum()
+            x[i] = kept - 1e-6
+            grad[i] = (above - (function(*inputs) * cotangent).sum()) / 2e-6
+            x[i] = kept
+        grads.append(grad)
+    return grads
+
+
+def assert_close(actual: np.ndarray, expected: np.ndarray, tolerance: float) -> None:
+    assert actual.shape == expected.shape
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=tolerance * max(1e-3, np.abs(expected).max()))
+
+
+def check(op: Callable[..., Tensor], reference: Callable[..., np.ndarray], *inputs: np.ndarray) -> None:
+    """Value and all gradients; results have the dtype of the inputs."""
+    tolerance = TOLERANCE[inputs[0].dtype.type]
+    wide = [x.astype(np.float64) for x in inputs]
+    expected = reference(*wide)
+    cotangent = numbers(*expected.shape, seed=99, dtype=inputs[0].dtype)
+    weight = Tensor(cotangent.astype(np.float32))
+    outputs: list[Tensor] = []
+
+    def loss(*xs: Tensor) -> Tensor:
+        out = op(*xs)
+        outputs.append(out)
+        return (out.astype(ms.float32) * weight).sum()
+
+    grads = ms.value_and_grad(loss, tuple(range(len(inputs))))(*map(Tensor, inputs))[1]
+    grads = (grads,) if len(inputs) == 1 else grads
+    assert outputs[0].asnumpy().dtype == inputs[0].dtype
+    assert_close(outputs[0].asnumpy(), expected, tolerance)
+    assert len(grads) == len(inputs)
+    for grad, wanted, x in zip(grads, finite_differences(reference, wide, cotangent.astype(np.float64)), inputs):
+        assert grad.asnumpy().dtype == x.dtype
+        assert_close(grad.asnumpy(), wanted, tolerance)
+
+
+# linear, embedding #
+
+
+@BOTH
+@pytest.mark.parametrize("shape", [(5, 4), (2, 3, 4), (4,), (1, 1, 2, 4)], ids=str)
+@pytest.mark.parametrize("bias", [False, True], ids=["plain", "bias"])
+def test_linear(shape, bias, dtype):
+    tensors = [numbers(*shape, dtype=dtype), numbers(3, 4, seed=1, dtype=dtype)]
+    if bias:
+        tensors.append(numbers(3, seed=2, dtype=dtype))
+    check(ops.linear, lambda x, w, *b: x @ w.T + sum(b), *tensors)
+
+
+@BOTH
+@pytest.mark.parametrize("ids", [[0, 2, 4], [[3, 3, 3], [0, 3, 1]]], ids=["once", "repeated"])
+def test_embedding(ids, dtype):
+    ids = np.array(ids, np.int32)
+    check(lambda table: ops.embedding(Tensor(ids), table), lambda table: table[ids], numbers(5, 3, dtype=dtype))
+
+
+def test_embedding_sums_equal_ids_in_float32():
+    """2048 + 1 + 1 is 2048 when summed in float16, which has 11 bits; 4096 rows of 1 would stop at 2048."""
+    ids = Tensor(np.zeros(4096, np.int32))
+    table = Tensor(np.ones((2, 1), np.float16))
+    grad = ms.grad(lambda t: ops.embedding(ids, t).astype(ms.float32).sum())(table)
+    assert grad.asnumpy().tolist() == [[4096.0], [0.0]]
+
+
+# Norms #
+
+
+def rms_norm(x, w, eps=1e-3):
+    return x / np.sqrt((x * x).mean(-1, keepdims=True) + eps) * w
+
+
+def layer_norm(x, w, b, eps=1e-3):
+    return (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + eps) * w + b
+
+
+@BOTH
+@pytest.mark.parametrize("shape", [(4, 7), (2, 3, 5), (1, 1), (6,)], ids=str)
+def test_rms_norm(shape, dtype):
+    tensors = [numbers(*shape, dtype=dtype), numbers(shape[-1], seed=1, dtype=dtype)]
+    check(lambda x, w: ops.rms_norm(x, w, 1e-3), rms_norm, *tensors)
+
+
+@BOTH
+@pytest.mark.parametrize("shape", [(4, 7), (2, 3, 5), (6,)], ids=str)
+def test_layer_norm(shape, dtype):
+    tensors = [numbers(*shape, dtype=dtype), numbers(shape[-1], seed=1, dtype=dtype), numbers(shape[-1], seed=2, dtype=dtype)]
+    check(lambda x, w, b: ops.layer_norm(x, w, b, 1e-3), layer_norm, *tensors)
+
+
+def test_rms_norm_squares_in_float32():
+    """300^2 does not fit into float16."""
+    x = np.full((2, 4), 300.0, np.float16)
+    out = ops.rms_norm(Tensor(x), Tensor(np.ones(4, np.float16)), 1e-6)
+    assert out.asnumpy().tolist() == np.ones((2, 4)).tolist()
+
+
+# swiglu, rotary #
+
+
+@BOTH
+def test_swiglu(dtype):
+    check(ops.swiglu, lambda g, u: g / (1 + np.exp(-g)) * u, numbers(3, 4, dtype=dtype), numbers(3, 4, seed=1, dtype=dtype))
+
+
+def test_swiglu_far_out():
+    """No overflow and no NaN where the exponential is one."""
+    gate = np.array([-100.0, -30.0, 0.0, 30.0, 100.0], np.float32)
+    up = np.full(5, 2.0, np.float32)
+    value, grads = ms.value_and_grad(lambda g, u: ops.swiglu(g, u).sum(), (0, 1))(Tensor(gate), Tensor(up))
+    assert value.asnumpy() == pytest.approx(260.0, rel=1e-6)
+    np.testing.assert_allclose(grads[0].asnumpy(), [0, 0, 1, 2, 2], atol=1e-5)
+    np.testing.assert_allclose(grads[1].asnumpy(), [0, 0, 0, 30, 100], atol=1e-5)
+
+
+def turned(x: np.ndarray, angles: np.ndarray) -> np.ndarray:
+    half = x.shape[-1] // 2
+    first, second = x[:, :half], x[:, half:]
+    cos, sin = np.cos(angles), np.sin(angles)
+    return np.concatenate([first * cos - second * sin, second * cos + first * sin], axis=1)
+
+
+# Attention #
+
+
+def attention(q, k, v, mask):
+    scores = q @ k.swapaxes(-1, -2) / np.sqrt(q.shape[-1]) + mask
+    weights = np.exp(scores - scores.max(-1, keepdims=True))
+    return weights / weights.sum(-1, keepdims=True) @ v
+
+
+@BOTH
+@pytest.mark.parametrize("queries, keys", [(3, 3), (2, 5), (1, 4), (4, 1)], ids=str)
+@pytest.mark.parametrize("masked", [False, True], ids=["open", "masked"])
+def test_attention(queries, keys, masked, dtype):
+    mask = np.zeros((2, 2, queries, keys), np.float32)
+    if masked:
+        mask[:] = ops.causal_mask(2, 2, queries, keys).asnumpy()
+        mask[:, :, :, 0] = 0.25  # every row sees something; an additive bias is added
+    check(
+        lambda q, k, v: ops.attention(q, k, v, Tensor(mask) if masked else None),
+        lambda q, k, v: attention(q, k, v, mask.astype(np.float64)),
+        numbers(2, 2, queries, 3, dtype=dtype),
+        numbers(2, 2, keys, 3, seed=1, dtype=dtype),
+        numbers(2, 2, keys, 3, seed=2, dtype=dtype),
+    )
+
+
+def test_grouped_queries_equal_repeated_keys():
+    """4 query heads on 2 key heads: the rows of one group are queries of one product."""
+    batch, kv, group, length, dim = 2, 2, 2, 3, 4
+    q = numbers(batch, kv * group, length, dim)
+    k, v = numbers(batch, kv, length, dim, seed=1), numbers(batch, kv, length, dim, seed=2)
+    grouped = Tensor(q.reshape(batch, kv, group * length, dim))
+    mask = ops.causal_mask(batch, kv, length, length, group)
+    out = ops.attention(grouped, Tensor(k), Tensor(v), mask).asnumpy().reshape(q.shape)
+    causal = np.where(np.tril(np.ones((length, length))), 0.0, -np.inf)
+    expected = attention(q.astype(np.float64), np.repeat(k, group, 1), np.repeat(v, group, 1), causal)
+    assert_close(out, expected, 1e-5)
+
+
+def test_causal_mask():
+    mask = ops.causal_mask(2, 3, 2, 4, repeats=2).asnumpy()
+    assert mask.dtype == np.float32
+    far = np.float32(-1e30)
+    expected = [[0, 0, 0, far], [0, 0, 0, 0]]  # the last query sees all keys
+    assert np.array_equal(np.broadcast_to(mask, (2, 3, 4, 4)), np.broadcast_to(np.array(expected * 2, np.float32), (2, 3, 4, 4)))
+
+
+def test_masked_keys_have_no_weight_at_all():
+    q, k, v = (Tensor(numbers(1, 1, 3, 4, seed=i)) for i in range(3))
+    mask = ops.causal_mask(1, 1, 3, 3)
+    out = ops.attention(q, k, v, mask).asnumpy()
+    other = v.asnumpy().copy()
+    other[0, 0, 2] = 1e6
+    assert np.array_equal(ops.attention(q, k, Tensor(other), mask).asnumpy()[0, 0, :2], out[0, 0, :2])
+
+
+# Heads #
+
+
+@BOTH
+@pytest.mark.parametrize("rotated", [True, False])
+def test_split_heads(dtype: Any, rotated: bool):
+    batch, length, heads, dim = 2, 3, 2, 4
+    angles = numbers(length, dim // 2, seed=1).astype(np.float64)
+    given = (np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)) if rotated else None
+
+    def reference(x: np.ndarray) -> np.ndarray:
+        apart = x.reshape(batch, length, heads, dim).transpose(0, 2, 1, 3)
+        if not rotated:
+            return apart
+        rows = apart.reshape(-1, length, dim)
+        return np.stack([turned(row, angles) for row in rows]).reshape(apart.shape)
+
+    x = numbers(batch * length, heads * dim, dtype=dtype)
+    check(lambda x: ops.split_heads(x, batch, heads, given), reference, x)
+
+
+@BOTH
+def test_merge_heads(dtype: Any):
+    x = numbers(2, 3, 4, 5, dtype=dtype)  # batch, heads, length, dim
+    check(ops.merge_heads, lambda x: x.transpose(0, 2, 1, 3).reshape(8, 15), x)
+
+
+@BOTH
+@pytest.mark.parametrize("masked", [True, False])
+def test_attention_of_grouped_queries(dtype: Any, masked: bool):
+    q, k, v = (numbers(2, 2, rows, 3, seed=i, dtype=dtype) for i, rows in enumerate((4, 5, 5)))  # groups of two queries
+    mask = ops.causal_mask(2, 2, 2, 5, repeats=2) if masked else None
+    added = 0.0 if mask is None else np.asarray(mask.asnumpy(), np.float64)
+
+    def reference(q: np.ndarray, k: np.ndarray, v: np.ndarray) -> np.ndarray:
+        scores = q @ k.swapaxes(-1, -2) / np.sqrt(3) + added
+        weights = np.exp(scores - scores.max(-1, keepdims=True))
+        return weights / weights.sum(-1, keepdims=True) @ v
+
+    check(lambda q, k, v: ops.attention(q, k, v, mask), reference, q, k, v)
+
+
+def test_overflow_is_inf_without_a_warning():
+    """What a loss scaler looks for. Warnings are errors here."""
+    big = np.full((2, 4), 6e4, np.float16)
+    for op in (
+        lambda x: ops.swiglu(x, x),
+        lambda x: ops.rms_norm(x, Tensor(big[0]), 1e-5),
+        lambda x: ops.split_heads(x, 1, 1, (np.ones((2, 2), np.float32), -np.ones((2, 2), np.float32))),
+    ):
+        value, _ = ms.value_and_grad(lambda x, op=op: (op(x) * Tensor(np.float16(6e4))).astype(ms.float32).sum())(Tensor(big))
+        assert np.isinf(value.asnumpy())
+
+
+# The two implementations #
+
+
+def test_both_have_the_signatures_of_the_contracts():
+    from bmtrain_ms.ops import device, host
+
+    assert host.__all__ == device.__all__
+    for name in set(host.__all__) - {"cross_entropy"}:  # which is given what has been checked
+        contract = inspect.signature(getattr(ops, name))
+        assert inspect.signature(getattr(host, name)) == inspect.signature(getattr(device, name)) == contract, name
+
+
+def test_no_third_implementation():
+    with pytest.raises(ValueError, match="'host' or on a 'device', not on 'Ascend'"):
+        ops.use("Ascend")
+
+
+def test_chosen_by_the_device_target(monkeypatch):
+    from bmtrain_ms.ops import device, host
+
+    for target, module in (("CPU", host), ("Ascend", device)):
+        ops.use_for(target)
+        assert ops.chosen() is module
+        monkeypatch.setattr(ops, "device_target", lambda target=target: target)
+        monkeypatch.setattr(ops._Choice, "implementation", None)  # before init_distributed
+        assert ops.chosen() is module
