@@ -27,10 +27,12 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 import bmtrain_ms as bms
-from bmtrain_ms.checkpoint import CheckpointError, consolidated, sharded, tools
+from bmtrain_ms.checkpoint import CheckpointError, consolidated, tools
+from bmtrain_ms.checkpoint import index as index_module
 from bmtrain_ms.checkpoint.consolidated import ConsolidatedReader
 from bmtrain_ms.checkpoint.format import plan
-from bmtrain_ms.checkpoint.sharded import INDEX, Index, IndexedTensor, ShardedReader, _checksum, file_name, write_rank_file
+from bmtrain_ms.checkpoint.index import INDEX, Index, IndexedTensor, _checksum, file_name
+from bmtrain_ms.checkpoint.sharded import ShardedReader, write_rank_file
 from bmtrain_ms.compat.runtime import numpy_dtype
 from tests.helpers.checkpoints import Run
 
@@ -192,15 +194,15 @@ def put(folder: Path, files: dict[str, bytes]) -> None:
 @pytest.fixture
 def shards(place, monkeypatch) -> dict[str, bytes]:
     """The files of a checkpoint of two ranks."""
-    monkeypatch.setattr(sharded, "HASHED", 64)
+    monkeypatch.setattr(index_module, "HASHED", 64)
     hashes, tensors = [], {}
     for rank in range(2):
         pieces = {}
         for name, (dtype, shape) in TENSORS.items():
             shard = None if name == "steps" else max(1, -(-math.prod(shape) // 2))
             tensors[name] = IndexedTensor(dtype, shape, shard, [])
-            first, last = tensors[name].piece(rank)
-            pieces[name] = dtype, originals()[name][first:last] if shard or rank == 0 else originals()[name][:0]
+            piece = tensors[name].piece(rank)
+            pieces[name] = dtype, originals()[name][piece.first : piece.last] if shard or rank == 0 else originals()[name][:0]
         hashes.append(write_rank_file(place / file_name(rank, 2), pieces, {"format": "pt"}))
     for name, t in tensors.items():
         tensors[name] = IndexedTensor(t.dtype, t.shape, t.shard, [h[name] for h in hashes[: 2 if t.shard else 1]])
@@ -213,7 +215,7 @@ def read_shards(folder: Path) -> None:
     """What can be read is what was written."""
     with ShardedReader(folder) as reader:
         for name, tensor in reader.index.tensors.items():
-            values = reader.read(name, 0, tensor.count)
+            values = reader.read_flat(name, 0, tensor.count)
             assert values.size == tensor.count
             if values.size:
                 assert values.tobytes() in {x.tobytes() for x in originals().values()}, name
@@ -296,7 +298,7 @@ def read_whole(folder: Path, right: bool) -> None:
     """`right`: data were not changed."""
     with ConsolidatedReader(folder) as reader:
         for name, tensor in reader.tensors.items():
-            values = reader.read(name, 0, tensor.count)
+            values = reader.read_flat(name, 0, tensor.count)
             assert values.size == tensor.count
             if right and name in TENSORS and (tensor.dtype, tensor.shape) == TENSORS[name]:
                 assert values.tobytes() == originals()[name].tobytes()
