@@ -441,6 +441,13 @@ def test_weights_are_no_training_state(tmp_path):
     assert run.everything() == before
 
 
+def test_one_file_of_a_training_state_is_not_written_any_more():
+    with pytest.raises(
+        AttributeError, match=r"no attribute 'save_training': Checkpointer\(.*save\(step, extra\) saves what it did"
+    ):
+        bms.checkpoint.save_training  # noqa: B018
+
+
 def test_a_later_version_is_refused(tmp_path):
     run = Run(half=False)
     save_training(tmp_path / "file", run.model, run.manager, {})

@@ -128,6 +128,24 @@ def test_options_out_of_range(single_world, tmp_path, options):
         Run(single_world, str(tmp_path), **options)
 
 
+@pytest.mark.parametrize("value", ["3", 2.5, True, [3]])
+@pytest.mark.parametrize("name", ["keep_last", "keep_every"])
+def test_numbers_of_another_type(single_world, tmp_path, name, value):
+    with pytest.raises(TypeError, match=rf"^{name} must be a whole number, not {re.escape(repr(value))}$"):
+        Run(single_world, str(tmp_path), **{name: value})
+
+
+def test_a_text_is_no_truth_value(run, tmp_path, single_world):
+    """ "no" would count as True."""
+    with pytest.raises(TypeError, match=r"^shared_storage must be True or False, not 'no'$"):
+        Run(single_world, str(tmp_path), shared_storage="no")
+    with pytest.raises(TypeError, match=r"^wait must be True or False, not 'no'$"):
+        run.save(2, wait="no")
+    with pytest.raises(TypeError, match=r"^strict must be True or False, not None$"):
+        run.load(strict=None)
+    only_the_first_is_there(run, tmp_path)
+
+
 def test_every_bit_comes_back(run, tmp_path):
     """NaN with a message in it, infinities, the negative zero, the smallest number."""
     bits = [0x7FC12345, 0xFF812345, 0x7F800000, 0xFF800000, 0x80000000, 0x00000001, 0x3F800000]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Callable
@@ -54,16 +53,6 @@ def shared(a: Box, b: Box) -> Box | None:
 def extents(box: Box) -> tuple[int, ...]:
     """The shape of a box."""
     return tuple(part.stop - part.start for part in box)
-
-
-def size_of(box: Box) -> int:
-    """Elements of a box."""
-    return math.prod(extents(box))
-
-
-def whole_box(shape: tuple[int, ...]) -> Box:
-    """All of a tensor."""
-    return tuple(slice(0, size) for size in shape)
 
 
 def fill(out: np.ndarray, box: Box, piece: Piece, block: int, read: Callable[[int, int], np.ndarray]) -> None:

@@ -135,7 +135,7 @@ class Checkpointer:
         entries = entries_to_save(self._model, self._manager)
         state = collected(self._manager, self._world, step, copied, self._shared)
         apart = differing(entries, self._world)
-        arrays = owned(entries, apart, self._world, self._writes, not self._shared or self._world.shards.rank == 0)
+        arrays = self._owned(entries, apart)
         target = self._begin(step)
         error, pieces = None, {}
         try:
@@ -297,6 +297,10 @@ class Checkpointer:
         target = self.folder / f".{checkpoint_name(step)}.{token}"
         agree_or_fail(self._world.engine, self._as_chief(target.mkdir), f"{target} cannot be made")
         return target
+
+    def _owned(self, entries: Mapping[str, Entry], apart: Collection[str] = ()) -> dict[str, tuple[Any, np.ndarray]]:
+        """What this rank writes; see `owned`."""
+        return owned(entries, apart, self._world, self._writes, not self._shared or self._world.shards.rank == 0)
 
     def _write(self, folder: Path, pieces: Mapping[str, tuple[Any, np.ndarray]]) -> dict[str, list[str]]:
         """This rank's file, if it writes one; name -> hashes."""

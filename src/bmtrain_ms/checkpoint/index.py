@@ -116,6 +116,11 @@ class IndexedTensor:
         return numpy_dtype(self.dtype).itemsize
 
     @property
+    def nbytes(self) -> int:
+        """Bytes of all elements, of one copy."""
+        return self.count * self.itemsize
+
+    @property
     def is_whole(self) -> bool:
         """Whether a file has all of it."""
         return self.shard is None and self.grid is None

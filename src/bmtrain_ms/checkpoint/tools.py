@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import os
 import secrets
 import shutil
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Iterator, Union
+from typing import Any, Iterator, Mapping, Union
 
 import numpy as np
 import xxhash
@@ -18,7 +17,6 @@ from tqdm import tqdm
 
 from bmtrain_ms_base.checks import whole
 
-from ..compat.runtime import numpy_dtype
 from . import consolidated
 from . import index as index_module
 from .errors import CheckpointError, printable
@@ -33,23 +31,6 @@ _ATTEMPTS = 20  # to open a checkpoint before another takes its place
 _COMPARED = 1 << 16  # elements at a time, of which there are wider copies
 
 AnyReader = Union[ShardedReader, consolidated.ConsolidatedReader]
-
-
-@dataclass(frozen=True)
-class _Tensor:
-    dtype: Any
-    shape: tuple[int, ...]
-    of_model: bool
-    copies: int = 1  # where ranks have other values
-
-    @property
-    def count(self) -> int:
-        return math.prod(self.shape)
-
-    @property
-    def nbytes(self) -> int:
-        """Of one copy."""
-        return self.count * numpy_dtype(self.dtype).itemsize
 
 
 def open_checkpoint(path: str | Path) -> AnyReader:
@@ -202,7 +183,7 @@ def reshard(path: str | Path, out: str | Path, ranks: int) -> Path:
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
             lock = lock_temporary(temporary)
-            stored = sum(t.count * t.itemsize * (ranks * t.copies if t.is_whole else 1) for t in new.values())
+            stored = sum(t.nbytes * (ranks * t.copies if t.is_whole else 1) for t in new.values())
             with _bar("reshard", stored) as bar:
                 hashes = [_write_rank(temporary, reader, new, rank, ranks, bar) for rank in range(ranks)]
             tensors = {n: replace(t, hashes=[h[n] for h in hashes[: 1 if t.is_whole else ranks]]) for n, t in new.items()}
@@ -246,15 +227,15 @@ def diff(first: str | Path, second: str | Path) -> list[str]:
     return lines
 
 
-def _kind(tensor: _Tensor) -> str:
+def _kind(tensor: IndexedTensor) -> str:
     of_each = f" on each of {tensor.copies} ranks" if tensor.copies > 1 else ""
     return f"{tensor.dtype} {tensor.shape}{of_each}"
 
 
-def _difference(a: AnyReader, b: AnyReader, name: str, tensor: _Tensor, bar: tqdm) -> tuple[int, float]:
+def _difference(a: AnyReader, b: AnyReader, name: str, tensor: IndexedTensor, bar: tqdm) -> tuple[int, float]:
     """(elements whose bits differ, the largest difference of numbers: 0 for two zeros, or two that are not numbers)."""
     changed, largest = 0, 0.0
-    for start, stop in _ranges(tensor, 0, tensor.count * tensor.copies):
+    for start, stop in _ranges(tensor, tensor.copies):
         x, y = _stored(a, name, start, stop), _stored(b, name, start, stop)
         bar.update(x.nbytes)
         for begin in range(0, x.size, _COMPARED):
@@ -279,28 +260,25 @@ def _largest_difference(x: np.ndarray, y: np.ndarray) -> float:
     return float(np.nanmax(apart, initial=0.0))
 
 
-def _tensors(reader: AnyReader) -> dict[str, _Tensor]:
+def _tensors(reader: AnyReader) -> Mapping[str, IndexedTensor]:
     if isinstance(reader, ShardedReader):
-        return {name: _Tensor(t.dtype, tuple(t.shape), t.of_model, t.copies) for name, t in reader.index.tensors.items()}
+        return reader.index.tensors
     training = "bmtrain_ms" in reader.metadata  # of a training state in one file, whose tensors are told apart by their names alone
-    return {
-        name: _Tensor(t.dtype, tuple(t.shape), not (training and name.startswith(STATE_PREFIXES)))
-        for name, t in reader.tensors.items()
-    }
+    of_model = {name: not (training and name.startswith(STATE_PREFIXES)) for name in reader.tensors}
+    return {name: IndexedTensor(t.dtype, t.shape, None, (), of_model[name]) for name, t in reader.tensors.items()}
 
 
-def _model_only(tensors: dict[str, _Tensor]) -> dict[str, _Tensor]:
+def _model_only(tensors: Mapping[str, IndexedTensor]) -> dict[str, IndexedTensor]:
     return {name: t for name, t in tensors.items() if t.of_model}
 
 
-def _ranges(tensor: _Tensor, start: int = 0, stop: int | None = None) -> Iterator[tuple[int, int]]:
-    stop = tensor.count if stop is None else stop
-    step = max(1, STEP // numpy_dtype(tensor.dtype).itemsize)
-    for begin in range(start, stop, step):
-        yield begin, min(begin + step, stop)
+def _ranges(tensor: IndexedTensor, copies: int = 1) -> Iterator[tuple[int, int]]:
+    step = max(1, STEP // tensor.itemsize)
+    for start in range(0, tensor.count * copies, step):
+        yield start, min(start + step, tensor.count * copies)
 
 
-def _write(path: Path, reader: AnyReader, tensors: dict[str, _Tensor], bar: tqdm) -> None:
+def _write(path: Path, reader: AnyReader, tensors: Mapping[str, IndexedTensor], bar: tqdm) -> None:
     header, infos, size = plan({name: (t.dtype, t.shape) for name, t in tensors.items()}, {"format": "pt"})
     file = AtomicFile(path, header, size)
     try:
@@ -316,7 +294,7 @@ def _write(path: Path, reader: AnyReader, tensors: dict[str, _Tensor], bar: tqdm
 
 
 def _write_rank(
-    folder: Path, reader: ShardedReader, tensors: dict[str, IndexedTensor], rank: int, ranks: int, bar: tqdm
+    folder: Path, reader: ShardedReader, tensors: Mapping[str, IndexedTensor], rank: int, ranks: int, bar: tqdm
 ) -> dict[str, list[str]]:
     """One rank's file, which a host may have to itself: with the whole tensors; name -> hashes."""
     pieces = {n: (t.piece(rank).first, t.size_in(rank)) for n, t in tensors.items()}

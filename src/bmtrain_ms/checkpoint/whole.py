@@ -112,7 +112,7 @@ def state_dict(model: nn.Cell) -> dict[str, np.ndarray]:
     here = world()
     state: dict[str, np.ndarray] = {}
     for name, entry in model_entries(model).items():
-        _check_reach(name, entry)
+        _check_reach(name, entry, here.shards)
         full = np.empty(entry.count, numpy_dtype(entry.dtype))
         for first, piece in _pieces(entry, here.shards, name):
             full[first : first + piece.size] = piece
@@ -160,7 +160,7 @@ def save_entries(
     file: AtomicFile | DeferredFile | None = None
     try:
         for name, entry in entries.items():
-            _check_reach(name, entry)
+            _check_reach(name, entry, here.shards)
         header, infos, size = plan({name: (e.dtype, e.shape) for name, e in entries.items()}, metadata)
         if engine.rank == 0:
             file = AtomicFile(path, header, size)
@@ -232,16 +232,17 @@ def load_entries(path: str | Path, entries: Mapping[str, Entry], here: World, st
     return result
 
 
-def _check_reach(name: str, entry: Entry) -> None:
-    """Whether the sharding group has all of it.
+def _check_reach(name: str, entry: Entry, engine: Engine) -> None:
+    """Whether the ranks that gather have all of it.
 
     Raises:
-        CheckpointError: it has a part only.
+        CheckpointError: they have a part only.
     """
-    if entry.layout is not None and entry.layout.splits:
-        dims = [split.dim for split in entry.layout.splits]
+    layout = entry.layout
+    if layout is not None and (layout.splits or layout.ranks != engine.size):
         raise CheckpointError(
-            f"{name} is cut along dims {dims}, and a whole file cannot gather the parts of other ranks; save with a Checkpointer"
+            f"{name} is cut along dims {[split.dim for split in layout.splits]} and in {layout.ranks} shards: not all of it is on "
+            "the ranks that a whole file is gathered from; save with a Checkpointer, and use bmtrain-ms ckpt consolidate"
         )
 
 
