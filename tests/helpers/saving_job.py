@@ -21,8 +21,8 @@ from mindspore import nn
 
 import bmtrain_ms as bms
 from bmtrain_ms.checkpoint import Checkpointer, CheckpointError, tools
+from bmtrain_ms.checkpoint import checkpointer as checkpointer_module
 from bmtrain_ms.checkpoint import folder as folder_module
-from bmtrain_ms.checkpoint import saving as saving_module
 from bmtrain_ms.checkpoint.training import entries_to_save
 from bmtrain_ms.comm.engine import CommTimeoutError
 from bmtrain_ms.model_center import spread
@@ -194,14 +194,14 @@ def stuck(folder: str, notes: str, broken: int, timeout: float) -> None:
     """One rank stops while it writes its second checkpoint."""
     job = Job(folder, notes, timeout)
     job.save(1)
-    write = saving_module.write_rank_file
+    write = checkpointer_module.write_rank_file
 
     def stopping(*args: Any) -> Any:
         if job.rank == broken:
             os.kill(os.getpid(), signal.SIGSTOP)
         return write(*args)
 
-    saving_module.write_rank_file = stopping
+    checkpointer_module.write_rank_file = stopping
     try:
         job.step()
         job.checkpoints.save(2)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +10,7 @@ import pytest
 from mindspore import Parameter, Tensor, nn
 
 import bmtrain_ms as bms
-from bmtrain_ms.checkpoint import Checkpointer, save_training, tools
+from bmtrain_ms.checkpoint import Checkpointer, tools
 from bmtrain_ms.checkpoint.sharded import ShardedReader
 from bmtrain_ms.comm import Mesh, World, use_world
 from bmtrain_ms.optim import AdamOptimizer, OptimManager
@@ -116,7 +114,7 @@ def test_the_tools_know_them(run_ranks, saved, tmp_path, capsys):
     tools.consolidate(saved, tmp_path / "whole")
     assert "NOTE: count and 1 other tensors had other values on other ranks; rank 0's are written" in capsys.readouterr().err
     with tools.open_checkpoint(tmp_path / "whole") as reader:
-        assert reader.read("mean", 0, 3).tolist() == [0.5] * 3
+        assert reader.read_flat("mean", 0, 3).tolist() == [0.5] * 3
     run_ranks(2, save, folder=str(tmp_path / "two"))
     assert "! mean: Float32 (3,) on each of 4 ranks against Float32 (3,) on each of 2 ranks" in tools.diff(saved, tmp_path / "two")
 
@@ -142,17 +140,3 @@ def test_equal_ones_are_written_once(single_world, tmp_path):
     with ShardedReader(tmp_path / "step-00000001") as reader:
         assert {t.copies for t in reader.index.tensors.values()} == {1}
     job.checkpoints.close()
-
-
-def one_file(world: World, path: str) -> str:
-    job = Job(world, path + "-folder")
-    job.model.mean.set_data(Tensor(np.full(3, world.engine.rank, np.float32)))
-    said = io.StringIO()
-    with use_world(job.world), contextlib.redirect_stderr(said):
-        save_training(path, job.model, job.manager, {})
-    return said.getvalue()
-
-
-def test_one_file_holds_rank_0_s_and_says_so(run_ranks, tmp_path):
-    text = "WARNING: mean is not the same on all ranks; of it this file holds rank 0's. A Checkpointer saves every rank's\n"
-    assert run_ranks(2, one_file, path=str(tmp_path / "file")) == [text, ""]

@@ -13,8 +13,9 @@ import pytest
 from mindspore import Parameter, Tensor, nn
 
 import bmtrain_ms as bms
-from bmtrain_ms.checkpoint import CheckpointError, load_training, save_training
-from bmtrain_ms.checkpoint import store as store_module
+from bmtrain_ms.checkpoint import CheckpointError, load_training
+from bmtrain_ms.checkpoint import format as format_module
+from bmtrain_ms.checkpoint import whole as whole_module
 from bmtrain_ms.checkpoint.format import AtomicFile
 from bmtrain_ms.comm import World, use_world
 from bmtrain_ms.lr_scheduler import Linear
@@ -23,6 +24,7 @@ from bmtrain_ms.model_center.model import Llama, LlamaConfig
 from bmtrain_ms.nn.functional import cross_entropy
 from bmtrain_ms.optim import AdamOptimizer, OptimManager
 from tests.helpers.models import full, share
+from tests.helpers.training_v1 import save_training
 
 pytestmark = pytest.mark.ranks
 
@@ -53,10 +55,11 @@ class Odd(nn.Cell):
         return {**bits, "count": self.count.asnumpy().tobytes()}
 
 
-def small_pieces() -> pytest.MonkeyPatch:
-    """8 bytes travel at once: every tensor takes several rounds."""
+def small_pieces(size: int = 8) -> pytest.MonkeyPatch:
+    """So few bytes travel, or are read, at once: every tensor takes several rounds."""
     patch = pytest.MonkeyPatch()
-    patch.setattr(store_module, "PIECE", 8)
+    for module in (whole_module, format_module):
+        patch.setattr(module, "PIECE", size)
     return patch
 
 
@@ -168,8 +171,7 @@ def test_loading_fails_on_all_ranks(run_ranks, tmp_path):
 
 def memory(world: World, path: str, nbytes: int) -> tuple[int, int]:
     """The most that NumPy allocated in saving and in loading; pieces are 64 KiB."""
-    patch = pytest.MonkeyPatch()
-    patch.setattr(store_module, "PIECE", 1 << 16)
+    patch = small_pieces(1 << 16)
 
     class Large(nn.Cell):
         def __init__(self) -> None:

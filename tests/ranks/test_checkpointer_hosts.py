@@ -16,7 +16,7 @@ import pytest
 from bmtrain_ms.checkpoint import CheckpointError, tools
 from bmtrain_ms.checkpoint import checkpointer as checkpointer_module
 from bmtrain_ms.checkpoint import folder as folder_module
-from bmtrain_ms.checkpoint.sharded import INDEX, _checksum, file_name
+from bmtrain_ms.checkpoint.index import INDEX, _checksum, file_name
 from bmtrain_ms.comm import World
 from bmtrain_ms.comm.launch import Launch
 from tests.helpers.checkpoints import Layout, Run, equal

@@ -14,8 +14,7 @@ from mindspore import nn
 import bmtrain_ms as bms
 from bmtrain_ms.checkpoint import Checkpointer, CheckpointError
 from bmtrain_ms.checkpoint import checkpointer as checkpointer_module
-from bmtrain_ms.checkpoint import saving as saving_module
-from bmtrain_ms.checkpoint.sharded import HASHED, file_name
+from bmtrain_ms.checkpoint.index import HASHED, file_name
 from bmtrain_ms.comm import World
 from bmtrain_ms.optim import AdamOptimizer, OptimManager
 from bmtrain_ms_base.memory import reset_peak_memory, resident_memory
@@ -296,14 +295,14 @@ def test_training_goes_on_at_another_number_of_ranks(run_ranks, tmp_path):
 
 def held_up(world: World, folder: str, slow: int) -> tuple[list[bool], list[str], bool]:
     """One rank's file is written only when it may."""
-    may, write, run = threading.Event(), saving_module.write_rank_file, Run(world, folder)
+    may, write, run = threading.Event(), checkpointer_module.write_rank_file, Run(world, folder)
 
     def waiting(*args: Any) -> Any:
         if world.engine.rank == slow:
             assert may.wait(60)
         return write(*args)
 
-    saving_module.write_rank_file = waiting
+    checkpointer_module.write_rank_file = waiting
     try:
         run.train(range(1))
         expected = run.everything()
@@ -316,7 +315,7 @@ def held_up(world: World, folder: str, slow: int) -> tuple[list[bool], list[str]
         run.checkpoints.finish()
         polls.append(run.checkpoints.poll())
     finally:
-        saving_module.write_rank_file = write
+        checkpointer_module.write_rank_file = write
         may.set()
         run.close()
     other = Run(world, folder)
@@ -332,7 +331,7 @@ def test_poll_is_collective(run_ranks, tmp_path, slow):
 
 def failing(world: World, folder: str, broken: int, error: BaseException) -> tuple[str, list[str], list[str], bool]:
     """One rank cannot write its second checkpoint; then it can again."""
-    write, run = saving_module.write_rank_file, Run(world, folder)
+    write, run = checkpointer_module.write_rank_file, Run(world, folder)
 
     def refusing(*args: Any) -> Any:
         if world.engine.rank == broken:
@@ -343,14 +342,14 @@ def failing(world: World, folder: str, broken: int, error: BaseException) -> tup
     run.save(1, wait=False)
     run.train(range(1, 2))
     run.checkpoints.finish()
-    saving_module.write_rank_file = refusing
+    checkpointer_module.write_rank_file = refusing
     try:
         run.save(2, wait=False)
         with pytest.raises(CheckpointError) as info:
             while not run.checkpoints.poll():
                 pass
     finally:
-        saving_module.write_rank_file = write
+        checkpointer_module.write_rank_file = write
     after_error = sorted(os.listdir(folder))
     assert run.checkpoints.poll()
     run.train(range(2, 3))

@@ -15,9 +15,10 @@ import pytest
 from mindspore import Parameter, Tensor, nn
 
 import bmtrain_ms as bms
-from bmtrain_ms.checkpoint import CheckpointError, background, wait_for_saves
-from bmtrain_ms.checkpoint import store as store_module
+from bmtrain_ms.checkpoint import CheckpointError, wait_for_saves
+from bmtrain_ms.checkpoint import whole as whole_module
 from bmtrain_ms.checkpoint.format import AtomicFile
+from bmtrain_ms.checkpoint.writer import DeferredFile
 from bmtrain_ms.comm import CommError
 from bmtrain_ms.compat.runtime import from_host
 
@@ -59,7 +60,7 @@ def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
         write(self, position, data)
 
     monkeypatch.setattr(AtomicFile, "write", wait_and_write)
-    monkeypatch.setattr(store_module, "PIECE", 1024)
+    monkeypatch.setattr(whole_module, "PIECE", 1024)
     yield opened
     opened.set()
     wait_or_error()
@@ -79,7 +80,7 @@ def failing(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
             original(self, *args)
 
         monkeypatch.setattr(AtomicFile, method, fail)
-        monkeypatch.setattr(store_module, "PIECE", 1024)
+        monkeypatch.setattr(whole_module, "PIECE", 1024)
 
     return start
 
@@ -97,7 +98,7 @@ def threads() -> list[threading.Thread]:
 
 
 def nothing_is_left(folder: Path) -> bool:
-    return not threads() and not os.listdir(folder) and not background.pending
+    return not threads() and not os.listdir(folder) and not whole_module.pending
 
 
 FULL = OSError(28, "No space left on device")
@@ -178,13 +179,21 @@ def test_an_error_of_any_kind_is_told(tmp_path: Path, failing: Callable):
     assert nothing_is_left(tmp_path)
 
 
-def test_after_an_error_the_pieces_are_let_go_of(tmp_path: Path, failing: Callable):
+def test_after_an_error_the_pieces_are_let_go_of(tmp_path: Path, failing: Callable, monkeypatch: pytest.MonkeyPatch):
     failing(FULL)
+    made: list[DeferredFile] = []
+
+    class Kept(DeferredFile):
+        def __init__(self, file: AtomicFile):
+            made.append(self)
+            super().__init__(file)
+
+    monkeypatch.setattr(whole_module, "DeferredFile", Kept)
     bms.save(Model(), tmp_path / "file", non_blocking=True)
     threads_before = threads()
     for thread in threads_before:
         thread.join(10)
-    assert background.pending[0]._pieces.empty() and wait_or_error()
+    assert made[0]._pieces.empty() and wait_or_error()
 
 
 def test_a_folder_that_is_gone(tmp_path: Path, gate: threading.Event):
@@ -216,16 +225,16 @@ def test_a_file_that_is_too_large_from_the_start(tmp_path: Path):
 def test_an_interrupted_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, non_blocking: bool, error: BaseException):
     """Its thread would keep the process from ending."""
     (tmp_path / "file").write_bytes(b"old")
-    pieces = store_module._pieces
+    pieces = whole_module._pieces
 
     def interrupted(*args: Any) -> Iterator[Any]:
         yield next(pieces(*args))
         raise error
 
-    monkeypatch.setattr(store_module, "_pieces", interrupted)
+    monkeypatch.setattr(whole_module, "_pieces", interrupted)
     with pytest.raises(type(error)):
         bms.save(Model(), tmp_path / "file", non_blocking)
-    assert not threads() and not background.pending
+    assert not threads() and not whole_module.pending
     assert os.listdir(tmp_path) == ["file"] and (tmp_path / "file").read_bytes() == b"old"
 
 
@@ -236,10 +245,10 @@ import resource, sys
 import numpy as np
 from mindspore import nn
 import bmtrain_ms as bms
-from bmtrain_ms.checkpoint import store
+from bmtrain_ms.checkpoint import whole
 from bmtrain_ms.checkpoint.format import AtomicFile
 
-store.PIECE = 1024  # less than a file buffers
+whole.PIECE = 1024  # less than a file buffers
 bms.init_distributed(seed=0)
 model = nn.Cell()
 model.large = bms.DistributedParameter(np.ones(1 << 20, np.float32), name="large")

@@ -17,8 +17,9 @@ import safetensors.numpy
 from mindspore import Parameter, Tensor, nn
 
 import bmtrain_ms as bms
-from bmtrain_ms.checkpoint import CheckpointError, load_training, save_training
-from bmtrain_ms.checkpoint import store as store_module
+from bmtrain_ms.checkpoint import CheckpointError, load_training
+from bmtrain_ms.checkpoint import format as format_module
+from bmtrain_ms.checkpoint import whole as whole_module
 from bmtrain_ms.checkpoint.format import AtomicFile
 from bmtrain_ms.comm import world
 from bmtrain_ms.compat.runtime import numpy_dtype
@@ -26,6 +27,7 @@ from bmtrain_ms.lr_scheduler import Cosine
 from bmtrain_ms.model_center import spread
 from bmtrain_ms.model_center.model import Llama, LlamaConfig
 from bmtrain_ms.optim import AdamOptimizer, OptimManager
+from tests.helpers.training_v1 import save_training
 
 pytestmark = pytest.mark.usefixtures("single_world")
 
@@ -326,7 +328,8 @@ def test_types_that_mindspore_does_not_have(tmp_path):
 @pytest.fixture
 def allocated(monkeypatch) -> Iterator[Any]:
     """The most that NumPy and Python allocated at once, in bytes; pieces are 64 KiB."""
-    monkeypatch.setattr(store_module, "PIECE", 1 << 16)
+    for module in (whole_module, format_module):
+        monkeypatch.setattr(module, "PIECE", 1 << 16)
 
     def peak(function: Any, *args: Any) -> int:
         tracemalloc.reset_peak()
@@ -436,6 +439,13 @@ def test_weights_are_no_training_state(tmp_path):
     with pytest.raises(CheckpointError, match=rf"{tmp_path}/file holds weights only; load it with bmtrain_ms\.load\(model"):
         load_training(tmp_path / "file", run.model, run.manager)
     assert run.everything() == before
+
+
+def test_one_file_of_a_training_state_is_not_written_any_more():
+    with pytest.raises(
+        AttributeError, match=r"no attribute 'save_training': Checkpointer\(.*save\(step, extra\) saves what it did"
+    ):
+        bms.checkpoint.save_training  # noqa: B018
 
 
 def test_a_later_version_is_refused(tmp_path):

@@ -28,7 +28,7 @@ from bmtrain_ms.checkpoint.folder import (
     steps_in,
     sweep,
 )
-from bmtrain_ms.checkpoint.sharded import INDEX
+from bmtrain_ms.checkpoint.index import INDEX
 from tests.helpers.ranks import ROOT
 
 

@@ -17,6 +17,7 @@ import random
 import struct
 import tempfile
 import tracemalloc
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Callable, Iterator
 
@@ -27,10 +28,12 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 import bmtrain_ms as bms
-from bmtrain_ms.checkpoint import CheckpointError, consolidated, sharded, tools
+from bmtrain_ms.checkpoint import CheckpointError, consolidated, tools
+from bmtrain_ms.checkpoint import index as index_module
 from bmtrain_ms.checkpoint.consolidated import ConsolidatedReader
 from bmtrain_ms.checkpoint.format import plan
-from bmtrain_ms.checkpoint.sharded import INDEX, Index, IndexedTensor, ShardedReader, _checksum, file_name, write_rank_file
+from bmtrain_ms.checkpoint.index import INDEX, Grid, Index, IndexedTensor, _checksum, file_name
+from bmtrain_ms.checkpoint.sharded import ShardedReader, write_rank_file
 from bmtrain_ms.compat.runtime import numpy_dtype
 from tests.helpers.checkpoints import Run
 
@@ -43,6 +46,7 @@ TENSORS = {
     "mask": (ms.bool_, (70,)),
     "steps": (ms.int64, ()),
     "none": (ms.float16, (0, 3)),
+    "columns": (ms.int16, (3, 5)),  # of which rank 1 has the first two, and rank 0 the others
 }
 
 
@@ -192,18 +196,20 @@ def put(folder: Path, files: dict[str, bytes]) -> None:
 @pytest.fixture
 def shards(place, monkeypatch) -> dict[str, bytes]:
     """The files of a checkpoint of two ranks."""
-    monkeypatch.setattr(sharded, "HASHED", 64)
+    monkeypatch.setattr(index_module, "HASHED", 64)
     hashes, tensors = [], {}
     for rank in range(2):
         pieces = {}
         for name, (dtype, shape) in TENSORS.items():
-            shard = None if name == "steps" else max(1, -(-math.prod(shape) // 2))
-            tensors[name] = IndexedTensor(dtype, shape, shard, [])
-            first, last = tensors[name].piece(rank)
-            pieces[name] = dtype, originals()[name][first:last] if shard or rank == 0 else originals()[name][:0]
+            grid = Grid(((1, 2),), ((1,), (0,))) if name == "columns" else None
+            shard = None if name == "steps" or grid else max(1, -(-math.prod(shape) // 2))
+            tensors[name] = IndexedTensor(dtype, shape, shard, [], grid=grid)
+            positions = tensors[name].piece(rank).positions(0, math.prod(shape))
+            pieces[name] = dtype, originals()[name][positions if name != "steps" or rank == 0 else positions[:0]]
         hashes.append(write_rank_file(place / file_name(rank, 2), pieces, {"format": "pt"}))
     for name, t in tensors.items():
-        tensors[name] = IndexedTensor(t.dtype, t.shape, t.shard, [h[name] for h in hashes[: 2 if t.shard else 1]])
+        order = [1, 0] if t.grid else [0, 1] if t.shard else [0]
+        tensors[name] = replace(t, hashes=[hashes[rank][name] for rank in order])
     state = {"step": 3, "extra": {"epoch": 1}, "versions": {"python": "3"}}
     (place / INDEX).write_text(Index(2, "identity", state, tensors).to_json())
     return {path.name: path.read_bytes() for path in place.iterdir()}
@@ -213,7 +219,7 @@ def read_shards(folder: Path) -> None:
     """What can be read is what was written."""
     with ShardedReader(folder) as reader:
         for name, tensor in reader.index.tensors.items():
-            values = reader.read(name, 0, tensor.count)
+            values = reader.read_flat(name, 0, tensor.count)
             assert values.size == tensor.count
             if values.size:
                 assert values.tobytes() in {x.tobytes() for x in originals().values()}, name
@@ -296,7 +302,7 @@ def read_whole(folder: Path, right: bool) -> None:
     """`right`: data were not changed."""
     with ConsolidatedReader(folder) as reader:
         for name, tensor in reader.tensors.items():
-            values = reader.read(name, 0, tensor.count)
+            values = reader.read_flat(name, 0, tensor.count)
             assert values.size == tensor.count
             if right and name in TENSORS and (tensor.dtype, tensor.shape) == TENSORS[name]:
                 assert values.tobytes() == originals()[name].tobytes()

@@ -25,8 +25,9 @@ from bmtrain_ms.checkpoint.consolidated import ConsolidatedReader, Replacement
 from bmtrain_ms.checkpoint.errors import printable
 from bmtrain_ms.checkpoint.folder import find_latest, point_to, replace_text
 from bmtrain_ms.checkpoint.format import AtomicFile
+from bmtrain_ms.checkpoint.index import INDEX, Index, IndexedTensor, file_name, read_index
 from bmtrain_ms.checkpoint.locking import let_go, lock_temporary
-from bmtrain_ms.checkpoint.sharded import INDEX, Index, IndexedTensor, ShardedReader, file_name, read_index, write_rank_file
+from bmtrain_ms.checkpoint.sharded import ShardedReader, write_rank_file
 from bmtrain_ms_cli.main import main
 from tests.helpers.checkpoints import Run
 

@@ -18,18 +18,11 @@ import safetensors
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bmtrain_ms.checkpoint import CheckpointError, sharded
+from bmtrain_ms.checkpoint import CheckpointError
+from bmtrain_ms.checkpoint import index as index_module
 from bmtrain_ms.checkpoint.format import DTYPES, RegularFile
-from bmtrain_ms.checkpoint.sharded import (
-    INDEX,
-    Index,
-    IndexedTensor,
-    ShardedReader,
-    _checksum,
-    file_name,
-    read_index,
-    write_rank_file,
-)
+from bmtrain_ms.checkpoint.index import INDEX, Index, IndexedTensor, _checksum, file_name, read_index
+from bmtrain_ms.checkpoint.sharded import ShardedReader, write_rank_file
 from bmtrain_ms.compat.runtime import numpy_dtype
 
 BLOCK = 64  # bytes that share a hash, here
@@ -37,7 +30,7 @@ BLOCK = 64  # bytes that share a hash, here
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
-    monkeypatch.setattr(sharded, "HASHED", BLOCK)
+    monkeypatch.setattr(index_module, "HASHED", BLOCK)
 
 
 def bits(dtype: Any, count: int, seed: int = 0) -> np.ndarray:
@@ -60,8 +53,8 @@ def write(
     for rank in range(ranks):
         pieces = {}
         for n, t in indexed.items():
-            first, last = t.piece(rank)
-            pieces[n] = t.dtype, flat[n][first:last] if t.shard is not None or rank == 0 else flat[n][:0]
+            piece = t.piece(rank)
+            pieces[n] = t.dtype, flat[n][piece.first : piece.last] if t.shard is not None or rank == 0 else flat[n][:0]
         hashes.append(write_rank_file(folder / file_name(rank, ranks), pieces, {"format": "pt"}))
     indexed = {n: replace(t, hashes=[h[n] for h in hashes[: 1 if t.shard is None else ranks]]) for n, t in indexed.items()}
     index = Index(ranks, f"identity{seed}", {"step": seed}, indexed)
@@ -80,7 +73,7 @@ SMALL = {
 
 def read_all(folder: Path) -> dict[str, np.ndarray]:
     with ShardedReader(folder) as reader:
-        return {n: reader.read(n, 0, t.count) for n, t in reader.index.tensors.items()}
+        return {n: reader.read_flat(n, 0, t.count) for n, t in reader.index.tensors.items()}
 
 
 def refused(folder: Path, text: str) -> None:
@@ -106,7 +99,7 @@ def test_any_range_of_any_tensor(tmp_path_factory, tensors, ranks, data):
             start = data.draw(st.integers(0, expected.size))
             stop = data.draw(st.integers(start, expected.size))
             for a, b in ((0, expected.size), (start, stop)):
-                got = reader.read(name, a, b)
+                got = reader.read_flat(name, a, b)
                 assert got.dtype == expected.dtype and got.tobytes() == expected[a:b].tobytes()
         assert sum(reader.verify()) == sum(x.nbytes for x in flat.values())
     shutil.rmtree(folder)
@@ -131,13 +124,13 @@ def test_only_what_is_asked_for_is_read(tmp_path, monkeypatch):
 
     with ShardedReader(tmp_path / "c") as reader:
         monkeypatch.setattr(os, "pread", counted)
-        reader.read("b", 0, 0)
+        reader.read_flat("b", 0, 0)
         assert reads == []
-        reader.read("b", 499, 501)  # the last element of rank 0 and the first of rank 1: a block of each
+        reader.read_flat("b", 499, 501)  # the last element of rank 0 and the first of rank 1: a block of each
         last = 500 * 4 % BLOCK
         assert reads == [(file_name(0, 2), last), (file_name(1, 2), BLOCK)]
         reads.clear()
-        reader.read("a", 15, 17)  # across a boundary of blocks
+        reader.read_flat("a", 15, 17)  # across a boundary of blocks
         assert reads == [(file_name(0, 2), BLOCK)] * 2
 
 
@@ -148,10 +141,10 @@ def test_only_some_ranks_files_are_here(tmp_path):
     for rank in (0, 1, 3):
         (folder / file_name(rank, 4)).unlink()
     with ShardedReader(folder, only=[2]) as reader:
-        assert np.array_equal(reader.read("a", 50, 75), flat["a"][50:75], equal_nan=True)
+        assert np.array_equal(reader.read_flat("a", 50, 75), flat["a"][50:75], equal_nan=True)
         assert sum(reader.verify([2])) == 100
         with pytest.raises(CheckpointError, match=r"rank 3's file, which has a part of a, is not on this host"):
-            reader.read("a", 70, 80)
+            reader.read_flat("a", 70, 80)
 
 
 def test_files_are_closed(tmp_path):
@@ -242,7 +235,7 @@ def test_a_file_that_shrinks_while_it_is_open(tmp_path):
     with ShardedReader(tmp_path / "c") as reader:
         os.truncate(tmp_path / "c" / file_name(0, 1), 300)
         with pytest.raises(CheckpointError, match=r"ends before byte \d+: it is truncated"):
-            reader.read("a", 0, 100)
+            reader.read_flat("a", 0, 100)
 
 
 def test_a_missing_shard(tmp_path):
@@ -320,7 +313,7 @@ def test_numbers_that_cannot_be(tmp_path):
     [
         ("it is not the index of a bmtrain_ms checkpoint", lambda raw: raw.update(format="other")),
         ("it has format version 1, which no bmtrain_ms wrote as a folder", lambda raw: raw.update(version=1)),
-        ("it has format version 3, this bmtrain_ms reads up to 2; upgrade", lambda raw: raw.update(version=3)),
+        ("it has format version 4, this bmtrain_ms reads up to 3; upgrade bmtrain_ms", lambda raw: raw.update(version=4)),
         ("parts of it are missing", lambda raw: raw.pop("tensors")),
         ("parts of it are missing", lambda raw: raw.pop("state")),
         ("parts of it are missing", lambda raw: raw.pop("identity")),

@@ -17,7 +17,8 @@ from safetensors.numpy import load_file, save_file
 import bmtrain_ms as bms
 from bmtrain_ms.checkpoint import Checkpointer, CheckpointError, LoadResult, tools
 from bmtrain_ms.checkpoint import folder as folder_module
-from bmtrain_ms.checkpoint.sharded import INDEX, ShardedReader, file_name, read_index
+from bmtrain_ms.checkpoint.index import INDEX, file_name, read_index
+from bmtrain_ms.checkpoint.sharded import ShardedReader
 from bmtrain_ms.optim import AdamOptimizer, OptimManager
 from bmtrain_ms_cli.main import main
 from tests.helpers.checkpoints import Run, equal

@@ -17,8 +17,8 @@ import safetensors.numpy
 from mindspore import Tensor
 
 import bmtrain_ms as bms
-from bmtrain_ms.checkpoint import Checkpointer, CheckpointError, LoadResult, load_training, save_training, tools
-from bmtrain_ms.checkpoint.sharded import INDEX, _checksum
+from bmtrain_ms.checkpoint import Checkpointer, CheckpointError, LoadResult, load_training, tools
+from bmtrain_ms.checkpoint.index import INDEX, _checksum
 from bmtrain_ms.comm import use_world
 from bmtrain_ms.comm.launch import Launch
 from bmtrain_ms.lr_scheduler import Linear
@@ -28,6 +28,7 @@ from bmtrain_ms.zero import context_of
 from tests.helpers.checkpoints import Layout, Run, equal
 from tests.helpers.models import Model, data
 from tests.helpers.ranks import ROOT
+from tests.helpers.training_v1 import save_training
 
 pytestmark = pytest.mark.usefixtures("single_world")
 

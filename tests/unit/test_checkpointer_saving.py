@@ -18,9 +18,9 @@ import pytest
 from bmtrain_ms.checkpoint import Checkpointer, CheckpointError
 from bmtrain_ms.checkpoint import checkpointer as checkpointer_module
 from bmtrain_ms.checkpoint import folder as folder_module
-from bmtrain_ms.checkpoint import saving as saving_module
+from bmtrain_ms.checkpoint import loading as loading_module
 from bmtrain_ms.checkpoint.folder import latest_in
-from bmtrain_ms.checkpoint.sharded import INDEX, file_name
+from bmtrain_ms.checkpoint.index import INDEX, file_name
 from tests.helpers.checkpoints import Layout, Run, equal
 from tests.helpers.ranks import ROOT
 
@@ -42,13 +42,13 @@ def run(single_world: Any, tmp_path: Path) -> Iterator[Run]:
 @pytest.fixture
 def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
     """Nothing is written until it is set."""
-    opened, write = threading.Event(), saving_module.write_rank_file
+    opened, write = threading.Event(), checkpointer_module.write_rank_file
 
     def waiting(*args: Any) -> Any:
         assert opened.wait(30)
         return write(*args)
 
-    monkeypatch.setattr(saving_module, "write_rank_file", waiting)
+    monkeypatch.setattr(checkpointer_module, "write_rank_file", waiting)
     yield opened
     opened.set()
 
@@ -124,8 +124,26 @@ def test_extra_is_a_dictionary(run, tmp_path, extra):
 
 @pytest.mark.parametrize("options", [{"keep_last": 0}, {"keep_every": 0}, {"keep_last": -1, "keep_every": 2}])
 def test_options_out_of_range(single_world, tmp_path, options):
-    with pytest.raises(ValueError, match="keep_last and keep_every must be at least 1, or None, not "):
+    with pytest.raises(ValueError, match=r"^keep_(last|every) must be at least 1, not (0|-1)$"):
         Run(single_world, str(tmp_path), **options)
+
+
+@pytest.mark.parametrize("value", ["3", 2.5, True, [3]])
+@pytest.mark.parametrize("name", ["keep_last", "keep_every"])
+def test_numbers_of_another_type(single_world, tmp_path, name, value):
+    with pytest.raises(TypeError, match=rf"^{name} must be a whole number, not {re.escape(repr(value))}$"):
+        Run(single_world, str(tmp_path), **{name: value})
+
+
+def test_a_text_is_no_truth_value(run, tmp_path, single_world):
+    """ "no" would count as True."""
+    with pytest.raises(TypeError, match=r"^shared_storage must be True or False, not 'no'$"):
+        Run(single_world, str(tmp_path), shared_storage="no")
+    with pytest.raises(TypeError, match=r"^wait must be True or False, not 'no'$"):
+        run.save(2, wait="no")
+    with pytest.raises(TypeError, match=r"^strict must be True or False, not None$"):
+        run.load(strict=None)
+    only_the_first_is_there(run, tmp_path)
 
 
 def test_every_bit_comes_back(run, tmp_path):
@@ -276,9 +294,9 @@ NEXT: dict[str, Callable[[Run], Any]] = {
 @pytest.mark.parametrize("error", [FULL, MemoryError("no memory"), AssertionError("a defect")], ids=lambda e: type(e).__name__)
 def test_an_error_is_raised_by_what_comes_next(run, tmp_path, monkeypatch, what, error):
     """Once; the one from before is there."""
-    monkeypatch.setattr(saving_module, "write_rank_file", failing(error))
+    monkeypatch.setattr(checkpointer_module, "write_rank_file", failing(error))
     run.save(2, wait=False)
-    run.checkpoints._running._thread.join(30)
+    run.checkpoints._running.writer._thread.join(30)
     with pytest.raises(CheckpointError) as info:
         NEXT[what](run)
     assert str(info.value) == f"{tmp_path}/step-00000002 cannot be written: {error}"
@@ -409,7 +427,7 @@ def test_no_memory_for_a_copy(run, tmp_path, monkeypatch):
 
 def test_interrupted_while_it_saves(run, tmp_path, monkeypatch):
     """Ctrl-C in Python: the next save is not that one's end."""
-    monkeypatch.setattr(saving_module, "write_rank_file", failing(KeyboardInterrupt()))
+    monkeypatch.setattr(checkpointer_module, "write_rank_file", failing(KeyboardInterrupt()))
     with pytest.raises(KeyboardInterrupt):
         run.save(2)
     monkeypatch.undo()
@@ -524,7 +542,7 @@ def test_nothing_to_load(single_world, tmp_path):
 
 
 def test_a_folder_that_cannot_be_read(run, tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpointer_module, "find_latest", failing(PermissionError(13, "Permission denied")))
+    monkeypatch.setattr(loading_module, "find_latest", failing(PermissionError(13, "Permission denied")))
     with pytest.raises(CheckpointError, match=rf"{tmp_path} cannot be read: \[Errno 13\] Permission denied"):
         run.load()
 
@@ -532,7 +550,7 @@ def test_a_folder_that_cannot_be_read(run, tmp_path, monkeypatch):
 def test_the_index_is_json_without_surprises(run, tmp_path):
     """For other programs: every key is a string, and what is where is said."""
     index = json.loads((tmp_path / "step-00000001" / "index.json").read_text())
-    assert (index["format"], index["version"], index["ranks"]) == ("bmtrain_ms", 2, 1)
+    assert (index["format"], index["version"], index["ranks"]) == ("bmtrain_ms", 3, 1)
     assert index["state"]["seed"] == 5 and index["state"]["layout"] == [1] and index["state"]["step"] == 1
     assert index["tensors"]["head.weight"]["shape"] == [11, 7]
     assert isinstance(run.checkpoints, Checkpointer)

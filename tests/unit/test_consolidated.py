@@ -21,6 +21,7 @@ import bmtrain_ms as bms
 from bmtrain_ms.checkpoint import CheckpointError, LoadResult, tools
 from bmtrain_ms.checkpoint.consolidated import INDEX, SINGLE, ConsolidatedReader, file_names, size_in_bytes, split
 from bmtrain_ms.checkpoint.format import AtomicFile, RegularFile
+from tests.helpers.training_v1 import save_training
 
 pytestmark = pytest.mark.usefixtures("single_world")
 
@@ -382,7 +383,7 @@ def test_headers_that_are_not_json(tmp_path, text):
 def test_many_axes_without_elements(tmp_path):
     (tmp_path / "file").write_bytes(header({"one": tensor([2**61, 0, 2**61], 0, 0)}))
     with ConsolidatedReader(tmp_path / "file") as reader:
-        assert reader.tensors["one"].count == 0 and reader.read("one", 0, 0).size == 0
+        assert reader.tensors["one"].count == 0 and reader.read_flat("one", 0, 0).size == 0
     refused(tmp_path / "file", r"one: \(2305843009213693952, 0, 2305843009213693952\) in the file, \(1,\) here")
 
 
@@ -392,7 +393,7 @@ def test_a_file_that_is_cut_while_it_is_read(tmp_path):
     with ConsolidatedReader(tmp_path / "file") as reader:
         os.truncate(tmp_path / "file", 4096)
         with pytest.raises(CheckpointError, match=r"file ends before byte \d+: it is truncated"):
-            reader.read("one", 0, 5000)
+            reader.read_flat("one", 0, 5000)
 
 
 def test_their_types_are_ours(tmp_path):
@@ -403,7 +404,7 @@ def test_their_types_are_ours(tmp_path):
     with ConsolidatedReader(tmp_path / "file") as reader:
         assert reader.metadata == {"by": "them"} and reader.tensors["float16"].dtype == ms.float16
         for name, array in arrays.items():
-            found = reader.read(name, 1, 4)
+            found = reader.read_flat(name, 1, 4)
             assert found.dtype == array.dtype and found.tobytes() == array[1:4].tobytes()
 
 
@@ -562,7 +563,7 @@ def test_paths_may_begin_at_home(tmp_path, monkeypatch):
     with_home.save(1, {})
     assert with_home.load("~/run/step-00000001")
     with_home.close()
-    bms.checkpoint.save_training("~/state.safetensors", model, manager, {"a": 1})
+    save_training("~/state.safetensors", model, manager, {"a": 1})
     assert bms.checkpoint.load_training("~/state.safetensors", model, manager) == {"a": 1}
     assert bms.train.TrainSettings(steps=1, log=Path("~/log.jsonl")).log == tmp_path / "log.jsonl"
     config = bms.model_center.model.LlamaConfig(vocab_size=8, dim_model=8, num_heads=2, dim_ff=8, num_layers=1)

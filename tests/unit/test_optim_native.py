@@ -13,11 +13,12 @@ from mindspore import Parameter, Tensor, nn, ops
 from mindspore.experimental import optim as experimental
 
 import bmtrain_ms as bms
-from bmtrain_ms.checkpoint import load_training, save_training
+from bmtrain_ms.checkpoint import load_training
 from bmtrain_ms.comm import World
 from bmtrain_ms.lr_scheduler import Cosine, Linear, NoDecay
 from bmtrain_ms.optim import AdamOptimizer, NativeOptimizer, OptimManager
 from tests.helpers.native import MAKERS, SHAPES, Managed, Sum, alone, gradient, initial
+from tests.helpers.training_v1 import save_training
 
 pytestmark = pytest.mark.usefixtures("single_world")
 

@@ -10,9 +10,10 @@ import pytest
 from mindspore import Parameter, Tensor, nn
 
 import bmtrain_ms as bms
-from bmtrain_ms.checkpoint import Checkpointer, load_training, save_training
+from bmtrain_ms.checkpoint import Checkpointer, load_training
 from bmtrain_ms.lr_scheduler import WSD, Cosine, WarmupLRScheduler
 from bmtrain_ms.optim import AdamOptimizer, OptimManager
+from tests.helpers.training_v1 import save_training
 
 pytestmark = pytest.mark.usefixtures("single_world")
 

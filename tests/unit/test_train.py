@@ -16,7 +16,7 @@ from mindspore import Tensor
 
 import bmtrain_ms as bms
 from bmtrain_ms.checkpoint import CheckpointError
-from bmtrain_ms.checkpoint import saving as saving_module
+from bmtrain_ms.checkpoint import checkpointer as checkpointer_module
 from bmtrain_ms.data import TokenSampler
 from bmtrain_ms.model_center import Spread, spread
 from bmtrain_ms.model_center.model import Llama, LlamaConfig
@@ -247,13 +247,13 @@ def test_fit_finishes_what_it_saves(tmp_path, monkeypatch, how):
     scaled = how == "GradientOverflowError"
     t = trainer(steps=4, folder=tmp_path, save_every=3 if how == "ends" else 2, bad_steps=1, loss_scale=2.0 if scaled else None)
     started = threading.Event()
-    write = saving_module.write_rank_file
+    write = checkpointer_module.write_rank_file
 
     def slow(*args: Any) -> Any:
         assert started.wait(30)
         return write(*args)
 
-    monkeypatch.setattr(saving_module, "write_rank_file", slow)
+    monkeypatch.setattr(checkpointer_module, "write_rank_file", slow)
     step = t.train_step
 
     def stepping() -> Any:

@@ -1,9 +1,12 @@
 """Checkpoints: sharded ones of a training run, and whole models as safetensors files; read at any number of ranks."""
 
+from bmtrain_ms_base.absent import absent
+
 from .checkpointer import Checkpointer, Resumed, lock_folder
+from .entries import LoadResult
 from .errors import CheckpointError
-from .store import LoadResult, load, load_state_dict, save, state_dict, wait_for_saves
-from .training import load_training, save_training
+from .training import load_training
+from .whole import load, load_state_dict, save, state_dict, wait_for_saves
 
 __all__ = [
     "CheckpointError",
@@ -15,7 +18,11 @@ __all__ = [
     "load_training",
     "lock_folder",
     "save",
-    "save_training",
     "state_dict",
     "wait_for_saves",
 ]
+
+__getattr__ = absent(
+    __name__,
+    {"save_training": "Checkpointer(...).save(step, extra) saves what it did; load_training reads its files still"},
+)

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-import atexit
-import contextlib
 import secrets
 import shutil
-import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Callable, Collection, Mapping
 
 import numpy as np
 from mindspore import nn
 
+from bmtrain_ms_base.checks import whole
+
 from ..comm import World, all_ranks, gather_json, world
 from ..optim import OptimManager
+from .entries import Entry
 from .errors import CheckpointError, agree_or_fail
 from .folder import (
     LATEST,
@@ -26,40 +27,31 @@ from .folder import (
     checkpoint_name,
     delete,
     doomed,
-    find_latest,
     point_to,
     prune,
-    state_of,
     sweep,
     sync_folder,
     write_text,
 )
+from .index import INDEX, Index, Told, by_file, file_name, indexed, odd_layouts
+from .loading import Loader, Resumed
 from .pieces import differing, owned
-from .resuming import advising, check_layout, older_ones, same_everywhere
-from .run_state import checked, checked_extra, checked_keep, checked_step, collected
-from .saving import Saving
-from .sharded import INDEX, Index, IndexedTensor, ShardedReader, file_name, useful_threads
-from .store import Entry, LoadResult, apply_entries, compare
-from .training import GRADIENT, as_named_here, check_complete, entries_to_load, entries_to_save, load_file
-
-_ATTEMPTS = 20  # to load the latest before another takes its place
+from .run_state import checked_extra, checked_keep, checked_step, collected
+from .sharded import useful_threads, write_rank_file
+from .training import check_complete, entries_to_save
+from .writer import Writer
 
 
 @dataclass(frozen=True)
-class Resumed:
-    """What `Checkpointer.load` restored.
-
-    Attributes:
-        step: of the checkpoint.
-        extra: what was passed to `save`.
-        path: of the checkpoint.
-        result: names that did not match, with `strict=False`, and types that were converted.
-    """
+class _Saving:
+    """A save that has no name yet: its step and folder, what it holds, and who writes this rank's file."""
 
     step: int
-    extra: dict[str, Any]
-    path: Path
-    result: LoadResult
+    folder: Path
+    entries: Mapping[str, Entry]
+    apart: Collection[str]
+    state: dict[str, Any]
+    writer: Writer
 
 
 class Checkpointer:
@@ -83,6 +75,7 @@ class Checkpointer:
         on_busy: when `save` comes while one is in the background: `wait` for it, or `refuse`.
 
     Raises:
+        TypeError: an option of another type.
         ValueError: an option out of range; or the manager trains parameters that the model does not have, which would not be saved
             (this `save` and `load` raise too), or two of the model have one name.
     """
@@ -98,20 +91,20 @@ class Checkpointer:
         shared_storage: bool = True,
         on_busy: str = "wait",
     ):
-        if (keep_last is not None and keep_last < 1) or (keep_every is not None and keep_every < 1):
-            raise ValueError(f"keep_last and keep_every must be at least 1, or None, not {keep_last}, {keep_every}")
         if on_busy not in ("wait", "refuse"):
             raise ValueError(f"on_busy must be wait or refuse, not {on_busy!r}")
         check_complete(model, manager)
         self.folder, self._model, self._manager = Path(folder).expanduser(), model, manager
-        self._keep_last, self._keep_every, self._on_busy = keep_last, keep_every, on_busy
+        self._keep_last = None if keep_last is None else whole("keep_last", keep_last, 1)
+        self._keep_every = None if keep_every is None else whole("keep_every", keep_every, 1)
+        self._on_busy = on_busy
         self._world: World = world()
-        self._shared = shared_storage
+        self._shared = _truth("shared_storage", shared_storage)
         mesh = self._world.mesh
         self._is_chief = mesh.rank == 0 if shared_storage else self._world.launch.local_rank == 0
         place = mesh.rank if shared_storage else self._world.launch.local_rank
         self._writes = place < self._world.shards.size  # replicas of a shard: the first of them that a folder sees
-        self._running: Saving | None = None
+        self._running: _Saving | None = None
         self._snapshots: dict[str, np.ndarray] = {}
         self._lock: FolderLock | None = None  # the chief's
         self._locked = False  # the same on every rank
@@ -132,7 +125,7 @@ class Checkpointer:
             ValueError: `step` is not a number of steps, or `extra` not an object that JSON can hold; or what is trained is not the
                 model's any more.
         """
-        step, copied = checked_step(step), checked_extra(extra)
+        step, copied, wait = checked_step(step), checked_extra(extra), _truth("wait", wait)
         check_complete(self._model, self._manager)
         if not self.poll():
             if self._on_busy == "refuse":
@@ -154,18 +147,20 @@ class Checkpointer:
         except CheckpointError:
             self._as_chief(shutil.rmtree, target, ignore_errors=True)
             raise
-        saving = Saving(step, target, entries, apart, state, self._path_in(target), pieces)
+        left = "the process ends before Checkpointer.finish() or close()"
+        writer = Writer(self.folder / checkpoint_name(step), partial(self._write, target, pieces), left)
+        saving = _Saving(step, target, entries, apart, state, writer)
         if wait:
             try:
-                saving.run()
+                writer.run()
             except BaseException:  # e.g. Ctrl-C: nothing is left of it
                 self._as_chief(shutil.rmtree, target, ignore_errors=True)
                 raise
-            self._set_running(saving)
+            self._running = saving
             self.finish()
         else:
-            saving.start()
-            self._set_running(saving)
+            writer.start()
+            self._running = saving
 
     def poll(self) -> bool:
         """Finish the save in the background if all ranks have written; True if none is left. All ranks call it, e.g. every step.
@@ -175,7 +170,7 @@ class Checkpointer:
         """
         if self._running is None:
             return True
-        if not all_ranks(self._world.engine, self._running.done(), "checkpoint poll"):
+        if not all_ranks(self._world.engine, self._running.writer.done(), "checkpoint poll"):
             return False
         self.finish()
         return True
@@ -189,22 +184,21 @@ class Checkpointer:
             CheckpointError: it failed on a rank, and is not there; or it is, and `latest` cannot be moved to it, or an older one
                 cannot be deleted; on every rank.
         """
-        saving = self._running
-        self._set_running(None)
+        saving, self._running = self._running, None
         if saving is None:
             return
         engine, final = self._world.engine, self.folder / checkpoint_name(saving.step)
         what, error = f"{final} cannot be written", None
         hashes: dict[str, list[str]] = {}
         try:
-            hashes = saving.result()
+            hashes = saving.writer.result()
         except Exception as caught:  # also what no one thought of: the other ranks must hear of it
             error = caught
         naming = Naming(saving.folder, final)
         try:
             agree_or_fail(engine, error, what)
-            everybody = gather_json(hashes, engine, "checkpoint hashes")
-            agree_or_fail(engine, self._as_chief(self._write_index, saving, everybody), what)
+            told = gather_json(vars(self._told(saving, hashes)), engine, "checkpoint hashes")
+            agree_or_fail(engine, self._as_chief(self._write_index, saving, [Told(**x) for x in told]), what)
             agree_or_fail(engine, self._as_chief(naming.do), what)
         except CheckpointError:
             self._as_chief(naming.undo)
@@ -212,7 +206,7 @@ class Checkpointer:
             raise
         failed = self._as_chief(point_to, self.folder, final.name)
         agree_or_fail(engine, failed, f"{final} was saved, but {self.folder / LATEST} cannot be moved to it")
-        failed = self._as_chief(self._prune, naming, saving.in_background)
+        failed = self._as_chief(self._prune, naming, saving.writer.in_background)
         agree_or_fail(engine, failed, f"{final} was saved, but an older checkpoint cannot be deleted")
 
     def _as_chief(self, action: Callable[..., Any], *args: Any, **kwargs: Any) -> Exception | None:
@@ -231,7 +225,7 @@ class Checkpointer:
         read: then some tensors have been changed already, and another checkpoint must be loaded.
 
         Args:
-            path: a checkpoint, a folder of checkpoints, or a file of `save_training`; default: the latest of this folder.
+            path: a checkpoint, a folder of checkpoints, or a file as `load_training` reads; default: the latest of this folder.
             strict: raise where names differ, and if the run that saved had another seed, with which dropout would be another;
                 otherwise the names are returned, what has none keeps its values (a parameter that is new to an optimizer begins
                 at step 0), and the seed stays this run's.
@@ -246,43 +240,13 @@ class Checkpointer:
         """
         check_complete(self._model, self._manager)
         checked_keep(keep)
+        strict = _truth("strict", strict)
         self.finish()
-        source = self.folder if path is None else Path(path).expanduser()
-        attempts = 0
-        while True:
-            attempts += 1
-            found, is_file = self._found(source)
-            if is_file:
-                state, result = load_file(source, self._model, self._manager, strict, keep)
-                return Resumed(state.step, state.extra, source, result)
-            if found is None:
-                if path is not None:
-                    raise CheckpointError(f"{path} is no checkpoint, and there is none in it")
-                return None
-            before = state_of(found)
-            try:
-                return self._load(found, strict, keep, older_ones(found) if found != source else "")
-            except CheckpointError:  # maybe another job, which saves there, has replaced or deleted it
-                moved = gather_json(before is None or state_of(found) != before, self._world.engine, "checkpoint moved")
-                if attempts == _ATTEMPTS or not any(moved):
-                    raise
-
-    def _found(self, source: Path) -> tuple[Path | None, bool]:
-        """(the checkpoint, the same on all ranks, or None; whether the source is a file)."""
-        error: BaseException | None = None
-        is_file, found, wrong = False, None, ""
-        try:
-            is_file = source.is_file()
-            found, wrong = (source, "") if (source / INDEX).exists() else find_latest(source)
-        except OSError as caught:
-            error = caught
-        agree_or_fail(self._world.engine, error, f"{source} cannot be read")
-        if is_file:
-            return None, True
-        found = same_everywhere(source, found, self._world, self._shared)
-        if wrong and self._world.mesh.rank == 0:
-            sys.stderr.write(f"WARNING: {wrong}\n")
-        return found, False
+        loader = Loader(self._model, self._manager, self._world, self._shared)
+        resumed = loader.load(self.folder if path is None else Path(path).expanduser(), strict, keep)
+        if resumed is None and path is not None:
+            raise CheckpointError(f"{path} is no checkpoint, and there is none in it")
+        return resumed
 
     def close(self) -> None:
         """Finish, let go of the memory for copies, and let another job save here."""
@@ -321,13 +285,6 @@ class Checkpointer:
             self._lock.release()
             self._lock = None
 
-    def _set_running(self, saving: Saving | None) -> None:
-        self._running = saving
-        if saving is None:
-            _unfinished.pop(id(self), None)
-        else:
-            _unfinished[id(self)] = self
-
     def _join_deletion(self) -> None:
         if self._deleting is not None:
             self._deleting.join()
@@ -341,14 +298,14 @@ class Checkpointer:
         agree_or_fail(self._world.engine, self._as_chief(target.mkdir), f"{target} cannot be made")
         return target
 
-    def _path_in(self, folder: Path) -> Path | None:
-        """Of this rank's file; None: it writes none."""
-        shards = self._world.shards
-        return folder / file_name(shards.rank, shards.size) if self._writes else None
-
     def _owned(self, entries: Mapping[str, Entry], apart: Collection[str] = ()) -> dict[str, tuple[Any, np.ndarray]]:
         """What this rank writes; see `owned`."""
-        return owned(entries, apart, self._world, self._shared, self._writes)
+        return owned(entries, apart, self._world, self._writes, not self._shared or self._world.shards.rank == 0)
+
+    def _write(self, folder: Path, pieces: Mapping[str, tuple[Any, np.ndarray]]) -> dict[str, list[str]]:
+        """This rank's file, if it writes one; name -> hashes."""
+        shards = self._world.shards
+        return write_rank_file(folder / file_name(shards.rank, shards.size), pieces, {"format": "pt"}) if self._writes else {}
 
     def _copies(self, pieces: Mapping[str, tuple[Any, np.ndarray]]) -> dict[str, tuple[Any, np.ndarray]]:
         """Of arrays, in memory that is kept for the next time."""
@@ -360,20 +317,18 @@ class Checkpointer:
             list(pool.map(lambda name: np.copyto(self._snapshots[name], pieces[name][1]), pieces))
         return {name: (dtype, self._snapshots[name]) for name, (dtype, _) in pieces.items()}
 
-    def _write_index(self, saving: Saving, hashes: list[dict[str, list[str]]]) -> None:
-        ranks = self._world.shards.size
+    def _told(self, saving: _Saving, hashes: dict[str, list[str]]) -> Told:
+        shards = self._world.shards
+        layouts = {name: entry.layout for name, entry in saving.entries.items()}
+        return Told(shards.rank, hashes, odd_layouts(layouts, shards.rank, shards.size)) if self._writes else Told(None, {}, {})
+
+    def _write_index(self, saving: _Saving, everybody: list[Told]) -> None:
+        told, ranks = by_file(everybody), self._world.engine.size
         tensors = {
-            name: IndexedTensor(
-                e.dtype,
-                e.shape,
-                e.shard_length,
-                [hashes[r][name] for r in range(1 if e.shard_length is None else ranks)],
-                e.of_model,
-                self._world.engine.size if name in saving.apart else 1,
-            )
+            name: indexed(name, e.layout, e.dtype, e.shape, told, e.of_model, ranks if name in saving.apart else 1)
             for name, e in saving.entries.items()
         }
-        index = Index(ranks, saving.folder.name.rsplit(".", 1)[1], saving.state, tensors)
+        index = Index(len(told), saving.folder.name.rsplit(".", 1)[1], saving.state, tensors)
         write_text(saving.folder / INDEX, index.to_json())
         sync_folder(saving.folder)
 
@@ -387,42 +342,12 @@ class Checkpointer:
         else:
             delete(going)
 
-    # Loading #
 
-    def _load(self, folder: Path, strict: bool, keep: str, advice: str) -> Resumed:
-        """`advice`: what else there is, if this one is damaged."""
-        here, what = self._world, f"{folder} cannot be loaded"
-        layout = None if self._shared else gather_json(here.launch.local_size, here.engine, "checkpoint layout")
-        place = here.engine.rank, here.engine.size
-        error: BaseException | None = None
-        with contextlib.ExitStack() as stack:
-            try:
-                if layout is not None:
-                    check_layout(folder, layout, here)
-                with advising(advice):
-                    reader = stack.enter_context(ShardedReader(folder, None if self._shared else [here.shards.rank], place))
-                entries, sources = entries_to_load(self._model, self._manager, reader.described)
-                result = compare(as_named_here(reader.described, sources), entries, strict, str(folder))
-                state = checked(reader.index.state, self._manager, here, strict, str(folder))
-            except Exception as caught:  # whatever it is: the other ranks wait
-                error = caught
-            agree_or_fail(here.engine, error, what)
-            identities = gather_json(reader.index.identity, here.engine, "checkpoint identity")
-            if len(set(identities)) > 1:
-                raise CheckpointError(
-                    f"{folder} holds different checkpoints on different hosts (rank 0: {identities[0]}, others: "
-                    f"{sorted(set(identities) - {identities[0]})}): they cannot be mixed"
-                )
-            try:
-                with advising(advice):
-                    apply_entries({n: e for n, e in entries.items() if n in sources}, _renamed(reader.read, sources), here)
-            except Exception as caught:
-                error = caught
-            agree_or_fail(here.engine, error, what)
-        gradients = {n[len(GRADIENT) :]: e.get() for n, e in entries.items() if n.startswith(GRADIENT) and not e.of_model}
-        self._manager.restore_gradients(gradients)
-        state.restore(self._manager, here, keep)
-        return Resumed(state.step, state.extra, folder, result)
+def _truth(name: str, value: Any) -> bool:
+    """`value`, if it is True or False: the text "no" would count as True."""
+    if not isinstance(value, (bool, np.bool_)):
+        raise TypeError(f"{name} must be True or False, not {value!r}")
+    return bool(value)
 
 
 def lock_folder(folder: str | Path) -> FolderLock | None:
@@ -442,25 +367,3 @@ def lock_folder(folder: str | Path) -> FolderLock | None:
         error = caught
     agree_or_fail(here.engine, error, f"{folder} cannot be used")
     return lock
-
-
-_unfinished: dict[int, Checkpointer] = {}  # those that save in the background, which nobody else may keep
-
-
-def _report_at_exit() -> None:
-    """Of what nobody waited for: it has no name, and is not a checkpoint."""
-    for checkpointer in _unfinished.values():
-        saving, why = checkpointer._running, "the process ends before Checkpointer.finish() or close()"
-        if saving is not None:
-            with contextlib.suppress(Exception):
-                saving.result()
-            if isinstance(saving.error, (OSError, MemoryError, CheckpointError)):  # nothing that a dying interpreter causes
-                why = str(saving.error)
-            sys.stderr.write(f"ERROR: {checkpointer.folder / checkpoint_name(saving.step)} was not saved: {why}\n")
-
-
-atexit.register(_report_at_exit)
-
-
-def _renamed(read: Callable[[str, int, int], np.ndarray], sources: Mapping[str, str]) -> Callable[[str, int, int], np.ndarray]:
-    return lambda name, start, stop: read(sources[name], start, stop)

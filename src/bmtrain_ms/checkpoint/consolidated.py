@@ -20,6 +20,8 @@ from typing import Any, Mapping, Sequence
 
 import numpy as np
 
+from bmtrain_ms_base.layout import Box
+
 from ..compat.runtime import numpy_dtype
 from .errors import CheckpointError
 from .folder import replace_text, sync_folder
@@ -115,7 +117,7 @@ class Replacement:
 
 
 class ConsolidatedReader:
-    """A safetensors file, a folder with one or several, or their index; read by ranges of elements.
+    """A safetensors file, a folder with one or several, or their index; read by boxes or ranges of elements.
 
     Attributes:
         foreign: name -> type of tensors that cannot be read, of types that MindSpore does not have.
@@ -158,9 +160,13 @@ class ConsolidatedReader:
         """Name -> (shape, MindSpore dtype)."""
         return {name: (info.shape, info.dtype) for name, info in self.tensors.items()}
 
-    def read(self, name: str, start: int, stop: int) -> np.ndarray:
+    def read(self, name: str, box: Box, out: np.ndarray | None = None) -> np.ndarray:
+        """A box of a tensor; see `ShardedReader.read`."""
+        return self._of[name].read(name, box, out)
+
+    def read_flat(self, name: str, start: int, stop: int, out: np.ndarray | None = None) -> np.ndarray:
         """Elements [start, stop) of the flattened tensor."""
-        return self._of[name].read(name, start, stop)
+        return self._of[name].read_flat(name, start, stop, out)
 
     def close(self) -> None:
         """Let go of the files."""

@@ -22,8 +22,8 @@ from typing import Sequence
 
 from .errors import CheckpointError
 from .format import RegularFile
+from .index import INDEX
 from .locking import hold, let_go, sweep_temporaries
-from .sharded import INDEX
 
 LATEST = "latest"
 _HERE, _EXCHANGE = -100, 2  # AT_FDCWD, RENAME_EXCHANGE

@@ -13,6 +13,7 @@ import os
 import stat
 import struct
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Mapping, Sequence
@@ -20,7 +21,10 @@ from typing import Any, Mapping, Sequence
 import mindspore as ms
 import numpy as np
 
+from bmtrain_ms_base.layout import Box
+
 from ..compat.runtime import numpy_dtype
+from .boxes import Piece, extents, fill
 from .errors import CheckpointError
 from .locking import let_go, lock_temporary, sweep_temporaries
 
@@ -40,6 +44,7 @@ TYPE_NAMES = {
     ms.bool_: "BOOL",
 }
 DTYPES: dict[str, Any] = {name: dtype for dtype, name in TYPE_NAMES.items()}
+PIECE = 4 << 20  # bytes of a tensor that are read, or travel between ranks, at once
 LARGEST = 1 << 62  # no number of elements or bytes reaches it
 _MOST_AXES = 32  # NumPy's limit
 _LONGEST_HEADER = 100_000_000  # bytes; the `safetensors` library's limit
@@ -304,7 +309,7 @@ class AtomicFile:
 
 
 class Reader:
-    """A safetensors file, checked on opening, read by ranges.
+    """A safetensors file, checked on opening, read by boxes or ranges of elements.
 
     Attributes:
         foreign: name -> type of tensors that cannot be read, of types that MindSpore does not have.
@@ -322,11 +327,27 @@ class Reader:
             self.close()
             raise
 
-    def read(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
-        """Elements [start, stop) of the flattened tensor; a copy, only those bytes are read."""
+    def read(self, name: str, box: Box, out: np.ndarray | None = None) -> np.ndarray:
+        """A box of a tensor; see `ShardedReader.read`."""
         info = self.tensors[name]
         dtype = numpy_dtype(info.dtype)
-        stop = info.count if stop is None else stop
+        out = np.empty(extents(box), dtype) if out is None else out
+        fill(out, box, Piece(info.shape, last=info.count), max(1, PIECE // dtype.itemsize), partial(self._elements, info))
+        return out
+
+    def read_flat(self, name: str, start: int, stop: int, out: np.ndarray | None = None) -> np.ndarray:
+        """As `read`, elements [start, stop) of the flattened tensor; only those bytes are read."""
+        info = self.tensors[name]
+        if out is None:
+            return self._elements(info, start, stop)
+        step = max(1, PIECE // numpy_dtype(info.dtype).itemsize)
+        for begin in range(start, stop, step):
+            end = min(begin + step, stop)
+            out[begin - start : end - start] = self._elements(info, begin, end)
+        return out
+
+    def _elements(self, info: TensorInfo, start: int, stop: int) -> np.ndarray:
+        dtype = numpy_dtype(info.dtype)
         raw = self._file.read(info.start + start * dtype.itemsize, max(0, stop - start) * dtype.itemsize)
         return np.frombuffer(raw, np.uint8).view(dtype)
 

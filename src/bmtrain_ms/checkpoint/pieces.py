@@ -9,12 +9,12 @@ import xxhash
 
 from ..comm import World, gather_json
 from ..compat.runtime import from_host, host_array
-from .store import Entry
+from .entries import Entry
 
 
 def differing(entries: Mapping[str, Entry], here: World) -> list[str]:
     """Names of whole tensors that are not the same on every rank, by their bits. All ranks call it."""
-    whole = {name: entry for name, entry in entries.items() if entry.shard_length is None}
+    whole = {name: entry for name, entry in entries.items() if entry.layout is None}
     if here.engine.size == 1 or not whole:
         return []
     mine = [xxhash.xxh3_64_hexdigest(host_array(entry.get()).reshape(-1).view(np.uint8).data) for entry in whole.values()]
@@ -23,25 +23,23 @@ def differing(entries: Mapping[str, Entry], here: World) -> list[str]:
 
 
 def owned(
-    entries: Mapping[str, Entry], apart: Collection[str], here: World, shared: bool, writes: bool
+    entries: Mapping[str, Entry], apart: Collection[str], here: World, writes: bool, writes_whole: bool
 ) -> dict[str, tuple[Any, np.ndarray]]:
     """What this rank writes, flat: name -> (dtype, array). All ranks call it.
 
     Args:
         apart: what `differing` found: every rank's copy is written, one behind the other, in place of the one of all.
-        shared: whether there is shared storage; otherwise whole tensors are in every rank's file.
         writes: False: another rank writes this shard.
+        writes_whole: whether tensors that are whole on every rank are in this rank's file too.
     """
     pieces = {}
-    rank = here.shards.rank
     for name, entry in entries.items():
         array = host_array(entry.get()).reshape(-1)
         if name in apart:
             array = host_array(here.engine.all_gather([from_host(array)], label=f"save {name}").wait()[0]).reshape(-1)
-        if not writes or (shared and entry.shard_length is None and rank):
+        if not writes or (entry.layout is None and not writes_whole):
             array = array[:0].copy()  # somebody else writes it
-        elif entry.shard_length is not None:
-            start = min(rank * entry.shard_length, entry.count)
-            array = array[: min(start + entry.shard_length, entry.count) - start]
+        elif entry.layout is not None:
+            array = array[: entry.layout.owned_size]
         pieces[name] = entry.dtype, np.ascontiguousarray(array)
     return pieces

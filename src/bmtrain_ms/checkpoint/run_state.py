@@ -139,7 +139,7 @@ def _parsed(raw: Any, manager: OptimManager, here: World, strict: bool) -> RunSt
     extra, generators = raw["extra"], raw.get("generators")
     if not isinstance(extra, dict):
         raise TypeError(f"its extra is {extra!r}, not an object")
-    clock, draws = raw["clock"], raw.get("draws", 0)  # files of `save_training` have no draws, old ones no draw_step
+    clock, draws = raw["clock"], raw.get("draws", 0)  # single files have no draws, old ones no draw_step
     draw_step = raw.get("draw_step", clock)
     step = raw["step"] if "step" in raw else extra.get("step", clock)
     for name, number in (("step", step), ("clock", clock), ("draw_step", draw_step), ("number of draws", draws)):

@@ -3,49 +3,34 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import os
 import secrets
 import shutil
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Iterator, Union
+from typing import Any, Iterator, Mapping, Union
 
 import numpy as np
 import xxhash
 from tqdm import tqdm
 
-from ..compat.runtime import numpy_dtype
+from bmtrain_ms_base.checks import whole
+
 from . import consolidated
+from . import index as index_module
 from .errors import CheckpointError, printable
 from .folder import checkpoint_name, find_latest, state_of, steps_in, sync_folder, write_text
 from .format import AtomicFile, plan
+from .index import INDEX, MOST_RANKS, STATE_PREFIXES, Index, IndexedTensor, check_name, file_name
 from .locking import let_go, lock_temporary, sweep_temporaries
-from .sharded import HASHED, INDEX, MOST_RANKS, STATE_PREFIXES, Index, IndexedTensor, ShardedReader, check_name, file_name
+from .sharded import ShardedReader
 
 STEP = 4 << 20  # bytes at a time
 _ATTEMPTS = 20  # to open a checkpoint before another takes its place
 _COMPARED = 1 << 16  # elements at a time, of which there are wider copies
 
 AnyReader = Union[ShardedReader, consolidated.ConsolidatedReader]
-
-
-@dataclass(frozen=True)
-class _Tensor:
-    dtype: Any
-    shape: tuple[int, ...]
-    of_model: bool
-    copies: int = 1  # where ranks have other values
-
-    @property
-    def count(self) -> int:
-        return math.prod(self.shape)
-
-    @property
-    def nbytes(self) -> int:
-        """Of one copy."""
-        return self.count * numpy_dtype(self.dtype).itemsize
 
 
 def open_checkpoint(path: str | Path) -> AnyReader:
@@ -181,7 +166,7 @@ def reshard(path: str | Path, out: str | Path, ranks: int) -> Path:
         CheckpointError: not a sharded checkpoint, damaged, or it cannot be written.
         ValueError: `ranks` is not possible.
     """
-    if not 1 <= ranks <= MOST_RANKS:
+    if not 1 <= whole("ranks", ranks) <= MOST_RANKS:
         raise ValueError(f"ranks must be from 1 to {MOST_RANKS}, not {ranks}")
     target = Path(out).expanduser()
     if target.exists():
@@ -191,17 +176,17 @@ def reshard(path: str | Path, out: str | Path, ranks: int) -> Path:
             raise CheckpointError(f"{path} is not a sharded checkpoint; it can be loaded at any number of ranks as it is")
         check_name(target, reader.index.state.get("step"))
         old = reader.index.tensors
-        new = {n: t if t.shard is None else replace(t, shard=max(1, -(-t.count // ranks))) for n, t in old.items()}
+        new = {n: t if t.is_whole else replace(t, shard=max(1, -(-t.count // ranks)), grid=None) for n, t in old.items()}
         sweep_temporaries(target.parent, f".{target.name}.", ".new")
         temporary, lock = target.with_name(f".{target.name}.{os.getpid()}.new"), -1
         try:
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
             lock = lock_temporary(temporary)
-            stored = sum(t.count * t.itemsize * (ranks * t.copies if t.shard is None else 1) for t in new.values())
+            stored = sum(t.nbytes * (ranks * t.copies if t.is_whole else 1) for t in new.values())
             with _bar("reshard", stored) as bar:
                 hashes = [_write_rank(temporary, reader, new, rank, ranks, bar) for rank in range(ranks)]
-            tensors = {n: replace(t, hashes=[hashes[r][n] for r in range(1 if t.shard is None else ranks)]) for n, t in new.items()}
+            tensors = {n: replace(t, hashes=[h[n] for h in hashes[: 1 if t.is_whole else ranks]]) for n, t in new.items()}
             # no job has written it: any placing of so many ranks on hosts may resume it, with shared storage or without
             state = {**reader.index.state, "mesh": {"ranks": ranks, "shard_size": ranks}, "layout": None, "shared_storage": False}
             index = Index(ranks, secrets.token_hex(8), state, tensors)
@@ -242,15 +227,15 @@ def diff(first: str | Path, second: str | Path) -> list[str]:
     return lines
 
 
-def _kind(tensor: _Tensor) -> str:
+def _kind(tensor: IndexedTensor) -> str:
     of_each = f" on each of {tensor.copies} ranks" if tensor.copies > 1 else ""
     return f"{tensor.dtype} {tensor.shape}{of_each}"
 
 
-def _difference(a: AnyReader, b: AnyReader, name: str, tensor: _Tensor, bar: tqdm) -> tuple[int, float]:
+def _difference(a: AnyReader, b: AnyReader, name: str, tensor: IndexedTensor, bar: tqdm) -> tuple[int, float]:
     """(elements whose bits differ, the largest difference of numbers: 0 for two zeros, or two that are not numbers)."""
     changed, largest = 0, 0.0
-    for start, stop in _ranges(tensor, 0, tensor.count * tensor.copies):
+    for start, stop in _ranges(tensor, tensor.copies):
         x, y = _stored(a, name, start, stop), _stored(b, name, start, stop)
         bar.update(x.nbytes)
         for begin in range(0, x.size, _COMPARED):
@@ -263,7 +248,7 @@ def _difference(a: AnyReader, b: AnyReader, name: str, tensor: _Tensor, bar: tqd
 
 
 def _stored(reader: AnyReader, name: str, start: int, stop: int) -> np.ndarray:
-    return reader.read_stored(name, start, stop) if isinstance(reader, ShardedReader) else reader.read(name, start, stop)
+    return reader.read_stored(name, start, stop) if isinstance(reader, ShardedReader) else reader.read_flat(name, start, stop)
 
 
 def _largest_difference(x: np.ndarray, y: np.ndarray) -> float:
@@ -275,34 +260,31 @@ def _largest_difference(x: np.ndarray, y: np.ndarray) -> float:
     return float(np.nanmax(apart, initial=0.0))
 
 
-def _tensors(reader: AnyReader) -> dict[str, _Tensor]:
+def _tensors(reader: AnyReader) -> Mapping[str, IndexedTensor]:
     if isinstance(reader, ShardedReader):
-        return {name: _Tensor(t.dtype, tuple(t.shape), t.of_model, t.copies) for name, t in reader.index.tensors.items()}
-    training = "bmtrain_ms" in reader.metadata  # a file of `save_training`, whose tensors are told apart by their names alone
-    return {
-        name: _Tensor(t.dtype, tuple(t.shape), not (training and name.startswith(STATE_PREFIXES)))
-        for name, t in reader.tensors.items()
-    }
+        return reader.index.tensors
+    training = "bmtrain_ms" in reader.metadata  # of a training state in one file, whose tensors are told apart by their names alone
+    of_model = {name: not (training and name.startswith(STATE_PREFIXES)) for name in reader.tensors}
+    return {name: IndexedTensor(t.dtype, t.shape, None, (), of_model[name]) for name, t in reader.tensors.items()}
 
 
-def _model_only(tensors: dict[str, _Tensor]) -> dict[str, _Tensor]:
+def _model_only(tensors: Mapping[str, IndexedTensor]) -> dict[str, IndexedTensor]:
     return {name: t for name, t in tensors.items() if t.of_model}
 
 
-def _ranges(tensor: _Tensor, start: int = 0, stop: int | None = None) -> Iterator[tuple[int, int]]:
-    stop = tensor.count if stop is None else stop
-    step = max(1, STEP // numpy_dtype(tensor.dtype).itemsize)
-    for begin in range(start, stop, step):
-        yield begin, min(begin + step, stop)
+def _ranges(tensor: IndexedTensor, copies: int = 1) -> Iterator[tuple[int, int]]:
+    step = max(1, STEP // tensor.itemsize)
+    for start in range(0, tensor.count * copies, step):
+        yield start, min(start + step, tensor.count * copies)
 
 
-def _write(path: Path, reader: AnyReader, tensors: dict[str, _Tensor], bar: tqdm) -> None:
+def _write(path: Path, reader: AnyReader, tensors: Mapping[str, IndexedTensor], bar: tqdm) -> None:
     header, infos, size = plan({name: (t.dtype, t.shape) for name, t in tensors.items()}, {"format": "pt"})
     file = AtomicFile(path, header, size)
     try:
         for name, tensor in tensors.items():
             for start, stop in _ranges(tensor):
-                piece = reader.read(name, start, stop)
+                piece = reader.read_flat(name, start, stop)
                 file.write(infos[name].start + start * piece.itemsize, piece)
                 bar.update(piece.nbytes)
         file.commit()
@@ -312,17 +294,17 @@ def _write(path: Path, reader: AnyReader, tensors: dict[str, _Tensor], bar: tqdm
 
 
 def _write_rank(
-    folder: Path, reader: ShardedReader, tensors: dict[str, IndexedTensor], rank: int, ranks: int, bar: tqdm
+    folder: Path, reader: ShardedReader, tensors: Mapping[str, IndexedTensor], rank: int, ranks: int, bar: tqdm
 ) -> dict[str, list[str]]:
     """One rank's file, which a host may have to itself: with the whole tensors; name -> hashes."""
-    pieces = {n: t.piece(rank) for n, t in tensors.items()}
-    mine = {n: (start, stop) for n, (start, stop) in pieces.items() if start < stop}
+    pieces = {n: (t.piece(rank).first, t.size_in(rank)) for n, t in tensors.items()}
+    mine = {n: (start, start + size) for n, (start, size) in pieces.items() if size}
     header, infos, size = plan({n: (tensors[n].dtype, (stop - start,)) for n, (start, stop) in mine.items()}, {"format": "pt"})
     file = AtomicFile(folder / file_name(rank, ranks), header, size)
     hashes: dict[str, list[str]] = {name: [] for name in tensors}
     try:
         for name, (first, last) in mine.items():
-            step = HASHED // tensors[name].itemsize
+            step = index_module.HASHED // tensors[name].itemsize
             for start in range(first, last, step):
                 piece = reader.read_stored(name, start, min(start + step, last))
                 hashes[name].append(xxhash.xxh3_64_hexdigest(piece.view(np.uint8).data))

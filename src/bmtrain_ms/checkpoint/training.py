@@ -1,9 +1,7 @@
-"""Everything that training needs to go on: model, optimizers, schedules, loss scaler, and what the caller adds; as one file too."""
+"""Everything that training needs to go on: model, optimizers, schedules, loss scaler; and files of older versions that hold it."""
 
 from __future__ import annotations
 
-import json
-import sys
 from pathlib import Path
 from typing import Any, Mapping
 
@@ -12,60 +10,22 @@ from mindspore import Parameter, nn
 
 from ..comm import world
 from ..optim import OptimManager
-from ..zero import context_of
+from .entries import Described, Entry, LoadResult, companion_entry, compare, model_entries
 from .errors import CheckpointError, agree_or_fail
 from .format import is_count, parsed_json
-from .pieces import differing
 from .run_state import RunState, checked, checked_keep
-from .store import (
-    Described,
-    Entry,
-    LoadResult,
-    companion_entry,
-    compare,
-    load_entries,
-    model_entries,
-    read_headers,
-    save_entries,
-)
+from .whole import load_entries, read_headers
 
 _VERSION = 1
 GRADIENT = "gradient."  # what names of accumulated gradients begin with
 
 
-def save_training(file_name: str | Path, model: nn.Cell, manager: OptimManager, extra: dict[str, Any]) -> None:
-    """Write a training state. All ranks call it. Of what is whole on every rank, and not the same there, it has rank 0's.
-
-    Args:
-        extra: JSON-serialisable; comes back from `load_training`, e.g. the step.
-
-    Raises:
-        CheckpointError: it cannot be written.
-    """
-    check_complete(model, manager)
-    here = world()
-    state = {
-        "version": _VERSION,
-        "seed": here.seed,
-        "clock": here.engine.clock.step,
-        "draw_step": context_of(here).draws.step,
-        "manager": manager.state_dict(tensors=False),
-        "extra": extra,
-    }
-    entries = training_entries(model, manager)
-    apart = differing(entries, here)
-    if apart and here.engine.rank == 0:
-        what = apart[0] + (f" (and {len(apart) - 1} others)" if len(apart) > 1 else "")
-        sys.stderr.write(
-            f"WARNING: {what} is not the same on all ranks; of it this file holds rank 0's. A Checkpointer saves every rank's\n"
-        )
-    save_entries(file_name, entries, {"format": "pt", "bmtrain_ms": json.dumps(state)}, here)
-
-
 def load_training(
     file_name: str | Path, model: nn.Cell, manager: OptimManager, strict: bool = True, keep: str = "own"
 ) -> dict[str, Any]:
-    """Restore what `save_training` wrote, at any number of ranks; returns `extra`.
+    """Restore what the `save_training` of older versions wrote, at any number of ranks; returns its `extra`.
+
+    The next version will not read it: load it, and save with a `Checkpointer`.
 
     Nothing is changed unless all ranks can read the file and it fits.
 

@@ -1,108 +1,32 @@
-"""Saving and loading sharded tensors as one file; no rank ever holds the model.
+"""Saving and loading whole tensors in safetensors files; no rank ever holds the model.
 
 Saving walks over all tensors in pieces of a few MiB: every rank contributes its piece, rank 0 writes them where they belong.
-Loading needs no communication: each rank reads its own byte ranges.
+Loading needs no communication: each rank reads its own boxes.
 """
 
 from __future__ import annotations
 
 import contextlib
-import difflib
-import math
-from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
-from typing import Any, Callable, Mapping, Sequence
+from typing import Any, Iterator, Mapping
 
 import numpy as np
-from mindspore import Parameter, Tensor, nn
+from mindspore import Tensor, nn
+
+from bmtrain_ms_base.layout import Box
 
 from ..comm import Engine, World, world
-from ..compat.runtime import from_host, host_array, numpy_dtype, overwrite
-from ..zero import DistributedParameter
-from .background import DeferredFile, pending
+from ..compat.runtime import from_host, host_array, numpy_dtype
 from .consolidated import ConsolidatedReader, Replacement, file_names, size_in_bytes, split, tensor_bytes
+from .entries import Described, Entry, LoadResult, apply_entries, compare, model_entries
 from .errors import CheckpointError, agree_or_fail
-from .format import TYPE_NAMES, AtomicFile, plan
-
-# What is there: name -> (shape, MindSpore dtype)
-Described = Mapping[str, tuple[tuple[int, ...], Any]]
+from .format import PIECE, TYPE_NAMES, AtomicFile, plan
+from .writer import DeferredFile, Writer
 
 _DTYPES = {numpy_dtype(dtype): dtype for dtype in TYPE_NAMES}
-PIECE = 4 << 20  # bytes of each rank that travel at once
 
-
-@dataclass(frozen=True)
-class Entry:
-    """A tensor to save or load.
-
-    Attributes:
-        shape, dtype: of the full tensor.
-        get: this rank's flat shard (sharded), or the full tensor (replicated).
-        set: takes what `get` gives.
-        shard_length: elements per rank, the last padded; None: replicated on every rank.
-        of_model: False: of an optimizer, or a gradient.
-    """
-
-    shape: tuple[int, ...]
-    dtype: Any
-    get: Callable[[], Tensor]
-    set: Callable[[Tensor], None]
-    shard_length: int | None
-    of_model: bool = True
-
-    @property
-    def count(self) -> int:
-        """Elements of the full tensor."""
-        return math.prod(self.shape)
-
-
-@dataclass(frozen=True)
-class LoadResult:
-    """What did not match: names `missing` in the file, `unexpected` ones in it, and which were `converted` from what to what."""
-
-    missing: list[str]
-    unexpected: list[str]
-    converted: list[str] = field(default_factory=list)
-
-
-def model_entries(model: nn.Cell) -> dict[str, Entry]:
-    """Every parameter of a model, tied ones once, and its persistent buffers."""
-    if not isinstance(model, nn.Cell):
-        raise TypeError(f"the model comes first, then the path: {type(model).__name__} is no Cell")
-    entries = {}
-    for p in model.get_parameters():
-        if p.name in entries:
-            raise CheckpointError(f"two parameters are called {p.name}; call model.check_names_and_refresh_name()")
-        entries[p.name] = sharded_entry(p) if isinstance(p, DistributedParameter) else _replicated_entry(p)
-    for name, tensor in _persistent_buffers(model):
-        if name in entries:
-            raise CheckpointError(f"a parameter is called {name}, as a buffer of the model is; rename it")
-        entries[name] = replace(companion_entry(None, tensor), of_model=True)
-    return entries
-
-
-def _persistent_buffers(model: nn.Cell) -> list[tuple[str, Tensor]]:
-    """Of `register_buffer`, which MindSpore has since 2.7; what older ones call buffers are Parameters."""
-    if not hasattr(model, "named_buffers"):
-        return []
-    persistent = set(model.state_dict())
-    return [(name, tensor) for name, tensor in model.named_buffers() if name in persistent]
-
-
-def sharded_entry(p: DistributedParameter) -> Entry:
-    """A parameter's entry."""
-    return Entry(p.full_shape, p.dtype, lambda: p, p.set_shard, p.shard_length)
-
-
-def companion_entry(p: DistributedParameter | None, tensor: Tensor) -> Entry:
-    """The entry of a tensor that is sharded as `p` is (a moment, a master), or the same on every rank; written in place."""
-    shape, length = (tuple(tensor.shape), None) if p is None else (p.full_shape, p.shard_length)
-    return Entry(shape, tensor.dtype, lambda: tensor, lambda values: overwrite(tensor, values), length, of_model=False)
-
-
-def _replicated_entry(p: Parameter) -> Entry:
-    return Entry(tuple(p.shape), p.dtype, lambda: p, lambda full: p.set_data(full), None)
+# One for each save in the background that nobody has waited for: who writes on rank 0, None on the others.
+pending: list[Writer | None] = []
 
 
 def save(model: nn.Cell, file_name: str | Path, non_blocking: bool = False, max_shard_size: int | str | None = None) -> None:
@@ -155,12 +79,12 @@ def wait_for_saves() -> None:
     if not pending:
         return
     error: BaseException | None = None
-    for file in pending:
+    for writer in pending:
         try:
-            if file is not None:
-                file.join()
+            if writer is not None:
+                writer.result()
         except Exception as caught:
-            error = CheckpointError(f"{file.path} was not written in the background: {caught}")
+            error = CheckpointError(f"{writer.path} was not written in the background: {caught}")
     pending.clear()
     agree_or_fail(world().engine, error, "a file saved with non_blocking=True was not written")
 
@@ -188,6 +112,7 @@ def state_dict(model: nn.Cell) -> dict[str, np.ndarray]:
     here = world()
     state: dict[str, np.ndarray] = {}
     for name, entry in model_entries(model).items():
+        _check_reach(name, entry, here.shards)
         full = np.empty(entry.count, numpy_dtype(entry.dtype))
         for first, piece in _pieces(entry, here.shards, name):
             full[first : first + piece.size] = piece
@@ -206,10 +131,22 @@ def load_state_dict(model: nn.Cell, state: Mapping[str, Any], strict: bool = Tru
     arrays = {name: host_array(x) if isinstance(x, Tensor) else np.asarray(x) for name, x in state.items()}
     there = {name: (tuple(x.shape), _DTYPES.get(x.dtype)) for name, x in arrays.items()}
     result = compare(there, entries, strict, "the state", "it")
-    for name, entry in entries.items():
-        if name in arrays:
-            entry.set(from_host(_shard(partial(_elements, arrays[name].reshape(-1)), entry, world().shards)))
+    apply_entries({name: entry for name, entry in entries.items() if name in arrays}, _Arrays(arrays))
     return result
+
+
+class _Arrays:
+    """Arrays in memory, `Readable`."""
+
+    def __init__(self, arrays: Mapping[str, np.ndarray]):
+        self._arrays = arrays
+
+    def read(self, name: str, box: Box, out: np.ndarray) -> None:
+        out[...] = self._arrays[name][box]
+
+    def read_flat(self, name: str, start: int, stop: int, out: np.ndarray) -> None:
+        if start < stop:  # MindSpore's bfloat16 ends the process where nothing is copied to nothing
+            out[...] = self._arrays[name].reshape(-1)[start:stop]
 
 
 def save_entries(
@@ -222,6 +159,8 @@ def save_entries(
     error: BaseException | None = None
     file: AtomicFile | DeferredFile | None = None
     try:
+        for name, entry in entries.items():
+            _check_reach(name, entry, here.shards)
         header, infos, size = plan({name: (e.dtype, e.shape) for name, e in entries.items()}, metadata)
         if engine.rank == 0:
             file = AtomicFile(path, header, size)
@@ -251,7 +190,7 @@ def save_entries(
         file.discard()
     agree_or_fail(engine, error, f"{path} cannot be written")
     if non_blocking:
-        pending.append(file if isinstance(file, DeferredFile) else None)
+        pending.append(file.writer if isinstance(file, DeferredFile) else None)
 
 
 def read_headers(path: str | Path, here: World) -> tuple[dict[str, str], Described]:
@@ -286,94 +225,38 @@ def load_entries(path: str | Path, entries: Mapping[str, Entry], here: World, st
             error = caught
         agree_or_fail(here.engine, error, f"{path} cannot be loaded")
         try:
-            apply_entries({name: entry for name, entry in entries.items() if name in reader.tensors}, reader.read, here)
+            apply_entries({name: entry for name, entry in entries.items() if name in reader.tensors}, reader)
         except Exception as caught:
             error = caught
         agree_or_fail(here.engine, error, f"{path} cannot be loaded")
     return result
 
 
-def apply_entries(entries: Mapping[str, Entry], read: Callable[[str, int, int], np.ndarray], here: World) -> None:
-    """Fill every entry with what this rank stores of it; `read(name, start, stop)` gives elements of the flattened full tensor."""
-    for name, entry in entries.items():
-        entry.set(from_host(_shard(partial(read, name), entry, here.shards)))
+def _check_reach(name: str, entry: Entry, engine: Engine) -> None:
+    """Whether the ranks that gather have all of it.
+
+    Raises:
+        CheckpointError: they have a part only.
+    """
+    layout = entry.layout
+    if layout is not None and (layout.splits or layout.ranks != engine.size):
+        raise CheckpointError(
+            f"{name} is cut along dims {[split.dim for split in layout.splits]} and in {layout.ranks} shards: not all of it is on "
+            "the ranks that a whole file is gathered from; save with a Checkpointer, and use bmtrain-ms ckpt consolidate"
+        )
 
 
-def _pieces(entry: Entry, engine: Engine, name: str) -> Any:
+def _pieces(entry: Entry, engine: Engine, name: str) -> Iterator[tuple[int, np.ndarray]]:
     """(first element, values) of all pieces of a tensor; values are meaningful on rank 0."""
-    if entry.shard_length is None:
+    if entry.layout is None:
         yield 0, host_array(entry.get()).reshape(-1)
         return
     shard = host_array(entry.get())
+    owned = [entry.layout.of_rank(rank).owned for rank in range(engine.size)]
     step = max(1, PIECE // shard.itemsize)
-    for begin in range(0, entry.shard_length, step):
+    for begin in range(0, entry.layout.length, step):
         piece = from_host(np.ascontiguousarray(shard[begin : begin + step]))
         rows = host_array(engine.all_gather([piece], label=f"save {name}").wait()[0]).reshape(engine.size, -1)
-        for rank, row in enumerate(rows):
-            first = rank * entry.shard_length + begin
-            if first < entry.count:
-                yield first, row[: entry.count - first]
-
-
-def _elements(flat: np.ndarray, start: int, stop: int) -> np.ndarray:
-    return flat[start:stop]
-
-
-def _shard(read: Callable[[int, int], np.ndarray], entry: Entry, engine: Engine) -> np.ndarray:
-    """What this rank stores of an entry; `read(start, stop)` gives elements of the flattened full tensor."""
-    dtype = numpy_dtype(entry.dtype)
-    if entry.shard_length is None:
-        return read(0, entry.count).astype(dtype).reshape(entry.shape)
-    start = min(engine.rank * entry.shard_length, entry.count)
-    stop = min(start + entry.shard_length, entry.count)
-    shard = np.zeros(entry.shard_length, dtype)
-    step = max(1, PIECE // dtype.itemsize)
-    for begin in range(start, stop, step):
-        end = min(begin + step, stop)
-        shard[begin - start : end - start] = read(begin, end)
-    return shard
-
-
-def compare(there: Described, entries: Mapping[str, Entry], strict: bool, what: str, where: str = "the file") -> LoadResult:
-    """What does not match; `there` is in the file, which messages call `where`.
-
-    Raises:
-        CheckpointError: shapes differ, or (strict) names, or types that hold other values: floats, integers, truth values.
-    """
-    result = LoadResult([name for name in entries if name not in there], [name for name in there if name not in entries])
-    shapes, kinds = [], []
-    for name, entry in entries.items():
-        shape, dtype = there.get(name, (entry.shape, entry.dtype))
-        if shape != entry.shape:
-            shapes.append(f"{name}: {shape} in {where}, {entry.shape} here")
-        if dtype != entry.dtype:
-            result.converted.append(f"{name}: {dtype} in {where}, {entry.dtype} here")
-            if _kind(dtype) != _kind(entry.dtype):
-                kinds.append(result.converted[-1])
-    problems = []
-    if strict and kinds:
-        problems.append(f"{len(kinds)} types differ: " + _first(kinds))
-    if shapes:
-        problems.append(f"{len(shapes)} shapes differ: " + _first(shapes))
-    if strict and result.missing:
-        problems.append(f"{len(result.missing)} missing in {where}: " + _first(_with_hints(result.missing, result.unexpected)))
-    if strict and result.unexpected:
-        problems.append(f"{len(result.unexpected)} unexpected in {where}: " + _first(result.unexpected))
-    if problems:
-        raise CheckpointError(f"{what} does not fit the model; " + "; ".join(problems))
-    return result
-
-
-def _kind(dtype: Any) -> str:
-    """`f` for floats, `i` for integers, `b` for truth values."""
-    kind = TYPE_NAMES.get(dtype, "?").lstrip("B")[:1]
-    return {"F": "f", "I": "i", "U": "i"}.get(kind, "b")
-
-
-def _with_hints(names: Sequence[str], candidates: Sequence[str]) -> list[str]:
-    hints = [difflib.get_close_matches(name, candidates, 1) for name in names[:10]]
-    return [f"{name} (did you mean {hint[0]}?)" if hint else name for name, hint in zip(names, hints)] + list(names[10:])
-
-
-def _first(items: Sequence[str]) -> str:
-    return ", ".join(items[:10]) + (f" and {len(items) - 10} more" if len(items) > 10 else "")
+        for (start, stop), row in zip(owned, rows):
+            if start + begin < stop:
+                yield start + begin, row[: stop - start - begin]
