@@ -115,7 +115,7 @@ def refusal(world: World, kind: str, state: dict[str, Any]) -> str:
 @pytest.mark.parametrize("kind, tensor", [("adam", "exp_avg.one"), ("offload", "exp_avg.one"), ("native", "adam_m.one")])
 def test_shards_are_for_their_rank_of_as_many(run_ranks, single_world, kind, tensor):
     states = [answer["shards"] for answer in run_ranks(2, few, kind=kind, half=False)]
-    advice = "save with state_dict(gather=True), or with checkpoint.save_training, to load at another number of ranks"
+    advice = "save with state_dict(gather=True), or with a checkpoint.Checkpointer, to load at another number of ranks"
     texts = [refusal(single_world, kind, states[0]), *run_ranks(3, refusal, kind=kind, state=states[0])]
     for text, here in zip(texts, ["rank 0 of 1", "rank 0 of 3", "rank 1 of 3", "rank 2 of 3"]):
         assert text == f"{tensor} was saved by rank 0 of 2 (full shape (1,)), this is {here} (full shape (1,)); {advice}"

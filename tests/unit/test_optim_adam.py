@@ -412,7 +412,7 @@ def test_shards_of_another_shape():
     with pytest.raises(
         ValueError,
         match=r"exp_avg\.a was saved by rank 0 of 1 \(full shape \(6,\)\), this is rank 0 of 1 \(full shape \(2, 3\)\); "
-        r"save with state_dict\(gather=True\), or with checkpoint\.save_training, to load at another number of ranks",
+        r"save with state_dict\(gather=True\), or with a checkpoint\.Checkpointer, to load at another number of ranks",
     ):
         AdamOptimizer(parameters(shapes={"a": (2, 3)})).load_state_dict(state)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 from dataclasses import dataclass, field, replace
-from typing import Any, Callable, Mapping, Protocol, Sequence
+from typing import Any, Callable, Iterable, Mapping, Protocol, Sequence
 
 import numpy as np
 from mindspore import Parameter, Tensor, nn
@@ -17,6 +17,8 @@ from ..zero import DistributedParameter
 from .boxes import extents
 from .errors import CheckpointError
 from .format import TYPE_NAMES
+
+GRADIENT = "gradient."  # what names of accumulated gradients begin with
 
 # What is there: name -> (shape, MindSpore dtype)
 Described = Mapping[str, tuple[tuple[int, ...], Any]]
@@ -119,6 +121,48 @@ def companion_entry(p: DistributedParameter | None, tensor: Tensor) -> Entry:
 
 def _replicated_entry(p: Parameter) -> Entry:
     return Entry(p.dtype, lambda: p, lambda full: p.set_data(full), None)
+
+
+def named_now(model: nn.Cell, there: Iterable[str]) -> dict[str, str]:
+    """Name in a checkpoint -> name here, of tensors that earlier releases called otherwise: parameters, and what is kept for them.
+
+    A model says so by a method `earlier_name`: name of a parameter now -> in files of earlier releases.
+    """
+    now, found = _parameters_by_earlier_name(model), {}
+    for name in there:
+        parts = name.split(".", 3)
+        of_optimizer = parts[0] == "optimizer" and len(parts) == 4  # optimizer.0.exp_avg.NAME
+        kind = ".".join(parts[:3]) + "." if of_optimizer else GRADIENT if name.startswith(GRADIENT) else ""
+        own = name[len(kind) :]
+        if now.get(own, own) != own:
+            found[name] = kind + now[own]
+    return found
+
+
+def state_named_now(model: nn.Cell, state: Any) -> Any:
+    """A copy of the JSON beside the tensors, with the names that parameters have now in its lists of `names`."""
+    now = _parameters_by_earlier_name(model)
+
+    def renamed(x: Any) -> Any:
+        if isinstance(x, list):
+            return [renamed(item) for item in x]
+        if not isinstance(x, dict):
+            return x
+        return {
+            key: [now.get(name, name) if isinstance(name, str) else name for name in value]
+            if key == "names" and isinstance(value, list)
+            else renamed(value)
+            for key, value in x.items()
+        }
+
+    return renamed(state) if now else state
+
+
+def _parameters_by_earlier_name(model: nn.Cell) -> dict[str, str]:
+    if not hasattr(model, "earlier_name"):
+        return {}
+    names = [p.name for p in model.get_parameters()]
+    return {model.earlier_name(name): name for name in names if model.earlier_name(name) != name}
 
 
 def apply_entries(entries: Mapping[str, Entry], source: Readable, names: Mapping[str, str] | None = None) -> None:

@@ -12,13 +12,13 @@ from mindspore import nn
 
 from ..comm import World, gather_json
 from ..optim import OptimManager
-from .entries import LoadResult, apply_entries, compare
+from .entries import GRADIENT, LoadResult, apply_entries, compare, state_named_now
 from .errors import CheckpointError, agree_or_fail
 from .folder import checkpoint_name, find_latest, state_of, step_of, steps_in
 from .index import INDEX, read_index
 from .run_state import checked
 from .sharded import ShardedReader
-from .training import GRADIENT, as_named_here, entries_to_load, load_file
+from .training import as_named_here, entries_to_load, load_file
 
 _ATTEMPTS = 20  # to load the latest before another takes its place
 
@@ -105,7 +105,7 @@ class Loader:
                     reader = stack.enter_context(ShardedReader(folder, None if self.shared else [here.shards.rank], place))
                 entries, sources = entries_to_load(self.model, self.manager, reader.described)
                 result = compare(as_named_here(reader.described, sources), entries, strict, str(folder))
-                state = checked(reader.index.state, self.manager, here, strict, str(folder))
+                state = checked(state_named_now(self.model, reader.index.state), self.manager, here, strict, str(folder))
             except Exception as caught:  # whatever it is: the other ranks wait
                 error = caught
             agree_or_fail(here.engine, error, what)

@@ -10,14 +10,13 @@ from mindspore import Parameter, nn
 
 from ..comm import world
 from ..optim import OptimManager
-from .entries import Described, Entry, LoadResult, companion_entry, compare, model_entries
+from .entries import GRADIENT, Described, Entry, LoadResult, companion_entry, compare, model_entries, named_now, state_named_now
 from .errors import CheckpointError, agree_or_fail
 from .format import is_count, parsed_json
 from .run_state import RunState, checked, checked_keep
 from .whole import load_entries, read_headers
 
 _VERSION = 1
-GRADIENT = "gradient."  # what names of accumulated gradients begin with
 
 
 def load_training(
@@ -48,12 +47,14 @@ def load_file(file_name: str | Path, model: nn.Cell, manager: OptimManager, stri
     error: BaseException | None = None
     try:
         raw, entries = _state_in(metadata, str(file_name)), training_entries(model, manager)
-        compare(there, entries, strict, str(file_name))  # first: it says best what is different
-        state = checked(raw, manager, here, strict, str(file_name))
+        renamed = named_now(model, there)
+        now = {renamed.get(name, name): what for name, what in there.items()}
+        compare(now, entries, strict, str(file_name))  # first: it says best what is different
+        state = checked(state_named_now(model, raw), manager, here, strict, str(file_name))
     except Exception as caught:  # whatever it is: the other ranks wait
         error = caught
     agree_or_fail(here.engine, error, f"{file_name} cannot be loaded")
-    result = load_entries(file_name, entries, here, strict)
+    result = load_entries(file_name, entries, here, strict, model)
     manager.restore_gradients({})
     state.restore(manager, here, keep)
     return state, result
@@ -139,6 +140,9 @@ def entries_to_load(model: nn.Cell, manager: OptimManager, there: Described) -> 
         there: what is in the checkpoint.
     """
     entries = training_entries(model, manager)
+    renamed = named_now(model, there)
+    stored = {renamed.get(name, name): name for name in there}
+    there = {name: there[source] for name, source in stored.items()}
     likes = manager.parameters_by_name()
     for name in there:
         p = likes.get(name[len(GRADIENT) :]) if name.startswith(GRADIENT) else None
@@ -153,7 +157,7 @@ def entries_to_load(model: nn.Cell, manager: OptimManager, there: Described) -> 
         own = _of_master(name)
         if name not in entries and own in entries and entries[own].dtype == ms.float32:
             sources[own] = name  # saved in 16 bits: the master is the better parameter
-    return entries, sources
+    return entries, {name: stored[source] for name, source in sources.items()}
 
 
 def _of_master(name: str) -> str:

@@ -18,7 +18,7 @@ from bmtrain_ms_base.layout import Box
 from ..comm import Engine, World, world
 from ..compat.runtime import from_host, host_array, numpy_dtype
 from .consolidated import ConsolidatedReader, Replacement, file_names, size_in_bytes, split, tensor_bytes
-from .entries import Described, Entry, LoadResult, apply_entries, compare, model_entries
+from .entries import Described, Entry, LoadResult, apply_entries, compare, model_entries, named_now
 from .errors import CheckpointError, agree_or_fail
 from .format import PIECE, TYPE_NAMES, AtomicFile, plan
 from .writer import DeferredFile, Writer
@@ -101,7 +101,7 @@ def load(model: nn.Cell, file_name: str | Path, strict: bool = True) -> LoadResu
         CheckpointError: unreadable, another shape, or (strict) other names or types; on every rank.
     """
     wait_for_saves()
-    return load_entries(file_name, model_entries(model), world(), strict)
+    return load_entries(file_name, model_entries(model), world(), strict, model)
 
 
 def state_dict(model: nn.Cell) -> dict[str, np.ndarray]:
@@ -129,6 +129,8 @@ def load_state_dict(model: nn.Cell, state: Mapping[str, Any], strict: bool = Tru
     """
     entries = model_entries(model)
     arrays = {name: host_array(x) if isinstance(x, Tensor) else np.asarray(x) for name, x in state.items()}
+    renamed = named_now(model, arrays)
+    arrays = {renamed.get(name, name): x for name, x in arrays.items()}
     there = {name: (tuple(x.shape), _DTYPES.get(x.dtype)) for name, x in arrays.items()}
     result = compare(there, entries, strict, "the state", "it")
     apply_entries({name: entry for name, entry in entries.items() if name in arrays}, _Arrays(arrays))
@@ -206,26 +208,34 @@ def read_headers(path: str | Path, here: World) -> tuple[dict[str, str], Describ
     return metadata, there
 
 
-def load_entries(path: str | Path, entries: Mapping[str, Entry], here: World, strict: bool = True) -> LoadResult:
-    """See `load`; for any tensors. Nothing is changed unless all ranks can read the file and it fits."""
+def load_entries(
+    path: str | Path, entries: Mapping[str, Entry], here: World, strict: bool = True, model: nn.Cell | None = None
+) -> LoadResult:
+    """See `load`; for any tensors. Nothing is changed unless all ranks can read the file and it fits.
+
+    `model`: may know what earlier releases called them.
+    """
     error: BaseException | None = None
     with contextlib.ExitStack() as stack:
         try:
             reader = stack.enter_context(ConsolidatedReader(path))
-            wanted = next((name for name in reader.foreign if name in entries), None)
+            unread: Described = dict.fromkeys(reader.foreign, ((), None))
+            there = {**reader.described, **unread}
+            renamed = {} if model is None else named_now(model, there)
+            wanted = next((name for name in reader.foreign if renamed.get(name, name) in entries), None)
             if wanted is not None:
                 kinds = sorted(set(reader.foreign.values()))
                 raise CheckpointError(
                     f"{reader.path} has tensors of types {kinds}, which MindSpore does not have, such as {wanted}: convert the "
                     "file, to BF16 say"
                 )
-            unread: Described = dict.fromkeys(reader.foreign, ((), None))
-            result = compare({**reader.described, **unread}, entries, strict, str(reader.path))
+            result = compare({renamed.get(name, name): x for name, x in there.items()}, entries, strict, str(reader.path))
         except Exception as caught:
             error = caught
         agree_or_fail(here.engine, error, f"{path} cannot be loaded")
         try:
-            apply_entries({name: entry for name, entry in entries.items() if name in reader.tensors}, reader)
+            sources = {renamed.get(name, name): name for name in reader.tensors}
+            apply_entries({name: entry for name, entry in entries.items() if name in sources}, reader, sources)
         except Exception as caught:
             error = caught
         agree_or_fail(here.engine, error, f"{path} cannot be loaded")

@@ -218,7 +218,7 @@ class ShardOptimizer(ABC):
 
         Args:
             gather: whole tensors, on every rank, loadable at any number of ranks; all ranks call it. Otherwise this rank's shards,
-                to be loaded by the same rank of as many. `checkpoint.save_training` streams instead, and holds neither.
+                to be loaded by the same rank of as many. A `Checkpointer` streams instead, and holds neither.
             tensors: False leaves them out; the rest is JSON-serialisable.
         """
         self._refuse_appended()

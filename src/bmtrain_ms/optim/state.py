@@ -61,7 +61,7 @@ def check_arrays(named: StateTensors, state: Mapping[str, Any], strict: bool) ->
         if not state["is_whole"] and mine != theirs:
             raise ValueError(
                 f"{name} was saved by {_where(theirs)}, this is {_where(mine)}; save with state_dict(gather=True), or with "
-                "checkpoint.save_training, to load at another number of ranks"
+                "a checkpoint.Checkpointer, to load at another number of ranks"
             )
 
 
