@@ -12,7 +12,6 @@ from types import ModuleType
 from mindspore import Tensor
 
 from ..compat.runtime import device_target
-from . import device, host
 from .rules import Angles, LossRule, check_cross_entropy_options
 
 __all__ = [
@@ -44,9 +43,13 @@ def use(name: str) -> None:
     Raises:
         ValueError: `name` is neither.
     """
-    if name not in ("host", "device"):
+    if name == "host":
+        from . import host as implementation  # and numba with it
+    elif name == "device":
+        from . import device as implementation
+    else:
         raise ValueError(f"operations are computed on the 'host' or on a 'device', not on {name!r}")
-    _Choice.implementation = host if name == "host" else device
+    _Choice.implementation = implementation
 
 
 def use_for(target: str) -> None:
@@ -56,9 +59,10 @@ def use_for(target: str) -> None:
 
 def chosen() -> ModuleType:
     """The implementation that runs, `ops.host` or `ops.device`."""
-    if _Choice.implementation is None:
-        _Choice.implementation = host if device_target() == "CPU" else device
-    return _Choice.implementation
+    if _Choice.implementation is not None:
+        return _Choice.implementation
+    use_for(device_target())
+    return chosen()
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -1,13 +1,17 @@
-"""The operations on the host: passes of NumPy over the tensors' own memory, and MindSpore's kernels where they are fast."""
+"""The operations on the host: matrix products by NumPy's BLAS, and one compiled loop for the rest of each (`ops.kernels`).
+
+They read tensors where they lie, compute in float32 (float64 stays), and keep tensors for backward, not copies of them.
+"""
 
 from __future__ import annotations
 
-import mindspore as ms
 import numpy as np
-from mindspore import Tensor, ops
+from mindspore import Tensor
 
 from ..compat.autograd import custom_vjp
-from ..compat.runtime import addressed, from_host, numpy_dtype, values
+from ..compat.runtime import from_host, values
+from . import kernels
+from .host_arrays import Arrays, Tensors, matrix, quiet, returned, wide
 from .host_attention import attention, causal_mask
 from .host_loss import cross_entropy
 from .rules import Angles
@@ -25,35 +29,48 @@ __all__ = [
     "swiglu",
 ]
 
-Tensors = tuple[Tensor, ...]
-Arrays = tuple[np.ndarray, ...]
-
-_quiet = np.errstate(all="ignore")  # inf and nan are answers
-
-_matmul_t = ops.MatMul(transpose_b=True)
-_gather = ops.Gather()
-_segment_sum = ops.UnsortedSegmentSum()
-
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """See `bmtrain_ms.ops.linear`."""
-    flat = x.reshape(-1, x.shape[-1]) if x.ndim != 2 else x
-    y = _matmul_t(flat, weight)
-    if bias is not None:
-        y = ops.bias_add(y, bias)
-    return y.reshape(*x.shape[:-1], weight.shape[0]) if x.ndim != 2 else y
+    if x.dtype != weight.dtype:
+        raise TypeError(f"linear takes x and weight of one type, not {x.dtype} and {weight.dtype}")
+    inputs = (x, weight) if bias is None else (x, weight, bias)
+    return custom_vjp(_linear, _linear_gradient, *inputs)[0]
+
+
+@quiet
+def _linear(x: Tensor, weight: Tensor, *bias: Tensor) -> tuple[Tensors, Tensors]:
+    out = matrix(x) @ wide(weight).T
+    for b in bias:
+        out += wide(b)
+    return (returned(out, x, (*x.shape[:-1], weight.shape[0])),), (x, weight, *bias)
+
+
+@quiet
+def _linear_gradient(inputs: Tensors, grads: Tensors) -> Tensors:
+    x, weight, *bias = inputs
+    grad = matrix(grads[0])
+    found = [returned(grad @ wide(weight), x), returned(grad.T @ matrix(x), weight)]
+    return (*found, *(returned(grad.sum(0), b) for b in bias))
 
 
 def embedding(ids: Tensor, table: Tensor) -> Tensor:
-    """See `bmtrain_ms.ops.embedding`."""
-    (vocab, dim), dtype = table.shape, table.dtype
+    """See `bmtrain_ms.ops.embedding`.
 
-    def forward(table: Tensor) -> tuple[Tensors, None]:
-        return (_gather(table, ids, 0),), None
+    Raises:
+        ValueError: an id is outside of the table.
+    """
+    (vocab, dim), places = table.shape, values(ids)
+    if places.size and not 0 <= places.min() <= places.max() < vocab:
+        raise ValueError(f"ids lie in [{places.min()}, {places.max()}], the table has {vocab} rows")
 
-    def backward(_: None, grads: Tensors) -> Tensors:
-        rows = grads[0].reshape(-1, dim).astype(ms.float32)
-        return (_segment_sum(rows, ids.reshape(-1), vocab).astype(dtype),)
+    def forward(table: Tensor) -> tuple[Tensors, Tensor]:
+        return (from_host(values(table)[places]),), table
+
+    def backward(table: Tensor, grads: Tensors) -> Tensors:
+        out = np.zeros((vocab, dim), np.float32)
+        kernels.add_rows(places.reshape(-1).astype(np.int64, copy=False), matrix(grads[0], np.float32), out)
+        return (returned(out, table),)
 
     return custom_vjp(forward, backward, table)[0]
 
@@ -61,23 +78,18 @@ def embedding(ids: Tensor, table: Tensor) -> Tensor:
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """See `bmtrain_ms.ops.rms_norm`."""
 
-    @_quiet
-    def forward(x: Tensor, weight: Tensor) -> tuple[Tensors, Arrays]:
-        wide, gain = _wide(x), _wide(weight)[0]
-        scale = 1.0 / np.sqrt(_row_mean(wide, wide) + np.float32(eps))
-        normed = wide * scale
-        return (_back(normed * gain, x),), (scale, normed, gain)
+    def forward(x: Tensor, weight: Tensor) -> tuple[Tensors, tuple[Tensor, Tensor, np.ndarray]]:
+        rows = matrix(x, np.float32)
+        out, scale = np.empty_like(rows), np.empty(len(rows), np.float32)
+        kernels.rms_norm(rows, wide(weight, np.float32), float(eps), out, scale)
+        return (returned(out, x),), (x, weight, scale)
 
-    @_quiet
-    def backward(residuals: Arrays, grads: Tensors) -> Tensors:
-        scale, normed, gain = residuals
-        grad = _wide(grads[0])
-        weight_grad = np.einsum("ij,ij->j", grad, normed)
-        grad = grad * gain
-        x_grad = normed * -_row_mean(grad, normed)
-        x_grad += grad
-        x_grad *= scale
-        return _back(x_grad, x), addressed(_back(weight_grad, weight))
+    def backward(residuals: tuple[Tensor, Tensor, np.ndarray], grads: Tensors) -> Tensors:
+        x, weight, scale = residuals
+        rows = matrix(x, np.float32)
+        x_grad, weight_grad = np.empty_like(rows), np.zeros(rows.shape[1], np.float32)
+        kernels.rms_norm_gradient(rows, wide(weight, np.float32), scale, matrix(grads[0], np.float32), x_grad, weight_grad)
+        return returned(x_grad, x), returned(weight_grad, weight)
 
     return custom_vjp(forward, backward, x, weight)[0]
 
@@ -85,84 +97,59 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     """See `bmtrain_ms.ops.layer_norm`."""
 
-    @_quiet
-    def forward(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensors, Arrays]:
-        wide, gain = _wide(x), _wide(weight)[0]
-        centred = wide - wide.mean(1, keepdims=True)
-        scale = 1.0 / np.sqrt(_row_mean(centred, centred) + np.float32(eps))
-        normed = centred * scale
-        return (_back(normed * gain + _wide(bias)[0], x),), (scale, normed, gain)
+    def forward(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensors, tuple[Tensors, Arrays]]:
+        rows = matrix(x, np.float32)
+        out, (mean, scale) = np.empty_like(rows), np.empty((2, len(rows)), np.float32)
+        kernels.layer_norm(rows, wide(weight, np.float32), wide(bias, np.float32), float(eps), out, mean, scale)
+        return (returned(out, x),), ((x, weight, bias), (mean, scale))
 
-    @_quiet
-    def backward(residuals: Arrays, grads: Tensors) -> Tensors:
-        scale, normed, gain = residuals
-        grad = _wide(grads[0])
-        weight_grad, bias_grad = np.einsum("ij,ij->j", grad, normed), grad.sum(0)
-        grad = grad * gain
-        x_grad = normed * -_row_mean(grad, normed)
-        x_grad += grad
-        x_grad -= grad.mean(1, keepdims=True)
-        x_grad *= scale
-        return _back(x_grad, x), addressed(_back(weight_grad, weight)), addressed(_back(bias_grad, bias))
+    def backward(residuals: tuple[Tensors, Arrays], grads: Tensors) -> Tensors:
+        (x, weight, bias), (mean, scale) = residuals
+        rows = matrix(x, np.float32)
+        x_grad, (weight_grad, bias_grad) = np.empty_like(rows), np.zeros((2, rows.shape[1]), np.float32)
+        grad = matrix(grads[0], np.float32)
+        kernels.layer_norm_gradient(rows, wide(weight, np.float32), mean, scale, grad, x_grad, weight_grad, bias_grad)
+        return returned(x_grad, x), returned(weight_grad, weight), returned(bias_grad, bias)
 
     return custom_vjp(forward, backward, x, weight, bias)[0]
 
 
-def _wide(x: Tensor) -> np.ndarray:
-    """(rows, dim), float32."""
-    return values(x).reshape(-1, x.shape[-1]).astype(np.float32, copy=False)
-
-
-def _row_mean(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Of the products, (rows, 1)."""
-    return np.einsum("ij,ij->i", a, b)[:, None] * np.float32(1.0 / a.shape[1])
-
-
-def _back(array: np.ndarray, like: Tensor) -> Tensor:
-    """A tensor of the shape and type of `like`."""
-    return from_host(array.reshape(like.shape).astype(numpy_dtype(like.dtype), copy=False))
-
-
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    """See `bmtrain_ms.ops.swiglu`; the sigmoid is MindSpore's, whose exponential is faster than NumPy's."""
+    """See `bmtrain_ms.ops.swiglu`."""
+    return custom_vjp(_swiglu, _swiglu_gradient, gate, up)[0]
 
-    @_quiet
-    def forward(gate: Tensor, up: Tensor) -> tuple[Tensors, Arrays]:
-        sigmoid = values(ops.sigmoid(gate.astype(ms.float32)))
-        silu = values(gate).reshape(sigmoid.shape) * sigmoid
-        return (_back(silu * values(up), up),), (values(up), sigmoid, silu)
 
-    @_quiet
-    def backward(residuals: Arrays, grads: Tensors) -> Tensors:
-        above, sigmoid, silu = residuals
-        grad = values(grads[0]).astype(np.float32, copy=False)
-        slope = 1.0 - silu  # silu' = s + silu (1 - s) = silu + s (1 - silu)
-        slope *= sigmoid
-        slope += silu
-        slope *= grad
-        slope *= above
-        return _back(slope, gate), _back(silu * grad, up)
+def _swiglu(gate: Tensor, up: Tensor) -> tuple[Tensors, Tensors]:
+    g = wide(gate, np.float32).reshape(-1)
+    out = np.empty_like(g)
+    kernels.swiglu(g, wide(up, np.float32).reshape(-1), out)
+    return (returned(out, up),), (gate, up)
 
-    return custom_vjp(forward, backward, gate, up)[0]
+
+def _swiglu_gradient(inputs: Tensors, grads: Tensors) -> Tensors:
+    g, u, grad = (wide(x, np.float32).reshape(-1) for x in (*inputs, grads[0]))
+    gate_grad, up_grad = np.empty_like(g), np.empty_like(g)
+    kernels.swiglu_gradient(g, u, grad, gate_grad, up_grad)
+    return returned(gate_grad, inputs[0]), returned(up_grad, inputs[1])
 
 
 def split_heads(x: Tensor, batch: int, heads: int, angles: Angles | None = None) -> Tensor:
     """See `bmtrain_ms.ops.split_heads`."""
-    length, dim, shape = x.shape[0] // batch, x.shape[1] // heads, x.shape
+    length, dim = x.shape[0] // batch, x.shape[1] // heads
+    apart, together = (batch, heads, length, dim), (batch, length, heads, dim)
+    if angles is None:
+        return custom_vjp(lambda x: ((_swapped(x, together),), x), lambda x, grads: (_swapped(grads[0], apart, x.shape),), x)[0]
+    cos, sin = (np.ascontiguousarray(a, np.float32).reshape(-1, length, dim // 2) for a in angles)
 
-    @_quiet
-    def forward(x: Tensor) -> tuple[Tensors, None]:
-        apart = values(x).reshape(batch, length, heads, dim).transpose(0, 2, 1, 3)
-        out = np.empty(apart.shape, apart.dtype)
-        _turn(apart, angles, 1, out)
-        return (from_host(out),), None
+    def forward(x: Tensor) -> tuple[Tensors, Tensor]:
+        out = np.empty(apart, np.float32)
+        kernels.split_heads(wide(x, np.float32).reshape(together), cos, sin, out)
+        return (returned(out, x, apart),), x
 
-    @_quiet
-    def backward(_: None, grads: Tensors) -> Tensors:
-        grad = values(grads[0])
-        out = np.empty((batch, length, heads, dim), grad.dtype)
-        _turn(grad, angles, -1, out.transpose(0, 2, 1, 3))
-        return (from_host(out.reshape(shape)),)
+    def backward(x: Tensor, grads: Tensors) -> Tensors:
+        out = np.empty(together, np.float32)
+        kernels.split_heads_gradient(wide(grads[0], np.float32), cos, sin, out)
+        return (returned(out, x),)
 
     return custom_vjp(forward, backward, x)[0]
 
@@ -170,24 +157,15 @@ def split_heads(x: Tensor, batch: int, heads: int, angles: Angles | None = None)
 def merge_heads(x: Tensor) -> Tensor:
     """See `bmtrain_ms.ops.merge_heads`."""
     batch, heads, length, dim = x.shape
-
-    def forward(x: Tensor) -> tuple[Tensors, None]:
-        return (from_host(values(x).transpose(0, 2, 1, 3).reshape(batch * length, heads * dim)),), None
-
-    def backward(_: None, grads: Tensors) -> Tensors:
-        apart = values(grads[0]).reshape(batch, length, heads, dim).transpose(0, 2, 1, 3)
-        return (from_host(np.ascontiguousarray(apart)),)
-
-    return custom_vjp(forward, backward, x)[0]
+    together = (batch, length, heads, dim)
+    return custom_vjp(
+        lambda x: ((_swapped(x, x.shape, (batch * length, heads * dim)),), None),
+        lambda _, grads: (_swapped(grads[0], together),),
+        x,
+    )[0]
 
 
-def _turn(x: np.ndarray, angles: Angles | None, sign: int, out: np.ndarray) -> None:
-    """Rotate pairs of the last dim of x (..., length, dim) by sign * angles into `out`."""
-    if angles is None:
-        out[...] = x
-        return
-    cos, sin = angles[0], angles[1] if sign > 0 else -angles[1]
-    half = x.shape[-1] // 2
-    first, second = x[..., :half], x[..., half:]  # a 16-bit x is computed with in float32
-    out[..., :half] = first * cos - second * sin
-    out[..., half:] = second * cos + first * sin
+def _swapped(x: Tensor, shape: tuple[int, ...], back: tuple[int, ...] | None = None) -> Tensor:
+    """x in a shape of four dims, the two in the middle exchanged; then in the shape `back`."""
+    out = np.ascontiguousarray(values(x).reshape(shape).swapaxes(1, 2))
+    return from_host(out if back is None else out.reshape(back))

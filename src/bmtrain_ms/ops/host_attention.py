@@ -1,51 +1,58 @@
-"""Attention on the host. MindSpore's reductions and broadcasts are slow there: a mask has the shape of the scores."""
+"""Attention on the host."""
 
 from __future__ import annotations
 
 import functools
 import math
 
-import mindspore as ms
 import numpy as np
-from mindspore import Tensor, ops
+from mindspore import Tensor
 
 from ..compat.autograd import custom_vjp
 from ..compat.runtime import from_host, values
+from . import kernels
+from .host_arrays import Tensors, quiet, returned, wide
 
-Tensors = tuple[Tensor, ...]
-
-_batch_matmul = ops.BatchMatMul()
-_batch_matmul_t = ops.BatchMatMul(transpose_b=True)
-_batch_t_matmul = ops.BatchMatMul(transpose_a=True)
-_softmax = ops.Softmax(-1)
+Residuals = tuple[Tensor, Tensor, Tensor, np.ndarray]
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """See `bmtrain_ms.ops.attention`."""
+    """See `bmtrain_ms.ops.attention`. A causal mask is not added: the loop ends where it begins."""
     scale = 1.0 / math.sqrt(q.shape[-1])
+    queries = getattr(mask, "causal_queries", 0)
 
-    def forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensors, Tensors]:
-        scores = _batch_matmul_t(q * scale, k).astype(ms.float32)
-        weights = _softmax(scores if mask is None else scores + mask).astype(q.dtype)
-        return (_batch_matmul(weights, v),), (q, k, v, weights)
+    @quiet
+    def forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensors, Residuals]:
+        weights = wide(q, np.float32) @ wide(k, np.float32).swapaxes(-1, -2)
+        if mask is None or queries:
+            kernels.softmax(_matrices(weights), scale, queries)
+        else:
+            weights *= np.float32(scale)
+            weights += values(mask)
+            kernels.softmax(_matrices(weights), 1.0, 0)
+        return (returned(weights @ wide(v, np.float32), q),), (q, k, v, weights)
 
-    def backward(residuals: Tensors, grads: Tensors) -> Tensors:
-        (q, k, v, weights), (grad,) = residuals, grads
-        v_grad = _batch_t_matmul(weights, grad)
-        with np.errstate(all="ignore"):  # inf and nan are answers
-            weights32 = values(weights).astype(np.float32, copy=False)
-            slope = weights32 * values(_batch_matmul_t(grad, v)).astype(np.float32, copy=False)
-            slope -= weights32 * slope.sum(-1, keepdims=True)
-            slope *= np.float32(scale)
-        scores_grad = from_host(slope).astype(q.dtype)
-        return _batch_matmul(scores_grad, k), _batch_t_matmul(scores_grad, q), v_grad
+    @quiet
+    def backward(residuals: Residuals, grads: Tensors) -> Tensors:
+        q, k, v, weights = residuals
+        grad = wide(grads[0], np.float32)
+        v_grad = weights.swapaxes(-1, -2) @ grad
+        slope = grad @ wide(v, np.float32).swapaxes(-1, -2)
+        kernels.softmax_gradient(_matrices(weights), _matrices(slope), scale, queries)
+        q_grad = slope @ wide(k, np.float32)
+        return returned(q_grad, q), returned(slope.swapaxes(-1, -2) @ wide(q, np.float32), k), returned(v_grad, v)
 
     return custom_vjp(forward, backward, q, k, v)[0]
 
 
+def _matrices(x: np.ndarray) -> np.ndarray:
+    return x.reshape(-1, *x.shape[-2:])
+
+
 @functools.lru_cache(maxsize=8)
 def causal_mask(batch: int, heads: int, queries: int, keys: int, repeats: int = 1) -> Tensor:
-    """See `bmtrain_ms.ops.causal_mask`; (batch, heads, repeats * queries, keys)."""
+    """See `bmtrain_ms.ops.causal_mask`; (1, 1, repeats * queries, keys)."""
     allowed = np.tril(np.ones((queries, keys), bool), keys - queries)
-    mask = np.where(np.tile(allowed, (repeats, 1)), 0.0, -1e30).astype(np.float32)[None, None]
-    return from_host(np.ascontiguousarray(np.broadcast_to(mask, (batch, heads, *mask.shape[2:]))))
+    mask = from_host(np.where(np.tile(allowed, (repeats, 1)), 0.0, -1e30).astype(np.float32)[None, None])
+    mask.causal_queries = queries  # what `attention` knows it by
+    return mask

@@ -9,6 +9,7 @@ from mindspore import Tensor
 
 from ..compat.autograd import custom_vjp
 from ..compat.runtime import from_host, host_array, numpy_dtype, values
+from . import kernels
 from .rules import LossRule, over, parts
 
 CHUNK = 1 << 16  # elements of logits that are float32 at a time
@@ -35,14 +36,11 @@ def _forward(logits: Tensor, rule: LossRule) -> tuple[Tensor, np.ndarray, np.nda
     largest = np.empty((rows, 1), np.float32)
     with np.errstate(all="ignore"):
         for part in parts((rows, classes), CHUNK):
-            x = array[part].astype(np.float32)
-            x.max(1, keepdims=True, out=largest[part])
-            np.subtract(x, largest[part], x)
-            at_label[part] = x[np.arange(len(x)), rule.labels[part]]
+            x = array[part].astype(np.float32, copy=False)
+            kernels.log_sum_exp(x, largest[part], sums[part])
+            at_label[part] = x[np.arange(len(x)), rule.labels[part]] - largest[part, 0]
             if spread is not None:
-                smooth[part] = x @ spread
-            np.exp(x, x)
-            sums[part] = x.sum(1)
+                smooth[part] = (x - largest[part]) @ spread
     return from_host(rule.reduced(rule.losses(sums, at_label, spread, smooth))), largest, sums
 
 
@@ -55,14 +53,13 @@ def _backward(logits: Tensor, rule: LossRule, largest: np.ndarray, sums: np.ndar
     out = np.empty((rows, classes), numpy_dtype(logits.dtype))
     with np.errstate(all="ignore"):
         for part in parts((rows, classes), CHUNK):
-            x = array[part].astype(np.float32)
-            np.subtract(x, largest[part], x)
-            np.exp(x, x)
-            np.multiply(x, factor[part], x)
+            x = out[part] if out.dtype == np.float32 else np.empty(out[part].shape, np.float32)
+            kernels.scaled_softmax(array[part].astype(np.float32, copy=False), largest[part], factor[part], x)
             if smooth is not None:
                 x -= smooth[part] * spread
             x[np.arange(len(x)), rule.labels[part]] -= at_label[part]
             if not rule.counts[part].all():
                 x[rule.counts[part] == 0] = 0.0  # also where the softmax is not finite
-            out[part] = x
+            if out.dtype != np.float32:
+                out[part] = x
     return from_host(out)
