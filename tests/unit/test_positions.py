@@ -29,7 +29,8 @@ def seen(positions: Positions, heads: int = 1, repeats: int = 1) -> np.ndarray:
     keys = positions.offset + positions.length
     if mask is None:
         return np.ones((positions.batch, positions.length, keys), bool)
-    values = mask.asnumpy().reshape(positions.batch, heads * repeats, positions.length, keys)
+    every = np.broadcast_to(mask.asnumpy(), (positions.batch, heads, repeats * positions.length, keys))
+    values = every.reshape(positions.batch, heads * repeats, positions.length, keys)
     assert ((values == 0) | (values <= -1e30)).all() and np.isfinite(values).all()
     assert (values == values[:, :1]).all()
     return values[:, 0] == 0

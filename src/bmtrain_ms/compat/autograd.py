@@ -17,7 +17,10 @@ from mindspore import Parameter, Tensor, nn, ops
 from mindspore._c_expression import Cell_
 from mindspore.ops.composite import base as _composite
 
+from bmtrain_ms_base.tree import flatten
+
 from .executor import GRAD_TAKES_HAS_AUX, PyNativeExecutor, executor, no_grad, recording
+from .runtime import viewed
 
 __all__ = [
     "Deliver",
@@ -28,6 +31,7 @@ __all__ = [
     "custom_op",
     "custom_vjp",
     "hookable",
+    "kept_by_operations",
     "no_grad",
     "record",
     "recording",
@@ -49,7 +53,7 @@ NESTED = (
     "network of plain MindSpore Cells, without bmtrain_ms, on every rank"
 )
 
-_IGNORES_HOOKS = not GRAD_TAKES_HAS_AUX  # 2.5: outputs of what has a `bprop`
+_OLD = not GRAD_TAKES_HAS_AUX  # 2.5
 _originals: list[tuple[Any, str, Any]] = []  # (owner, name, MindSpore's own function)
 _depth = [0]  # backward passes under way: recomputation nests them
 _forwards = [0]  # recorded forward passes of `value_and_grad` under way
@@ -57,7 +61,7 @@ _hookable = [0]  # contexts that want hooks on outputs of `custom_op`
 _closed = [0]  # contexts in which no gradient may be taken
 _open: list[weakref.ref[Recorded]] = []  # functions that are recorded and not differentiated yet, oldest first
 _younger = [False]  # whether the one whose backward pass is under way has younger ones
-_OPEN_GRAPHS_SURVIVE_NESTED_ONES = GRAD_TAKES_HAS_AUX  # 2.10
+_kept: list[list[int]] = []  # ids of what operations keep, for those who ask
 _requested: list[dict[int, Parameter]] = []  # by id: what the outermost backward pass under way was asked for
 _Grad = _composite._Grad
 _grad_by_position = _Grad(get_by_position=True, sens_param=True)
@@ -152,9 +156,11 @@ def custom_op(
         outputs = _distinct(forward(*inputs), inputs)
     recorded = executor.call_custom_bprop(_Op(backward), outputs, *inputs, *captured())
     recorded = outputs if recorded is None else recorded  # 2.5 marks the outputs in place
+    if _OLD:  # which also keeps the inputs as they are
+        _note_kept(inputs)
     if _hookable[0]:
         return tuple(x.copy() for x in recorded)
-    if _IGNORES_HOOKS:
+    if _OLD:  # it ignores hooks on outputs of what has a `bprop`
         for x in recorded:
             x.ignores_hooks = True
     return recorded
@@ -178,9 +184,27 @@ def custom_vjp(
     def run(*xs: Tensor) -> Tensors:
         outputs, residuals = forward(*xs)
         kept.append(residuals)
+        _note_kept(residuals)
         return outputs
 
     return custom_op(run, lambda grads: backward(kept.pop(), grads), *inputs)
+
+
+@contextlib.contextmanager
+def kept_by_operations() -> Iterator[list[int]]:
+    """Inside the `with` statement the list that it gives gets the id of each tensor that an operation of ours keeps for backward,
+    as often as it refers to it."""
+    noted: list[int] = []
+    _kept.append(noted)
+    try:
+        yield noted
+    finally:
+        _kept.pop()
+
+
+def _note_kept(residuals: Any) -> None:
+    for noted in _kept[-1:]:
+        noted.extend(id(viewed(x)) for x in flatten(residuals)[0])
 
 
 def _distinct(outputs: Tensors, inputs: Sequence[Tensor]) -> Tensors:
@@ -252,7 +276,7 @@ def record(
         graph: the one of earlier calls; not one that is in use. Several functions that are recorded at once need one each.
     """
     nested = _depth[0] > 0
-    if nested and _younger[0] and not _OPEN_GRAPHS_SURVIVE_NESTED_ONES:
+    if nested and _younger[0] and _OLD:
         raise RuntimeError(
             "MindSpore 2.5 loses functions that were recorded later when a Block is recomputed in the backward pass of an earlier "
             "one: use Block(use_checkpoint=False), or let backward passes come youngest first"
@@ -350,7 +374,7 @@ def install() -> None:
     forward = "_pynative_forward_run"  # 2.5: a method of two classes; 2.10: a function
     owners = [owner for owner in (_composite, _composite.GradOperation, _Grad) if forward in vars(owner)]
     wrappers = [(PyNativeExecutor, "grad", _watch), *((owner, forward, _record) for owner in owners)]
-    if _IGNORES_HOOKS:
+    if _OLD:
         from mindspore.common._stub_tensor import StubTensor
 
         wrappers += [(owner, "register_hook", _refuse_what_is_ignored) for owner in (Tensor, StubTensor)]

@@ -51,6 +51,14 @@ def values(tensor: Tensor) -> np.ndarray:
     return host_array(tensor) if array is None else array.reshape(tensor.shape)
 
 
+def viewed(x: Any) -> Any:
+    """The tensor whose memory an array of `values` views; everything else as it is."""
+    base = x
+    while isinstance(base, np.ndarray):
+        base = base.base
+    return base._tensor if isinstance(base, _Memory) else x
+
+
 def _memory(tensor: Tensor) -> np.ndarray | None:
     """The tensor's own memory on CPU, flat; None where only a copy can be had.
 

@@ -44,7 +44,10 @@ def use(name: str) -> None:
         ValueError: `name` is neither.
     """
     if name == "host":
-        from . import host as implementation  # and numba with it
+        try:
+            from . import host as implementation  # and numba with it
+        except ImportError as error:
+            raise ImportError(f"operations on the host are compiled by numba, and it cannot be imported: {error}") from error
     elif name == "device":
         from . import device as implementation
     else:

@@ -12,7 +12,7 @@ from mindspore import Parameter, Tensor
 from bmtrain_ms_base.tree import flatten
 
 from ..comm import rank
-from ..compat.autograd import closed, custom_op, requested, vjp
+from ..compat.autograd import closed, custom_op, kept_by_operations, requested, vjp
 from ..compat.runtime import host_array, is_float
 from .context import ZeroContext
 from .copies import Copies
@@ -105,12 +105,13 @@ class Call:
             weights = list(gathered.tensors())
             inputs = self._before(gathered, weights)
             references = list(map(sys.getrefcount, weights))
-            with self.measure(f"forward {self.slots.label}"):
+            with self.measure(f"forward {self.slots.label}"), kept_by_operations() as kept:
                 out = result.take(self._run(inputs, weights))
             gathered.verify()
             self.prints = gathered.prints
             # what somebody has kept of the weights has to stay what it is
             stays = self.zero_level == 2 or any(gathered.owns(x) for x in out) or self.slots.holds(gathered)
+            references = [n + kept.count(id(x)) for n, x in zip(references, weights)]
             stays = stays or references != list(map(sys.getrefcount, weights))
             out = self._behind(gathered, out)
         except BaseException:
