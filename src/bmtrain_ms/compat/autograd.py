@@ -8,6 +8,7 @@ Parameters among the inputs get their gradient like any other input.
 from __future__ import annotations
 
 import contextlib
+import sys
 import weakref
 from itertools import zip_longest
 from typing import Any, Callable, Iterator, Optional, Sequence
@@ -31,6 +32,7 @@ __all__ = [
     "no_grad",
     "record",
     "recording",
+    "references",
     "requested",
     "vjp",
 ]
@@ -50,6 +52,7 @@ NESTED = (
 )
 
 _IGNORES_HOOKS = not GRAD_TAKES_HAS_AUX  # 2.5: outputs of what has a `bprop`
+_HOLDS_INPUTS = not GRAD_TAKES_HAS_AUX  # 2.5: those of what has a `bprop`, as Python's objects
 _originals: list[tuple[Any, str, Any]] = []  # (owner, name, MindSpore's own function)
 _depth = [0]  # backward passes under way: recomputation nests them
 _forwards = [0]  # recorded forward passes of `value_and_grad` under way
@@ -92,7 +95,7 @@ def closed() -> Iterator[None]:
 class _Op(nn.Cell):
     """The least that the executor needs to see of a Cell with its own `bprop`."""
 
-    def __init__(self, backward: Callable[[Tensors], Sequence[Tensor | None]] | None):
+    def __init__(self, backward: Callable[[Tensors, Tensors], Sequence[Tensor | None]] | None):
         Cell_.__init__(self, "")
         self.__dict__["_backward"] = backward
 
@@ -106,7 +109,7 @@ class _Op(nn.Cell):
         """args: the inputs, the output, the gradient of the output."""
         grads = args[-1]
         inputs = args[:-2]
-        grads = self._backward(tuple(grads) if isinstance(grads, (tuple, list)) else (grads,))
+        grads = self._backward(inputs, tuple(grads) if isinstance(grads, (tuple, list)) else (grads,))
         return tuple(ops.zeros_like(x) if g is None else g for x, g in zip_longest(inputs, grads))
 
 
@@ -144,13 +147,52 @@ def custom_op(
         RuntimeError: inside a function whose gradient is taken in a function that is being differentiated itself: `backward` has
             no derivative.
     """
+    return _recorded(forward, lambda _, grads: backward(grads), inputs, captured) if recording() else forward(*inputs)
+
+
+def custom_vjp(
+    forward: Callable[..., tuple[Tensors, Any]],
+    backward: Callable[[Tensors, Any, Tensors], Sequence[Tensor | None]],
+    *inputs: Tensor,
+) -> Tensors:
+    """`custom_op` whose forward says what its backward needs (JAX: `custom_vjp`).
+
+    Args:
+        forward: tensors -> (tuple of floating-point tensors, residuals of any kind but inputs).
+        backward: (inputs, residuals, gradients of the outputs) -> one gradient per input; `None` stands for zero. The inputs are
+            other objects than `forward` had: MindSpore keeps them, and who looks whether somebody else does must not find us.
+        inputs: see `custom_op`.
+
+    Returns:
+        The outputs of `forward`, as a tuple.
+    """
     if not recording():
-        return forward(*inputs)
+        return forward(*inputs)[0]
+    kept: list[Any] = []
+
+    def run(*xs: Tensor) -> Tensors:
+        outputs, residuals = forward(*xs)
+        kept.append(residuals)
+        return outputs
+
+    return _recorded(run, lambda xs, grads: backward(xs, kept.pop(), grads), inputs)
+
+
+def _recorded(
+    forward: Callable[..., Tensors],
+    backward: Callable[[Tensors, Tensors], Sequence[Tensor | None]],
+    inputs: Tensors,
+    captured: Callable[[], Sequence[Parameter]] = tuple,
+) -> Tensors:
     if _forwards[0] > 1:
         raise RuntimeError(NESTED)
     with no_grad():
         outputs = _distinct(forward(*inputs), inputs)
     recorded = executor.call_custom_bprop(_Op(backward), outputs, *inputs, *captured())
+    if _HOLDS_INPUTS:
+        for x in inputs:
+            if not isinstance(x, Parameter):
+                x.held_by_graph = getattr(x, "held_by_graph", 0) + 1
     recorded = outputs if recorded is None else recorded  # 2.5 marks the outputs in place
     if _hookable[0]:
         return tuple(x.copy() for x in recorded)
@@ -160,27 +202,12 @@ def custom_op(
     return recorded
 
 
-def custom_vjp(
-    forward: Callable[..., tuple[Tensors, Any]], backward: Callable[[Any, Tensors], Sequence[Tensor | None]], *inputs: Tensor
-) -> Tensors:
-    """`custom_op` whose forward says what its backward needs (JAX: `custom_vjp`).
+def references(tensor: Tensor) -> int:
+    """How often Python refers to a tensor; to be compared with an earlier answer.
 
-    Args:
-        forward: tensors -> (tuple of floating-point tensors, residuals of any kind).
-        backward: (residuals, gradients of the outputs) -> one gradient per input; `None` stands for zero.
-        inputs: see `custom_op`.
-
-    Returns:
-        The outputs of `forward`, as a tuple.
+    The inputs of a recorded `custom_op` do not count: 2.5 holds them as Python's objects, those of its own operations it does not.
     """
-    kept: list[Any] = []
-
-    def run(*xs: Tensor) -> Tensors:
-        outputs, residuals = forward(*xs)
-        kept.append(residuals)
-        return outputs
-
-    return custom_op(run, lambda grads: backward(kept.pop(), grads), *inputs)
+    return sys.getrefcount(tensor) - getattr(tensor, "held_by_graph", 0)
 
 
 def _distinct(outputs: Tensors, inputs: Sequence[Tensor]) -> Tensors:
