@@ -1,6 +1,9 @@
 """Loops that numba compiles for this processor at their first call, some tenths of a second each, and keeps on disk.
 
-Importing this imports numba, 0.1 s: import it where it is used.
+Importing this imports numba, which takes longer than all of bmtrain_ms: import it where it is used.
+
+Raises:
+    ImportError: numba cannot be imported.
 """
 
 from __future__ import annotations
@@ -11,9 +14,13 @@ import os
 from pathlib import Path
 from typing import Any, Callable, Iterator, TypeVar
 
-import llvmlite.binding
-import numba
-from numba import config
+try:
+    import llvmlite.binding
+    import numba
+    from numba import config, types
+    from numba.extending import intrinsic
+except ImportError as error:
+    raise ImportError(f"operations and optimizers on the host are compiled by numba, and it cannot be imported: {error}") from error
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -51,3 +58,20 @@ def _cache_folder() -> Iterator[None]:
         yield
     finally:
         config.CACHE_DIR = before
+
+
+def _reinterpreted(source: Any, target: Any) -> Any:
+    def reinterpret(typing: Any, x: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            return builder.bitcast(args[0], context.get_value_type(target))
+
+        return target(source), generate
+
+    return intrinsic(reinterpret)
+
+
+bits_of = _reinterpreted(types.float32, types.int32)
+"""In compiled loops: the int32 that has the bits of a float32."""
+
+float_of = _reinterpreted(types.int32, types.float32)
+"""In compiled loops: the float32 that has the bits of an int32."""

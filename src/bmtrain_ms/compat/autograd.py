@@ -8,6 +8,7 @@ Parameters among the inputs get their gradient like any other input.
 from __future__ import annotations
 
 import contextlib
+import sys
 import weakref
 from itertools import zip_longest
 from typing import Any, Callable, Iterator, Optional, Sequence
@@ -17,10 +18,7 @@ from mindspore import Parameter, Tensor, nn, ops
 from mindspore._c_expression import Cell_
 from mindspore.ops.composite import base as _composite
 
-from bmtrain_ms_base.tree import flatten
-
 from .executor import GRAD_TAKES_HAS_AUX, PyNativeExecutor, executor, no_grad, recording
-from .runtime import viewed
 
 __all__ = [
     "Deliver",
@@ -31,10 +29,10 @@ __all__ = [
     "custom_op",
     "custom_vjp",
     "hookable",
-    "kept_by_operations",
     "no_grad",
     "record",
     "recording",
+    "references",
     "requested",
     "vjp",
 ]
@@ -61,7 +59,6 @@ _hookable = [0]  # contexts that want hooks on outputs of `custom_op`
 _closed = [0]  # contexts in which no gradient may be taken
 _open: list[weakref.ref[Recorded]] = []  # functions that are recorded and not differentiated yet, oldest first
 _younger = [False]  # whether the one whose backward pass is under way has younger ones
-_kept: list[list[int]] = []  # ids of what operations keep, for those who ask
 _requested: list[dict[int, Parameter]] = []  # by id: what the outermost backward pass under way was asked for
 _Grad = _composite._Grad
 _grad_by_position = _Grad(get_by_position=True, sens_param=True)
@@ -96,7 +93,7 @@ def closed() -> Iterator[None]:
 class _Op(nn.Cell):
     """The least that the executor needs to see of a Cell with its own `bprop`."""
 
-    def __init__(self, backward: Callable[[Tensors], Sequence[Tensor | None]] | None):
+    def __init__(self, backward: Callable[[Tensors, Tensors], Sequence[Tensor | None]] | None):
         Cell_.__init__(self, "")
         self.__dict__["_backward"] = backward
 
@@ -110,7 +107,7 @@ class _Op(nn.Cell):
         """args: the inputs, the output, the gradient of the output."""
         grads = args[-1]
         inputs = args[:-2]
-        grads = self._backward(tuple(grads) if isinstance(grads, (tuple, list)) else (grads,))
+        grads = self._backward(inputs, tuple(grads) if isinstance(grads, (tuple, list)) else (grads,))
         return tuple(ops.zeros_like(x) if g is None else g for x, g in zip_longest(inputs, grads))
 
 
@@ -148,16 +145,53 @@ def custom_op(
         RuntimeError: inside a function whose gradient is taken in a function that is being differentiated itself: `backward` has
             no derivative.
     """
+    return _recorded(forward, lambda _, grads: backward(grads), inputs, captured) if recording() else forward(*inputs)
+
+
+def custom_vjp(
+    forward: Callable[..., tuple[Tensors, Any]],
+    backward: Callable[[Tensors, Any, Tensors], Sequence[Tensor | None]],
+    *inputs: Tensor,
+) -> Tensors:
+    """`custom_op` whose forward says what its backward needs (JAX: `custom_vjp`).
+
+    Args:
+        forward: tensors -> (tuple of floating-point tensors, residuals of any kind but inputs).
+        backward: (inputs, residuals, gradients of the outputs) -> one gradient per input; `None` stands for zero. The inputs are
+            other objects than `forward` had: MindSpore keeps them, and who looks whether somebody else does must not find us.
+        inputs: see `custom_op`.
+
+    Returns:
+        The outputs of `forward`, as a tuple.
+    """
     if not recording():
-        return forward(*inputs)
+        return forward(*inputs)[0]
+    kept: list[Any] = []
+
+    def run(*xs: Tensor) -> Tensors:
+        outputs, residuals = forward(*xs)
+        kept.append(residuals)
+        return outputs
+
+    return _recorded(run, lambda xs, grads: backward(xs, kept.pop(), grads), inputs)
+
+
+def _recorded(
+    forward: Callable[..., Tensors],
+    backward: Callable[[Tensors, Tensors], Sequence[Tensor | None]],
+    inputs: Tensors,
+    captured: Callable[[], Sequence[Parameter]] = tuple,
+) -> Tensors:
     if _forwards[0] > 1:
         raise RuntimeError(NESTED)
     with no_grad():
         outputs = _distinct(forward(*inputs), inputs)
     recorded = executor.call_custom_bprop(_Op(backward), outputs, *inputs, *captured())
+    if _OLD:  # it holds inputs of what has a `bprop` as Python's objects
+        for x in inputs:
+            if not isinstance(x, Parameter):
+                x.held_by_graph = getattr(x, "held_by_graph", 0) + 1
     recorded = outputs if recorded is None else recorded  # 2.5 marks the outputs in place
-    if _OLD:  # which also keeps the inputs as they are
-        _note_kept(inputs)
     if _hookable[0]:
         return tuple(x.copy() for x in recorded)
     if _OLD:  # it ignores hooks on outputs of what has a `bprop`
@@ -166,45 +200,12 @@ def custom_op(
     return recorded
 
 
-def custom_vjp(
-    forward: Callable[..., tuple[Tensors, Any]], backward: Callable[[Any, Tensors], Sequence[Tensor | None]], *inputs: Tensor
-) -> Tensors:
-    """`custom_op` whose forward says what its backward needs (JAX: `custom_vjp`).
+def references(tensor: Tensor) -> int:
+    """How often Python refers to a tensor; to be compared with an earlier answer.
 
-    Args:
-        forward: tensors -> (tuple of floating-point tensors, residuals of any kind).
-        backward: (residuals, gradients of the outputs) -> one gradient per input; `None` stands for zero.
-        inputs: see `custom_op`.
-
-    Returns:
-        The outputs of `forward`, as a tuple.
+    The inputs of a recorded `custom_op` do not count: 2.5 holds them as Python's objects, those of its own operations it does not.
     """
-    kept: list[Any] = []
-
-    def run(*xs: Tensor) -> Tensors:
-        outputs, residuals = forward(*xs)
-        kept.append(residuals)
-        _note_kept(residuals)
-        return outputs
-
-    return custom_op(run, lambda grads: backward(kept.pop(), grads), *inputs)
-
-
-@contextlib.contextmanager
-def kept_by_operations() -> Iterator[list[int]]:
-    """Inside the `with` statement the list that it gives gets the id of each tensor that an operation of ours keeps for backward,
-    as often as it refers to it."""
-    noted: list[int] = []
-    _kept.append(noted)
-    try:
-        yield noted
-    finally:
-        _kept.pop()
-
-
-def _note_kept(residuals: Any) -> None:
-    for noted in _kept[-1:]:
-        noted.extend(id(viewed(x)) for x in flatten(residuals)[0])
+    return sys.getrefcount(tensor) - getattr(tensor, "held_by_graph", 0)
 
 
 def _distinct(outputs: Tensors, inputs: Sequence[Tensor]) -> Tensors:

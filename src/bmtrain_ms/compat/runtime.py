@@ -37,9 +37,9 @@ def host_array(tensor: Tensor | np.ndarray) -> np.ndarray:
 class _Memory:
     """What NumPy needs to view a tensor's memory, and to keep the tensor alive."""
 
-    def __init__(self, tensor: Tensor, start: int, nbytes: int):
+    def __init__(self, tensor: Tensor, start: int, elements: int, typestr: str):
         self._tensor = tensor
-        self.__array_interface__ = {"version": 3, "shape": (nbytes,), "typestr": "|u1", "data": (start, False)}
+        self.__array_interface__ = {"version": 3, "shape": (elements,), "typestr": typestr, "data": (start, False)}
 
 
 def values(tensor: Tensor) -> np.ndarray:
@@ -47,16 +47,8 @@ def values(tensor: Tensor) -> np.ndarray:
 
     `asnumpy` copies what an operation has returned at 1.4 GB/s (2.5). The array keeps the tensor alive.
     """
-    array = _memory(tensor)
+    array = None if hasattr(tensor, "made_on_host") else _memory(tensor)
     return host_array(tensor) if array is None else array.reshape(tensor.shape)
-
-
-def viewed(x: Any) -> Any:
-    """The tensor whose memory an array of `values` views; everything else as it is."""
-    base = x
-    while isinstance(base, np.ndarray):
-        base = base.base
-    return base._tensor if isinstance(base, _Memory) else x
 
 
 def _memory(tensor: Tensor) -> np.ndarray | None:
@@ -71,7 +63,10 @@ def _memory(tensor: Tensor) -> np.ndarray | None:
     if not start:  # no elements
         return None
     dtype = numpy_dtype(tensor.dtype)
-    return np.asarray(_Memory(tensor, start, math.prod(tensor.shape) * dtype.itemsize)).view(dtype)
+    elements = math.prod(tensor.shape)
+    if dtype.isbuiltin != 1:  # bfloat16
+        return np.asarray(_Memory(tensor, start, elements * dtype.itemsize, "|u1")).view(dtype)
+    return np.asarray(_Memory(tensor, start, elements, dtype.str))
 
 
 def address(tensor: Tensor) -> int | None:
@@ -168,7 +163,9 @@ def from_host(array: np.ndarray) -> Tensor:
     """A tensor that shares memory with the contiguous `array` and keeps it alive."""
     if not (_TAKES_INTERNAL and array.flags.c_contiguous):
         return Tensor.from_numpy(array)
-    return Tensor(Tensor.__base__.from_numpy(array), internal=True)  # half the time: without checks of what is known
+    tensor = Tensor(Tensor.__base__.from_numpy(array), internal=True)  # half the time: without checks of what is known
+    tensor.made_on_host = True  # its `asnumpy` copies nothing, and to ask for its address costs an operation
+    return tensor
 
 
 @functools.cache
@@ -219,6 +216,19 @@ def configure_cpu(threads: int) -> None:
 
     with contextlib.suppress(RuntimeError):  # MindSpore takes it once per process; the first world's share stays
         op_tuning.threads_num(threads)
+    _limit_blas(threads)
+
+
+def _limit_blas(threads: int) -> None:
+    """Have NumPy's matrix products use so many threads: OpenBLAS has counted the cores before this process got its share.
+
+    More threads than cores wait for each other spinning. Another BLAS (MKL, Accelerate) is left to its own settings.
+    """
+    library = ctypes.CDLL(str(np.core._multiarray_umath.__file__))  # finds what this one is linked with
+    for name in ("openblas_set_num_threads64_", "openblas_set_num_threads", "scipy_openblas_set_num_threads64_"):
+        if hasattr(library, name):
+            getattr(library, name)(ctypes.c_int(threads))
+            return
 
 
 def _let_waiting_threads_sleep() -> None:

@@ -44,10 +44,7 @@ def use(name: str) -> None:
         ValueError: `name` is neither.
     """
     if name == "host":
-        try:
-            from . import host as implementation  # and numba with it
-        except ImportError as error:
-            raise ImportError(f"operations on the host are compiled by numba, and it cannot be imported: {error}") from error
+        from . import host as implementation  # and numba with it
     elif name == "device":
         from . import device as implementation
     else:

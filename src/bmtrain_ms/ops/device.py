@@ -53,7 +53,7 @@ def embedding(ids: Tensor, table: Tensor) -> Tensor:
     def forward(table: Tensor) -> tuple[Tensors, None]:
         return (_gather(table, ids, 0),), None
 
-    def backward(_: None, grads: Tensors) -> Tensors:
+    def backward(inputs: Tensors, _: None, grads: Tensors) -> Tensors:
         rows = grads[0].reshape(-1, dim).astype(ms.float32)
         return (_segment_sum(rows, ids.reshape(-1), vocab).astype(dtype),)
 
@@ -70,8 +70,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
         normed = x32 * scale
         return ((normed * gain).astype(x.dtype).reshape(shape),), (scale, normed, gain)
 
-    def backward(residuals: Tensors, grads: Tensors) -> Tensors:
-        scale, normed, gain = residuals
+    def backward(inputs: Tensors, residuals: Tensors, grads: Tensors) -> Tensors:
+        (x, weight), (scale, normed, gain) = inputs, residuals
         grad = grads[0].reshape(-1, dim).astype(ms.float32)
         weight_grad = (grad * normed).sum(0)
         grad = grad * gain
@@ -93,8 +93,8 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
         out = normed * gain + bias.astype(ms.float32)
         return (out.astype(x.dtype).reshape(shape),), (scale, normed, gain)
 
-    def backward(residuals: Tensors, grads: Tensors) -> Tensors:
-        scale, normed, gain = residuals
+    def backward(inputs: Tensors, residuals: Tensors, grads: Tensors) -> Tensors:
+        (x, weight, bias), (scale, normed, gain) = inputs, residuals
         grad = grads[0].reshape(-1, dim).astype(ms.float32)
         weight_grad, bias_grad = (grad * normed).sum(0), grad.sum(0)
         grad = grad * gain
@@ -116,10 +116,10 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
         gate32 = gate.astype(ms.float32)
         sigmoid = ops.sigmoid(gate32)
         silu = gate32 * sigmoid
-        return ((silu * up.astype(ms.float32)).astype(up.dtype),), (up, sigmoid, silu)
+        return ((silu * up.astype(ms.float32)).astype(up.dtype),), (sigmoid, silu)
 
-    def backward(residuals: Tensors, grads: Tensors) -> Tensors:
-        up, sigmoid, silu = residuals
+    def backward(inputs: Tensors, residuals: Tensors, grads: Tensors) -> Tensors:
+        (gate, up), (sigmoid, silu) = inputs, residuals
         grad = grads[0].astype(ms.float32)
         slope = sigmoid + silu - silu * sigmoid  # silu' = s (1 + x (1 - s))
         return (grad * up.astype(ms.float32) * slope).astype(gate.dtype), (grad * silu).astype(up.dtype)
@@ -158,13 +158,13 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     """See `bmtrain_ms.ops.attention`."""
     scale = 1.0 / math.sqrt(q.shape[-1])
 
-    def forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensors, Tensors]:
+    def forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensors, Tensor]:
         scores = _batch_matmul_t(q * scale, k).astype(ms.float32)
         weights = _softmax(scores if mask is None else scores + mask).astype(q.dtype)
-        return (_batch_matmul(weights, v),), (q, k, v, weights)
+        return (_batch_matmul(weights, v),), weights
 
-    def backward(residuals: Tensors, grads: Tensors) -> Tensors:
-        (q, k, v, weights), (grad,) = residuals, grads
+    def backward(inputs: Tensors, weights: Tensor, grads: Tensors) -> Tensors:
+        (q, k, v), (grad,) = inputs, grads
         v_grad = _batch_t_matmul(weights, grad)
         weights32 = weights.astype(ms.float32)
         slope = weights32 * _batch_matmul_t(grad, v).astype(ms.float32)

@@ -18,13 +18,12 @@ CHUNK = 1 << 24  # elements of logits that are float32 at a time
 def cross_entropy(logits: Tensor, rule: LossRule) -> Tensor:
     """See `bmtrain_ms.ops.cross_entropy`; what it was given is checked, and in `rule`."""
 
-    def forward(logits: Tensor) -> tuple[tuple[Tensor], tuple[Any, ...]]:
+    def forward(logits: Tensor) -> tuple[tuple[Tensor], tuple[Any, Any]]:
         loss, largest, sums = _forward(logits, rule)
-        return (loss,), (logits, largest, sums)
+        return (loss,), (largest, sums)
 
-    def backward(residuals: tuple[Any, ...], grads: tuple[Tensor, ...]) -> tuple[Tensor]:
-        logits, largest, sums = residuals
-        return (_backward(logits, rule, largest, sums, host_array(grads[0]).astype(np.float32) * rule.row_scale),)
+    def backward(inputs: tuple[Tensor, ...], residuals: tuple[Any, Any], grads: tuple[Tensor, ...]) -> tuple[Tensor]:
+        return (_backward(inputs[0], rule, *residuals, host_array(grads[0]).astype(np.float32) * rule.row_scale),)
 
     return custom_vjp(forward, backward, logits)[0]
 

@@ -39,15 +39,15 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 @quiet
-def _linear(x: Tensor, weight: Tensor, *bias: Tensor) -> tuple[Tensors, Tensors]:
+def _linear(x: Tensor, weight: Tensor, *bias: Tensor) -> tuple[Tensors, None]:
     out = matrix(x) @ wide(weight).T
     for b in bias:
         out += wide(b)
-    return (returned(out, x, (*x.shape[:-1], weight.shape[0])),), (x, weight, *bias)
+    return (returned(out, x, (*x.shape[:-1], weight.shape[0])),), None
 
 
 @quiet
-def _linear_gradient(inputs: Tensors, grads: Tensors) -> Tensors:
+def _linear_gradient(inputs: Tensors, _: None, grads: Tensors) -> Tensors:
     x, weight, *bias = inputs
     grad = matrix(grads[0])
     found = [returned(grad @ wide(weight), x), returned(grad.T @ matrix(x), weight)]
@@ -64,13 +64,13 @@ def embedding(ids: Tensor, table: Tensor) -> Tensor:
     if places.size and not 0 <= places.min() <= places.max() < vocab:
         raise ValueError(f"ids lie in [{places.min()}, {places.max()}], the table has {vocab} rows")
 
-    def forward(table: Tensor) -> tuple[Tensors, Tensor]:
-        return (from_host(values(table)[places]),), table
+    def forward(table: Tensor) -> tuple[Tensors, None]:
+        return (from_host(values(table)[places]),), None
 
-    def backward(table: Tensor, grads: Tensors) -> Tensors:
+    def backward(inputs: Tensors, _: None, grads: Tensors) -> Tensors:
         out = np.zeros((vocab, dim), np.float32)
         kernels.add_rows(places.reshape(-1).astype(np.int64, copy=False), matrix(grads[0], np.float32), out)
-        return (returned(out, table),)
+        return (returned(out, inputs[0]),)
 
     return custom_vjp(forward, backward, table)[0]
 
@@ -78,14 +78,14 @@ def embedding(ids: Tensor, table: Tensor) -> Tensor:
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """See `bmtrain_ms.ops.rms_norm`."""
 
-    def forward(x: Tensor, weight: Tensor) -> tuple[Tensors, tuple[Tensor, Tensor, np.ndarray]]:
+    def forward(x: Tensor, weight: Tensor) -> tuple[Tensors, np.ndarray]:
         rows = matrix(x, np.float32)
         out, scale = np.empty_like(rows), np.empty(len(rows), np.float32)
         kernels.rms_norm(rows, wide(weight, np.float32), float(eps), out, scale)
-        return (returned(out, x),), (x, weight, scale)
+        return (returned(out, x),), scale
 
-    def backward(residuals: tuple[Tensor, Tensor, np.ndarray], grads: Tensors) -> Tensors:
-        x, weight, scale = residuals
+    def backward(inputs: Tensors, scale: np.ndarray, grads: Tensors) -> Tensors:
+        x, weight = inputs
         rows = matrix(x, np.float32)
         x_grad, weight_grad = np.empty_like(rows), np.zeros(rows.shape[1], np.float32)
         kernels.rms_norm_gradient(rows, wide(weight, np.float32), scale, matrix(grads[0], np.float32), x_grad, weight_grad)
@@ -97,14 +97,14 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     """See `bmtrain_ms.ops.layer_norm`."""
 
-    def forward(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensors, tuple[Tensors, Arrays]]:
+    def forward(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensors, Arrays]:
         rows = matrix(x, np.float32)
         out, (mean, scale) = np.empty_like(rows), np.empty((2, len(rows)), np.float32)
         kernels.layer_norm(rows, wide(weight, np.float32), wide(bias, np.float32), float(eps), out, mean, scale)
-        return (returned(out, x),), ((x, weight, bias), (mean, scale))
+        return (returned(out, x),), (mean, scale)
 
-    def backward(residuals: tuple[Tensors, Arrays], grads: Tensors) -> Tensors:
-        (x, weight, bias), (mean, scale) = residuals
+    def backward(inputs: Tensors, residuals: Arrays, grads: Tensors) -> Tensors:
+        (x, weight, bias), (mean, scale) = inputs, residuals
         rows = matrix(x, np.float32)
         x_grad, (weight_grad, bias_grad) = np.empty_like(rows), np.zeros((2, rows.shape[1]), np.float32)
         grad = matrix(grads[0], np.float32)
@@ -119,14 +119,14 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     return custom_vjp(_swiglu, _swiglu_gradient, gate, up)[0]
 
 
-def _swiglu(gate: Tensor, up: Tensor) -> tuple[Tensors, Tensors]:
+def _swiglu(gate: Tensor, up: Tensor) -> tuple[Tensors, None]:
     g = wide(gate, np.float32).reshape(-1)
     out = np.empty_like(g)
     kernels.swiglu(g, wide(up, np.float32).reshape(-1), out)
-    return (returned(out, up),), (gate, up)
+    return (returned(out, up),), None
 
 
-def _swiglu_gradient(inputs: Tensors, grads: Tensors) -> Tensors:
+def _swiglu_gradient(inputs: Tensors, _: None, grads: Tensors) -> Tensors:
     g, u, grad = (wide(x, np.float32).reshape(-1) for x in (*inputs, grads[0]))
     gate_grad, up_grad = np.empty_like(g), np.empty_like(g)
     kernels.swiglu_gradient(g, u, grad, gate_grad, up_grad)
@@ -138,18 +138,20 @@ def split_heads(x: Tensor, batch: int, heads: int, angles: Angles | None = None)
     length, dim = x.shape[0] // batch, x.shape[1] // heads
     apart, together = (batch, heads, length, dim), (batch, length, heads, dim)
     if angles is None:
-        return custom_vjp(lambda x: ((_swapped(x, together),), x), lambda x, grads: (_swapped(grads[0], apart, x.shape),), x)[0]
+        return custom_vjp(
+            lambda x: ((_swapped(x, together),), None), lambda xs, _, grads: (_swapped(grads[0], apart, xs[0].shape),), x
+        )[0]
     cos, sin = (np.ascontiguousarray(a, np.float32).reshape(-1, length, dim // 2) for a in angles)
 
-    def forward(x: Tensor) -> tuple[Tensors, Tensor]:
+    def forward(x: Tensor) -> tuple[Tensors, None]:
         out = np.empty(apart, np.float32)
         kernels.split_heads(wide(x, np.float32).reshape(together), cos, sin, out)
-        return (returned(out, x, apart),), x
+        return (returned(out, x, apart),), None
 
-    def backward(x: Tensor, grads: Tensors) -> Tensors:
+    def backward(inputs: Tensors, _: None, grads: Tensors) -> Tensors:
         out = np.empty(together, np.float32)
         kernels.split_heads_gradient(wide(grads[0], np.float32), cos, sin, out)
-        return (returned(out, x),)
+        return (returned(out, inputs[0]),)
 
     return custom_vjp(forward, backward, x)[0]
 
@@ -160,7 +162,7 @@ def merge_heads(x: Tensor) -> Tensor:
     together = (batch, length, heads, dim)
     return custom_vjp(
         lambda x: ((_swapped(x, x.shape, (batch * length, heads * dim)),), None),
-        lambda _, grads: (_swapped(grads[0], together),),
+        lambda xs, _, grads: (_swapped(grads[0], together),),
         x,
     )[0]
 

@@ -13,8 +13,6 @@ from ..compat.runtime import from_host, values
 from . import kernels
 from .host_arrays import Tensors, quiet, returned, wide
 
-Residuals = tuple[Tensor, Tensor, Tensor, np.ndarray]
-
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     """See `bmtrain_ms.ops.attention`. A causal mask is not added: the loop ends where it begins."""
@@ -22,7 +20,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     queries = getattr(mask, "causal_queries", 0)
 
     @quiet
-    def forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensors, Residuals]:
+    def forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensors, np.ndarray]:
         weights = wide(q, np.float32) @ wide(k, np.float32).swapaxes(-1, -2)
         if mask is None or queries:
             kernels.softmax(_matrices(weights), scale, queries)
@@ -30,11 +28,11 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
             weights *= np.float32(scale)
             weights += values(mask)
             kernels.softmax(_matrices(weights), 1.0, 0)
-        return (returned(weights @ wide(v, np.float32), q),), (q, k, v, weights)
+        return (returned(weights @ wide(v, np.float32), q),), weights
 
     @quiet
-    def backward(residuals: Residuals, grads: Tensors) -> Tensors:
-        q, k, v, weights = residuals
+    def backward(inputs: Tensors, weights: np.ndarray, grads: Tensors) -> Tensors:
+        q, k, v = inputs
         grad = wide(grads[0], np.float32)
         v_grad = weights.swapaxes(-1, -2) @ grad
         slope = grad @ wide(v, np.float32).swapaxes(-1, -2)

@@ -8,10 +8,8 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba import types
-from numba.extending import intrinsic
 
-from bmtrain_ms_base.compiled import compiled
+from bmtrain_ms_base.compiled import bits_of, compiled, float_of
 
 _LOG2_E = np.float32(1.44269504088896341)
 _LN2_HIGH, _LN2_LOW = np.float32(0.693359375), np.float32(-2.12194440e-4)  # ln 2 in two parts: n * the first is exact
@@ -22,33 +20,17 @@ _ONE, _ZERO = np.float32(1.0), np.float32(0.0)
 _LEAST = np.int32(-(1 << 31))
 
 
-def _reinterpreted(source: Any, target: Any) -> Any:
-    """A function that compiled loops can call: the value of type `target` that has the bits of one of type `source`."""
-
-    def reinterpret(typing: Any, x: Any) -> Any:
-        def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            return builder.bitcast(args[0], context.get_value_type(target))
-
-        return target(source), generate
-
-    return intrinsic(reinterpret)
-
-
-_bits = _reinterpreted(types.float32, types.int32)
-_float = _reinterpreted(types.int32, types.float32)
-
-
 @compiled()
 def _ordered(x: Any) -> Any:
     """An int32 for a float32, in the same order, NaN above infinity: the largest is found in vector registers."""
-    bits = _bits(x)
+    bits = bits_of(x)
     return bits ^ ((bits >> np.int32(31)) & np.int32(0x7FFFFFFF))
 
 
 @compiled()
 def _in_order(key: Any) -> Any:
     """The float32 of which `key` is `_ordered`."""
-    return _float(key ^ ((key >> np.int32(31)) & np.int32(0x7FFFFFFF)))
+    return float_of(key ^ ((key >> np.int32(31)) & np.int32(0x7FFFFFFF)))
 
 
 @compiled()
@@ -61,7 +43,7 @@ def _exp(x: Any) -> Any:
     n = shifted - _SHIFT
     r = x - n * _LN2_HIGH - n * _LN2_LOW
     p = ((((_C[0] * r + _C[1]) * r + _C[2]) * r + _C[3]) * r + _C[4]) * r + _C[5]
-    y = (p * (r * r) + r + _ONE) * _float((_bits(shifted) << np.int32(23)) + np.int32(0x3F800000))
+    y = (p * (r * r) + r + _ONE) * float_of((bits_of(shifted) << np.int32(23)) + np.int32(0x3F800000))
     return _ZERO if x < _SMALLEST else y
 
 

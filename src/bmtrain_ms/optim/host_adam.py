@@ -27,10 +27,8 @@ class Workers:
         Raises:
             ImportError: numba cannot be imported; now, not at the first step.
         """
-        try:
-            from . import kernels  # noqa: F401
-        except ImportError as error:
-            raise ImportError(f"Adam on the host is compiled by numba, and it cannot be imported: {error}") from error
+        from . import kernels  # noqa: F401
+
         self.threads = threads or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
         self._pool = ThreadPoolExecutor(self.threads, "bmtrain_ms-adam") if self.threads > 1 else None
 

@@ -1,31 +1,22 @@
-"""Loops over elements that numba compiles for this processor at their first call, some tenths of a second each.
+"""Loops over elements that are compiled for this processor.
 
 IEEE float32 in the order that is written, without fused multiply-add: the same bits on every processor, and as NumPy's. Arrays are
-flat and equally long: the caller sees to it, these loops do not look. Import this where it is used: numba takes 0.1 s.
-Nothing is cached on disk, where many ranks would write at once.
+flat and equally long: the caller sees to it, these loops do not look. Import this where it is used: it imports numba.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Callable, TypeVar
+from typing import TYPE_CHECKING, Any
 
-import numba
 import numpy as np
 
-Function = TypeVar("Function", bound=Callable[..., Any])
+from bmtrain_ms_base.compiled import compiled
 
 if TYPE_CHECKING:
     from .update import Coefficients
 
-    def compiled(function: Function) -> Function:
-        """To those who call it it is the function."""
-        return function
 
-else:
-    compiled = numba.njit(nogil=True, error_model="numpy")  # 1 / 0 is inf
-
-
-@compiled
+@compiled()
 def _moments(m: Any, v: Any, grad: Any, c: Coefficients) -> tuple[Any, Any]:
     grad = grad * np.float32(c.factor)
     return (
@@ -34,7 +25,7 @@ def _moments(m: Any, v: Any, grad: Any, c: Coefficients) -> tuple[Any, Any]:
     )
 
 
-@compiled
+@compiled()
 def adam(p: np.ndarray, m: np.ndarray, v: np.ndarray, grad: np.ndarray, c: Coefficients) -> None:
     """Update m, v and, unless the rate is zero, p = keep * p - rate * m / (sqrt(v) + eps); all float32."""
     for i in range(p.size):
@@ -43,7 +34,7 @@ def adam(p: np.ndarray, m: np.ndarray, v: np.ndarray, grad: np.ndarray, c: Coeff
             p[i] = p[i] * np.float32(c.keep) - m[i] / (np.sqrt(v[i]) + np.float32(c.eps)) * np.float32(c.rate)
 
 
-@compiled
+@compiled()
 def deltas(p: np.ndarray, m: np.ndarray, v: np.ndarray, grad: np.ndarray, c: Coefficients) -> tuple[float, float]:
     """Sum, and that of the squares, of what `adam` will subtract before the rate: correction * m / (sqrt(v) + eps) + decay * p."""
     total = squares = 0.0
@@ -60,21 +51,21 @@ def deltas(p: np.ndarray, m: np.ndarray, v: np.ndarray, grad: np.ndarray, c: Coe
 _VALUES = np.arange(1 << 16, dtype=np.uint16).view(np.float16).astype(np.float32).view(np.uint32)  # of every float16
 
 
-@compiled
+@compiled()
 def from_float16(low: np.ndarray, wide: np.ndarray) -> None:
     """Exact."""
     for i in range(low.size):
         wide[i] = _VALUES[low[i]]
 
 
-@compiled
+@compiled()
 def from_bfloat16(low: np.ndarray, wide: np.ndarray) -> None:
     """Exact."""
     for i in range(low.size):
         wide[i] = low[i] << 16
 
 
-@compiled
+@compiled()
 def to_float16(wide: np.ndarray, low: np.ndarray) -> None:
     """To the nearest value, ties to even; NaN stays NaN."""
     for i in range(wide.size):
@@ -90,7 +81,7 @@ def to_float16(wide: np.ndarray, low: np.ndarray) -> None:
         low[i] = wide[i] >> 16 & 0x8000 | rounded
 
 
-@compiled
+@compiled()
 def to_bfloat16(wide: np.ndarray, low: np.ndarray) -> None:
     """To the nearest value, ties to even; NaN stays NaN."""
     for i in range(wide.size):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import sys
 from typing import Any, Callable, ContextManager, Sequence
 
 import mindspore as ms
@@ -12,7 +11,7 @@ from mindspore import Parameter, Tensor
 from bmtrain_ms_base.tree import flatten
 
 from ..comm import rank
-from ..compat.autograd import closed, custom_op, kept_by_operations, requested, vjp
+from ..compat.autograd import closed, custom_op, references, requested, vjp
 from ..compat.runtime import host_array, is_float
 from .context import ZeroContext
 from .copies import Copies
@@ -104,15 +103,14 @@ class Call:
         try:
             weights = list(gathered.tensors())
             inputs = self._before(gathered, weights)
-            references = list(map(sys.getrefcount, weights))
-            with self.measure(f"forward {self.slots.label}"), kept_by_operations() as kept:
+            known = list(map(references, weights))
+            with self.measure(f"forward {self.slots.label}"):
                 out = result.take(self._run(inputs, weights))
             gathered.verify()
             self.prints = gathered.prints
             # what somebody has kept of the weights has to stay what it is
             stays = self.zero_level == 2 or any(gathered.owns(x) for x in out) or self.slots.holds(gathered)
-            references = [n + kept.count(id(x)) for n, x in zip(references, weights)]
-            stays = stays or references != list(map(sys.getrefcount, weights))
+            stays = stays or known != list(map(references, weights))
             out = self._behind(gathered, out)
         except BaseException:
             gathered.leave()
