@@ -12,7 +12,7 @@ from bmtrain_ms_base.tree import flatten
 
 from ..comm import rank
 from ..compat.autograd import closed, custom_op, references, requested, vjp
-from ..compat.runtime import host_array, is_float
+from ..compat.runtime import is_float, values
 from .context import ZeroContext
 from .copies import Copies
 from .param import DistributedParameter
@@ -270,7 +270,7 @@ class Call:
         for p, grad in zip(captured, grads):
             if not isinstance(p, DistributedParameter) or any(p is other for other in gathers):
                 self.reducer.add(p, grad * 1.0)  # the gradients of a and b in a + b are one tensor
-            elif not self.slots.world.everyone.lands_in_place or host_array(grad).any():  # the module uses the shard itself
+            elif not self.slots.world.everyone.lands_in_place or values(grad).any():  # the module uses the shard itself
                 self._know(p)
                 self.reducer.add(p, without_padding(p, grad * 1.0))
 
