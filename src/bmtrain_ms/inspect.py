@@ -35,12 +35,12 @@ def inspect_model(model: nn.Cell, param_name: str, prefix: str = "") -> list[dic
     found = [(name, p) for name, p in _named_parameters(model, prefix) if fnmatch.fnmatchcase(name, param_name)]
     if not found:
         return []
-    here = world()
-    engine = here.along("shard")
+    current = world()
+    engine = current.along("shard")
     first = engine.rank == 0
     values: list[np.ndarray] = []
     for _, p in found:
-        grad = _gradient(here, p)
+        grad = _gradient(current, p)
         for x in (p, grad):
             values.append(_own_part(p, x, first))
     numbers = _statistics(values, engine)
@@ -208,11 +208,11 @@ def _named_parameters(model: nn.Cell, prefix: str) -> Iterator[tuple[str, Parame
     return visit(prefix, model)
 
 
-def _gradient(here: Any, p: Parameter) -> np.ndarray | None:
+def _gradient(world: Any, p: Parameter) -> np.ndarray | None:
     """The accumulated gradient, unscaled."""
     if not p.requires_grad:
         return None
-    for manager in context_of(here).managers:
+    for manager in context_of(world).managers:
         grad = manager.grad(p)
         if grad is not None:
             return host_array(grad) / np.float32(manager.grads_scale)

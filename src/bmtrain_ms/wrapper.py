@@ -239,10 +239,10 @@ def _shard_parameters(cells: list[tuple[str, nn.Cell]], buffers: Sequence[str], 
         for name, p in parameter_table(cell).items():
             if p is None:
                 continue
-            here = found.setdefault(id(p), _Found(p))
-            here.places.append((cell, name))
-            here.paths.append(_join(path, name))
-            patterns = [x for x in buffers if fnmatch.fnmatchcase(here.paths[-1], x) or fnmatch.fnmatchcase(p.name, x)]
+            match = found.setdefault(id(p), _Found(p))
+            match.places.append((cell, name))
+            match.paths.append(_join(path, name))
+            patterns = [x for x in buffers if fnmatch.fnmatchcase(match.paths[-1], x) or fnmatch.fnmatchcase(p.name, x)]
             matched.update(patterns)
             if not isinstance(p, DistributedParameter) and (patterns or name in _RUNNING or not is_float(p) or id(p) in in_tuples):
                 whole.add(id(p))
@@ -256,11 +256,11 @@ def _shard_parameters(cells: list[tuple[str, nn.Cell]], buffers: Sequence[str], 
     names = collections.Counter(f.parameter.name for f in found.values())
     digests: list[tuple[str, int]] = []
     for i in [i for i in found if i not in stays]:
-        here = found.pop(i)
-        name = here.parameter.name
+        match = found.pop(i)
+        name = match.parameter.name
         ambiguous = names[name] > 1 or name == "Parameter"  # MindSpore's default
-        made = _sharded(here.parameter, here.paths[0] if ambiguous else name, digests)
-        for cell, attribute in here.places:
+        made = _sharded(match.parameter, match.paths[0] if ambiguous else name, digests)
+        for cell, attribute in match.places:
             parameter_table(cell)[attribute] = made
     _compare(digests)
 

@@ -85,14 +85,14 @@ def _environment(launcher: str, ranks: int, variables: Mapping[str, str], hosts:
     env.update(variables)
     if hosts:
         env.update(several.variables(dict(os.environ)))
-    cores, here = len(os.sched_getaffinity(0)), ranks // max(1, len(hosts))
+    cores, local = len(os.sched_getaffinity(0)), ranks // max(1, len(hosts))
     env.setdefault("GLOG_v", "3")  # MindSpore's C++ log: errors only
-    env.setdefault("OMP_NUM_THREADS", str(max(1, cores // here)))
+    env.setdefault("OMP_NUM_THREADS", str(max(1, cores // local)))
     env.setdefault("GLIBC_TUNABLES", COPIES_PAST_THE_CACHE)
     if launcher == "mpi" and not asked_for and not hosts:
         env.setdefault("UCX_NET_DEVICES", "lo")  # one host: nobody else needs to reach the ranks
     if hosts or not asked_for:
-        env["BMTRAIN_MS_LOCAL_SIZE"] = str(here)
+        env["BMTRAIN_MS_LOCAL_SIZE"] = str(local)
     return env
 
 

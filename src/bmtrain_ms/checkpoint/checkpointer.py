@@ -358,12 +358,12 @@ def lock_folder(folder: str | Path) -> FolderLock | None:
     Raises:
         CheckpointError: another job has it, or it cannot be made; on every rank.
     """
-    here, lock, error = world(), None, None
+    current, lock, error = world(), None, None
     try:
-        if here.engine.rank == 0:
+        if current.engine.rank == 0:
             Path(folder).mkdir(parents=True, exist_ok=True)
             lock = FolderLock(Path(folder))
     except Exception as caught:  # whatever it is: the other ranks wait
         error = caught
-    agree_or_fail(here.engine, error, f"{folder} cannot be used")
+    agree_or_fail(current.engine, error, f"{folder} cannot be used")
     return lock

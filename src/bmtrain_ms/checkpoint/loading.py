@@ -46,13 +46,13 @@ class Loader:
 
     Attributes:
         model, manager: are restored.
-        here: the ranks that load.
+        world: the ranks that load.
         shared: whether all of them see the same files.
     """
 
     model: nn.Cell
     manager: OptimManager
-    here: World
+    world: World
     shared: bool
 
     def load(self, source: Path, strict: bool, keep: str) -> Resumed | None:
@@ -70,7 +70,7 @@ class Loader:
             try:
                 return self._load(found, strict, keep, older_ones(found) if found != source else "")
             except CheckpointError:  # maybe another job, which saves there, has replaced or deleted it
-                moved = gather_json(before is None or state_of(found) != before, self.here.engine, "checkpoint moved")
+                moved = gather_json(before is None or state_of(found) != before, self.world.engine, "checkpoint moved")
                 if attempts == _ATTEMPTS or not any(moved):
                     raise
 
@@ -83,33 +83,33 @@ class Loader:
             found, wrong = (source, "") if (source / INDEX).exists() else find_latest(source)
         except OSError as caught:
             error = caught
-        agree_or_fail(self.here.engine, error, f"{source} cannot be read")
+        agree_or_fail(self.world.engine, error, f"{source} cannot be read")
         if is_file:
             return None, True
-        found = same_everywhere(source, found, self.here, self.shared)
-        if wrong and self.here.mesh.rank == 0:
+        found = same_everywhere(source, found, self.world, self.shared)
+        if wrong and self.world.mesh.rank == 0:
             sys.stderr.write(f"WARNING: {wrong}\n")
         return found, False
 
     def _load(self, folder: Path, strict: bool, keep: str, advice: str) -> Resumed:
         """`advice`: what else there is, if this one is damaged."""
-        here, what = self.here, f"{folder} cannot be loaded"
-        layout = None if self.shared else gather_json(here.launch.local_size, here.engine, "checkpoint layout")
-        place = here.engine.rank, here.engine.size
+        world, what = self.world, f"{folder} cannot be loaded"
+        layout = None if self.shared else gather_json(world.launch.local_size, world.engine, "checkpoint layout")
+        place = world.engine.rank, world.engine.size
         error: BaseException | None = None
         with contextlib.ExitStack() as stack:
             try:
                 if layout is not None:
-                    check_layout(folder, layout, here)
+                    check_layout(folder, layout, world)
                 with advising(advice):
-                    reader = stack.enter_context(ShardedReader(folder, None if self.shared else [here.shards.rank], place))
+                    reader = stack.enter_context(ShardedReader(folder, None if self.shared else [world.shards.rank], place))
                 entries, sources = entries_to_load(self.model, self.manager, reader.described)
                 result = compare(as_named_here(reader.described, sources), entries, strict, str(folder))
-                state = checked(state_named_now(self.model, reader.index.state), self.manager, here, strict, str(folder))
+                state = checked(state_named_now(self.model, reader.index.state), self.manager, world, strict, str(folder))
             except Exception as caught:  # whatever it is: the other ranks wait
                 error = caught
-            agree_or_fail(here.engine, error, what)
-            identities = gather_json(reader.index.identity, here.engine, "checkpoint identity")
+            agree_or_fail(world.engine, error, what)
+            identities = gather_json(reader.index.identity, world.engine, "checkpoint identity")
             if len(set(identities)) > 1:
                 raise CheckpointError(
                     f"{folder} holds different checkpoints on different hosts (rank 0: {identities[0]}, others: "
@@ -120,14 +120,14 @@ class Loader:
                     apply_entries({n: e for n, e in entries.items() if n in sources}, reader, sources)
             except Exception as caught:
                 error = caught
-            agree_or_fail(here.engine, error, what)
+            agree_or_fail(world.engine, error, what)
         gradients = {n[len(GRADIENT) :]: e.get() for n, e in entries.items() if n.startswith(GRADIENT) and not e.of_model}
         self.manager.restore_gradients(gradients)
-        state.restore(self.manager, here, keep)
+        state.restore(self.manager, world, keep)
         return Resumed(state.step, state.extra, folder, result)
 
 
-def same_everywhere(source: Path, found: Path | None, here: World, shared: bool) -> Path | None:
+def same_everywhere(source: Path, found: Path | None, world: World, shared: bool) -> Path | None:
     """The checkpoint to load, on which all hosts agree: one that was getting its name may have it on some of them only.
 
     All ranks call it.
@@ -135,7 +135,7 @@ def same_everywhere(source: Path, found: Path | None, here: World, shared: bool)
     mine: dict[str, str | None] = {}
     if found is not None and found != source and not shared:
         mine = {checkpoint_name(step): _identity(source / checkpoint_name(step)) for step in steps_in(source)}
-    everybody = gather_json([None if found is None else found.name, mine], here.engine, "checkpoint to load")
+    everybody = gather_json([None if found is None else found.name, mine], world.engine, "checkpoint to load")
     names, common = [name for name, _ in everybody], []
     for name, identity in mine.items():
         if identity is not None and all(other.get(name) == identity for _, other in everybody):
@@ -147,7 +147,7 @@ def same_everywhere(source: Path, found: Path | None, here: World, shared: bool)
         if len(identities) == 1 or None in identities or not older:  # None: damaged, which loading says
             return found
     if older:
-        if here.mesh.rank == 0:
+        if world.mesh.rank == 0:
             sys.stderr.write(
                 f"WARNING: hosts have not the same latest checkpoint in {source} ({', '.join(sorted(set(names)))}); going on "
                 f"from {older[-1].name}, the last that all have\n"
@@ -160,20 +160,20 @@ def same_everywhere(source: Path, found: Path | None, here: World, shared: bool)
     )
 
 
-def check_layout(folder: Path, layout: list[int], here: World) -> None:
+def check_layout(folder: Path, layout: list[int], world: World) -> None:
     """Without shared storage, before files are opened, which would be said to be missing.
 
     Raises:
         CheckpointError: other ranks, or ranks on other hosts, have written it.
     """
-    saved, size = read_index(folder).state, here.shards.size
+    saved, size = read_index(folder).state, world.shards.size
     if saved.get("shared_storage") is True and size > 1:  # only the first file has what is the same on all ranks
         raise CheckpointError(
             "it was saved with shared storage; resume with it, or write one that hosts may divide: bmtrain-ms ckpt reshard "
             f"{folder} OUT --ranks {size}"
         )
     theirs = {"mesh": saved.get("mesh"), "ranks per host": saved.get("layout")}
-    ours = {"mesh": {"ranks": here.engine.size, "shard_size": size}, "ranks per host": layout}
+    ours = {"mesh": {"ranks": world.engine.size, "shard_size": size}, "ranks per host": layout}
     for name, mine in ours.items():
         if theirs[name] != mine and not (name == "ranks per host" and theirs[name] is None):  # of `reshard`
             raise CheckpointError(

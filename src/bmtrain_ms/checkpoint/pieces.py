@@ -12,18 +12,18 @@ from ..compat.runtime import from_host, host_array
 from .entries import Entry
 
 
-def differing(entries: Mapping[str, Entry], here: World) -> list[str]:
+def differing(entries: Mapping[str, Entry], world: World) -> list[str]:
     """Names of whole tensors that are not the same on every rank, by their bits. All ranks call it."""
     whole = {name: entry for name, entry in entries.items() if entry.layout is None}
-    if here.engine.size == 1 or not whole:
+    if world.engine.size == 1 or not whole:
         return []
     mine = [xxhash.xxh3_64_hexdigest(host_array(entry.get()).reshape(-1).view(np.uint8).data) for entry in whole.values()]
-    everybody = gather_json(mine, here.engine, "checkpoint copies")
+    everybody = gather_json(mine, world.engine, "checkpoint copies")
     return [name for name, hashes in zip(whole, zip(*everybody)) if len(set(hashes)) > 1]
 
 
 def owned(
-    entries: Mapping[str, Entry], apart: Collection[str], here: World, writes: bool, writes_whole: bool
+    entries: Mapping[str, Entry], apart: Collection[str], world: World, writes: bool, writes_whole: bool
 ) -> dict[str, tuple[Any, np.ndarray]]:
     """What this rank writes, flat: name -> (dtype, array). All ranks call it.
 
@@ -36,7 +36,7 @@ def owned(
     for name, entry in entries.items():
         array = host_array(entry.get()).reshape(-1)
         if name in apart:
-            array = host_array(here.engine.all_gather([from_host(array)], label=f"save {name}").wait()[0]).reshape(-1)
+            array = host_array(world.engine.all_gather([from_host(array)], label=f"save {name}").wait()[0]).reshape(-1)
         if not writes or (entry.layout is None and not writes_whole):
             array = array[:0].copy()  # somebody else writes it
         elif entry.layout is not None:

@@ -43,11 +43,11 @@ class RunState:
     generators: Optional[tuple[Any, Any]]
     strict: bool
 
-    def restore(self, manager: OptimManager, here: World, keep: str) -> None:
+    def restore(self, manager: OptimManager, world: World, keep: str) -> None:
         """Go on from it; `keep` as in `OptimManager.load_state_dict`."""
         manager.load_state_dict(self.manager, self.strict, keep)
-        here.engine.clock.step = self.clock
-        draws = context_of(here).draws
+        world.engine.clock.step = self.clock
+        draws = context_of(world).draws
         draws.count, draws.step = self.draws, self.draw_step
         if self.generators is not None:
             random.setstate(self.generators[0])
@@ -90,7 +90,7 @@ def checked_extra(extra: Any) -> dict[str, Any]:
         raise ValueError(f"extra must be what JSON can hold: {error}") from error
 
 
-def collected(manager: OptimManager, here: World, step: int, extra: dict[str, Any], shared: bool) -> dict[str, Any]:
+def collected(manager: OptimManager, world: World, step: int, extra: dict[str, Any], shared: bool) -> dict[str, Any]:
     """What `checked` takes; JSON can hold it. All ranks call it."""
     kind, keys, position, has_gauss, cached = np.random.get_state()
     mine = {"python": random.getstate(), "numpy": [kind, keys.tolist(), position, has_gauss, cached]}
@@ -98,19 +98,19 @@ def collected(manager: OptimManager, here: World, step: int, extra: dict[str, An
         "step": step,
         "extra": extra,
         "manager": manager.state_dict(tensors=False),
-        "seed": here.seed,
-        "clock": here.engine.clock.step,
-        "draws": context_of(here).draws.count,
-        "draw_step": context_of(here).draws.step,
-        "generators": gather_json(mine, here.engine, "checkpoint generators"),
-        "mesh": {"ranks": here.engine.size, "shard_size": here.shards.size},
-        "layout": gather_json(here.launch.local_size, here.engine, "checkpoint layout"),
+        "seed": world.seed,
+        "clock": world.engine.clock.step,
+        "draws": context_of(world).draws.count,
+        "draw_step": context_of(world).draws.step,
+        "generators": gather_json(mine, world.engine, "checkpoint generators"),
+        "mesh": {"ranks": world.engine.size, "shard_size": world.shards.size},
+        "layout": gather_json(world.launch.local_size, world.engine, "checkpoint layout"),
         "shared_storage": shared,
         "versions": _versions(),
     }
 
 
-def checked(raw: Any, manager: OptimManager, here: World, strict: bool, where: str) -> RunState:
+def checked(raw: Any, manager: OptimManager, world: World, strict: bool, where: str) -> RunState:
     """What was collected; nothing is changed by looking at it.
 
     Args:
@@ -121,21 +121,21 @@ def checked(raw: Any, manager: OptimManager, here: World, strict: bool, where: s
         CheckpointError: it is damaged, does not fit the manager, or (strict) is of another seed.
     """
     try:
-        seed, state = raw["seed"], _parsed(raw, manager, here, strict)
+        seed, state = raw["seed"], _parsed(raw, manager, world, strict)
         if type(seed) is not int:
             raise TypeError(f"its seed is {seed!r}")
     except (KeyError, TypeError, ValueError, IndexError, OverflowError, AttributeError) as error:
         what = f"its state has no {error}" if isinstance(error, KeyError) else error
         raise CheckpointError(f"{where} cannot be loaded: {what}") from error
-    if strict and seed != here.seed:
+    if strict and seed != world.seed:
         raise CheckpointError(
-            f"{where} was saved by a run with seed {seed}, this one has seed {here.seed}: dropout would differ; use "
+            f"{where} was saved by a run with seed {seed}, this one has seed {world.seed}: dropout would differ; use "
             f"init_distributed(seed={seed}), or load with strict=False"
         )
     return state
 
 
-def _parsed(raw: Any, manager: OptimManager, here: World, strict: bool) -> RunState:
+def _parsed(raw: Any, manager: OptimManager, world: World, strict: bool) -> RunState:
     extra, generators = raw["extra"], raw.get("generators")
     if not isinstance(extra, dict):
         raise TypeError(f"its extra is {extra!r}, not an object")
@@ -148,7 +148,7 @@ def _parsed(raw: Any, manager: OptimManager, here: World, strict: bool) -> RunSt
     manager.check_state_dict(raw["manager"], strict)
     mine = None
     if generators is not None:
-        mine = _generators(generators[here.engine.rank if len(generators) == here.engine.size else 0])
+        mine = _generators(generators[world.engine.rank if len(generators) == world.engine.size else 0])
     return RunState(step, extra, raw["manager"], clock, draw_step, draws, mine, strict)
 
 

@@ -42,21 +42,21 @@ def load_file(file_name: str | Path, model: nn.Cell, manager: OptimManager, stri
     """See `load_training`."""
     check_complete(model, manager)
     checked_keep(keep)
-    here = world()
-    metadata, there = read_headers(file_name, here)
+    current = world()
+    metadata, there = read_headers(file_name, current)
     error: BaseException | None = None
     try:
         raw, entries = _state_in(metadata, str(file_name)), training_entries(model, manager)
         renamed = named_now(model, there)
         now = {renamed.get(name, name): what for name, what in there.items()}
         compare(now, entries, strict, str(file_name))  # first: it says best what is different
-        state = checked(state_named_now(model, raw), manager, here, strict, str(file_name))
+        state = checked(state_named_now(model, raw), manager, current, strict, str(file_name))
     except Exception as caught:  # whatever it is: the other ranks wait
         error = caught
-    agree_or_fail(here.engine, error, f"{file_name} cannot be loaded")
-    result = load_entries(file_name, entries, here, strict, model)
+    agree_or_fail(current.engine, error, f"{file_name} cannot be loaded")
+    result = load_entries(file_name, entries, current, strict, model)
     manager.restore_gradients({})
-    state.restore(manager, here, keep)
+    state.restore(manager, current, keep)
     return state, result
 
 

@@ -43,9 +43,9 @@ def save(model: nn.Cell, file_name: str | Path, non_blocking: bool = False, max_
     Raises:
         CheckpointError: it cannot be written, or an earlier file could not; on every rank.
     """
-    here, entries = world(), model_entries(model)
+    current, entries = world(), model_entries(model)
     if max_shard_size is None:
-        save_entries(file_name, entries, {"format": "pt"}, here, non_blocking)
+        save_entries(file_name, entries, {"format": "pt"}, current, non_blocking)
         return
     if non_blocking:
         raise ValueError("non_blocking and max_shard_size do not go together; a Checkpointer saves in the background")
@@ -55,19 +55,19 @@ def save(model: nn.Cell, file_name: str | Path, non_blocking: bool = False, max_
     new = Replacement(folder)
     with contextlib.ExitStack() as stack:
         try:
-            if here.engine.rank == 0:
+            if current.engine.rank == 0:
                 stack.enter_context(new)
         except OSError as caught:
             error = caught
-        agree_or_fail(here.engine, error, f"{folder} cannot be made")
+        agree_or_fail(current.engine, error, f"{folder} cannot be made")
         for name, group in zip(file_names(len(groups)), groups):
-            save_entries(new.folder / name, {x: entries[x] for x in group}, {"format": "pt"}, here)
+            save_entries(new.folder / name, {x: entries[x] for x in group}, {"format": "pt"}, current)
         try:
-            if here.engine.rank == 0:
+            if current.engine.rank == 0:
                 new.commit(groups, sum(sizes.values()))
         except OSError as caught:
             error = caught
-        agree_or_fail(here.engine, error, f"{folder} cannot be written")
+        agree_or_fail(current.engine, error, f"{folder} cannot be written")
 
 
 def wait_for_saves() -> None:
@@ -109,14 +109,14 @@ def state_dict(model: nn.Cell) -> dict[str, np.ndarray]:
 
     All ranks call it.
     """
-    here = world()
+    current = world()
     state: dict[str, np.ndarray] = {}
     for name, entry in model_entries(model).items():
-        _check_reach(name, entry, here.shards)
+        _check_reach(name, entry, current.shards)
         full = np.empty(entry.count, numpy_dtype(entry.dtype))
-        for first, piece in _pieces(entry, here.shards, name):
+        for first, piece in _pieces(entry, current.shards, name):
             full[first : first + piece.size] = piece
-        if here.engine.rank == 0:
+        if current.engine.rank == 0:
             state[name] = full.reshape(entry.shape)
     return state
 
@@ -152,17 +152,17 @@ class _Arrays:
 
 
 def save_entries(
-    path: str | Path, entries: Mapping[str, Entry], metadata: Mapping[str, str], here: World, non_blocking: bool = False
+    path: str | Path, entries: Mapping[str, Entry], metadata: Mapping[str, str], world: World, non_blocking: bool = False
 ) -> None:
     """See `save`; for any tensors."""
     wait_for_saves()
     path = Path(path).expanduser()
-    engine = here.engine
+    engine = world.engine
     error: BaseException | None = None
     file: AtomicFile | DeferredFile | None = None
     try:
         for name, entry in entries.items():
-            _check_reach(name, entry, here.shards)
+            _check_reach(name, entry, world.shards)
         header, infos, size = plan({name: (e.dtype, e.shape) for name, e in entries.items()}, metadata)
         if engine.rank == 0:
             file = AtomicFile(path, header, size)
@@ -173,7 +173,7 @@ def save_entries(
     try:
         agree_or_fail(engine, error, f"{path} cannot be written")
         for name, entry in entries.items():
-            for position, piece in _pieces(entry, here.shards, name):
+            for position, piece in _pieces(entry, world.shards, name):
                 if file is None or error is not None:
                     continue  # the other ranks expect every gather, written or not
                 try:
@@ -195,7 +195,7 @@ def save_entries(
         pending.append(file.writer if isinstance(file, DeferredFile) else None)
 
 
-def read_headers(path: str | Path, here: World) -> tuple[dict[str, str], Described]:
+def read_headers(path: str | Path, world: World) -> tuple[dict[str, str], Described]:
     """The strings in a file's header, and its tensors; on every rank alike."""
     error: BaseException | None = None
     metadata, there = {}, {}
@@ -204,12 +204,12 @@ def read_headers(path: str | Path, here: World) -> tuple[dict[str, str], Describ
             metadata, there = reader.metadata, reader.described
     except Exception as caught:  # whatever it is: the other ranks wait
         error = caught
-    agree_or_fail(here.engine, error, f"{path} cannot be loaded")
+    agree_or_fail(world.engine, error, f"{path} cannot be loaded")
     return metadata, there
 
 
 def load_entries(
-    path: str | Path, entries: Mapping[str, Entry], here: World, strict: bool = True, model: nn.Cell | None = None
+    path: str | Path, entries: Mapping[str, Entry], world: World, strict: bool = True, model: nn.Cell | None = None
 ) -> LoadResult:
     """See `load`; for any tensors. Nothing is changed unless all ranks can read the file and it fits.
 
@@ -232,13 +232,13 @@ def load_entries(
             result = compare({renamed.get(name, name): x for name, x in there.items()}, entries, strict, str(reader.path))
         except Exception as caught:
             error = caught
-        agree_or_fail(here.engine, error, f"{path} cannot be loaded")
+        agree_or_fail(world.engine, error, f"{path} cannot be loaded")
         try:
             sources = {renamed.get(name, name): name for name in reader.tensors}
             apply_entries({name: entry for name, entry in entries.items() if name in sources}, reader, sources)
         except Exception as caught:
             error = caught
-        agree_or_fail(here.engine, error, f"{path} cannot be loaded")
+        agree_or_fail(world.engine, error, f"{path} cannot be loaded")
     return result
 
 

@@ -357,11 +357,11 @@ def _make_mpi_engine(launch: Launch, timeout: float) -> Engine:
         from .mpi import MpiEngine
 
         mpi_world = MPI.COMM_WORLD
-        here = mpi_world.Get_rank(), mpi_world.Get_size()
-        if here != (launch.rank, launch.size):
+        found = mpi_world.Get_rank(), mpi_world.Get_size()
+        if found != (launch.rank, launch.size):
             raise RuntimeError(
                 f"{launch.source} says rank {launch.rank} of {launch.size}, but mpi4py's MPI ({MPI.get_vendor()[0]}) says rank "
-                f"{here[0]} of {here[1]}: it is not the MPI of the launcher. Start with: bmtrain-ms launch -n {launch.size} "
+                f"{found[0]} of {found[1]}: it is not the MPI of the launcher. Start with: bmtrain-ms launch -n {launch.size} "
                 "script.py"
             )
         board = own_board()

@@ -48,8 +48,8 @@ class ReplayingDropout(nn.Dropout):
 
 
 def _drop(x: Tensor, p: float) -> Tensor:
-    here = world()
-    key = context_of(here).draws.next_key()
+    current = world()
+    key = context_of(current).draws.next_key()
     size = int(np.prod(x.shape))
     mask = np.empty(size, numpy_dtype(x.dtype))
     for first, words, inside in chunks(key, 0, size):

@@ -18,12 +18,12 @@ _LABELS = ("group", "name")  # of a group: the user's
 _LARGEST = 1 << 62  # no number of steps reaches it
 
 
-def average_whole(params: Sequence[Parameter], grads: list[Tensor], here: World | None) -> list[Tensor]:
+def average_whole(params: Sequence[Parameter], grads: list[Tensor], world: World | None) -> list[Tensor]:
     """Gradients of parameters that are whole on every rank become means over the ranks, as those of sharded ones are already."""
     whole = [i for i, p in enumerate(params) if not isinstance(p, DistributedParameter)]
     whole.sort(key=lambda i: params[i].name)  # mindnlp's trainable_params has another order on every rank
-    if whole and here is not None and here.along("dp").size > 1:
-        reduced = here.along("dp").all_reduce([grads[i] for i in whole], "mean", "gradients of whole parameters").wait()
+    if whole and world is not None and world.along("dp").size > 1:
+        reduced = world.along("dp").all_reduce([grads[i] for i in whole], "mean", "gradients of whole parameters").wait()
         for i, grad in zip(whole, reduced):
             grads[i] = grad
     return grads

@@ -41,8 +41,8 @@ def clip_grad_norm(
         ValueError: `max_norm` or `norm_type` is not positive, or the numbers of parameters and gradients differ.
     """
     order = checked_order(max_norm, norm_type)
-    params, averaged, here = _averaged(parameters, grads)
-    norm = total_norm(_counted(params, averaged, here), here, order)
+    params, averaged, world = _averaged(parameters, grads)
+    norm = total_norm(_counted(params, averaged, world), world, order)
     coefficient = max_norm / (norm + eps)
     if not (math.isfinite(norm) and coefficient < 1.0):
         return tuple(averaged), norm
@@ -56,8 +56,8 @@ def all_finite(parameters: Iterable[Parameter], grads: Sequence[Tensor]) -> bool
     Args:
         parameters, grads: as in `clip_grad_norm`.
     """
-    params, averaged, here = _averaged(parameters, grads)
-    return math.isfinite(total_norm(_counted(params, averaged, here), here, math.inf))
+    params, averaged, world = _averaged(parameters, grads)
+    return math.isfinite(total_norm(_counted(params, averaged, world), world, math.inf))
 
 
 def checked_order(max_norm: float, norm_type: float | str) -> float:
@@ -102,12 +102,12 @@ def total_norm(grads: Sequence[Tensor], world: World, p: float) -> float:
 
 
 def _averaged(parameters: Iterable[Parameter], grads: Sequence[Tensor]) -> tuple[list[Parameter], list[Tensor], World]:
-    params, here = list(parameters), world()
+    params, current = list(parameters), world()
     if len(params) != len(grads):
         raise ValueError(
             f"{len(grads)} gradients for {len(params)} parameters: pass what value_and_grad returned, with its weights"
         )
-    return params, average_whole(params, list(grads), here), here
+    return params, average_whole(params, list(grads), current), current
 
 
 def _counted(params: Sequence[Parameter], grads: Sequence[Tensor], world: World) -> list[Tensor]:

@@ -74,8 +74,8 @@ class AdamOffloadOptimizer(Adam):
     ):
         self._transfer = transfer or Transfer()
         super().__init__(params, settings(lr, betas, eps, weight_decay, hold_steps, maximize))
-        here = [p.world for p in self.parameters if isinstance(p, DistributedParameter)]
-        self._world = here[0] if here else world()
+        worlds = [p.world for p in self.parameters if isinstance(p, DistributedParameter)]
+        self._world = worlds[0] if worlds else world()
         self._announce()
         for state in self._states.values():
             state.touch()

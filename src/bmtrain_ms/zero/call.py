@@ -88,10 +88,10 @@ class Call:
             except BaseException:
                 gathered.leave()
                 raise
-            here = len(self.differentiable)
-            shards = self._reduce(pulled[here:])
+            inputs = len(self.differentiable)
+            shards = self._reduce(pulled[inputs:])
             gathered.leave()
-            return [*pulled[:here], *shards]
+            return [*pulled[:inputs], *shards]
 
         inputs = *self._inputs(), *self._shards()
         return result.restore(custom_op(forward, backward, *inputs, captured=lambda: _once(gathers)))
@@ -204,18 +204,18 @@ class Call:
 
     def _pull(self, gathered: Copies, grads: tuple[Tensor, ...], replay: Replay, due: bool) -> tuple[Tensor, ...]:
         """Recompute, and differentiate with respect to inputs and trainable full tensors."""
-        weights, here = gathered.tensors(), len(self.differentiable)
+        weights, inputs = gathered.tensors(), len(self.differentiable)
         captured: list[Parameter] = []
         around = self.slots.looks_around() or due
         self._refuse_changed_inputs(replay)
 
         def recompute(*inputs_and_weights: Tensor) -> tuple[Tensor, ...]:
             full = list(weights)
-            for i, tensor in zip(self.trainable, inputs_and_weights[here:]):
+            for i, tensor in zip(self.trainable, inputs_and_weights[inputs:]):
                 full[i] = tensor
             buffers = self.slots.plain_parameters()
             before = hashes(buffers)
-            out = _Result().take(self._run(inputs_and_weights[:here], full))
+            out = _Result().take(self._run(inputs_and_weights[:inputs], full))
             self._check(gathered, replay, out, [p.name for p, old, new in zip(buffers, before, hashes(buffers)) if old != new])
             return out
 
@@ -228,7 +228,7 @@ class Call:
                 return captured
 
             found = vjp(recompute, self._inputs(), grads, leaves, self.slots.graph, capture)
-        asked = here + len(leaves)
+        asked = inputs + len(leaves)
         self._add_captured(captured, found[asked:], gathers)
         return found[:asked]
 

@@ -210,10 +210,10 @@ class DistributedParameter(Parameter):
 sharded_types.append(DistributedParameter)
 
 
-def _layout_of(shape: Sequence[int], here: World, along: str) -> Layout:
+def _layout_of(shape: Sequence[int], world: World, along: str) -> Layout:
     if along not in ("shard", "edp"):
         raise ValueError(f"a parameter is sharded along shard or edp, not along {along!r}")
-    mesh = here.mesh
+    mesh = world.mesh
     replica = mesh.coordinate("replica") if along == "shard" else 0
     return Layout(tuple(shape), (), mesh.coordinate(along), mesh.size(along), copy=replica * mesh.tp + mesh.tp_rank)
 
