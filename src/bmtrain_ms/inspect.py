@@ -10,10 +10,11 @@ from typing import Any, Iterable, Iterator, Sequence
 import numpy as np
 from mindspore import Parameter, Tensor, nn
 
-from .comm import Engine, reduce_numbers, world
+from .comm import Engine, World, reduce_numbers, world
 from .compat.autograd import hookable, recording
 from .compat.cells import child_table, parameter_table
 from .compat.runtime import host_array
+from .optim.norms import counts_here
 from .zero import Block, DistributedParameter, context_of
 
 _COLUMNS = ("name", "shape", "max", "min", "std", "mean", "grad_std", "grad_mean")
@@ -36,18 +37,14 @@ def inspect_model(model: nn.Cell, param_name: str, prefix: str = "") -> list[dic
     if not found:
         return []
     current = world()
-    engine = current.along("shard")
-    first = engine.rank == 0
     values: list[np.ndarray] = []
     for _, p in found:
-        grad = _gradient(current, p)
-        for x in (p, grad):
-            values.append(_own_part(p, x, first))
-    numbers = _statistics(values, engine)
+        values += [_own_part(p, x, current) for x in (p, _gradient(current, p))]
+    numbers = _statistics(values, current.everyone)
     rows = []
     for i, (name, p) in enumerate(found):
         own, grad = numbers[2 * i], numbers[2 * i + 1]
-        shape = p.full_shape if isinstance(p, DistributedParameter) else tuple(p.shape)
+        shape = p.layout.whole if isinstance(p, DistributedParameter) else tuple(p.shape)
         rows.append({"name": name, "shape": shape, **own, "grad_std": grad["std"], "grad_mean": grad["mean"]})
     return rows
 
@@ -208,7 +205,7 @@ def _named_parameters(model: nn.Cell, prefix: str) -> Iterator[tuple[str, Parame
     return visit(prefix, model)
 
 
-def _gradient(world: Any, p: Parameter) -> np.ndarray | None:
+def _gradient(world: World, p: Parameter) -> np.ndarray | None:
     """The accumulated gradient, unscaled."""
     if not p.requires_grad:
         return None
@@ -219,14 +216,14 @@ def _gradient(world: Any, p: Parameter) -> np.ndarray | None:
     return None
 
 
-def _own_part(p: Parameter, x: Any, first: bool) -> np.ndarray:
-    """What this rank adds to the statistics: its shard without padding; of a whole parameter everything, on one rank."""
+def _own_part(p: Parameter, x: Any, world: World) -> np.ndarray:
+    """What this rank adds to the statistics of a parameter or its gradient `x`: each element is counted on one rank."""
     if x is None:
-        return np.zeros(1 if first else 0)
+        return np.zeros(1 if world.everyone.rank == 0 else 0)
+    if not counts_here(p, world):
+        return np.zeros(0)
     values = _flat(x)
-    if not isinstance(p, DistributedParameter):
-        return values if first else values[:0]
-    return values[: p.layout.owned_size]
+    return values[: p.layout.owned_size] if isinstance(p, DistributedParameter) else values
 
 
 def _flat(x: Tensor | np.ndarray) -> np.ndarray:

@@ -11,6 +11,7 @@ from mindspore import Tensor, nn, ops
 
 import bmtrain_ms as bms
 from bmtrain_ms.comm import Mesh, RecordingEngine, SimulatedEngine, SingleEngine, World, use_world
+from bmtrain_ms.zero import context_of
 
 pytestmark = pytest.mark.usefixtures("single_world")
 
@@ -77,6 +78,24 @@ def test_gradients_of_several_groups_equal_those_of_one(use_checkpoint: bool, ze
     assert value.asnumpy() == expected.asnumpy()
     for found, right in zip((of_x, *of_params), grads):
         np.testing.assert_array_equal(found.asnumpy().reshape(-1), right.asnumpy().reshape(-1))
+
+
+@pytest.mark.parametrize("use_checkpoint", [True, False])
+def test_a_gather_that_fails_leaves_nothing_behind(use_checkpoint: bool, monkeypatch: pytest.MonkeyPatch):
+    block = bms.Block(Both(), use_checkpoint)
+    x = Tensor(np.ones((2, 3), np.float32))
+    meter = context_of(block.own.world).pipeline.meter
+
+    def fail(*_: object) -> None:
+        raise ConnectionError("on purpose")
+
+    broken = copy.copy(block.groups[1].engine)
+    monkeypatch.setattr(broken, "all_gather", fail)
+    monkeypatch.setattr(block.groups[1], "engine", broken)
+    for run in (lambda: block(x), lambda: ms.value_and_grad(lambda x: block(x).sum(), 0)(x)):
+        with pytest.raises(ConnectionError, match="on purpose"):
+            run()
+        assert meter.current == 0
 
 
 def test_frozen_and_thawed_groups():

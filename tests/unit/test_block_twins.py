@@ -6,6 +6,7 @@ Each either gives the gradients of ordinary Cells, or is refused in a sentence.
 from __future__ import annotations
 
 import collections
+import copy
 from typing import Any
 
 import mindspore as ms
@@ -15,7 +16,7 @@ from mindspore import Tensor, nn, ops
 
 import bmtrain_ms as bms
 from bmtrain_ms.compat.autograd import no_grad
-from tests.helpers.twins import BLOCKS, Twin, chained, compare, outputs, plain_layer, squared, start, steps
+from tests.helpers.twins import BLOCKS, WIDTH, Twin, chained, compare, outputs, plain_layer, squared, start, steps
 
 pytestmark = pytest.mark.usefixtures("single_world")
 OLD = ms.__version__.startswith("2.5")
@@ -59,10 +60,58 @@ def test_its_own_shard_is_used_inside_from_the_second_step_on(block: tuple[bool,
 @pytest.mark.parametrize("block", CHECKPOINTED)
 def test_the_shard_of_another_parameter_later_on_is_refused_when_it_is_seen(block: tuple[bool, int]):
     def function(self: Any, x: Tensor) -> Tensor:
-        return plain_layer(self, x) + (0.1 * (self.owner.shared**2).sum() if self.owner.step else 0.0)
+        return plain_layer(self, x) + (0.1 * (self.owner.shared**2).sum() if self.owner.step >= self.owner.begins else 0.0)
 
+    def found(block: tuple[bool, int] | None, begins: int, count: int) -> list[list[np.ndarray]]:
+        twin = Twin(function, block)
+        vars(twin)["begins"] = begins
+        return steps(twin, chained(), count)
+
+    for mine, right in zip(found(block, 1, 4), found(None, 1, 4)):  # seen in the second pass, asked for in the third
+        for a, b in zip(mine, right):
+            np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-6)
     with pytest.raises(RuntimeError, match=r"uses the shard of shared, which is no parameter of its own, and did not in its first"):
-        steps(Twin(function, block), chained(), 2)
+        found(block, 2, 4)  # in the third pass nobody looks, in the fourth one does
+
+
+@in_every_block
+def test_the_shard_of_a_parameter_that_is_trained_later_on(block: tuple[bool, int]):
+    """Its use cannot be seen before it is asked for: from the third pass on, in which nobody would look by count."""
+
+    def function(self: Any, x: Tensor) -> Tensor:
+        return plain_layer(self, x) + 0.1 * (self.owner.shared**2).sum()
+
+    def gradients(twin: Twin) -> list[np.ndarray]:
+        found = []
+        for i in range(4):
+            x, trained = Tensor(start(100 + i, 4, WIDTH)), [p for p in twin.params if i > 1 or p is not twin.shared]
+            found += ms.value_and_grad(lambda x: squared(twin.chain(x)), None, trained)(x)[1]
+        return [grad.asnumpy().reshape(-1) for grad in found]
+
+    for mine, right in zip(gradients(Twin(function, block)), gradients(Twin(function))):
+        np.testing.assert_allclose(mine, right, rtol=2e-5, atol=1e-6)
+
+
+def test_a_copied_block_knows_nothing_of_what_the_original_uses():
+    def function(self: Any, x: Tensor) -> Tensor:
+        return plain_layer(self, x) + 0.1 * (self.owner.shared**2).sum()
+
+    twin = Twin(function, (True, 3))
+    steps(twin, chained(), 3)
+    other = copy.deepcopy(twin)
+    for mine, right in zip(steps(other, chained(), 3), steps(Twin(function), chained(), 3)):
+        for a, b in zip(mine, right):
+            np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-6)
+
+
+@in_every_block
+def test_arrays_of_objects_are_passed_through(block: tuple[bool, int]):
+    names = np.array(["a", {"b": 1}], object)
+
+    def function(self: Any, x: Tensor, names: np.ndarray) -> Tensor:
+        return plain_layer(self, x) * len(names)
+
+    compare(lambda twin, x: squared(twin.blocks[0](x, names)), function, block)
 
 
 @in_every_block

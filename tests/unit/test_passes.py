@@ -103,6 +103,27 @@ def test_gradients_made_elsewhere_are_accumulated_as_those_of_backward():
     assert losses(True) == losses(False)
 
 
+def test_recording_inside_of_what_is_differentiated_is_refused():
+    """It would end the recording of the outer function: gradients of zero, without a word."""
+    weight = ms.Parameter(Tensor(np.ones(2, np.float32)), name="weight")
+
+    def loss(x: Tensor) -> Tensor:
+        y = (x * weight).sum()
+        record(lambda x: (x * 2,), [x])
+        return y + (x * weight).sum()
+
+    with pytest.raises(RuntimeError, match="call record outside of value_and_grad"):
+        ms.value_and_grad(loss, None, [weight])(Tensor(np.ones(2, np.float32)))
+
+
+def test_a_function_is_differentiated_once():
+    recorded = record(lambda x: (x * 2,), [Tensor(np.ones(2, np.float32))])
+    ones = (Tensor(np.ones(2, np.float32)),)
+    recorded.pull(ones)
+    with pytest.raises(RuntimeError, match="differentiated already, and its record is gone"):
+        recorded.pull(ones, [ms.Parameter(ones[0], name="weight")])
+
+
 def test_there_must_be_something_to_differentiate():
     recorded = record(lambda: (Tensor(np.ones(1, np.float32)) * 2,), [])
     with pytest.raises(ValueError, match="neither an input nor a parameter"):

@@ -236,14 +236,14 @@ class Recorded:
 
     def __init__(self, graph: Graph, inputs: Sequence[Tensor], outputs: Tensors):
         self._graph, self._inputs, self.outputs = graph, inputs, outputs
-        self.forgotten = False
+        self.forgotten, self._spent = False, False
 
     def pull(self, cotangents: Tensors, weights: Sequence[Parameter] = ()) -> Tensors:
         """Gradients of (outputs * cotangents).sum() with respect to each input, then each weight; zeros where unused. Once.
 
         Raises:
-            RuntimeError: another function failed since, and MindSpore has forgotten this one with it; or MindSpore 2.5, and a Block
-                would be recomputed while younger functions are recorded.
+            RuntimeError: it was pulled before; another function failed since, and MindSpore has forgotten this one with it; or
+                MindSpore 2.5, and a Block would be recomputed while younger functions are recorded.
             ValueError: there is neither an input nor a weight.
         """
         if not (self._inputs or weights):
@@ -253,6 +253,9 @@ class Recorded:
                 "this function cannot be differentiated any more: an error in another one, since it was recorded, had MindSpore "
                 "forget everything that is recorded. Begin again with the first micro-batch"
             )
+        if self._spent:
+            raise RuntimeError("this function was differentiated already, and its record is gone: record it once more")
+        self._spent = True
         # A one-element tuple and its element are different outputs to the executor; the cotangent must match.
         last = cotangents[0] if len(self.outputs) == 1 else cotangents
         aux = (False,) if GRAD_TAKES_HAS_AUX else ()
@@ -275,8 +278,16 @@ def record(
         inputs: may have a history, which is not followed.
         leaves: more inputs, which have none: no Parameters either.
         graph: the one of earlier calls; not one that is in use. Several functions that are recorded at once need one each.
+
+    Raises:
+        RuntimeError: inside a function that is being differentiated, or MindSpore 2.5 would lose functions recorded later.
     """
     nested = _depth[0] > 0
+    if _forwards[0] and not nested:
+        raise RuntimeError(
+            "a function cannot be recorded for later while another one is being differentiated, which would lose the rest of its "
+            "own gradient: call record outside of value_and_grad"
+        )
     if nested and _younger[0] and _OLD:
         raise RuntimeError(
             "MindSpore 2.5 loses functions that were recorded later when a Block is recomputed in the backward pass of an earlier "

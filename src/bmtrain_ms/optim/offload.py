@@ -18,6 +18,7 @@ from ..zero import DistributedParameter
 from .adam import Adam, HostState, settings
 from .base import ParamState
 from .host_adam import Workers, run
+from .norms import counts_here
 from .update import Delta
 
 AHEAD = 3  # gradients that are used, have arrived, or are on their way
@@ -111,22 +112,29 @@ class AdamOffloadOptimizer(Adam):
 
     def _update(self, updates: list[tuple[dict[str, Any], Parameter, Tensor]], scale: float) -> None:
         if self._record_delta:
-            self._delta = Delta(sum(_owned(p) for _, p, _ in updates))
+            self._delta = Delta(sum(_owned(p) for _, p, _ in updates if self._counts(p)))
         if self._transfer.shares_memory:
             fetch, states = self._transfer.fetch, self._states
-            run([states[id(p)].prepare(group, fetch(grad), scale, self._delta) for group, p, grad in updates], self._workers)
+            run([states[id(p)].prepare(group, fetch(grad), scale, self._delta_of(p)) for group, p, grad in updates], self._workers)
             return
         later, arriving, leaving = iter(updates), deque(), []
         for group, p, _ in updates:
             while len(arriving) < AHEAD and (coming := next(later, None)):
                 arriving.append(self._to_host.submit(self._transfer.fetch, coming[2]))
             state = self._states[id(p)]
-            update = state.prepare(group, arriving.popleft().result(), scale, self._delta)
+            update = state.prepare(group, arriving.popleft().result(), scale, self._delta_of(p))
             run([update], self._workers)
             if update.coefficients.rate:  # otherwise the parameter stays, and there are no new values
                 leaving.append(self._to_device.submit(self._transfer.store, p, state.new_values()))
         for future in leaving:
             future.result()
+
+    def _counts(self, p: Parameter) -> bool:
+        """Whether deltas of `p` are this rank's to count: those of ranks that store the same elements are equal."""
+        return counts_here(p, self._world)
+
+    def _delta_of(self, p: Parameter) -> Delta | None:
+        return self._delta if self._delta is not None and self._counts(p) else None
 
     def _sums(self) -> tuple[int, float, float]:
         if not self._record_delta:
@@ -134,7 +142,7 @@ class AdamOffloadOptimizer(Adam):
         if self._delta is None:
             raise RuntimeError("no step has been made yet")
         mine = [self._delta.count, self._delta.total, self._delta.squares]
-        count, added, squares = reduce_numbers(self._world.along("shard"), mine, "delta", np.float64).tolist()
+        count, added, squares = reduce_numbers(self._world.everyone, mine, "delta", np.float64).tolist()
         return int(count), added, squares
 
     def _announce(self) -> None:

@@ -206,7 +206,8 @@ class Call:
         """Recompute, and differentiate with respect to inputs and trainable full tensors."""
         weights, inputs = gathered.tensors(), len(self.differentiable)
         captured: list[Parameter] = []
-        around = self.slots.looks_around() or due
+        own = {id(p) for p in self.slots.params}
+        others = self.slots.elsewhere.to_ask_for(own, due)
         self._refuse_changed_inputs(replay)
 
         def recompute(*inputs_and_weights: Tensor) -> tuple[Tensor, ...]:
@@ -224,20 +225,13 @@ class Call:
         with replay.again(), self.context.gathers(gathers):
 
             def capture() -> list[Parameter]:
-                captured.extend(_captured(gathers, [*self._shards(), *self._others(around)]))
+                captured.extend(_captured(gathers, [*self._shards(), *others]))
                 return captured
 
             found = vjp(recompute, self._inputs(), grads, leaves, self.slots.graph, capture)
         asked = inputs + len(leaves)
         self._add_captured(captured, found[asked:], gathers)
         return found[:asked]
-
-    def _others(self, around: bool) -> list[DistributedParameter]:
-        """Parameters of elsewhere whose shards the module is known to use, or (`around`) may use."""
-        if not around:
-            return list(self.slots.others.values())
-        own = {id(p) for p in self.slots.params}
-        return [p for i, p in requested().items() if isinstance(p, DistributedParameter) and i not in own]
 
     def _refuse_changed_inputs(self, replay: Replay) -> None:
         what = "what it was given" if replay.inputs_differ(self.leaves) else None
@@ -271,24 +265,9 @@ class Call:
             if not isinstance(p, DistributedParameter) or any(p is other for other in gathers):
                 self.reducer.add(p, grad * 1.0)  # the gradients of a and b in a + b are one tensor
             elif not self.slots.world.everyone.lands_in_place or values(grad).any():  # the module uses the shard itself
-                self._know(p)
+                if not any(p is own for own in self.slots.params):
+                    self.slots.elsewhere.note_use(p, self.slots.module, self.slots.label)
                 self.reducer.add(p, without_padding(p, grad * 1.0))
-
-    def _know(self, p: DistributedParameter) -> None:
-        """From now on the module's gradient of this shard is asked for.
-
-        Raises:
-            RuntimeError: it may have been missing: nobody looked in each of the earlier backward passes.
-        """
-        if id(p) in self.slots.others or any(p is own for own in self.slots.params):
-            return
-        if self.slots.backward_passes > 1:
-            raise RuntimeError(
-                f"rank {rank()}: {type(self.slots.module).__name__} ({self.slots.label}) uses the shard of {p.name}, which is no "
-                "parameter of its own, and did not in its first backward pass: gradients since may be without it. Compute what is "
-                "made of shards (a penalty) outside of the checkpointed Block, or give the parameter to it as an argument"
-            )
-        self.slots.others[id(p)] = p
 
 
 def plain(out: Any) -> Any:

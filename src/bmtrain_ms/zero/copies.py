@@ -20,8 +20,12 @@ class Copies:
 
     def enter(self, phase: Phase) -> Copies:
         """Have them FULL."""
-        for group in self._groups:
-            self._gathered.append(self._pipeline.enter(group, phase, self._pass))
+        try:
+            for group in self._groups:
+                self._gathered.append(self._pipeline.enter(group, phase, self._pass))
+        except BaseException:  # of a later group: those before it are nobody's otherwise
+            self.leave()
+            raise
         return self
 
     def enter_again(self) -> None:

@@ -103,7 +103,8 @@ def hashes(parameters: Sequence[Parameter]) -> list[int]:
 
 
 def _hashes_of(leaves: Sequence[Any]) -> list[int]:
-    return [_hash((values(x) if isinstance(x, Tensor) else x).reshape(-1)) for x in leaves if isinstance(x, (Tensor, np.ndarray))]
+    arrays = (values(x) if isinstance(x, Tensor) else x for x in leaves if isinstance(x, (Tensor, np.ndarray)))
+    return [_hash(x.reshape(-1)) for x in arrays if not x.dtype.hasobject]  # Python's objects are not in their array's memory
 
 
 def _hash(flat: np.ndarray) -> int:

@@ -14,6 +14,7 @@ from ..compat.cells import child_table, drop_rate, parameter_table
 from ..compat.habits import refuse_recompute
 from ..compat.runtime import is_float
 from .copies import Copies
+from .elsewhere import Elsewhere
 from .group import ParamGroup
 from .param import DistributedParameter
 
@@ -28,8 +29,7 @@ class Slots:
         function: what is called; None: the module itself.
         graph: the name under which its recomputations are recorded.
         places: each parameter, with every place that holds it.
-        backward_passes: in which it was recomputed.
-        others: parameters of elsewhere whose shards it uses, by id.
+        elsewhere: parameters of elsewhere whose shards it uses.
     """
 
     def __init__(self, module: nn.Cell):
@@ -41,8 +41,7 @@ class Slots:
         self._dropouts = [(name, c) for name, c in module.cells_and_names() if _is_dropout(c)]
         self._groups: list[ParamGroup] = []
         self._warned = False
-        self.backward_passes = 0
-        self.others: dict[int, DistributedParameter] = {}  # of elsewhere, whose shards the module uses
+        self.elsewhere = Elsewhere()
         self._looked_at: Any = None
 
     def __len__(self) -> int:
@@ -119,12 +118,6 @@ class Slots:
     def _refuse_recompute(self) -> None:
         for name, cell in self.module.cells_and_names():
             refuse_recompute(name, cell)
-
-    def looks_around(self) -> bool:
-        """Whether shards of other parameters are looked at in this backward pass, which takes memory and time for each of them: in
-        the first, the second, the fourth and so on."""
-        self.backward_passes += 1
-        return not self.backward_passes & (self.backward_passes - 1)
 
     def flags(self) -> list[bool]:
         """Attributes of the cells that are truth values: what a module may decide by."""
