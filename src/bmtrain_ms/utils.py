@@ -15,7 +15,8 @@ from bmtrain_ms_base.memory import reset_peak_memory, resident_memory
 from .comm import Engine, is_initialized, world
 from .comm import rank as this_rank
 from .compat.cells import child_table, parameter_table
-from .compat.runtime import device_target, from_host, host_array
+from .compat.device import on_host
+from .compat.runtime import from_host, host_array
 from .distributed import all_reduce
 from .zero import Block, DistributedParameter, context_of
 
@@ -67,7 +68,7 @@ def see_memory(message: str, detail: bool = False) -> dict[str, float]:
         Name -> MiB, of this rank.
     """
     mib = 2.0**20
-    if device_target() == "CPU":
+    if on_host():
         now, most = resident_memory()
         numbers = {"resident": now / mib, "most": most / mib}
         reset_peak_memory()
@@ -136,7 +137,7 @@ def gather_result(result: Tensor) -> Tensor:
 
 def wait_loader() -> None:
     """Let the host run no further ahead of the device (BMTrain: at most a block). On CPU operations are over when they return."""
-    if device_target() != "CPU":
+    if not on_host():
         ms.runtime.synchronize()
 
 

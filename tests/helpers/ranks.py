@@ -135,9 +135,16 @@ def _serve(address: str) -> None:
             for part in name.split("."):
                 function = getattr(function, part)
             answer = True, function(world, **kwargs)
+            assert not (left := _unwaited(world)), f"nobody waited for {left}"
         except BaseException:
             answer = False, traceback.format_exc()
         connection.send(answer)
+
+
+def _unwaited(world: Any) -> list[str]:
+    """Operations of a rehearsal whose results nobody has waited for; none on CPU ranks."""
+    comm = getattr(world.engine, "comm", None)
+    return [] if comm is None else comm.unwaited()
 
 
 if __name__ == "__main__":
