@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from typing import Any, Iterator, Mapping, TextIO
 
@@ -76,7 +77,8 @@ def see_memory(message: str, detail: bool = False) -> dict[str, float]:
         numbers = {"allocated": ms.runtime.memory_allocated() / mib, "most": ms.runtime.max_memory_allocated() / mib}
         if detail:
             numbers["reserved"] = ms.runtime.memory_reserved() / mib
-        ms.runtime.reset_max_memory_allocated()
+        with contextlib.suppress(RuntimeError):  # 2.5, before the first operation: there is no peak yet
+            ms.runtime.reset_max_memory_allocated()
     if is_initialized():
         meter = context_of(world()).pipeline.meter
         if detail:

@@ -8,6 +8,7 @@ can be summed. What is not: streams, memory, speed, and whatever HCCL does that 
 from __future__ import annotations
 
 import inspect
+import itertools
 import warnings
 from abc import ABC, abstractmethod
 from typing import Any, Callable, Sequence
@@ -41,15 +42,13 @@ class Signed(ABC):
 class Handle:
     """Of an operation in flight."""
 
-    def __init__(self, what: str, pending: dict[int, str], end: Callable[[], None]):
-        self._pending, self._end = pending, end
-        pending[id(self)] = what
-        self._kept = self  # so that no other handle gets its id: until `wait`
+    def __init__(self, number: int, what: str, pending: dict[int, str], end: Callable[[], None]):
+        self._number, self._pending, self._end = number, pending, end
+        pending[number] = what
 
     def wait(self) -> None:
         """From here on the result is there; may be called again."""
-        if self._pending.pop(id(self), None) is not None:
-            del self._kept
+        if self._pending.pop(self._number, None) is not None:
             self._end()
 
 
@@ -59,11 +58,16 @@ class RehearsedComm(Signed):
     def __init__(self, everyone: Engine):
         """`everyone`: moves the bytes; of CPU ranks."""
         self._groups: dict[str, tuple[Engine, list[int]]] = {WORLD: (everyone, list(range(everyone.size)))}
-        self._pending: dict[int, str] = {}
+        self._pending: dict[int, str] = {}  # by their number
+        self._numbers = itertools.count()
 
     def unwaited(self) -> list[str]:
         """What was issued and not waited for, e.g. `all_reduce in hccl_world_group`, oldest first."""
         return list(self._pending.values())
+
+    def lost(self) -> list[str]:
+        """Of `unwaited`, what somebody should have waited for. Gathers are made ahead, for nothing where something else comes."""
+        return [what for what in self.unwaited() if not what.startswith("all_gather_into_tensor")]
 
     def close(self) -> None:
         """End the groups' engines, that of everyone last."""
@@ -124,7 +128,7 @@ class RehearsedComm(Signed):
             work.wait()
             _check_unwritten("isend", asked["tensor"], x)
 
-        return Handle(self._what("isend", asked), self._pending, end)
+        return self._handle("isend", asked, end)
 
     def _irecv(self, asked: dict[str, Any]) -> tuple[Tensor, Handle]:
         x, (group, ranks) = self._input("irecv", asked, MOVES), self._group(asked)
@@ -134,7 +138,7 @@ class RehearsedComm(Signed):
         def end() -> None:
             target[...] = shared_array(work.wait()[0]).reshape(target.shape)
 
-        return shared_tensor(target), Handle(self._what("irecv", asked), self._pending, end)
+        return shared_tensor(target), self._handle("irecv", asked, end)
 
     def _barrier(self, asked: dict[str, Any]) -> None:
         self._group(asked)[0].barrier().wait()
@@ -148,9 +152,8 @@ class RehearsedComm(Signed):
             raise RuntimeError(f"there is no group {name!r}: create_group makes it")
         return self._groups[name]
 
-    @staticmethod
-    def _what(name: str, asked: dict[str, Any]) -> str:
-        return f"{name} in {asked['group'] or WORLD}"
+    def _handle(self, name: str, asked: dict[str, Any], end: Callable[[], None]) -> Handle:
+        return Handle(next(self._numbers), f"{name} in {asked['group'] or WORLD}", self._pending, end)
 
     @staticmethod
     def _input(name: str, asked: dict[str, Any], types: Sequence[Any]) -> np.ndarray:
@@ -179,7 +182,7 @@ class RehearsedComm(Signed):
             _check_unwritten(name, given, x)
             target[...] = result().reshape(target.shape)
 
-        handle = Handle(self._what(name, asked), self._pending, end)
+        handle = self._handle(name, asked, end)
         if not asked["async_op"]:
             handle.wait()
         return shared_tensor(target), handle if asked["async_op"] else None
@@ -201,9 +204,9 @@ class RehearsedEngine(HcclEngine):
         return self._everyone.lost
 
     def close(self) -> None:
-        unwaited = self.comm.unwaited()
-        if unwaited:
-            warnings.warn(f"{len(unwaited)} operations were never waited for: {', '.join(unwaited[:5])}", stacklevel=2)
+        lost = self.comm.lost()
+        if lost:
+            warnings.warn(f"{len(lost)} operations were never waited for: {', '.join(lost[:5])}", stacklevel=2)
         self.comm.close()
 
 
