@@ -6,6 +6,8 @@ from mindspore import Tensor, nn
 
 from bmtrain_ms_base.absent import absent
 
+from .comm import world
+from .distributed import parallel_cross_entropy
 from .nn import functional
 
 __getattr__ = absent(
@@ -25,7 +27,8 @@ class FusedCrossEntropy(nn.Cell):
         ignore_index: rows with this target count neither in the loss nor in the gradient.
         reduction: `mean`, `sum` or `none`.
         label_smoothing: in [0, 1).
-        parallel: logits sharded over tensor-parallel ranks; only False so far.
+        parallel: logits are this rank's part of the classes, as `VPProjection` and `VPEmbedding` give them.
+        classes: with `parallel`: of all ranks; default: equal parts.
 
     Raises:
         ValueError: an option is out of range; when called, shapes or targets do not fit.
@@ -38,14 +41,17 @@ class FusedCrossEntropy(nn.Cell):
         reduction: str = "mean",
         label_smoothing: float = 0.0,
         parallel: bool = False,
+        classes: int | None = None,
     ):
         super().__init__()
-        if parallel:
-            raise ValueError("parallel=True needs tensor-parallel layers, which are not part of this release; use parallel=False")
         functional.check_cross_entropy_options(reduction, label_smoothing)
         self.weight, self.ignore_index = weight, ignore_index
         self.reduction, self.label_smoothing = reduction, label_smoothing
+        self.parallel, self.classes = parallel, classes
 
     def construct(self, logits: Tensor, targets: Tensor) -> Tensor:
         """logits (rows, classes), targets (rows,) -> float32, a scalar, or (rows,) for `reduction="none"`."""
+        if self.parallel:
+            options = self.ignore_index, self.weight, self.reduction, self.label_smoothing
+            return parallel_cross_entropy(logits, targets, world().along("tp"), self.classes, *options)
         return functional.cross_entropy(logits, targets, self.ignore_index, self.weight, self.reduction, self.label_smoothing)

@@ -11,6 +11,7 @@ import numpy as np
 from mindspore import Parameter, Tensor, nn
 
 from bmtrain_ms_base.absent import absent
+from bmtrain_ms_base.layout import part_of
 from bmtrain_ms_base.memory import reset_peak_memory, resident_memory
 
 from .comm import Engine, is_initialized, world
@@ -23,10 +24,7 @@ from .zero import Block, DistributedParameter, context_of
 
 __getattr__ = absent(
     __name__,
-    {
-        "check_torch_version": "there is no torch here; MindSpore's version is in bmtrain_ms.compat.versions",
-        "tp_split_tensor": "tensor parallelism is not part of this release",
-    },
+    {"check_torch_version": "there is no torch here; MindSpore's version is in bmtrain_ms.compat.versions"},
 )
 WIDTH = 60  # of the blocks that are printed
 
@@ -34,6 +32,19 @@ WIDTH = 60  # of the blocks that are printed
 def round_up(x: int, d: int) -> int:
     """The least multiple of d that is not below x."""
     return -(-x // d) * d
+
+
+def tp_split_tensor(tensor: Tensor, split_dim: int) -> Tensor:
+    """This tensor-parallel rank's part of a tensor, as layers have it (BMTrain: `tp_split_tensor`); no communication.
+
+    Raises:
+        ValueError: there is no such dim.
+    """
+    if not 0 <= split_dim < tensor.ndim:
+        raise ValueError(f"split_dim={split_dim} is no dim of a tensor of shape {tuple(tensor.shape)}: give one from 0")
+    mesh = world().mesh
+    start, stop = part_of(tensor.shape[split_dim], mesh.tp_rank, mesh.tp)
+    return tensor[(slice(None),) * split_dim + (slice(start, stop),)]
 
 
 def print_rank(*args: Any, rank: int = 0, **kwargs: Any) -> None:

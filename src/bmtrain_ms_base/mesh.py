@@ -50,18 +50,20 @@ class Mesh:
                 raise ValueError(f"{name}={size} does not divide the {self.dp} data-parallel ranks")
 
     @classmethod
-    def data_parallel(cls, world: int, rank: int, shard_size: int | None = None) -> Mesh:
-        """All ranks on the data axis, parameters sharded over so many neighbours (default: all) and repeated across.
+    def data_parallel(cls, world: int, rank: int, shard_size: int | None = None, tp: int = 1) -> Mesh:
+        """`tp` neighbours divide tensors, the rest of the ranks are the data axis, where parameters are sharded over so many
+        neighbours (default: all) and repeated across.
 
         Raises:
-            ValueError: the number of ranks is not a multiple of `shard_size`.
+            ValueError: the number of ranks is not a multiple of `tp`, or that of data-parallel ones not of `shard_size`.
         """
-        if shard_size is not None and (shard_size < 1 or world % shard_size):
+        dp = cls(world, rank, tp=tp).dp
+        if shard_size is not None and (shard_size < 1 or dp % shard_size):
             raise ValueError(
-                f"shard_size={shard_size} does not divide the {world} ranks; give the number of ranks of a node, or None to "
+                f"shard_size={shard_size} does not divide the {dp} ranks; give the number of ranks of a node, or None to "
                 "shard over all"
             )
-        return cls(world, rank, replica=1 if shard_size is None else world // shard_size)
+        return cls(world, rank, tp=tp, replica=1 if shard_size is None else dp // shard_size)
 
     @property
     def dp(self) -> int:

@@ -179,17 +179,11 @@ def test_called_twice():
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
-        (
-            {"tp_size": 2},
-            r"^tp_size=2, pipe_size=-1, num_micro_batches=None: tensor and pipeline parallel layers are not",
-        ),
-        (
-            {"pipe_size": 2},
-            r"^tp_size=1, pipe_size=2, num_micro_batches=None: tensor and pipeline .* use tp_size=1, pipe_size=-1 \(Z",
-        ),
-        ({"pipe_size": 0}, r"^tp_size=1, pipe_size=0, num_micro_batches=None: tensor and pipeline parallel"),
-        ({"tp_size": 0}, r"^tp_size=0, pipe_size=-1, num_micro_batches=None: tensor and pipeline parallel"),
-        ({"num_micro_batches": 4}, r"^tp_size=1, pipe_size=-1, num_micro_batches=4: tensor and pipeline parallel"),
+        ({"tp_size": 2}, r"^world size 1 is not divisible by pp \* tp = 1 \* 2 = 2; start a multiple of 2 processes$"),
+        ({"tp_size": 0}, r"^tp_size must be at least 1, not 0$"),
+        ({"pipe_size": 2}, r"^pipe_size=2, num_micro_batches=None: pipelines are not part .*; use pipe_size=-1$"),
+        ({"pipe_size": 0}, r"^pipe_size=0, num_micro_batches=None: pipelines are not part"),
+        ({"num_micro_batches": 4}, r"^pipe_size=-1, num_micro_batches=4: pipelines are not part"),
         (
             {"init_method": "tcp://a:1"},
             r"^init_method='tcp://a:1': ranks find each other by what mpiexec or msrun says; use 'env://'$",

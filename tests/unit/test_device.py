@@ -165,10 +165,11 @@ def test_values_on_a_device_are_copies(monkeypatch):
 def test_the_command_s_switch(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(
-        "import bmtrain_ms as bms\nworld = bms.init_distributed()\nprint(world.everyone.name, world.everyone.size, flush=True)\n"
+        "import sys\nimport bmtrain_ms as bms\nfrom pathlib import Path\nworld = bms.init_distributed()\n"
+        "Path(sys.argv[1] + str(bms.rank())).write_text(world.everyone.name)\n"
     )
     command = [sys.executable, "-m", "bmtrain_ms_cli", "launch", "-n", "2"]
     for options, name in ((["--rehearse"], "rehearsed"), ([], "node")):
-        done = subprocess.run([*command, *options, str(script)], capture_output=True, text=True, cwd=tmp_path, timeout=90)
+        done = subprocess.run([*command, *options, str(script), name], capture_output=True, text=True, cwd=tmp_path, timeout=90)
         assert done.returncode == 0, done.stderr
-        assert done.stdout.split("\n") == [f"{name} 2"] * 2 + [""]
+        assert [(tmp_path / f"{name}{rank}").read_text() for rank in (0, 1)] == [name, name]

@@ -79,10 +79,6 @@ def test_differentiable_from_half_logits():
 @pytest.mark.parametrize(
     "options, text",
     [
-        (
-            {"parallel": True},
-            "parallel=True needs tensor-parallel layers, which are not part of this release; use parallel=False",
-        ),
         ({"reduction": "max"}, "reduction must be one of mean, sum, none, not 'max'"),
         ({"label_smoothing": 1.5}, "label_smoothing must be in [0, 1), not 1.5"),
     ],

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from types import ModuleType
 
+import mindspore as ms
 import numpy as np
 import pytest
 from mindspore import nn
@@ -100,11 +101,8 @@ DEEPER_ABSENT = {
         "_save_to_infer_model": "state_dict(model) gives rank 0 whole",
         "DistributedTensorWrapper": "a DistributedParameter says",
     },
-    "utils": {"check_torch_version": "there is no torch here", "tp_split_tensor": "tensor parallelism is not part of this release"},
+    "utils": {"check_torch_version": "there is no torch here"},
     "nn": {
-        "ColumnParallelLinear": "tensor parallelism is not part of this release; use Linear",
-        "RowParallelLinear": "tensor parallelism is not part of this release; use Linear",
-        "VPEmbedding": "tensor parallelism is not part of this release; use model_center.layer.Embedding",
         "OpLinear": "it is a Linear with a derivative of its own, which autograd has here; use Linear",
     },
     "loss": {"_function": "OptimManager looks for overflows by itself: manager.step().updated"},
@@ -126,10 +124,14 @@ def test_options_of_what_is_not_there_yet_are_taken_at_their_defaults(single_wor
     assert p._original_shape == (2, 3) and p.numel() == p.size == 6 and p.gather_all().shape == (2, 3)
     p._copy_data(np.ones((2, 3), np.float32))
     assert p.asnumpy().tolist() == [1.0] * 6
-    with pytest.raises(ValueError, match="tp_mode=True, tp_split_dim=-1 need tensor-parallel layers"):
-        bms.DistributedParameter(bms.empty(2, 3), tp_mode=True)
-    with pytest.raises(ValueError, match="tp_mode=False, tp_split_dim=0 need tensor-parallel layers"):
+    assert bms.DistributedParameter(bms.empty(2, 3), tp_mode=True).tp_parts == 1  # each tensor-parallel rank has all of it
+    with pytest.raises(ValueError, match=r"^tp_split_dim=0, tp_parts=None need tp_mode=True"):
         bms.DistributedParameter(bms.empty(2, 3), tp_split_dim=0)
+    with pytest.raises(ValueError, match=r"^tp_split_dim=2 is no dim of a parameter of shape \(2, 3\)"):
+        bms.DistributedParameter(bms.empty(2, 3), tp_mode=True, tp_split_dim=2)
+    assert bms.utils.tp_split_tensor(ms.Tensor(np.ones((2, 3))), 1).shape == (2, 3)
+    with pytest.raises(ValueError, match=r"^split_dim=2 is no dim"):
+        bms.utils.tp_split_tensor(ms.Tensor(np.ones((2, 3))), 2)
     assert bms.nn.Linear(2, 2, True, None).parameter("weight").asnumpy().dtype == np.float32
     layer = bms.nn.Linear(2, 2)
     bms.Block(layer, True, 3, False, "BLOCK")

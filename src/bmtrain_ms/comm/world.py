@@ -59,7 +59,7 @@ class World:
     def __post_init__(self) -> None:
         _check_gather_dtype(self.gather_dtype)
         # all of them now, in one order on every rank: making a group is a collective
-        object.__setattr__(self, "_engines", {axis: self._make(axis) for axis in AXES})
+        object.__setattr__(self, "_engines", {axis: self._make(axis) for axis in (*AXES, "stage")})
 
     def along(self, axis: str) -> Engine:
         """Collectives among the ranks that differ from this one along an axis only, see `Mesh`.
@@ -68,7 +68,34 @@ class World:
         """
         return self._engines[axis]
 
+    @property
+    def stage(self) -> Engine:
+        """Collectives among the ranks of this pipeline stage: those that differ along `dp` and `tp`."""
+        return self._engines["stage"]
+
+    def sharing(self, copies: int) -> Engine:
+        """Collectives among this rank and its neighbours along `tp` that store the same part of a tensor.
+
+        All of them ask for it in one order, as making a group is a collective; a parameter asks when it is made.
+
+        Args:
+            copies: how many they are; a divisor of the ranks along `tp`.
+        """
+        name = f"tp/{copies}"
+        if name not in self._engines:
+            first = self.mesh.tp_rank - self.mesh.tp_rank % copies
+            whole = self.along("tp")
+            if copies in (1, whole.size):
+                engine = whole if copies == whole.size else SingleEngine(self.everyone.clock, host=self.everyone.lands_in_place)
+            else:
+                engine = whole.subgroup(range(first, first + copies))
+            self._engines[name] = engine
+        return self._engines[name]
+
     def _make(self, axis: str) -> Engine:
+        if axis == "stage":
+            peers = self.mesh.peers("dp", "tp")
+            return self.everyone if len(peers) == self.everyone.size else self.everyone.subgroup(peers)
         size = self.mesh.size(axis)
         if size == self.everyone.size:
             return self.everyone
@@ -173,18 +200,18 @@ def init_distributed(
 
     The launcher is recognised by its variables: on CPU `bmtrain-ms launch`, `mpiexec`, `torchrun` and `srun` give the *node*
     engine, `mpiexec` on several hosts *mpi*; `msrun` gives *hccl* on Ascend and *mccl* on CPU; no launcher gives one rank.
-    Python's, NumPy's and MindSpore's generators get the same seed on every rank.
-    On CPU each rank gets its share of the cores, and operations run synchronously (`compat.runtime.configure_cpu`).
+    Python's, NumPy's and MindSpore's generators get the same seed on every rank. On CPU each rank gets its share of the cores, and
+    operations run synchronously (`compat.runtime.configure_cpu`).
 
     Args:
         init_method: only `env://`: what the launcher says.
         seed: of initialisation and of all randomness.
         pipe_size, num_micro_batches: pipeline stages and their micro batches; only -1 (off) or 1, and None so far.
-        tp_size: tensor-parallel size; only 1 so far.
+        tp_size: how many neighbouring ranks divide tensors among them; they are to get the same batch.
         prefetch: gather this many groups ahead of the one that computes; 0 turns overlap off.
         gather_dtype: gather parameters in fewer bits: `bfloat16`, `float16` or `int8`; what each costs: `bmtrain_ms.zero.wire`.
-        shard_size: shard over so many neighbouring ranks (those of a node) and replicate across: more memory, and gathers that
-            stay inside a node; gradients are then reduced across nodes too. Default: shard over all ranks.
+        shard_size: shard over so many neighbouring data-parallel ranks (those of a node) and replicate across: more memory, gathers
+            inside a node, and a reduce across nodes. Default: shard over all of them.
         trace: keep note of what is computed and moved when, for `comm.write_trace`.
         engine: use this one instead of the launcher's.
         device: `CPU` or `Ascend`; default: what MindSpore is set to. Where the environment has `BMTRAIN_MS_REHEARSE=1`, MindSpore
@@ -199,7 +226,7 @@ def init_distributed(
     """
     if _current:
         raise RuntimeError("init_distributed was called before; call bmtrain_ms.shutdown() first to start over")
-    _check_not_available(init_method, pipe_size, num_micro_batches, tp_size)
+    _check_not_available(init_method, pipe_size, num_micro_batches)
     seed, prefetch, shard_size = _checked_settings(seed, prefetch, shard_size, gather_dtype, timeout)
     if is_scheduler():
         _serve_as_scheduler()
@@ -208,9 +235,8 @@ def init_distributed(
     engine = _choose(devices.asked_for(device), launch, engine, timeout)
     for seed_it in (random.seed, np.random.seed, ms.set_seed):
         seed_it(seed)
-    made = _make_world(engine, shard_size, seed, launch, prefetch, gather_dtype, Trace() if trace else None)
-    _enter(made)
-    return made
+    record = Trace() if trace else None
+    return _enter(World(*_placed(engine, record, shard_size, tp_size), seed, launch, prefetch, gather_dtype, record))
 
 
 def _choose(device: devices.Device, launch: Launch, engine: Engine | None, timeout: float) -> Engine:
@@ -226,36 +252,34 @@ def _choose(device: devices.Device, launch: Launch, engine: Engine | None, timeo
     return engine
 
 
-def _enter(made: World) -> None:
+def _enter(made: World) -> World:
     _current.append(made)
     _process[:] = [os.getpid()]
     row = own_row()
     if row is not None:
         row.join()
+    return made
 
 
-def _make_world(
-    engine: Engine, shard_size: int | None, seed: int, launch: Launch, prefetch: int, gather_dtype: str | None, trace: Trace | None
-) -> World:
-    if trace is not None:
-        engine = TracingEngine(engine, trace)
+def _placed(engine: Engine, trace: Trace | None, shard_size: int | None, tp_size: int) -> tuple[Engine, Mesh]:
+    """All ranks, traced if they are to be, and where this one stands among them."""
     try:
-        mesh = Mesh.data_parallel(engine.size, engine.rank, shard_size)
+        mesh = Mesh.data_parallel(engine.size, engine.rank, shard_size, whole("tp_size", tp_size, 1))
     except ValueError:
         engine.close()
         raise
-    return World(engine, mesh, seed, launch, prefetch, gather_dtype, trace)
+    return (engine if trace is None else TracingEngine(engine, trace)), mesh
 
 
-def _check_not_available(init_method: Any, pipe_size: int, num_micro_batches: int | None, tp_size: int) -> None:
+def _check_not_available(init_method: Any, pipe_size: int, num_micro_batches: int | None) -> None:
     if not isinstance(init_method, str):
         raise TypeError(f"init_method must be 'env://', not {init_method!r}; a seed is given by its name: init_distributed(seed=3)")
     if init_method != "env://":
         raise ValueError(f"init_method={init_method!r}: ranks find each other by what mpiexec or msrun says; use 'env://'")
-    if tp_size != 1 or pipe_size not in (-1, 1) or num_micro_batches is not None:
+    if pipe_size not in (-1, 1) or num_micro_batches is not None:
         raise ValueError(
-            f"tp_size={tp_size}, pipe_size={pipe_size}, num_micro_batches={num_micro_batches}: tensor and pipeline parallel layers "
-            "are not part of this release; use tp_size=1, pipe_size=-1 (ZeRO shards over all ranks)"
+            f"pipe_size={pipe_size}, num_micro_batches={num_micro_batches}: pipelines are not part of this release; use "
+            "pipe_size=-1"
         )
 
 

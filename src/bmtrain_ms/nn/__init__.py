@@ -5,16 +5,32 @@ from bmtrain_ms_base.absent import absent
 from . import functional
 from .dropout import Dropout
 from .linear import Linear
+from .tensor_parallel import (
+    ColumnParallelLinear,
+    OpParallelLinear,
+    Projection,
+    ReduceType,
+    RowParallelLinear,
+    VPEmbedding,
+    VPProjection,
+)
 
-_LATER = "tensor parallelism is not part of this release; use "
 __getattr__ = absent(
     __name__,
     {
-        "ColumnParallelLinear": _LATER + "Linear",
-        "RowParallelLinear": _LATER + "Linear",
-        "VPEmbedding": _LATER + "model_center.layer.Embedding",
         "OpLinear": "it is a Linear with a derivative of its own, which autograd has here; use Linear",
     },
 )
 
-__all__ = ["Dropout", "Linear", "functional"]
+__all__ = [
+    "ColumnParallelLinear",
+    "Dropout",
+    "Linear",
+    "OpParallelLinear",
+    "Projection",
+    "ReduceType",
+    "RowParallelLinear",
+    "VPEmbedding",
+    "VPProjection",
+    "functional",
+]

@@ -11,6 +11,11 @@ from ..zero import DistributedModule, DistributedParameter, ParameterInitializer
 from . import functional
 
 
+def weight_initializer(std: float | None) -> ParameterInitializer:
+    """Normal with this standard deviation; None: xavier normal."""
+    return ParameterInitializer(init.xavier_normal_) if std is None else ParameterInitializer(init.normal_, std=std)
+
+
 class Linear(DistributedModule):
     """y = x Wᵀ + b (BMTrain: `nn.Linear`).
 
@@ -32,11 +37,7 @@ class Linear(DistributedModule):
         super().__init__()
         dtype = ms.float32 if dtype is None else dtype
         self.in_features, self.out_features = in_features, out_features
-        if init_std is None:
-            method = ParameterInitializer(init.xavier_normal_)
-        else:
-            method = ParameterInitializer(init.normal_, std=init_std)
-        self.weight = DistributedParameter(empty(out_features, in_features, dtype=dtype), init_method=method)
+        self.weight = DistributedParameter(empty(out_features, in_features, dtype=dtype), init_method=weight_initializer(init_std))
         self.bias = None
         if bias:
             zeros = ParameterInitializer(init.zeros_)

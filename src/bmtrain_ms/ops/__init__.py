@@ -12,6 +12,7 @@ from types import ModuleType
 from mindspore import Tensor
 
 from ..compat.device import on_host
+from . import loss
 from .rules import Angles, LossRule, check_cross_entropy_options
 
 __all__ = [
@@ -24,6 +25,8 @@ __all__ = [
     "embedding",
     "layer_norm",
     "linear",
+    "linear_cross_entropy",
+    "matmul",
     "merge_heads",
     "rms_norm",
     "split_heads",
@@ -68,6 +71,12 @@ def chosen() -> ModuleType:
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x (..., in), weight (out, in), bias (out,) -> (..., out), in the dtype of the inputs."""
     return chosen().linear(x, weight, bias)
+
+
+def matmul(a: Tensor, b: Tensor, transpose_a: bool = False, transpose_b: bool = False) -> Tensor:
+    """a (n, k) times b (k, m), or of their transposes -> (n, m), in the type of a. It has no derivative: it is what those are
+    made of."""
+    return chosen().matmul(a, b, transpose_a, transpose_b)
 
 
 def embedding(ids: Tensor, table: Tensor) -> Tensor:
@@ -156,5 +165,42 @@ def cross_entropy(
         TypeError: targets are not integers.
         ValueError: shapes do not fit, a target is outside [0, classes), or an option is out of range.
     """
-    rule = LossRule.of(logits, targets, ignore_index, weight, reduction, label_smoothing)
-    return chosen().cross_entropy(logits, rule)
+    if logits.ndim != 2:
+        raise ValueError(
+            f"cross_entropy takes logits (rows, classes) and targets (rows,), not {tuple(logits.shape)} and {tuple(targets.shape)}"
+        )
+    rows, classes = logits.shape
+    rule = LossRule.of(rows, classes, targets, ignore_index, weight, reduction, label_smoothing)
+    return loss.cross_entropy(logits, rule, chosen())
+
+
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    rows: int = 256,
+) -> Tensor:
+    """`cross_entropy` of the logits hidden Wᵀ, of which there never are more than those of `rows` tokens.
+
+    Memory is that of (rows, classes) instead of (tokens, classes), twice; for one more product, as backward makes the logits again.
+
+    Args:
+        hidden: (tokens, dim).
+        weight: (classes, dim).
+        targets: (tokens,) of int32 or int64.
+        ignore_index, reduction, label_smoothing: as in `cross_entropy`.
+        rows: tokens whose logits are there at a time.
+
+    Returns:
+        float32, a scalar; (tokens,) for `none`.
+
+    Raises:
+        TypeError, ValueError: as in `cross_entropy`; `rows` below 1.
+    """
+    if rows < 1:
+        raise ValueError(f"rows must be at least 1, not {rows}")
+    rule = LossRule.of(hidden.shape[0], weight.shape[0], targets, ignore_index, None, reduction, label_smoothing)
+    return loss.linear_cross_entropy(hidden, weight, rule, chosen(), rows)

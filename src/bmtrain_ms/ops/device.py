@@ -10,16 +10,18 @@ import numpy as np
 from mindspore import Tensor, ops
 
 from ..compat.autograd import custom_vjp
-from .device_loss import cross_entropy
+from .device_loss import loss_gradient, loss_sums
 from .rules import Angles
 
 __all__ = [
     "attention",
     "causal_mask",
-    "cross_entropy",
     "embedding",
     "layer_norm",
     "linear",
+    "loss_gradient",
+    "loss_sums",
+    "matmul",
     "merge_heads",
     "rms_norm",
     "split_heads",
@@ -44,6 +46,11 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if bias is not None:
         y = ops.bias_add(y, bias)
     return y.reshape(*x.shape[:-1], weight.shape[0]) if x.ndim != 2 else y
+
+
+def matmul(a: Tensor, b: Tensor, transpose_a: bool = False, transpose_b: bool = False) -> Tensor:
+    """See `bmtrain_ms.ops.matmul`."""
+    return ops.MatMul(transpose_a, transpose_b)(a, b)
 
 
 def embedding(ids: Tensor, table: Tensor) -> Tensor:

@@ -13,16 +13,18 @@ from ..compat.runtime import from_host, values
 from . import kernels
 from .host_arrays import Arrays, Tensors, matrix, quiet, returned, wide
 from .host_attention import attention, causal_mask
-from .host_loss import cross_entropy
+from .host_loss import loss_gradient, loss_sums
 from .rules import Angles
 
 __all__ = [
     "attention",
     "causal_mask",
-    "cross_entropy",
     "embedding",
     "layer_norm",
     "linear",
+    "loss_gradient",
+    "loss_sums",
+    "matmul",
     "merge_heads",
     "rms_norm",
     "split_heads",
@@ -52,6 +54,14 @@ def _linear_gradient(inputs: Tensors, _: None, grads: Tensors) -> Tensors:
     grad = matrix(grads[0])
     found = [returned(grad @ wide(weight), x), returned(grad.T @ matrix(x), weight)]
     return (*found, *(returned(grad.sum(0), b) for b in bias))
+
+
+@quiet
+def matmul(a: Tensor, b: Tensor, transpose_a: bool = False, transpose_b: bool = False) -> Tensor:
+    """See `bmtrain_ms.ops.matmul`."""
+    left, right = wide(a), wide(b)
+    out = (left.T if transpose_a else left) @ (right.T if transpose_b else right)
+    return returned(out, a, out.shape)
 
 
 def embedding(ids: Tensor, table: Tensor) -> Tensor:

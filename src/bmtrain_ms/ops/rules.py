@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 from mindspore import Tensor
@@ -23,6 +24,18 @@ def check_cross_entropy_options(reduction: str, label_smoothing: float) -> None:
         raise ValueError(f"label_smoothing must be in [0, 1), not {label_smoothing}")
 
 
+class Sums(NamedTuple):
+    """Of each row of logits, or of a part of their columns; x is relative to the row's largest. (rows,) each.
+
+    `largest`: float32.  `sums`: of exp(x).  `at_label`: x[t], 0 where the label is in another part.  `smooth`: sum_c e/C w[c] x[c].
+    """
+
+    largest: np.ndarray
+    sums: np.ndarray
+    at_label: np.ndarray
+    smooth: np.ndarray
+
+
 @dataclass(frozen=True)
 class LossRule:
     """What cross entropy is to compute; arrays on the host.
@@ -31,10 +44,11 @@ class LossRule:
     (1 - e) * w[t] * (lse - x[t]) + e/C * sum_c w[c] * (lse - x[c]), lse = log sum_c exp(x[c]), as in PyTorch. x is taken relative
     to its largest element throughout, so logits that are all large lose no digits.
 
-    `labels`: (rows,), 0 where ignored.  `row_weight`: (rows,), w[t], 0 where ignored.  `counts`: (rows,), 1, 0 where ignored.
-    `weight`: (classes,) or None for ones.  `row_scale`: of each row's loss in the result: a scalar.
+    `classes`: C.  `labels`: (rows,), 0 where ignored.  `row_weight`: (rows,), w[t], 0 where ignored.  `counts`: (rows,), 1, 0 where
+    ignored.  `weight`: (classes,) or None for ones.  `row_scale`: of each row's loss in the result: a scalar.
     """
 
+    classes: int
     labels: np.ndarray
     row_weight: np.ndarray
     counts: np.ndarray
@@ -45,15 +59,20 @@ class LossRule:
 
     @classmethod
     def of(
-        cls, logits: Tensor, targets: Tensor, ignore_index: int, weight: Tensor | None, reduction: str, smoothing: float
+        cls,
+        rows: int,
+        classes: int,
+        targets: Tensor,
+        ignore_index: int,
+        weight: Tensor | None,
+        reduction: str,
+        smoothing: float,
     ) -> LossRule:
-        """From the arguments of `cross_entropy`, which are checked here."""
-        if logits.ndim != 2 or tuple(targets.shape) != (logits.shape[0],):
+        """From the arguments of `cross_entropy`, which are checked here; `classes` of all parts of the logits."""
+        if tuple(targets.shape) != (rows,):
             raise ValueError(
-                f"cross_entropy takes logits (rows, classes) and targets (rows,), not {tuple(logits.shape)} and "
-                f"{tuple(targets.shape)}"
+                f"cross_entropy takes logits (rows, classes) and targets (rows,), not {(rows, classes)} and {tuple(targets.shape)}"
             )
-        classes = logits.shape[1]
         check_cross_entropy_options(reduction, smoothing)
         if weight is not None and tuple(weight.shape) != (classes,):
             raise ValueError(f"weight must have shape ({classes},), one for each class, not {tuple(weight.shape)}")
@@ -69,31 +88,45 @@ class LossRule:
         row_weight = counts.astype(np.float32) if of_class is None else counts * of_class[labels]
         total = float(row_weight.sum(dtype=np.float64)) if reduction == "mean" else 1.0
         scale = np.float32(1.0 / total) if total else np.float32(0.0)
-        return cls(labels, row_weight, counts.astype(np.float32), of_class, smoothing, scale, reduction)
+        return cls(classes, labels, row_weight, counts.astype(np.float32), of_class, smoothing, scale, reduction)
 
-    def spread(self, classes: int) -> np.ndarray | None:
-        """(classes,): e/C * w[c]; None without smoothing."""
+    def of_rows(self, part: slice) -> LossRule:
+        """The same for some of the rows."""
+        return replace(self, labels=self.labels[part], row_weight=self.row_weight[part], counts=self.counts[part])
+
+    def spread(self, first: int, stop: int) -> np.ndarray | None:
+        """(stop - first,): e/C * w[c] of these classes; None without smoothing."""
         if not self.smoothing:
             return None
-        share = np.float32(self.smoothing / classes)
-        return np.full(classes, share, np.float32) if self.weight is None else share * self.weight
+        share = np.float32(self.smoothing / self.classes)
+        return np.full(stop - first, share, np.float32) if self.weight is None else share * self.weight[first:stop]
 
-    def of_softmax(self, spread: np.ndarray | None) -> np.ndarray:
+    @property
+    def spread_sum(self) -> float:
+        """sum_c e/C * w[c]."""
+        spread = self.spread(0, self.classes)
+        return 0.0 if spread is None else float(spread.sum(dtype=np.float64))
+
+    def of_softmax(self) -> np.ndarray:
         """(rows,): what the softmax is multiplied with in a row's gradient: (1 - e) w[t] + e/C sum w."""
         own = np.float32(1.0 - self.smoothing) * self.row_weight
-        return own if spread is None else own + np.float32(spread.sum(dtype=np.float64)) * self.counts
+        return own + np.float32(self.spread_sum) * self.counts if self.smoothing else own
 
-    def reduced(self, losses: np.ndarray) -> np.ndarray:
-        """float64 losses of the rows -> the result."""
+    def places(self, part: slice, first: int, classes: int) -> tuple[np.ndarray, np.ndarray]:
+        """(rows, columns) of the labels of rows `part` that are in the classes [first, first + classes), counted from there."""
+        columns = self.labels[part] - first
+        rows = np.flatnonzero((columns >= 0) & (columns < classes))
+        return rows, columns[rows]
+
+    def reduced(self, found: Sums) -> np.ndarray:
+        """Sums over all classes -> the loss, float32."""
+        with np.errstate(all="ignore"):  # inf and nan are answers: a loss scaler looks for them
+            log_sums = np.log(found.sums)
+            losses = (1.0 - self.smoothing) * self.row_weight * (log_sums - found.at_label)
+            if self.smoothing:
+                losses = losses + self.spread_sum * log_sums - found.smooth
         losses = np.where(self.counts > 0, losses, 0.0)
         return np.asarray(losses if self.reduction == "none" else losses.sum() * self.row_scale, np.float32)
-
-    def losses(self, sums: np.ndarray, at_label: np.ndarray, spread: np.ndarray | None, smooth: np.ndarray) -> np.ndarray:
-        """All (rows,), float64; x relative to its largest: `sums`: of exp(x), `at_label`: x[t], `smooth`: sum_c e/C w[c] x[c]."""
-        with np.errstate(all="ignore"):  # inf and nan are answers: a loss scaler looks for them
-            log_sums = np.log(sums)
-            losses = (1.0 - self.smoothing) * self.row_weight * (log_sums - at_label)
-            return losses if spread is None else losses + float(spread.sum(dtype=np.float64)) * log_sums - smooth
 
 
 def parts(shape: tuple[int, ...], elements: int) -> list[slice]:

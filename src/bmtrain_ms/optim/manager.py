@@ -116,7 +116,6 @@ class OptimManager:
             raise ValueError(f"hysteresis and max_skipped_steps must be at least 1, not {hysteresis}, {max_skipped_steps}")
         self.loss_scale_enabled = loss_scale is not None
         self.loss_scale = 1.0 if loss_scale is None else float(loss_scale)
-        self.grads_scale = self.loss_scale  # of the gradients that are there; `loss_scale` may have moved on
         self.loss_scale_factor = max(loss_scale_factor, 1.0 / loss_scale_factor)
         self.loss_scale_steps = loss_scale_steps
         self.min_loss_scale, self.max_loss_scale = min_loss_scale, max_loss_scale
@@ -130,6 +129,7 @@ class OptimManager:
         self._made: list[Made] = []
         self._began = False  # whether something else than what was asked for may be in force
         self._world = in_world or world()
+        self.grads_scale = self.loss_scale / self._world.mesh.tp  # of the gradients that are there; `loss_scale` may have moved on
         self._stepped = True  # the gradients that are there have been used
         self._factor = 1.0 if grad_scale is None else self._world.mesh.dp / grad_scale
         self._grad_norm: float | None = None
@@ -164,8 +164,8 @@ class OptimManager:
         self._made.append(Made(driver, lr_scheduler))
 
     def scale_loss(self, loss: Tensor) -> Tensor:
-        """loss * loss_scale, for those who differentiate by themselves."""
-        return self._scaled(loss, self.loss_scale)
+        """loss * loss_scale, or a tensor-parallel rank's share of it, for those who differentiate by themselves."""
+        return self._scaled(loss, self.scale_to_accumulate)
 
     def zero_grad(self) -> None:
         """Forget the accumulated gradients."""
@@ -220,8 +220,9 @@ class OptimManager:
 
     @property
     def scale_to_accumulate(self) -> float:
-        """What losses are multiplied with now: the loss scale, or that of the gradients that are there already."""
-        return self.grads_scale if self._grads else self.loss_scale
+        """What losses are multiplied with now: the scale of the gradients that are there already, or else the loss scale, of which
+        each tensor-parallel rank has a share, as all of them have the loss."""
+        return self.grads_scale if self._grads else self.loss_scale / self._world.mesh.tp
 
     def accumulate(self, params: Sequence[Parameter], grads: list[Tensor]) -> None:
         """Add gradients that were made elsewhere to the accumulated ones. All ranks call it together.

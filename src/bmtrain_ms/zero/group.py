@@ -30,6 +30,7 @@ class Sharded(Protocol):
     name: str
     world: World
     along: str
+    tp_parts: int
     full_shape: tuple[int, ...]
     full_size: int
     shard_length: int
@@ -64,8 +65,9 @@ class ParamGroup:
         along, mesh = self.params[0].along, self.world.mesh
         self.engine: Engine = self.world.along(along)
         # of an expert there are no replicas, but fewer ranks than data-parallel ones, over all of which gradients are averaged
-        self._replicas = self.world.along("replica") if along == "shard" else SingleEngine(self.engine.clock)
-        self._share = 1.0 if along == "shard" else mesh.size(along) / mesh.dp
+        replicas = self.world.along("replica") if along == "shard" else SingleEngine(self.engine.clock)
+        self._hops = [[replicas, self.world.sharing(mesh.tp // p.tp_parts)] for p in self.params]
+        self._shares = [mesh.size(along) * replicas.size / mesh.dp / p.tp_parts for p in self.params]
         self.wires = [wire_for(self.world.gather_dtype, p.dtype) for p in self.params]
         self.sizes = [(self.engine.size * p.shard_length, numpy_dtype(p.dtype)) for p in self.params]
         self.full_nbytes = sum(n * dtype.itemsize for n, dtype in self.sizes)
@@ -77,14 +79,24 @@ class ParamGroup:
         return type(None), ()
 
     def reduce(self, indices: Sequence[int], grads: Sequence[Tensor]) -> Work:
-        """Start reducing full gradients of `params[i] for i in indices` to shards of their mean over the data-parallel ranks."""
+        """Start reducing full gradients of `params[i] for i in indices` to shards of the gradient of the mean loss.
+
+        It is the mean over all ranks of the stage: over those that share a parameter it is taken by the collectives, and what only
+        some ranks have (parts of tensors, experts) has gradients from these alone, and from nobody else.
+        """
         with no_grad():
-            padded = [
-                self._pad(self.params[i], g if self._share == 1.0 else ops.mul(g, self._share)) for i, g in zip(indices, grads)
-            ]
+            padded = [self._pad(self.params[i], self._shared(i, g)) for i, g in zip(indices, grads)]
         label = self.label if len(padded) == len(self.params) else Label(self.label, [self._details[i] for i in indices])
-        inside = self.engine.reduce_scatter(padded, "mean", label)
-        return inside if self._replicas.size == 1 else AcrossReplicas(inside, self._replicas, label)
+        work = self.engine.reduce_scatter(padded, "mean", label)
+        for hop in range(2):
+            engines = [self._hops[i][hop] for i in indices]
+            for engine in dict.fromkeys(x for x in engines if x.size > 1):
+                work = Across(work, engine, [i for i, x in enumerate(engines) if x is engine], label)
+        return work
+
+    def _shared(self, index: int, grad: Tensor) -> Tensor:
+        share = self._shares[index]
+        return grad if share == 1.0 else ops.mul(grad, share)
 
     def _pad(self, p: Sharded, grad: Tensor) -> Buffer:
         """(size * shard_length,): an array on the host."""
@@ -101,21 +113,24 @@ class ParamGroup:
         return np.concatenate([flat, np.zeros(missing, flat.dtype)]) if missing else flat
 
 
-class AcrossReplicas(Work):
-    """A reduce inside a node, then the mean of its results across nodes."""
+class Across(Work):
+    """A reduce, then the mean of some of its results over other ranks: across nodes, or tensor-parallel ones."""
 
-    def __init__(self, inside: Work, replicas: Engine, label: str):
-        self._inside, self._replicas, self._label = inside, replicas, label
+    def __init__(self, inside: Work, ranks: Engine, indices: Sequence[int], label: str):
+        self._inside, self._ranks, self._indices, self._label = inside, ranks, list(indices), label
         self._across: Work | None = None
-        self.outputs = inside.outputs
-        if not replicas.lands_in_place:  # a device orders its own work, and results cannot be put where they are expected
+        self.outputs = list(inside.outputs)
+        if not ranks.lands_in_place:  # a device orders its own work, and results cannot be put where they are expected
             self.start_next_part()
-            self.outputs = self._across.outputs
+            for i, result in zip(self._indices, self._across.outputs):
+                self.outputs[i] = result
 
     def start_next_part(self) -> None:
         """Wait for the first reduce and start the second; does nothing when that has happened."""
+        self._inside.start_next_part()
         if self._across is None:
-            self._across = self._replicas.all_reduce(self._inside.wait(), "mean", self._label)
+            found = self._inside.wait()
+            self._across = self._ranks.all_reduce([found[i] for i in self._indices], "mean", self._label)
 
     def done(self) -> bool:
         return self._across is not None and self._across.done()
@@ -123,7 +138,8 @@ class AcrossReplicas(Work):
     def wait(self) -> list[Tensor]:
         self.start_next_part()
         results = self._across.wait()
-        for mine, result in zip(self.outputs, results):
+        for i, result in zip(self._indices, results):
+            mine = self.outputs[i]
             if mine is not result:
                 host_array(mine)[...] = host_array(result)
         return self.outputs

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from typing import Any, Callable, Sequence
+from typing import Any, Callable, NamedTuple, Sequence
 
 import mindspore as ms
 import numpy as np
 from mindspore import Parameter, Tensor
 
 from bmtrain_ms_base.checks import whole
-from bmtrain_ms_base.layout import Layout
+from bmtrain_ms_base.layout import Layout, Split
 
 from ..comm import World, world
 from ..compat.autograd import custom_op, recording
@@ -52,28 +53,45 @@ class DistributedParameter(Parameter):
         requires_grad: whether to differentiate; may be toggled later.
         init_method: a `ParameterInitializer`, used by `init_parameters`.
         group: name of a parameter group (`grouped_parameters`).
-        tp_mode, tp_split_dim: shard over tensor-parallel ranks, along a dim; only False and -1 so far.
+        tp_mode: with `tp_split_dim`, give each tensor-parallel rank a part of it. `data` is whole in any case (BMTrain: this rank's
+            part), so that the same line stands for any number of ranks.
+        tp_split_dim: the dim that is cut, from 0; -1: none, every tensor-parallel rank has all of it.
+        tp_parts: into how many parts; default: the tensor-parallel ranks. Fewer, a divisor of them, are shared by neighbours, as
+            the heads of keys and values where there are fewer of them.
         name: unique in the model; by default the Cell it is assigned to names it.
         in_world: the ranks that share it; default: the current world.
         along: the axis of the mesh over whose ranks it is sharded: `shard`, or `edp` for an expert's, which ranks along `ep` do not
-            share. Its gradient is divided by the number of data-parallel ranks in either case.
+            share. Its gradient is that of the mean of the losses of all ranks of its stage in either case.
 
     Attributes:
         layout: where the shard lies in the whole tensor; `size` and `numel()` are the shard's.
+        tp_parts: into how many parts tensor-parallel ranks have cut it; 1: each has all of it.
         replaced: how often `set_data` gave it other memory.
 
     Raises:
         RuntimeError: `init_distributed` has not been called.
         TypeError: `data` is neither a tensor nor an array.
-        ValueError: `data` has no elements or is not of a floating-point type, or `tp_mode`.
+        ValueError: `data` has no elements or is not of a floating-point type, or cannot be cut as `tp_split_dim` says.
     """
 
     def __new__(
-        cls, data: Any, *args: Any, in_world: World | None = None, along: str = "shard", **kwargs: Any
+        cls,
+        data: Any,
+        requires_grad: bool = True,
+        init_method: Any = None,
+        group: str | None = None,
+        tp_mode: bool = False,
+        tp_split_dim: int = -1,
+        *,
+        tp_parts: int | None = None,
+        in_world: World | None = None,
+        along: str = "shard",
+        **kwargs: Any,
     ) -> DistributedParameter:
         if not isinstance(data, (Empty, Tensor, np.ndarray)):
             raise TypeError(f"DistributedParameter takes a tensor, an array or bmtrain_ms.empty(...), not {type(data).__name__}")
-        length = _layout_of(data.shape, in_world or world(), along).length
+        cut = _Cut.of(data.shape, in_world or world(), tp_mode, tp_split_dim, tp_parts)
+        length = _layout_of(data.shape, in_world or world(), along, cut).length
         return adopt(cls, from_host(np.zeros(length, numpy_dtype(_dtype_of(data)))))
 
     def __init__(
@@ -85,18 +103,16 @@ class DistributedParameter(Parameter):
         tp_mode: bool = False,
         tp_split_dim: int = -1,
         *,
+        tp_parts: int | None = None,
         name: str | None = None,
         in_world: World | None = None,
         along: str = "shard",
     ):
-        if tp_mode or tp_split_dim != -1:
-            raise ValueError(
-                f"tp_mode={tp_mode}, tp_split_dim={tp_split_dim} need tensor-parallel layers, which are not part of this release; "
-                "leave them out"
-            )
         super().__init__(self, name=name, requires_grad=requires_grad)
         self.world, self.along = in_world or world(), along
-        self.layout = _layout_of(data.shape, self.world, along)
+        cut = _Cut.of(data.shape, self.world, tp_mode, tp_split_dim, tp_parts)
+        self.layout, self.tp_parts = _layout_of(data.shape, self.world, along, cut), cut.parts
+        self.world.sharing(self.world.mesh.tp // cut.parts)
         if not self.full_size:
             raise ValueError(f"a parameter of shape {self.full_shape} has no elements; leave it out of the model")
         if not is_float(self):
@@ -130,8 +146,37 @@ class DistributedParameter(Parameter):
     # BMTrain's names for the same things #
 
     def gather_all(self) -> Tensor:
-        """`gather`, which there also gathers over tensor-parallel ranks."""
-        return self.gather()
+        """The whole tensor: what `gather` gives, of all tensor-parallel ranks, and gradients of it come back to them.
+
+        All ranks of the stage call it together.
+        """
+        local, whole = self.gather(), self.layout.whole
+        if self.tp_parts == 1:
+            return local
+        engine, splits = self.world.along("tp"), self.layout.splits
+        boxes = [
+            Layout(whole, (Split(splits[0].dim, i * self.tp_parts // engine.size, self.tp_parts),)).box for i in range(engine.size)
+        ]
+        largest = max(math.prod(part.stop - part.start for part in box) for box in boxes)
+
+        def collect(local: Tensor) -> tuple[Tensor]:
+            padded = np.zeros(largest, numpy_dtype(self.dtype))
+            padded[: self.full_size] = host_array(local).reshape(-1)
+            rows = host_array(engine.all_gather([from_host(padded)], label=f"all of {self.name}").wait()[0]).reshape(
+                engine.size, -1
+            )
+            out = np.empty(whole, padded.dtype)
+            for row, box in zip(rows, boxes):
+                out[box] = row[: out[box].size].reshape(out[box].shape)
+            return (from_host(out),)
+
+        def give_back(grads: tuple[Tensor, ...]) -> tuple[Tensor]:
+            total = host_array(engine.all_reduce([grads[0]], label=f"all of {self.name}, backward").wait()[0])
+            # each rank that has a copy of the part is told a share: what it gives up is summed over them
+            share = total[self.layout.box] / (engine.size // self.tp_parts)
+            return (from_host(np.ascontiguousarray(share.astype(total.dtype))),)
+
+        return custom_op(collect, give_back, local)[0]
 
     def _copy_data(self, full: Tensor | np.ndarray) -> None:
         self.copy_full(full)
@@ -210,12 +255,41 @@ class DistributedParameter(Parameter):
 sharded_types.append(DistributedParameter)
 
 
-def _layout_of(shape: Sequence[int], world: World, along: str) -> Layout:
+class _Cut(NamedTuple):
+    """How tensor parallelism cuts a parameter: dim `dim` in `parts`; 1: not at all."""
+
+    dim: int = 0
+    parts: int = 1
+
+    @classmethod
+    def of(cls, shape: Sequence[int], world: World, tp_mode: bool, dim: int, parts: int | None) -> _Cut:
+        """From the arguments of `DistributedParameter`, which are checked."""
+        if dim == -1 or not tp_mode:
+            if dim != -1 or parts is not None:
+                raise ValueError(f"tp_split_dim={dim}, tp_parts={parts} need tp_mode=True and the dim that is cut, from 0")
+            return cls()
+        size, parts = world.mesh.tp, world.mesh.tp if parts is None else whole("tp_parts", parts, 1)
+        if not 0 <= whole("tp_split_dim", dim) < len(shape):
+            raise ValueError(f"tp_split_dim={dim} is no dim of a parameter of shape {tuple(shape)}: give one from 0, or -1")
+        if size % parts:
+            raise ValueError(f"tp_parts={parts} does not divide the {size} tensor-parallel ranks, which are to share the parts")
+        if shape[dim] < parts:
+            raise ValueError(
+                f"dim {dim} of a parameter of shape {tuple(shape)} cannot be cut in {parts} parts: one would have nothing. Use at "
+                f"most {shape[dim]} tensor-parallel ranks"
+            )
+        return cls(dim, parts)
+
+
+def _layout_of(shape: Sequence[int], world: World, along: str, cut: _Cut) -> Layout:
     if along not in ("shard", "edp"):
         raise ValueError(f"a parameter is sharded along shard or edp, not along {along!r}")
     mesh = world.mesh
+    copies = mesh.tp // cut.parts
+    part, copy = divmod(mesh.tp_rank, copies)
+    splits = (Split(cut.dim, part, cut.parts),) if cut.parts > 1 else ()
     replica = mesh.coordinate("replica") if along == "shard" else 0
-    return Layout(tuple(shape), (), mesh.coordinate(along), mesh.size(along), copy=replica * mesh.tp + mesh.tp_rank)
+    return Layout(tuple(shape), splits, mesh.coordinate(along), mesh.size(along), copy=replica * copies + copy)
 
 
 def _dtype_of(data: Any) -> Any:
