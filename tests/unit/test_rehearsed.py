@@ -199,9 +199,11 @@ def test_the_engine_moves_truth_values():
     engine.send([x], dst=0).wait()
 
 
-def test_results_are_shaped_when_they_have_arrived():
+@pytest.mark.parametrize("stacks", [False, True])
+def test_results_are_shaped_when_they_have_arrived(stacks):
     """Even a view may copy (2.5), and would copy nothing yet."""
     engine = RehearsedEngine(SimulatedEngine(0, 2))
+    engine.comm.stacks = stacks
     work = engine.all_gather([numbers()])
     outputs = work.outputs
     assert np.isnan(outputs[0].asnumpy()).all()

@@ -53,7 +53,13 @@ class Handle:
 
 
 class RehearsedComm(Signed):
-    """Stands in for `mindspore.communication.comm_func` and `create_group`."""
+    """Stands in for `mindspore.communication.comm_func` and `create_group`.
+
+    Attributes:
+        stacks: whether gathers are (size, n, ...), as MindSpore's documentation says; its example shows (size * n, ...).
+    """
+
+    stacks = False
 
     def __init__(self, everyone: Engine):
         """`everyone`: moves the bytes; of CPU ranks."""
@@ -92,7 +98,8 @@ class RehearsedComm(Signed):
         if not x.shape:
             raise ValueError("For all_gather_into_tensor, a scalar has no first dimension")
         out, work = self._gathered(group, x)
-        return self._begun("all_gather_into_tensor", asked, (group.size * x.shape[0], *x.shape[1:]), x, work, lambda: out)
+        shape = (group.size, *x.shape) if self.stacks else (group.size * x.shape[0], *x.shape[1:])
+        return self._begun("all_gather_into_tensor", asked, shape, x, work, lambda: out)
 
     def _all_reduce(self, asked: dict[str, Any]) -> tuple[Tensor, Handle | None]:
         x, (group, _) = self._input("all_reduce", asked, REDUCES), self._group(asked)
