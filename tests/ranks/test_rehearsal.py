@@ -6,6 +6,7 @@ Any test can be rehearsed by hand: `BMTRAIN_MS_REHEARSE=1 pytest tests/ranks/tes
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any, Callable
 
 import pytest
@@ -18,9 +19,10 @@ from tests.ranks import (
     test_checkpointer_ranks,
     test_distributed,
     test_llama_ranks,
-    test_mixed_precision,
     test_optim_offload_ranks,
+    test_optim_ranks,
     test_parity,
+    test_tensor_parallel,
     test_wrapper_ranks,
 )
 
@@ -47,7 +49,7 @@ def again(test: Callable[..., None], **cases: list[Any]) -> Callable[..., None]:
     marks = []
     for mark in getattr(test, "pytestmark", []):
         named = mark.args[0] if mark.name == "parametrize" else ()
-        key = named if isinstance(named, str) else "_".join(named)
+        key = "_".join(named.replace(",", " ").split() if isinstance(named, str) else named)
         marks.append(pytest.mark.parametrize(named, cases.pop(key)).mark if key in cases else mark)
     assert not cases, "the test has no such parameter"
     run.pytestmark = marks  # type: ignore[attr-defined]
@@ -66,7 +68,11 @@ def test_these_ranks_rehearse(run_ranks, ranks):
 twins = test_parity.twins
 test_parity_with_the_unsharded_twin = again(test_parity.test_parity_with_the_unsharded_twin, ranks=[1, 2])
 
-test_float16_with_scaling = again(test_mixed_precision.test_float16_reaches_the_float32_loss)
+trained = test_llama_ranks.trained
+test_float16_with_scaling = again(test_llama_ranks.test_half_with_loss_scale)
+test_masters = again(test_optim_ranks.test_adamw_over_shards, ranks=[1, 2], half_scale=[(True, 64.0)])
+OVERFLOWS = {"ranks_name_element_owner": [(1, "prime", 0, 0), (2, "prime", 6, 1)], "half_bad": [(True, math.inf)]}
+test_overflows = again(test_optim_ranks.test_all_ranks_skip_alike, **OVERFLOWS)
 
 test_offload = again(test_optim_offload_ranks.test_the_bits_of_adam, ranks=[1, 2], dtype=["fp32", "fp16"])
 test_offload_deltas = again(test_optim_offload_ranks.test_deltas_are_those_of_all_ranks, ranks=[1, 2])
@@ -75,11 +81,15 @@ RESUMED = [(Layout(), {}), (Layout(half=True, offload=True), {"overflow_at": 2})
 test_sharded_checkpoints = again(test_checkpointer_ranks.test_resumed_training_is_bit_equal, ranks=[1, 2], layout_options=RESUMED)
 test_whole_files = again(test_checkpoint_ranks.test_the_file_does_not_depend_on_the_ranks, most=[2], pieces=[True])
 
-trained = test_llama_ranks.trained
 test_llama_and_generation = again(test_llama_ranks.test_two_ranks_train_as_one, options=[{}, {"tied": True}])
 
 on_two_ranks = test_wrapper_ranks.on_two_ranks
 test_wrapper = again(test_wrapper_ranks.test_training_equals_the_unwrapped_twin_s, ranks=[1, 2], name=["encoder"])
+
+COLUMNS, ROWS = [(True, True, True), (False, False, False)], [(True, False), (False, True)]
+test_columns = again(test_tensor_parallel.test_column_parallel, tp=[2], gather_input_gather_output_bias=COLUMNS)
+test_rows = again(test_tensor_parallel.test_row_parallel_adds_its_bias_once, tp=[2], split_input_all_reduce_output=ROWS)
+test_vocabulary = again(test_tensor_parallel.test_vocabulary_parallel_embedding_and_loss, tp=[2], scatter=[True, False])
 
 test_pipeline = again(test_distributed.test_send_and_recv_are_a_pipeline, ranks=[2])
 test_activations = again(test_distributed.test_activations_of_any_shape_and_type)
