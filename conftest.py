@@ -35,6 +35,8 @@ QUICK = {
         "test_optim_manager",
         "test_passes",
         "test_public_names",
+        "test_schedule",
+        "test_stages",
         "test_structure",
         "test_world_axes",
         "test_zero_block",

@@ -94,7 +94,7 @@ def parallel_linear_cross_entropy(
     ignore_index: int = -100,
     reduction: str = "mean",
     label_smoothing: float = 0.0,
-    rows: int = 256,
+    rows: int | None = None,
 ) -> Tensor:
     """`ops.linear_cross_entropy` with rows of W divided over the ranks of `engine`, which all call it.
 
@@ -107,8 +107,6 @@ def parallel_linear_cross_entropy(
     Returns:
         As `ops.linear_cross_entropy`; the same bits on every rank.
     """
-    if rows < 1:
-        raise ValueError(f"rows must be at least 1, not {rows}")
     classes = weight.shape[0] * engine.size if classes is None else classes
     rule = LossRule.of(hidden.shape[0], classes, targets, ignore_index, None, reduction, label_smoothing)
     return loss.linear_cross_entropy(hidden, weight, rule, chosen(), rows, _part(engine, rule, weight.shape[0]))

@@ -7,6 +7,7 @@ from typing import TypeVar
 
 from mindspore import nn
 
+from ..comm import world
 from ..zero import Block, TransformerBlockList
 from .layer import Encoder
 
@@ -33,7 +34,8 @@ class Spread:
 
 
 def spread(model: Model, how: Spread = Spread()) -> Model:
-    """Have each repeated layer of a model gather its parameters as a whole, ahead of its call; in place.
+    """Have each repeated layer of a model gather its parameters as a whole, ahead of its call, and divide all of them over the
+    tensor-parallel ranks; in place.
 
     Change the model (adapters, other layers) before, and initialise or load it before or after. Parameters are named by their path
     in `model`, as they were when it was built; where it is part of a bigger Cell, spread the bigger one. A model that is not spread
@@ -44,7 +46,7 @@ def spread(model: Model, how: Spread = Spread()) -> Model:
 
     Raises:
         TypeError: it has no `Encoder`.
-        ValueError: it has been spread, or a layer cannot be a `Block`.
+        ValueError: it has been spread, a layer cannot be a `Block`, or cannot be divided over so many ranks.
     """
     encoders = [cell for _, cell in model.cells_and_names() if isinstance(cell, Encoder)] if isinstance(model, nn.Cell) else []
     if not encoders:
@@ -54,6 +56,10 @@ def spread(model: Model, how: Spread = Spread()) -> Model:
         )
     if any(isinstance(encoder.layers, TransformerBlockList) for encoder in encoders):
         raise ValueError(f"this {type(model).__name__} has been spread already: a model is spread once")
+    ranks = world().along("tp").size
+    if ranks > 1:
+        for cell in [cell for _, cell in model.cells_and_names() if hasattr(cell, "divide")]:
+            cell.divide(ranks)
     # Order matters. What takes layers away or exchanges them belongs in front of the Blocks, which hold a layer to what it was when
     # it was wrapped. Names come last: MindSpore renames the parameters of a Cell that is put somewhere.
     for encoder in encoders:

@@ -36,7 +36,7 @@ class Linear(DistributedModule):
     ):
         super().__init__()
         dtype = ms.float32 if dtype is None else dtype
-        self.in_features, self.out_features = in_features, out_features
+        self.in_features, self.out_features, self.has_bias = in_features, out_features, bias
         self.weight = DistributedParameter(empty(out_features, in_features, dtype=dtype), init_method=weight_initializer(init_std))
         self.bias = None
         if bias:
@@ -46,3 +46,9 @@ class Linear(DistributedModule):
     def construct(self, x: Tensor) -> Tensor:
         """x (..., in_features) -> (..., out_features)."""
         return functional.linear(x, self.weight, self.bias)
+
+    def cross_entropy(self, x: Tensor, targets: Tensor, **options: Any) -> Tensor:
+        """The loss of the logits that the layer gives for x (rows, in_features), see `functional.linear_cross_entropy`."""
+        if self.bias is not None:
+            return functional.cross_entropy(self(x), targets, **options)
+        return functional.linear_cross_entropy(x, self.weight, targets, **options)

@@ -6,16 +6,19 @@ values and what `copy_full` takes. On one rank they are `Linear` and an embeddin
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeVar
 
 import mindspore as ms
 from mindspore import Tensor
 
-from ..comm import Engine, World, world
-from ..distributed import parallel_embedding, parallel_linear
+from ..comm import Engine, World, any_rank, world
+from ..compat.autograd import no_grad
+from ..compat.cells import parameter_table
+from ..compat.runtime import host_array
+from ..distributed import all_gather, parallel_embedding, parallel_linear, parallel_linear_cross_entropy
 from ..distributed.linear import ReduceType
 from ..zero import DistributedModule, DistributedParameter, ParameterInitializer, empty, init
-from .linear import weight_initializer
+from .linear import Linear, weight_initializer
 
 
 class ColumnParallelLinear(DistributedModule):
@@ -65,6 +68,13 @@ class ColumnParallelLinear(DistributedModule):
         if gather_output and weight.tp_parts != weight.world.mesh.tp:
             raise ValueError("gather_output needs a part for each rank, not parts that are shared: leave `parts` out")
 
+    @classmethod
+    def of(cls, linear: Linear, gather_output: bool = False, parts: int | None = None) -> ColumnParallelLinear:
+        """What a `Linear` becomes, of the same names and values, whose input is this rank's part of the rows."""
+        sizes, weight = (linear.in_features, linear.out_features), linear.parameter("weight")
+        made = cls(*sizes, linear.has_bias, weight.dtype, gather_output, parts=parts)
+        return take_over(linear, made)
+
     def construct(self, x: Tensor) -> Tensor:
         """x (rows, ..., in_features) -> (rows, ..., this rank's columns); rows * ranks with `gather_input`."""
         return parallel_linear(
@@ -77,6 +87,17 @@ class ColumnParallelLinear(DistributedModule):
             out_features=self.out_features,
             chunks=self.chunks,
         )
+
+    def cross_entropy(self, x: Tensor, targets: Tensor, **options: Any) -> Tensor:
+        """The loss of the logits of all ranks for x, see `distributed.parallel_linear_cross_entropy`; there is no bias.
+
+        Args:
+            x: (rows, in_features), this rank's part of the rows with `gather_input`.
+            targets: of the first rows, those that are no padding.
+        """
+        if self.bias is not None:
+            raise ValueError("cross_entropy is for a projection without a bias: make the layer with bias=False")
+        return _cross_entropy(x, self.weight, targets, _engine(self), self.gather_input, self.out_features, options)
 
 
 class RowParallelLinear(DistributedModule):
@@ -115,6 +136,12 @@ class RowParallelLinear(DistributedModule):
             empty(out_features, in_features, dtype=dtype), init_method=weight_initializer(init_std), tp_mode=True, tp_split_dim=1
         )
         self.bias = _zeros(out_features, dtype) if bias else None
+
+    @classmethod
+    def of(cls, linear: Linear) -> RowParallelLinear:
+        """What a `Linear` becomes, of the same names and values, whose output is this rank's part of the rows."""
+        sizes, weight = (linear.in_features, linear.out_features), linear.parameter("weight")
+        return take_over(linear, cls(*sizes, linear.has_bias, weight.dtype))
 
     def construct(self, x: Tensor) -> Tensor:
         """x (rows, ..., this rank's columns) -> (rows, ..., out_features); rows / ranks without `all_reduce_output`."""
@@ -174,13 +201,31 @@ class VPEmbedding(DistributedModule):
         first = self.parameter("weight").layout.box[0].start
         return parallel_embedding(x, self.weight, first, self.vocab_size, _engine(self), self.scatter_output)
 
-    def projection(self, x: Tensor, gather_input: bool = False) -> Tensor:
+    def projection(self, x: Tensor, gather_input: bool = False, gather_output: bool = False) -> Tensor:
         """Hidden states (rows, ..., embedding_size) -> logits of this rank's part of the vocabulary; see `FusedCrossEntropy`.
 
         Args:
             gather_input: x is this rank's part of the rows.
+            gather_output: all ranks get the logits of the whole vocabulary.
         """
-        return parallel_linear(x, self.weight, None, _engine(self), gather_input=gather_input)
+        return parallel_linear(
+            x,
+            self.weight,
+            None,
+            _engine(self),
+            gather_input=gather_input,
+            gather_output=gather_output,
+            out_features=self.vocab_size,
+        )
+
+    def cross_entropy(self, x: Tensor, targets: Tensor, **options: Any) -> Tensor:
+        """The loss of the logits of all ranks for x, see `distributed.parallel_linear_cross_entropy`.
+
+        Args:
+            x: (rows, embedding_size), this rank's part of the rows with `scatter_output`.
+            targets: of the first rows, those that are no padding.
+        """
+        return _cross_entropy(x, self.weight, targets, _engine(self), self.scatter_output, self.vocab_size, options)
 
 
 class VPProjection(ColumnParallelLinear):
@@ -239,6 +284,38 @@ class OpParallelLinear:
             gather_output=gather_output,
             chunks=async_gather_chunks,
         )
+
+
+Layer = TypeVar("Layer", bound=DistributedModule)
+
+
+def take_over(old: DistributedModule, new: Layer) -> Layer:
+    """Give parameters of a layer to the one that takes its place: names, how they are initialised, whether they are trained, and
+    values, if any rank has written some. All ranks call it together.
+
+    Returns:
+        `new`.
+    """
+    for name in ("weight", "bias"):
+        before, after = parameter_table(old).get(name), parameter_table(new).get(name)
+        if before is None or after is None:
+            continue
+        after.name, after.requires_grad = before.name, before.requires_grad
+        after.init_method, after.group = before.init_method, before.group
+        written = before.replaced > 0 or bool(host_array(before).any())
+        if any_rank(before.world.along(before.along), written, f"values of {before.name}"):
+            with no_grad():
+                after.copy_full(before.gather())
+    return new
+
+
+def _cross_entropy(
+    x: Tensor, weight: Tensor, targets: Tensor, engine: Engine, gather: bool, classes: int, options: dict[str, Any]
+) -> Tensor:
+    if gather:
+        x = all_gather(x, engine).reshape(-1, x.shape[-1])
+        x = x if x.shape[0] == targets.shape[0] else x[: targets.shape[0]]
+    return parallel_linear_cross_entropy(x, weight, targets, engine, classes, **options)
 
 
 def _engine(layer: DistributedModule) -> Engine:

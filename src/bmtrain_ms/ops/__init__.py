@@ -181,18 +181,19 @@ def linear_cross_entropy(
     ignore_index: int = -100,
     reduction: str = "mean",
     label_smoothing: float = 0.0,
-    rows: int = 256,
+    rows: int | None = None,
 ) -> Tensor:
     """`cross_entropy` of the logits hidden Wᵀ, of which there never are more than those of `rows` tokens.
 
-    Memory is that of (rows, classes) instead of (tokens, classes), twice; for one more product, as backward makes the logits again.
+    Memory is that of (rows, classes) instead of (tokens, classes), for one more product, as backward makes the logits again.
 
     Args:
         hidden: (tokens, dim).
         weight: (classes, dim).
         targets: (tokens,) of int32 or int64.
         ignore_index, reduction, label_smoothing: as in `cross_entropy`.
-        rows: tokens whose logits are there at a time.
+        rows: tokens whose logits are there at a time; default: those that 2^26 logits belong to. Where these are all tokens, logits
+            are kept for backward.
 
     Returns:
         float32, a scalar; (tokens,) for `none`.
@@ -200,7 +201,5 @@ def linear_cross_entropy(
     Raises:
         TypeError, ValueError: as in `cross_entropy`; `rows` below 1.
     """
-    if rows < 1:
-        raise ValueError(f"rows must be at least 1, not {rows}")
     rule = LossRule.of(hidden.shape[0], weight.shape[0], targets, ignore_index, None, reduction, label_smoothing)
     return loss.linear_cross_entropy(hidden, weight, rule, chosen(), rows)

@@ -19,6 +19,7 @@ from ..compat.runtime import from_host, host_array
 from .rules import LossRule, Sums
 
 Tensors = tuple[Tensor, ...]
+LOGITS = 1 << 26  # that are there at a time where nobody says how many
 
 
 class Part(NamedTuple):
@@ -50,23 +51,29 @@ def cross_entropy(logits: Tensor, rule: LossRule, implementation: ModuleType, pa
 
 
 def linear_cross_entropy(
-    hidden: Tensor, weight: Tensor, rule: LossRule, implementation: ModuleType, rows: int, part: Part = WHOLE
+    hidden: Tensor, weight: Tensor, rule: LossRule, implementation: ModuleType, rows: int | None = None, part: Part = WHOLE
 ) -> Tensor:
     """The loss of the logits hidden Wᵀ, of which there never are more than those of `rows` tokens; backward makes them again.
 
     Args:
         hidden: (tokens, dim).
         weight: (classes, dim), or the rows that `part` says.
+
+    Raises:
+        ValueError: `rows` is below 1.
     """
+    rows = max(1, LOGITS // weight.shape[0]) if rows is None else rows
+    if rows < 1:
+        raise ValueError(f"rows must be at least 1, not {rows}")
+    if hidden.shape[0] <= rows:
+        return cross_entropy(implementation.linear(hidden, weight), rule, implementation, part)
     pieces = [slice(i, i + rows) for i in range(0, hidden.shape[0], rows)]
 
     def forward(hidden: Tensor, weight: Tensor) -> tuple[Tensors, Sums]:
-        found = [
-            implementation.loss_sums(
-                implementation.matmul(hidden[piece], weight, transpose_b=True), rule.of_rows(piece), part.first
-            )
-            for piece in pieces
-        ]
+        found = []
+        for piece in pieces:
+            logits = implementation.matmul(hidden[piece], weight, transpose_b=True)
+            found.append(implementation.loss_sums(logits, rule.of_rows(piece), part.first))
         joined = part.joined(Sums(*map(np.concatenate, zip(*found))))
         return (from_host(rule.reduced(joined)),), joined
 
@@ -82,9 +89,7 @@ def linear_cross_entropy(
             hidden_grads.append(implementation.matmul(grad, weight))
             more = implementation.matmul(grad, x, transpose_a=True).astype(ms.float32)
             weight_grad = more if weight_grad is None else weight_grad + more
-        if weight_grad is None:  # no tokens
-            return hidden * 0.0, weight * 0.0
-        return ms.ops.cat(hidden_grads, 0) if len(pieces) > 1 else hidden_grads[0], weight_grad.astype(weight.dtype)
+        return ms.ops.cat(hidden_grads, 0), weight_grad.astype(weight.dtype)
 
     return custom_vjp(forward, backward, hidden, weight)[0]
 

@@ -86,13 +86,16 @@ class ParamGroup:
         """
         with no_grad():
             padded = [self._pad(self.params[i], self._shared(i, g)) for i, g in zip(indices, grads)]
-        label = self.label if len(padded) == len(self.params) else Label(self.label, [self._details[i] for i in indices])
-        work = self.engine.reduce_scatter(padded, "mean", label)
+        work = self.engine.reduce_scatter(padded, "mean", self._label_of(indices))
         for hop in range(2):
             engines = [self._hops[i][hop] for i in indices]
             for engine in dict.fromkeys(x for x in engines if x.size > 1):
-                work = Across(work, engine, [i for i, x in enumerate(engines) if x is engine], label)
+                places = [place for place, x in enumerate(engines) if x is engine]
+                work = Across(work, engine, places, self._label_of([indices[place] for place in places]))
         return work
+
+    def _label_of(self, indices: Sequence[int]) -> Label:
+        return self.label if len(indices) == len(self.params) else Label(self.label, [self._details[i] for i in indices])
 
     def _shared(self, index: int, grad: Tensor) -> Tensor:
         share = self._shares[index]

@@ -7,7 +7,7 @@ from typing import Any, Optional
 import mindspore as ms
 from mindspore import Tensor, nn
 
-from ...nn import Linear, functional
+from ...nn import ColumnParallelLinear, Linear, RowParallelLinear, functional
 from .cache import LayerCache
 from .positions import Positions
 from .rotary import RotaryEmbedding
@@ -44,21 +44,45 @@ class Attention(nn.Cell):
         if num_heads % self.num_heads_kv:
             raise ValueError(f"num_heads={num_heads} is not a multiple of num_heads_kv={self.num_heads_kv}")
         settings = {"bias": bias, "dtype": dtype, "init_std": init_std}
-        self.q_proj = Linear(dim_in, num_heads * dim_head, **settings)
+        self.q_proj: nn.Cell = Linear(dim_in, num_heads * dim_head, **settings)
         self.k_proj = Linear(dim_in, self.num_heads_kv * dim_head, **settings)
         self.v_proj = Linear(dim_in, self.num_heads_kv * dim_head, **settings)
         self.o_proj = Linear(num_heads * dim_head, dim_in, **settings)
+
+    def divide(self, ranks: int) -> None:
+        """Have each of the tensor-parallel ranks compute its share of the heads, from its part of the hidden states' rows to its
+        part of the result's. Heads of keys and values that are fewer than the ranks are computed by several.
+
+        Raises:
+            ValueError: the heads cannot be shared out.
+        """
+        shared = min(self.num_heads_kv, ranks)
+        if self.num_heads % ranks or self.num_heads_kv % shared or ranks % shared:
+            fit = [
+                n
+                for n in range(1, self.num_heads + 1)
+                if self.num_heads % n == 0 and max(n, self.num_heads_kv) % min(n, self.num_heads_kv) == 0
+            ]
+            raise ValueError(
+                f"{self.num_heads} heads, {self.num_heads_kv} of keys and values, cannot be divided over tp_size={ranks}: {fit} can"
+            )
+        self.q_proj, self.o_proj = ColumnParallelLinear.of(self.q_proj), RowParallelLinear.of(self.o_proj)
+        self.k_proj = ColumnParallelLinear.of(self.k_proj, parts=shared)
+        self.v_proj = ColumnParallelLinear.of(self.v_proj, parts=shared)
+        self.num_heads, self.num_heads_kv = self.num_heads // ranks, self.num_heads_kv // shared
 
     def construct(self, hidden: Tensor, positions: Positions, cache: Optional[LayerCache] = None) -> Tensor:
         """hidden (tokens, dim_in) -> (tokens, dim_in); with a cache, tokens before these are looked at too."""
         batch, length = positions.batch, positions.length
         angles = None if self.rotary is None else positions.angles(self.rotary)
-        q = functional.split_heads(self.q_proj(hidden), batch, self.num_heads, angles)
-        k = functional.split_heads(self.k_proj(hidden), batch, self.num_heads_kv, angles)
-        v = functional.split_heads(self.v_proj(hidden), batch, self.num_heads_kv)
+        of_tokens = positions.without_padding
+        q = functional.split_heads(of_tokens(self.q_proj(hidden)), batch, self.num_heads, angles)
+        k = functional.split_heads(of_tokens(self.k_proj(hidden)), batch, self.num_heads_kv, angles)
+        v = functional.split_heads(of_tokens(self.v_proj(hidden)), batch, self.num_heads_kv)
         if cache is not None:
             k, v = cache.update(k, v)
         repeats = self.num_heads // self.num_heads_kv
         q = q.reshape(batch, self.num_heads_kv, repeats * length, self.dim_head)
         mixed = functional.attention(q, k, v, positions.mask(self.num_heads_kv, repeats))
-        return self.o_proj(functional.merge_heads(mixed.reshape(batch, self.num_heads, length, self.dim_head)))
+        merged = functional.merge_heads(mixed.reshape(batch, self.num_heads, length, self.dim_head))
+        return self.o_proj(positions.with_padding(merged))

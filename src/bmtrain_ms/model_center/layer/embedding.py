@@ -7,8 +7,25 @@ from typing import Any
 import mindspore as ms
 from mindspore import Tensor
 
-from ...nn import functional
+from ...nn import VPEmbedding, functional
+from ...nn.tensor_parallel import take_over
 from ...zero import DistributedModule, DistributedParameter, ParameterInitializer, empty, init
+
+
+class ParallelEmbedding(VPEmbedding):
+    """What an `Embedding` becomes over tensor-parallel ranks, which have some of the vocabulary each, and some of the rows of
+    hidden states; it is called as an `Embedding` is."""
+
+    @classmethod
+    def of(cls, embedding: Embedding) -> ParallelEmbedding:
+        """Of the same names and values."""
+        weight = embedding.parameter("weight")
+        vocab_size, embedding_size = weight.layout.whole
+        return take_over(embedding, cls(vocab_size, embedding_size, weight.dtype, scatter_output=True))
+
+    def projection(self, x: Tensor, gather_input: bool = True, gather_output: bool = True) -> Tensor:
+        """This rank's part of the hidden states (rows, embedding_size) -> logits of all rows and the whole vocabulary."""
+        return super().projection(x, gather_input, gather_output)
 
 
 class Embedding(DistributedModule):
@@ -32,3 +49,7 @@ class Embedding(DistributedModule):
     def projection(self, x: Tensor) -> Tensor:
         """x (..., embedding_size) -> logits (..., vocab_size) with the same table."""
         return functional.linear(x, self.weight)
+
+    def cross_entropy(self, x: Tensor, targets: Tensor, **options: Any) -> Tensor:
+        """The loss of the logits of `projection` for x (rows, embedding_size), see `functional.linear_cross_entropy`."""
+        return functional.linear_cross_entropy(x, self.weight, targets, **options)

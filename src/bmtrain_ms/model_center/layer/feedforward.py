@@ -7,7 +7,7 @@ from typing import Any
 import mindspore as ms
 from mindspore import Tensor, nn
 
-from ...nn import Linear, functional
+from ...nn import ColumnParallelLinear, Linear, RowParallelLinear, functional
 
 
 class FeedForward(nn.Cell):
@@ -27,6 +27,12 @@ class FeedForward(nn.Cell):
         self.gate_proj = Linear(dim_in, dim_ff, **settings)
         self.up_proj = Linear(dim_in, dim_ff, **settings)
         self.down_proj = Linear(dim_ff, dim_in, **settings)
+
+    def divide(self, ranks: int) -> None:
+        """Have each of the tensor-parallel ranks compute a part of the inner layer, from its part of the hidden states' rows to its
+        part of the result's."""
+        self.gate_proj, self.up_proj = ColumnParallelLinear.of(self.gate_proj), ColumnParallelLinear.of(self.up_proj)
+        self.down_proj = RowParallelLinear.of(self.down_proj)
 
     def construct(self, hidden: Tensor) -> Tensor:
         """hidden (tokens, dim_in) -> (tokens, dim_in)."""

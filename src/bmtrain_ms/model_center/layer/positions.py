@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Union
 
 import numpy as np
-from mindspore import Tensor
+from mindspore import Tensor, ops
 
 from ...compat.autograd import no_grad, recording
 from ...compat.runtime import from_host, host_array
@@ -23,6 +23,9 @@ class Positions:
 
     Hidden states are (batch * length, dim), row behind row. A token sees itself and those of its row before it.
 
+    Attributes:
+        rows: of hidden states: the tokens, and behind them padding where ranks divide them and there are not enough for all.
+
     Args:
         batch: rows.
         length: tokens of each row in this pass.
@@ -37,6 +40,7 @@ class Positions:
 
     def __init__(self, batch: int, length: int, offset: int = 0, padding: Marks | None = None, documents: Marks | None = None):
         self.batch, self.length, self.offset = batch, length, offset
+        self.rows = batch * length
         self._hidden: np.ndarray | None = None  # (batch, 1 or length, keys) bool: what is not seen besides what comes later
         self._places: np.ndarray | None = None  # (batch, length): positions in documents
         self._masks: dict[tuple[int, int], Tensor | None] = {}
@@ -67,6 +71,20 @@ class Positions:
             raise RuntimeError("no gradient goes through a KeyValueCache: leave it out where gradients are taken")
         batch, length = input_ids.shape
         return cls(batch, length, 0 if cache is None else cache.length, padding, documents)
+
+    def divide(self, ranks: int) -> None:
+        """Have hidden states have a multiple of `ranks` rows."""
+        self.rows = -(-self.batch * self.length // ranks) * ranks
+
+    def without_padding(self, x: Tensor) -> Tensor:
+        """The rows of x that are tokens."""
+        tokens = self.batch * self.length
+        return x if x.shape[0] == tokens else x[:tokens]
+
+    def with_padding(self, x: Tensor, value: float = 0) -> Tensor:
+        """x with `rows` rows, of which those that are no tokens have this value."""
+        missing = self.rows - x.shape[0]
+        return ops.cat((x, ops.full((missing, *x.shape[1:]), value, dtype=x.dtype)), 0) if missing else x
 
     def angles(self, rotary: RotaryEmbedding) -> functional.Angles:
         """What `functional.split_heads` rotates by: each (length, dim / 2), or (batch, 1, length, dim / 2) where rows differ."""

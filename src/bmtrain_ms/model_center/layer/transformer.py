@@ -7,8 +7,10 @@ from typing import Any, Iterable, Optional
 import mindspore as ms
 from mindspore import Tensor, nn
 
+from ...comm import world
 from .attention import Attention
 from .cache import KeyValueCache, LayerCache
+from .embedding import ParallelEmbedding
 from .feedforward import FeedForward
 from .norm import RMSNorm
 from .positions import Positions
@@ -62,12 +64,28 @@ class Encoder(nn.Cell):
         super().__init__()
         self.embed_tokens = embed_tokens
         self.layers: Iterable[nn.Cell] = nn.CellList(list(layers))  # a `TransformerBlockList` after `spread`
-        self.norm = norm
+        self.norm, self.ranks = norm, 1
+
+    def divide(self, ranks: int) -> None:
+        """Have each of the tensor-parallel ranks keep a part of the hidden states' rows between layers (sequence parallelism,
+        Korthikanti et al., 2022), and in the result. Layers are divided by themselves."""
+        self.ranks = ranks
+        if self.embed_tokens is not None:
+            self.embed_tokens = ParallelEmbedding.of(self.embed_tokens)
 
     def construct(self, hidden: Tensor, positions: Positions, cache: Optional[KeyValueCache] = None) -> Tensor:
-        """hidden (tokens, dim), or ids (tokens,) of int32 where there is an embedding -> (tokens, dim)."""
+        """hidden (tokens, dim), or ids (tokens,) of int32 where there is an embedding -> (tokens, dim).
+
+        Divided, it takes all tokens on every rank and returns this rank's part of them; behind the last ones come rows of zeros
+        where the ranks do not divide the tokens.
+        """
+        positions.divide(self.ranks)
         if self.embed_tokens is not None:
-            hidden = self.embed_tokens(hidden)
+            hidden = self.embed_tokens(positions.with_padding(hidden, -1))
+        elif self.ranks > 1:
+            rows = positions.rows // self.ranks
+            first = world().mesh.tp_rank * rows
+            hidden = positions.with_padding(hidden)[first : first + rows]
         for number, layer in enumerate(self.layers):
             hidden = layer(hidden, positions, None if cache is None else cache.layer(number))
         return self.norm(hidden)

@@ -16,6 +16,7 @@ from mindspore import Tensor, nn
 
 from bmtrain_ms_base.checks import whole
 
+from ...nn import ColumnParallelLinear
 from ...zero import undisturbed
 from ..layer import Embedding, Encoder, KeyValueCache, Linear, Positions, RMSNorm, RotaryEmbedding, TransformerBlock
 
@@ -179,7 +180,36 @@ class Llama(nn.Cell):
         with undisturbed():
             hidden = self.model(input_ids.reshape(-1), positions, cache)
             logits = self.model.embed_tokens.projection(hidden) if self.lm_head is None else self.lm_head(hidden)
-        return logits.reshape(positions.batch, positions.length, -1)
+        return positions.without_padding(logits).reshape(positions.batch, positions.length, -1)
+
+    def loss(
+        self,
+        input_ids: Tensor,
+        targets: Tensor,
+        padding: Optional[Tensor] = None,
+        documents: Optional[Tensor] = None,
+        **options: Any,
+    ) -> Tensor:
+        """Cross entropy of the logits, which are never there for all tokens and the whole vocabulary.
+
+        Args:
+            input_ids, padding, documents: as when the model is called.
+            targets: (batch, length) of int32 or int64, for each token the one to come; -100 where none is to be learnt.
+            options: of `nn.functional.linear_cross_entropy`.
+
+        Returns:
+            float32, a scalar: the mean over the targets that count; for `reduction="none"` (batch * length,).
+        """
+        positions = Positions.of(input_ids, padding, None, documents)
+        with undisturbed():
+            hidden = self.model(input_ids.reshape(-1), positions)
+            head = self.model.embed_tokens if self.lm_head is None else self.lm_head
+            return head.cross_entropy(hidden, targets.reshape(-1), **options)
+
+    def divide(self, ranks: int) -> None:
+        """Have each tensor-parallel rank compute the logits of its part of the vocabulary; a call still returns all of them."""
+        if self.lm_head is not None:
+            self.lm_head = ColumnParallelLinear.of(self.lm_head, gather_output=True)
 
     def earlier_name(self, name: str) -> str:
         """What a parameter, of that name now, is called in files of releases before Hugging Face's names."""
