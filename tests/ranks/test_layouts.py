@@ -148,10 +148,18 @@ def collectives(world: World, how: Spread) -> tuple[list[tuple[str, str, int]], 
         return seen, [(e.op, e.label, e.received) for e in engine.events]
 
 
-def test_collectives_of_a_layer(run_ranks: Run):
-    """Forward: rows are gathered in front of attention and feed-forward, and summed and scattered behind them."""
+@pytest.mark.parametrize("recompute", [False, True])
+def test_collectives_of_a_layer(run_ranks: Run, recompute: bool):
+    """Rows are gathered in front of attention and of the feed-forward layer, and summed and scattered behind them; that is all.
+
+    Backward does the opposite, and gathers what was not kept; gradients of the norms, which both ranks have, are averaged.
+    """
     part = BATCH * LENGTH // 2 * 24 * 4  # bytes of a rank's rows
     gather, scatter = ("all_gather", "linear, input", part), ("reduce_scatter", "linear, output", part)
-    forward = [gather, gather, gather, scatter, gather, gather, scatter]
-    seen, _ = run_ranks(2, collectives, how=Spread(recompute=False))[0]
-    assert seen == forward
+    of_product = [("all_gather", "linear, gradient", part)]
+    of_products = [("all_gather", "linear, input again", part), ("reduce_scatter", "linear, gradient", part)]
+    forward = [gather, scatter] * 2
+    norms = ("all_reduce", "model.layers.0", 2 * 24 * 4)
+    for seen, backward in run_ranks(2, collectives, how=Spread(recompute=recompute)):
+        assert seen == forward
+        assert backward == [*(forward if recompute else []), *(of_product + of_products) * 2, norms]
