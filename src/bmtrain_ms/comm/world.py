@@ -240,11 +240,15 @@ def init_distributed(
     elif target == "CPU":
         _configure_cpu(launch)
     ops.use_for(target)
-    for seed_it in (random.seed, np.random.seed, ms.set_seed):
-        seed_it(seed)
+    _seed_generators(seed)
     record = Trace() if trace else None
     ranks = _placed(engine, record, shard_size, tp_size, pipe_size)
     return _enter(World(*ranks, seed, launch, prefetch, gather_dtype, record, micro_batches))
+
+
+def _seed_generators(seed: int) -> None:
+    for seed_it in (random.seed, np.random.seed, ms.set_seed):
+        seed_it(seed)
 
 
 def _enter(made: World) -> World:

@@ -64,7 +64,7 @@ class Stage:
         for chunk in self.chunks:
             for segment in chunk:
                 segment.refuse_dropout()
-        run = _Run(self, table, batches, {id(p): p for p in params}, cotangent)
+        run = Run(self, table, batches, {id(p): p for p in params}, cotangent)
         backward = 3.0 if any(s.recompute for chunk in self.chunks for s in chunk) else 2.0
         with self._context.pipeline.hold(self._holds()):
             run.to_end(lines_of(table, backward)[self._engine.rank])
@@ -73,7 +73,7 @@ class Stage:
 
     def evaluate(self, table: Schedule, batches: Sequence[Any]) -> list[Tensor]:
         """Every micro-batch forward; what the last segment returns, which only the last rank has."""
-        run = _Run(self, table, batches, None, None)
+        run = Run(self, table, batches, None, None)
         line = lines_of(table, 2.0)[self._engine.rank]
         forward = (Kind.FORWARD, Kind.SEND_FORWARD, Kind.RECEIVE_FORWARD)
         with no_grad(), self._context.pipeline.hold(self._holds()):
@@ -81,7 +81,7 @@ class Stage:
         return run.losses()
 
 
-class _Run:
+class Run:
     """The state of a step, or of an evaluation: what each (micro-batch, chunk) has, from which it is taken when it is used.
 
     Attributes:
@@ -113,6 +113,22 @@ class _Run:
 
     def to_end(self, line: Sequence[Action]) -> None:
         """Do what the line says, in order."""
+        try:
+            for action in line:
+                self.step(action)
+            self._wait(0)
+        finally:
+            self.end()
+
+    def end(self) -> None:
+        """It is over; what is kept for backward passes, which is something after an error only, is let go of."""
+        for visit in [visit for visits in self.visits.values() for visit in visits]:
+            visit.end()
+        self._context.pipeline.end_sequence()
+        self._context.draws.count = self._first_draw
+
+    def step(self, action: Action) -> None:
+        """Do one thing."""
         do = {
             Kind.FORWARD: self._forward,
             Kind.BACKWARD: self._backward,
@@ -121,14 +137,7 @@ class _Run:
             Kind.RECEIVE_FORWARD: lambda action: self._receive(action, self.arrived),
             Kind.RECEIVE_BACKWARD: lambda action: self._receive(action, self.cotangents),
         }
-        try:
-            for action in line:
-                do[action.kind](action)
-            self._wait(0)
-        finally:
-            for visit in [visit for visits in self.visits.values() for visit in visits]:
-                visit.end()  # there are some after an error only
-            self._context.draws.count = self._first_draw
+        do[action.kind](action)
 
     def losses(self) -> list[Tensor]:
         """What the last segment returned, by micro-batch; nothing where that is another rank's."""
