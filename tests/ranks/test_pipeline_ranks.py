@@ -11,8 +11,10 @@ from mindspore import Tensor
 
 import bmtrain_ms as bms
 from bmtrain_ms.comm import World, use_world
+from bmtrain_ms.data import TokenSampler
 from bmtrain_ms.model_center import Spread, Stages
 from bmtrain_ms.model_center.generation import generate
+from bmtrain_ms.train import Trainer, TrainSettings
 from tests.helpers.layouts import KEPT, PIPELINES, Case, batch_of, masked, model_of, train, whole
 from tests.ranks.test_layouts import STEPS, compare
 
@@ -122,6 +124,23 @@ def test_all_stages_decide_alike(run_ranks: Run):
     made = [step[0] for step in steps]
     assert made[-1] and all(math.isfinite(norm) for ok, norm, _ in steps if ok)
     assert "model.embed_tokens.weight" in text and " other parameters" in text  # of the first stage, and of both
+
+
+def loop(world: World, case: Case) -> tuple[list[float], float]:
+    """Losses of the training loop, which cannot know of stages, and that of held-out text."""
+    with use_world(case.world(world)):
+        text = np.random.default_rng(1).integers(0, 37, 400).astype(np.int32)
+        sampler = TokenSampler(text, length=6, global_batch=4)
+        trainer = Trainer(model_of(case, SIZES), sampler, TrainSettings(3, lr=0.01, warmup=1))
+        with trainer:
+            losses = [trainer.train_step()["loss"] for _ in range(3)]
+            return losses, trainer.evaluate(text[:100], rows=4)
+
+
+def test_the_training_loop(run_ranks: Run):
+    (right,) = run_ranks(1, loop, case=Case())
+    for losses, held_out in run_ranks(4, loop, case=Case(pp=2, dp=2, stages=Stages(micro_batches=2))):
+        np.testing.assert_allclose([*losses, held_out], [*right[0], right[1]], rtol=1e-5)
 
 
 def frozen(world: World) -> list[Any]:

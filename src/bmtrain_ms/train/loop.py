@@ -23,6 +23,7 @@ from ..compat.runtime import from_host, host_array
 from ..lr_scheduler import Cosine
 from ..nn.functional import cross_entropy
 from ..optim import AdamOptimizer, GradientOverflowError, OptimManager
+from ..parallel import Scheduled
 from .errors import Stopped, TrainingError
 from .evaluate import mean_loss
 from .log import LogFile
@@ -79,7 +80,7 @@ class Trainer:
     is closed at the end of the `with` statement.
 
     Args:
-        model: token ids (batch, length) -> logits (batch, length, vocab); initialised or to be loaded.
+        model: token ids (batch, length) -> logits (batch, length, vocab), or one in pipeline stages; initialised or to be loaded.
         sampler: the training text.
         settings: how to train.
         folder: of its checkpoints, or None.
@@ -316,7 +317,12 @@ class Trainer:
     def _extra(self) -> dict[str, Any]:
         return {"step": self.done, "data": self.sampler.described}
 
-    def _loss(self, inputs: Tensor, targets: Tensor) -> Tensor:
+    @property
+    def _loss(self) -> Callable[[Tensor, Tensor], Tensor]:
+        own = getattr(self.model, "loss", None)  # of a model in pipeline stages, which cannot be called in a function
+        return own if isinstance(own, Scheduled) else self._of_logits
+
+    def _of_logits(self, inputs: Tensor, targets: Tensor) -> Tensor:
         logits = self.model(inputs)
         return cross_entropy(logits.reshape(-1, logits.shape[-1]), targets)
 
