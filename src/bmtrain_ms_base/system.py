@@ -74,6 +74,11 @@ def tell(pid: int, signum: int) -> None:
         os.kill(pid, signum)
 
 
+def has_ascend() -> bool:
+    """Whether this host has Ascend devices."""
+    return any(Path("/dev").glob("davinci[0-9]*"))
+
+
 def signal_name(signum: int) -> str:
     """SIGTERM for 15."""
     try:

@@ -18,6 +18,7 @@ from typing import Any, Mapping, Sequence
 
 from bmtrain_ms_base import system
 from bmtrain_ms_base.launchers import forget_launchers
+from bmtrain_ms_base.system import has_ascend
 
 from . import hosts as several
 from .supervise import PASSED_ON
@@ -51,8 +52,8 @@ def launch(
     Args:
         script: its path, or `-m` and a module, then its arguments.
         ranks: how many.
-        launcher: `mpi`: by `mpiexec`; `msrun`: as MindSpore's msrun does; `auto`: msrun where there are Ascend devices, and
-            elsewhere neither: ranks of one host need no MPI.
+        launcher: `mpi`: by `mpiexec`; `msrun`: as MindSpore's msrun does, for Ascend devices; `auto`: msrun where there are any,
+            and elsewhere neither: ranks of one host need no MPI.
         variables: more environment variables for the ranks.
         hosts: where to run, by `mpiexec` and ssh; the same number of ranks on each.
 
@@ -61,20 +62,20 @@ def launch(
         or 128 + the signal that ended it.
 
     Raises:
-        LaunchError: the launcher is not installed, or the script does not exist.
+        LaunchError: the launcher is not installed or not for this host, or the script does not exist.
     """
     if script[0] != "-m" and not Path(script[0]).is_file():
         raise LaunchError(f"{script[0]} does not exist")
     if launcher == "msrun" and hosts:
         raise LaunchError("--hosts starts ranks by mpiexec; msrun is started on each host by itself")
+    if launcher == "msrun" and not has_ascend():
+        raise LaunchError(
+            "--with msrun starts Ascend ranks, and this host has no Ascend device; start CPU ranks with: bmtrain-ms launch -n "
+            f"{ranks} {' '.join(script)}"
+        )
     if launcher == "auto":
         launcher = "mpi" if hosts else "msrun" if has_ascend() else "launch"
     return _attend(_plan(launcher, script, ranks, hosts), _environment(launcher, ranks, variables or {}, hosts))
-
-
-def has_ascend() -> bool:
-    """Whether this host has Ascend devices."""
-    return any(Path("/dev").glob("davinci[0-9]*"))
 
 
 def _environment(launcher: str, ranks: int, variables: Mapping[str, str], hosts: Sequence[str]) -> dict[str, str]:
