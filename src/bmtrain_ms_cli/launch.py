@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import json
 import os
@@ -21,6 +22,7 @@ from bmtrain_ms_base.launchers import forget_launchers
 from bmtrain_ms_base.system import has_ascend
 
 from . import hosts as several
+from .options import Commands, positive
 from .supervise import PASSED_ON
 
 
@@ -33,6 +35,48 @@ class LaunchError(RuntimeError):
 COPIES_PAST_THE_CACHE = "glibc.cpu.x86_non_temporal_threshold=0x400000"
 
 _SCHEDULER = "from mindspore import set_context\nfrom mindspore.communication import init\nset_context(device_target='CPU')\ninit()"
+
+
+_EXIT_CODES = (
+    "Exit code: 0 if every rank came to its end; 75 if they were told to stop, and saved; 128 + N if a rank was killed by signal "
+    "N, or signal N ended the job without a save; 2 if the command line is wrong; otherwise that of the first rank that failed."
+)
+
+
+def add(commands: Commands) -> argparse.ArgumentParser:
+    """What the command line of `bmtrain-ms launch` understands."""
+    parser = commands.add_parser(
+        "launch", help="start a script on N ranks", description="Start a script on N ranks.", epilog=_EXIT_CODES
+    )
+    parser.add_argument("-n", "--ranks", type=positive, required=True, help="how many processes")
+    parser.add_argument(
+        "--with",
+        dest="launcher",
+        choices=("auto", "mpi", "msrun"),
+        default="auto",
+        help="auto: msrun where there are Ascend devices; elsewhere ranks are started directly, without MPI",
+    )
+    parser.add_argument(
+        "--hosts",
+        type=lambda text: text.split(","),
+        default=[],
+        help="run on these, e.g. node1,node2, the same number of ranks on each: by mpiexec and ssh",
+    )
+    parser.add_argument("-m", "--module", action="store_true", help="the script is a module's name, as for python -m")
+    parser.add_argument("script", help="a Python script")
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, help="passed on to it")
+    return parser
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Do what the command line says; returns an exit code.
+
+    Raises:
+        LaunchError: see `launch`.
+    """
+    module = ["-m"] if arguments.module else []
+    script = [*module, arguments.script, *arguments.arguments]
+    return launch(script, arguments.ranks, arguments.launcher, hosts=arguments.hosts)
 
 
 def launch(

@@ -348,7 +348,7 @@ def test_environment_of_the_ranks(planned, script, monkeypatch):
 def test_a_module_by_its_name(planned, monkeypatch):
     """What follows the name is the module's, options too."""
     monkeypatch.setattr(launch_module, "has_ascend", lambda: False)
-    for words in (["-n", 2, "-m"], ["-m", "-n", 1], ["-n", 2, "--with", "msrun", "--module"]):
+    for words in (["-n", 2, "-m"], ["-m", "-n", 1], ["-n", 2, "--with", "auto", "--module"]):
         assert exit_code("launch", *words, "some.module", "-m", "--plot", "x") == 5
     assert all(plan["command"] == [*RUNNER, "-m", "some.module", "-m", "--plot", "x"] for plan, _ in planned)
 

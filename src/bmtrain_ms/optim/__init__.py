@@ -1,10 +1,11 @@
 """Optimizers over shards, and the manager that drives them."""
 
 from .adam import AdamOptimizer
-from .manager import GradientOverflowError, OptimManager, StepResult
+from .manager import OptimManager
 from .native import NativeOptimizer
 from .norms import all_finite, clip_grad_norm
 from .offload import AdamOffloadOptimizer
+from .result import GradientOverflowError, StepResult
 
 __all__ = [
     "AdamOffloadOptimizer",

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import sys
 from collections import Counter
-from dataclasses import dataclass
 from typing import Any, Callable, Sequence
 
 import mindspore as ms
@@ -21,35 +20,8 @@ from ..zero import DistributedParameter, context_of
 from .base import average_whole
 from .native import adapted
 from .norms import checked_order, counts_here, parameters_of, total_norm
+from .result import GradientOverflowError, StepResult
 from .settings import Made
-
-
-class GradientOverflowError(ArithmeticError):
-    """Step after step the gradient is not finite, whatever the loss scale; raised on every rank alike."""
-
-
-@dataclass(frozen=True)
-class StepResult:
-    """What a step did; true if it updated the parameters.
-
-    Attributes:
-        updated: False: the gradient was not finite, and the step was skipped.
-        grad_norm: of the step's gradient over all ranks, before clipping and without the loss scale: what the last
-            `clip_grad_norm` returned, else the 2-norm that the search for overflows computes, else (neither happened) None.
-        loss_scale: the next step's.
-        skipped_steps: of the whole run.
-        skipped_in_a_row: ending with this one.
-    """
-
-    updated: bool
-    grad_norm: float | None
-    loss_scale: float
-    skipped_steps: int
-    skipped_in_a_row: int
-
-    def __bool__(self) -> bool:
-        return self.updated
-
 
 _LARGEST = 2.0**127  # no scale and no count reaches it
 _COUNTERS = ("loss_scale", "loss_scale_enabled", "steps_since_last_scale", "skipped_steps")
@@ -163,6 +135,17 @@ class OptimManager:
         self.lr_schedulers.append(lr_scheduler)
         self._made.append(Made(driver, lr_scheduler))
 
+    @property
+    def parameters(self) -> list[Parameter]:
+        """All parameters of all optimizers, in the order in which these were added."""
+        return [p for driver in self.drivers for p in driver.parameters]
+
+    @property
+    def rate(self) -> float | None:
+        """The learning rate of the first group of the first optimizer; None where that computes it by itself."""
+        groups = self.drivers[0].settings()
+        return groups[0]["lr"] if groups else None
+
     def scale_loss(self, loss: Tensor) -> Tensor:
         """loss * loss_scale, or a tensor-parallel rank's share of it, for those who differentiate by themselves."""
         return self._scaled(loss, self.scale_to_accumulate)
@@ -200,7 +183,7 @@ class OptimManager:
         if not self.optimizers:
             raise RuntimeError("OptimManager.backward needs an optimizer: call add_optimizer first")
         self._refuse_shared(self.drivers)  # groups may have been added
-        params = [p for driver in self.drivers for p in driver.parameters if p.requires_grad]
+        params = [p for p in self.parameters if p.requires_grad]
         returned: list[Any] = []
 
         def loss_of_forward() -> Tensor:
@@ -405,8 +388,8 @@ class OptimManager:
     # For checkpoints #
 
     def parameters_by_name(self) -> dict[str, Parameter]:
-        """Of all optimizers."""
-        return {p.name: p for driver in self.drivers for p in driver.parameters}
+        """The parameters of all optimizers."""
+        return {p.name: p for p in self.parameters}
 
     def gradients(self) -> dict[str, tuple[DistributedParameter | None, Tensor]]:
         """Gradients that wait for `step`: name of parameter -> (what it is sharded as, None: whole; the gradient)."""
@@ -472,7 +455,7 @@ class OptimManager:
         return StepResult(False, norm, self.loss_scale, self.skipped_steps, self.skipped_in_a_row)
 
     def _advice(self, scale: float) -> str:
-        params = [p for driver in self.drivers for p in driver.parameters if id(p) in self._grads]
+        params = [p for p in self.parameters if id(p) in self._grads]
         flags = [not math.isfinite(square_sum(self._grads[id(p)])) for p in params]
         bad = reduce_numbers(self._world.everyone, flags, "overflow", op="max")
         names = [p.name for p, flag in zip(params, bad) if flag]
