@@ -1,6 +1,7 @@
 """Optimizers over shards, and the manager that drives them."""
 
 from .adam import AdamOptimizer
+from .driver import Driver
 from .manager import OptimManager
 from .native import NativeOptimizer
 from .norms import all_finite, clip_grad_norm
@@ -10,6 +11,7 @@ from .result import GradientOverflowError, StepResult
 __all__ = [
     "AdamOffloadOptimizer",
     "AdamOptimizer",
+    "Driver",
     "GradientOverflowError",
     "NativeOptimizer",
     "OptimManager",

@@ -12,6 +12,8 @@ import math
 import reprlib
 from typing import Any, Optional
 
+from .driver import Driver, OtherOptimizer, Schedule
+
 Settings = dict[str, Any]
 Told = list[str]
 _UNKNOWN = "unknown"
@@ -20,14 +22,15 @@ _UNKNOWN = "unknown"
 class Made:
     """What an optimizer and its schedule were made with."""
 
-    def __init__(self, driver: Any, schedule: Any):
-        self._driver, self._schedule = driver, schedule
-        self._groups: list[Settings] = driver.settings() if hasattr(driver, "settings") else []
-        self._settings: Optional[Settings] = schedule.state_dict() if hasattr(schedule, "check_state_dict") else None
+    def __init__(self, driver: Driver, schedule: Schedule, given: Any):
+        """`given`: the schedule that `schedule` stands for, or None."""
+        self._driver, self._schedule, self._scheduled = driver, schedule, given is not None
+        self._groups: list[Settings] = driver.settings()
+        self._settings = schedule.settings()
 
     def state_dict(self) -> dict[str, Any]:
         """Under `made` what the other methods of another run take; nothing for an optimizer of somebody else's."""
-        if not hasattr(self._driver, "settings"):
+        if isinstance(self._driver, OtherOptimizer):
             return {}
         self._note_added(self._driver.settings())
         return {"made": {"groups": self._groups, "schedule": self._settings}}
@@ -57,7 +60,7 @@ class Made:
         all_chosen, all_replaced = [], []
         self._note_added(before)
         others = theirs.get("groups") if isinstance(theirs, dict) else None
-        scheduled = self._schedule is not None
+        scheduled = self._scheduled
         for index, (mine, loaded) in enumerate(zip(before, self._driver.settings() if before else [])):
             then = _group_of(mine, others, index)
             skipped = {"names", "own_lr", *(["lr"] if scheduled else [])}  # a schedule sets the rate
