@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Iterator
 
 from .launch import LaunchError, launch
-from .options import Commands, number, path, positive, seed, whole
+from .options import REHEARSE_HELP, Commands, number, path, positive, seed, whole
 
 _LENGTH = 128
 _VOCAB = 2048
@@ -43,6 +43,7 @@ class DemoOptions:
     save_minutes: float | None = None
     keep_last: int = 3
     no_shared_storage: bool = False
+    rehearse: bool = False
 
 
 def add(commands: Commands) -> argparse.ArgumentParser:
@@ -82,6 +83,7 @@ def add(commands: Commands) -> argparse.ArgumentParser:
     parser.add_argument("--save-minutes", type=number, default=None, help="save every so many minutes, in the background")
     parser.add_argument("--keep-last", type=positive, default=3, help="checkpoints to keep (default 3)")
     parser.add_argument("--no-shared-storage", action="store_true", help="every host keeps what its ranks wrote")
+    parser.add_argument("--rehearse", action="store_true", help=REHEARSE_HELP)
     return parser
 
 
@@ -106,7 +108,7 @@ def demo(options: DemoOptions) -> int:
 
         check_text(options.text, options.batch, _LENGTH, _VOCAB)
         script = [str(Path(__file__).with_name("__main__.py")), *_arguments(options)]
-        return launch(script, options.ranks, variables={"BMTRAIN_MS_DEMO": "rank"})
+        return launch(script, options.ranks, variables={"BMTRAIN_MS_DEMO": "rank"}, rehearse=options.rehearse)
     return _run(options)
 
 

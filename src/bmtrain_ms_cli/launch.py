@@ -18,11 +18,11 @@ from types import FrameType
 from typing import Any, Mapping, Sequence
 
 from bmtrain_ms_base import system
-from bmtrain_ms_base.launchers import forget_launchers
+from bmtrain_ms_base.launchers import REHEARSE, forget_launchers
 from bmtrain_ms_base.system import has_ascend
 
 from . import hosts as several
-from .options import Commands, positive
+from .options import REHEARSE_HELP, Commands, positive
 from .supervise import PASSED_ON
 
 
@@ -62,6 +62,7 @@ def add(commands: Commands) -> argparse.ArgumentParser:
         default=[],
         help="run on these, e.g. node1,node2, the same number of ranks on each: by mpiexec and ssh",
     )
+    parser.add_argument("--rehearse", action="store_true", help=REHEARSE_HELP)
     parser.add_argument("-m", "--module", action="store_true", help="the script is a module's name, as for python -m")
     parser.add_argument("script", help="a Python script")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="passed on to it")
@@ -76,7 +77,7 @@ def run(arguments: argparse.Namespace) -> int:
     """
     module = ["-m"] if arguments.module else []
     script = [*module, arguments.script, *arguments.arguments]
-    return launch(script, arguments.ranks, arguments.launcher, hosts=arguments.hosts)
+    return launch(script, arguments.ranks, arguments.launcher, hosts=arguments.hosts, rehearse=arguments.rehearse)
 
 
 def launch(
@@ -86,6 +87,7 @@ def launch(
     variables: Mapping[str, str] | None = None,
     *,
     hosts: Sequence[str] = (),
+    rehearse: bool = False,
 ) -> int:
     """Run a Python script with its arguments on `ranks` processes, of this host unless there are others, and wait for them.
 
@@ -100,6 +102,7 @@ def launch(
             and elsewhere neither: ranks of one host need no MPI.
         variables: more environment variables for the ranks.
         hosts: where to run, by `mpiexec` and ssh; the same number of ranks on each.
+        rehearse: on CPU, but as on Ascend devices: see `init_distributed`.
 
     Returns:
         0 if every rank came to its end; 75 if they were told to stop, and saved; otherwise what the first failing rank ended with,
@@ -117,9 +120,11 @@ def launch(
             "--with msrun starts Ascend ranks, and this host has no Ascend device; start CPU ranks with: bmtrain-ms launch -n "
             f"{ranks} {' '.join(script)}"
         )
+    more = {**(variables or {}), **({REHEARSE: "1"} if rehearse else {})}
     if launcher == "auto":
-        launcher = "mpi" if hosts else "msrun" if has_ascend() else "launch"
-    return _attend(_plan(launcher, script, ranks, hosts), _environment(launcher, ranks, variables or {}, hosts))
+        on_devices = has_ascend() and more.get(REHEARSE, os.environ.get(REHEARSE)) != "1"
+        launcher = "mpi" if hosts else "msrun" if on_devices else "launch"
+    return _attend(_plan(launcher, script, ranks, hosts), _environment(launcher, ranks, more, hosts))
 
 
 def _environment(launcher: str, ranks: int, variables: Mapping[str, str], hosts: Sequence[str]) -> dict[str, str]:

@@ -15,6 +15,9 @@ else:
     Commands = argparse._SubParsersAction
 
 
+REHEARSE_HELP = "run on CPU what Ascend devices would run, as far as that is possible without one: slower, for finding faults"
+
+
 class Parser(argparse.ArgumentParser):
     """Takes whole names of options only, and asks whether another was meant; complaints are one line, without the usage."""
 

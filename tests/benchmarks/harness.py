@@ -46,7 +46,10 @@ SIZES = {
 
 
 class Training:
-    """A model of the given size, AdamW and random tokens, in the current world. `change`: applied to the model first."""
+    """A model of the given size, AdamW and random tokens, in the current world.
+
+    `change`: applied to the model first. Over tensor-parallel ranks the loss is the model's own.
+    """
 
     def __init__(self, size: Size, use_checkpoint: bool, zero_level: int = 3, change: Callable[[Any], Any] | None = None):
         import numpy as np
@@ -73,11 +76,13 @@ class Training:
         self.model.set_train(True)
         self.manager = bms.optim.OptimManager()
         self.manager.add_optimizer(bms.optim.AdamOptimizer(self.model.trainable_params(), lr=1e-4, weight_decay=0.1))
-        draws = np.random.default_rng([self.world.mesh.rank, 1])
+        draws = np.random.default_rng([self.world.mesh.dp_rank, 1])
         tokens = draws.integers(0, size.vocab, (2, size.batch, size.length)).astype(np.int32)
         ids, targets = from_host(tokens[0]), from_host(tokens[1].reshape(-1))
 
         def loss() -> Any:
+            if self.world.mesh.tp > 1:
+                return self.model.loss(ids, targets.reshape(size.batch, size.length))
             return cross_entropy(self.model(ids).reshape(size.tokens, size.vocab), targets)
 
         self._loss = loss

@@ -1,4 +1,4 @@
-"""The models of the benchmarks in PyTorch, alone and with FSDP2 over gloo; one rank of `tests.benchmarks.step_time`."""
+"""The models of the benchmarks in PyTorch, alone, and with FSDP2 or DTensor over gloo; one rank of `step_time` or `parallel`."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ def build(size: Size, use_checkpoint: bool) -> Any:
 
         def forward(self, x: Any, cos: Any, sin: Any, mask: Any) -> Any:
             y = self.norm1(x)
-            q, k, v = (f(y).view(size.batch, size.length, size.heads, head).transpose(1, 2) for f in (self.q, self.k, self.v))
+            q, k, v = (f(y).view(size.batch, size.length, -1, head).transpose(1, 2) for f in (self.q, self.k, self.v))
             q, k = (t * cos + torch.cat((-t[..., head // 2 :], t[..., : head // 2]), -1) * sin for t in (q, k))
             weights = torch.softmax(q @ k.transpose(-1, -2) * head**-0.5 + mask, -1)
-            x = x + self.o((weights @ v).transpose(1, 2).reshape(size.batch, size.length, size.dim))
+            x = x + self.o((weights @ v).transpose(1, 2).reshape(size.batch, size.length, -1))
             y = self.norm2(x)
             return x + self.down(nn.functional.silu(self.gate(y)) * self.up(y))
 
@@ -67,8 +67,26 @@ def build(size: Size, use_checkpoint: bool) -> Any:
     return Llama()
 
 
-def training(size: Size, use_checkpoint: bool, shard: bool, rank: int) -> Callable[[], None]:
-    """A function that makes one step."""
+def divide(model: Any) -> None:
+    """Tensor parallelism of PyTorch's own over all ranks, by DTensor."""
+    import torch
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Replicate
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+    mesh = init_device_mesh("cpu", (torch.distributed.get_world_size(),))
+    plan: dict[str, Any] = {
+        "embedding": RowwiseParallel(input_layouts=Replicate()),
+        "head": ColwiseParallel(output_layouts=Replicate()),
+    }
+    for i in range(len(model.blocks)):
+        plan.update({f"blocks.{i}.{name}": ColwiseParallel() for name in ("q", "k", "v", "gate", "up")})
+        plan.update({f"blocks.{i}.{name}": RowwiseParallel() for name in ("o", "down")})
+    parallelize_module(model, mesh, plan)
+
+
+def training(size: Size, use_checkpoint: bool, shard: bool, rank: int, tensor: bool = False) -> Callable[[], None]:
+    """A function that makes one step; `shard`: with FSDP2; `tensor`: divided, where all ranks get the batch of `rank`."""
     import torch
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
@@ -80,20 +98,26 @@ def training(size: Size, use_checkpoint: bool, shard: bool, rank: int) -> Callab
         for block in model.blocks:
             fully_shard(block, mesh=mesh)
         fully_shard(model, mesh=mesh)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.1, fused=True)
+    if tensor:
+        divide(model)
+    # the fused kernel takes no mixture of DTensors and plain ones, which are the norms
+    kinds = [[p for p in model.parameters() if hasattr(p, "placements") == divided] for divided in (False, True)]
+    optimizers = [torch.optim.AdamW(kind, lr=1e-4, weight_decay=0.1, fused=True) for kind in kinds if kind]
     generator = torch.Generator().manual_seed(rank)
     ids, targets = torch.randint(0, size.vocab, (2, size.batch, size.length), generator=generator)
 
     def step() -> None:
-        optimizer.zero_grad()
+        for optimizer in optimizers:
+            optimizer.zero_grad()
         loss = torch.nn.functional.cross_entropy(model(ids).view(size.tokens, size.vocab), targets.reshape(-1))
         loss.backward()
-        optimizer.step()
+        for optimizer in optimizers:
+            optimizer.step()
 
     return step
 
 
-def run_rank(size: str, checkpoint: str, rounds: int, port: str) -> None:
+def run_rank(size: str, checkpoint: str, rounds: int, port: str, parallel: str = "sharded") -> None:
     """The two cases of a setting, step by step in turn."""
     import torch
 
@@ -106,13 +130,14 @@ def run_rank(size: str, checkpoint: str, rounds: int, port: str) -> None:
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=ranks)
     suffix = ", checkpoint" if checkpoint == "on" else ""
-    cases = {
-        "compute only" + suffix: training(SIZES[size], checkpoint == "on", False, rank),
-        "FSDP2" + suffix: training(SIZES[size], checkpoint == "on", True, rank),
-    }
+    cases = {"compute only" + suffix: training(SIZES[size], checkpoint == "on", False, rank)}
+    if parallel == "tensor":
+        cases["DTensor" + suffix] = training(SIZES[size], checkpoint == "on", False, 0, tensor=True)
+    else:
+        cases["FSDP2" + suffix] = training(SIZES[size], checkpoint == "on", True, rank)
     report(interleaved(cases, rounds, 3, torch.distributed.barrier))
     torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
-    run_rank(sys.argv[2], sys.argv[3], int(sys.argv[4]), sys.argv[5])
+    run_rank(sys.argv[2], sys.argv[3], int(sys.argv[4]), *sys.argv[5:])

@@ -162,8 +162,9 @@ def save_entries(
     engine = world.engine
     error: BaseException | None = None
     file: AtomicFile | DeferredFile | None = None
-    tensors = _Whole(entries, world)
+    tensors: _Whole | None = None
     try:
+        tensors = _Whole(entries, world)
         header, infos, size = plan(tensors.described, metadata)
         if engine.rank == 0:
             file = AtomicFile(path, header, size)
@@ -173,7 +174,7 @@ def save_entries(
         error = caught
     try:
         agree_or_fail(engine, error, f"{path} cannot be written")
-        for name in tensors.described:
+        for name in tensors.described if tensors else ():  # without it all ranks have failed
             for position, piece in tensors.pieces(name):
                 if file is None or error is not None:
                     continue  # the other ranks expect every gather, written or not
@@ -253,6 +254,9 @@ class _Whole:
     def __init__(self, entries: Mapping[str, Entry], world: World):
         self._entries, self._world = entries, world
         self._scattered = scattered(entries, world)
+        for name, entry in entries.items():
+            if name not in self._scattered:
+                _check_reach(name, entry, world.along("shard"))
         self.described: dict[str, tuple[Any, tuple[int, ...]]] = {name: (e.dtype, e.shape) for name, e in entries.items()}
         if self._scattered:
             self.described = {name: (x.dtype, x.shape) for name, x in self._scattered.items()}
@@ -263,6 +267,20 @@ class _Whole:
             yield 0, self._scattered[name].collect(self._entries.get(name), self._world, name)
         else:
             yield from _pieces(self._entries[name], self._world.along("shard"), name)
+
+
+def _check_reach(name: str, entry: Entry, engine: Engine) -> None:
+    """Whether the ranks that gather have all of it.
+
+    Raises:
+        CheckpointError: they have a part only.
+    """
+    layout = entry.layout
+    if layout is not None and (layout.splits or layout.ranks != engine.size):
+        raise CheckpointError(
+            f"{name} is cut along dims {[split.dim for split in layout.splits]} and in {layout.ranks} shards: not all of it is on "
+            "the ranks that a whole file is gathered from; save with a Checkpointer, and use bmtrain-ms ckpt consolidate"
+        )
 
 
 def _pieces(entry: Entry, engine: Engine, name: str) -> Iterator[tuple[int, np.ndarray]]:

@@ -33,3 +33,11 @@ def share_tables(cell: nn.Cell, with_cell: nn.Cell) -> None:
 def drop_rate(dropout: nn.Dropout) -> float:
     """The probability of a `mindspore.nn.Dropout`, which has either `p` or the older `keep_prob`."""
     return 1.0 - dropout.keep_prob if dropout.p is None else dropout.p
+
+
+def is_only_construct(cell: nn.Cell) -> bool:
+    """Whether a call of the cell does nothing but call its `construct`: no hook, and no cast that `to_float` asked for."""
+    hooks = ("_forward_pre_hook", "_forward_hook", "_backward_pre_hook", "_backward_hook")
+    names = (name for hook in hooks for name in (hook, f"_lazy{hook}", f"{hook}_with_kwargs", f"_lazy{hook}_with_kwargs"))
+    values = vars(cell)
+    return not any(values.get(name) for name in names) and values.get("cast_type") is None

@@ -1,6 +1,6 @@
 """Collectives that gradients flow through (BMTrain: `bmt.distributed`)."""
 
-from .linear import parallel_linear
+from .linear import gathered_linears, parallel_linear
 from .ops import all_gather, all_reduce, broadcast, recv, recv_activations, reduce_scatter, send, send_activations
 from .vocabulary import parallel_cross_entropy, parallel_embedding, parallel_linear_cross_entropy
 
@@ -8,6 +8,7 @@ __all__ = [
     "all_gather",
     "all_reduce",
     "broadcast",
+    "gathered_linears",
     "parallel_cross_entropy",
     "parallel_embedding",
     "parallel_linear",

@@ -91,7 +91,7 @@ class _Linear:
     def forward(self, x: Tensor, weight: Tensor, *bias: Tensor) -> tuple[Tensors, None]:
         rows = _matrix(x)
         if self.gather_input:
-            y = self._joined([matmul(piece, weight, transpose_b=True) for piece in self._gathered(rows, "input")])
+            y = self.joined([matmul(piece, weight, transpose_b=True) for piece in self.gathered(rows, "input")])
         else:
             rows = self._own_columns(rows) if self.split_input else rows
             if self.reduce_output is ReduceType.REDUCE_SCATTER:
@@ -116,9 +116,9 @@ class _Linear:
         if self.split_input:
             rows = self._own_columns(rows)
         if self.reduce_output is ReduceType.REDUCE_SCATTER:
-            pieces = list(self._gathered(grad, "gradient"))
-            x_grad = self._joined([matmul(piece, weight) for piece in pieces])
-            grad = self._joined(pieces)
+            pieces = list(self.gathered(grad, "gradient"))
+            x_grad = self.joined([matmul(piece, weight) for piece in pieces])
+            grad = self.joined(pieces)
         elif self.reduce_output is ReduceType.ALL_REDUCE:
             grad = self.engine.all_reduce([grad], label="linear, sum of the gradient").wait()[0]
             x_grad = matmul(grad, weight)
@@ -134,7 +134,7 @@ class _Linear:
 
     # Rows: gathered, or summed and scattered, in pieces of which one travels while another is multiplied #
 
-    def _gathered(self, rows: Tensor, what: str) -> Iterator[Tensor]:
+    def gathered(self, rows: Tensor, what: str) -> Iterator[Tensor]:
         """Pieces of the rows of all ranks: each (ranks * some rows, columns), ordered by rank."""
         parts = _parts(rows.shape[0], self.chunks)
         label = f"linear, {what}"
@@ -145,8 +145,8 @@ class _Linear:
             work = following
         yield work.wait()[0]
 
-    def _joined(self, pieces: Sequence[Tensor]) -> Tensor:
-        """What was made of `_gathered` pieces as one matrix, all rows in order."""
+    def joined(self, pieces: Sequence[Tensor]) -> Tensor:
+        """What was made of `gathered` pieces as one matrix, all rows in order."""
         if len(pieces) == 1:
             return pieces[0]
         columns = pieces[0].shape[-1]
@@ -211,6 +211,52 @@ class _Linear:
             by_rank = ops.cat(pieces, 0)
         summed = self.engine.reduce_scatter([by_rank], label="linear, columns of the gradient").wait()[0]
         return summed if summed.shape[1] == own else summed[:, :own]
+
+
+def gathered_linears(
+    x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], engine: Engine, chunks: int | None = None
+) -> Tensors:
+    """`parallel_linear(x, w, b, engine, gather_input=True)` for several weights, of which the rows of x travel for all of them.
+
+    Args:
+        x: (rows, ..., in), this rank's part of the rows.
+        weights, biases: as many of each; (out, in), this rank's part of the outputs, and (out,) or None.
+        chunks: see `parallel_linear`.
+
+    Returns:
+        (rows * ranks, ..., out) for each weight.
+
+    Raises:
+        ValueError: `chunks` is below 1.
+    """
+    if chunks is not None and chunks < 1:
+        raise ValueError(f"chunks must be at least 1, not {chunks}")
+    how = _Linear(engine, True, False, None, False, None, chunks or (1 if engine.lands_in_place else 2))
+    count, of_bias = len(weights), [i for i, b in enumerate(biases) if b is not None]
+
+    def forward(x: Tensor, *parameters: Tensor) -> tuple[Tensors, None]:
+        pieces: list[list[Tensor]] = [[] for _ in weights]
+        for rows in how.gathered(_matrix(x), "input"):
+            for found, weight in zip(pieces, parameters):
+                found.append(matmul(rows, weight, transpose_b=True))
+        outputs = [how.joined(found) for found in pieces]
+        for i, bias in zip(of_bias, parameters[count:]):
+            outputs[i] = ops.add(outputs[i], bias)
+        return tuple(y.reshape(-1, *x.shape[1:-1], y.shape[-1]) for y in outputs), None
+
+    def backward(inputs: Tensors, _: None, grads: Tensors) -> list[Tensor]:
+        x, *parameters = inputs
+        again = engine.all_gather([_matrix(x)], label="linear, input again")
+        of_outputs = [_matrix(grad) for grad in grads]
+        x_grad = matmul(of_outputs[0], parameters[0])
+        for grad, weight in zip(of_outputs[1:], parameters[1:count]):
+            x_grad = ops.add(x_grad, matmul(grad, weight))
+        leaving = engine.reduce_scatter([x_grad], label="linear, gradient")
+        rows = again.wait()[0]
+        of_weights = [matmul(grad, rows, transpose_a=True) for grad in of_outputs]
+        return [leaving.wait()[0].reshape(x.shape), *of_weights, *(of_outputs[i].sum(0) for i in of_bias)]
+
+    return custom_vjp(forward, backward, x, *weights, *(b for b in biases if b is not None))
 
 
 def _matrix(x: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from .tensor_parallel import (
     RowParallelLinear,
     VPEmbedding,
     VPProjection,
+    projections,
 )
 
 __getattr__ = absent(
@@ -33,4 +34,5 @@ __all__ = [
     "VPEmbedding",
     "VPProjection",
     "functional",
+    "projections",
 ]

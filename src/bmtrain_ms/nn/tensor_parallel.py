@@ -9,13 +9,13 @@ from __future__ import annotations
 from typing import Any, TypeVar
 
 import mindspore as ms
-from mindspore import Tensor
+from mindspore import Tensor, nn
 
 from ..comm import Engine, World, any_rank, world
 from ..compat.autograd import no_grad
-from ..compat.cells import parameter_table
+from ..compat.cells import is_only_construct, parameter_table
 from ..compat.runtime import host_array
-from ..distributed import all_gather, parallel_embedding, parallel_linear, parallel_linear_cross_entropy
+from ..distributed import all_gather, gathered_linears, parallel_embedding, parallel_linear, parallel_linear_cross_entropy
 from ..distributed.linear import ReduceType
 from ..zero import DistributedModule, DistributedParameter, ParameterInitializer, empty, init
 from .linear import Linear, weight_initializer
@@ -284,6 +284,18 @@ class OpParallelLinear:
             gather_output=gather_output,
             chunks=async_gather_chunks,
         )
+
+
+def projections(x: Tensor, *layers: nn.Cell) -> tuple[Tensor, ...]:
+    """What each of several linear layers makes of one x; where all are column-parallel and gather it, it travels once.
+
+    A layer with hooks, a cast of its own or another construct (an adapter) is called by itself, and so are the others then.
+    """
+    joint = [layer for layer in layers if type(layer) is ColumnParallelLinear and layer.gather_input and not layer.gather_output]
+    if len(joint) < len(layers) or not all(map(is_only_construct, layers)):
+        return tuple(layer(x) for layer in layers)
+    weights, biases = [layer.weight for layer in joint], [layer.bias for layer in joint]
+    return gathered_linears(x, weights, biases, _engine(joint[0]), joint[0].chunks)
 
 
 Layer = TypeVar("Layer", bound=DistributedModule)

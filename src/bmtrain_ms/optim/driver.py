@@ -101,7 +101,7 @@ class OtherOptimizer:
             TypeError: always; a checkpoint would leave them out.
         """
         raise TypeError(
-            f"{type(self.optimizer).__name__} does not say which tensors are its state, and a Checkpointer saves these: give it the "
+            f"{type(self.optimizer).__name__} does not say which tensors are its state, and a Checkpointer saves them: give it the "
             "methods of bmtrain_ms.optim.Driver, or save manager.state_dict() yourself"
         )
 

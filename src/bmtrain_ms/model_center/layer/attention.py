@@ -7,7 +7,7 @@ from typing import Any, Optional
 import mindspore as ms
 from mindspore import Tensor, nn
 
-from ...nn import ColumnParallelLinear, Linear, RowParallelLinear, functional
+from ...nn import ColumnParallelLinear, Linear, RowParallelLinear, functional, projections
 from .cache import LayerCache
 from .positions import Positions
 from .rotary import RotaryEmbedding
@@ -75,10 +75,9 @@ class Attention(nn.Cell):
         """hidden (tokens, dim_in) -> (tokens, dim_in); with a cache, tokens before these are looked at too."""
         batch, length = positions.batch, positions.length
         angles = None if self.rotary is None else positions.angles(self.rotary)
-        of_tokens = positions.without_padding
-        q = functional.split_heads(of_tokens(self.q_proj(hidden)), batch, self.num_heads, angles)
-        k = functional.split_heads(of_tokens(self.k_proj(hidden)), batch, self.num_heads_kv, angles)
-        v = functional.split_heads(of_tokens(self.v_proj(hidden)), batch, self.num_heads_kv)
+        q, k, v = map(positions.without_padding, projections(hidden, self.q_proj, self.k_proj, self.v_proj))
+        q = functional.split_heads(q, batch, self.num_heads, angles)
+        k, v = functional.split_heads(k, batch, self.num_heads_kv, angles), functional.split_heads(v, batch, self.num_heads_kv)
         if cache is not None:
             k, v = cache.update(k, v)
         repeats = self.num_heads // self.num_heads_kv

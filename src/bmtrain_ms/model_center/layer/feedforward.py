@@ -7,7 +7,7 @@ from typing import Any
 import mindspore as ms
 from mindspore import Tensor, nn
 
-from ...nn import ColumnParallelLinear, Linear, RowParallelLinear, functional
+from ...nn import ColumnParallelLinear, Linear, RowParallelLinear, functional, projections
 
 
 class FeedForward(nn.Cell):
@@ -36,4 +36,4 @@ class FeedForward(nn.Cell):
 
     def construct(self, hidden: Tensor) -> Tensor:
         """hidden (tokens, dim_in) -> (tokens, dim_in)."""
-        return self.down_proj(functional.swiglu(self.gate_proj(hidden), self.up_proj(hidden)))
+        return self.down_proj(functional.swiglu(*projections(hidden, self.gate_proj, self.up_proj)))
