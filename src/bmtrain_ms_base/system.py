@@ -80,7 +80,7 @@ def has_ascend() -> bool:
 
 
 def signal_name(signum: int) -> str:
-    """SIGTERM for 15."""
+    """The name of a signal, as SIGTERM for 15."""
     try:
         return signal.Signals(signum).name
     except ValueError:

@@ -186,7 +186,7 @@ def _run(options: DemoOptions) -> int:
 
 @contextlib.contextmanager
 def _told_in_one_line() -> Iterator[None]:
-    """What the user can mend."""
+    """Turn a ValueError, which the user can mend, into a line of the command's."""
     try:
         yield
     except ValueError as error:

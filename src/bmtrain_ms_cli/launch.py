@@ -128,7 +128,7 @@ def launch(
 
 
 def _environment(launcher: str, ranks: int, variables: Mapping[str, str], hosts: Sequence[str]) -> dict[str, str]:
-    """Of the ranks. Other launchers' variables are removed: a shell that one of them has started hands them on."""
+    """The environment of the ranks. Other launchers' variables are removed: a shell that one of them has started hands them on."""
     env = dict(os.environ)
     asked_for = launcher == "mpi" and _hydra_is_asked_for(env)
     forget_launchers(env, keep=("HYDRA_", "SLURM_") if asked_for else ())

@@ -29,7 +29,7 @@ class Made:
         self._settings = schedule.settings()
 
     def state_dict(self) -> dict[str, Any]:
-        """Under `made` what the other methods of another run take; nothing for an optimizer of somebody else's."""
+        """What the other methods of another run take, under `made`; nothing for an optimizer of somebody else's."""
         if isinstance(self._driver, OtherOptimizer):
             return {}
         self._note_added(self._driver.settings())
@@ -52,7 +52,7 @@ class Made:
         return {**saved, **values}, [f"{kind}: {x}" for x in used], [f"{kind}: {x}" for x in replaced]
 
     def choose_groups(self, before: list[Settings], theirs: Any, fresh: bool, own: bool) -> tuple[Told, Told]:
-        """After a state was loaded: put back what was chosen in this run, if its `own` is to be used; tells as `schedule_to_load`.
+        """Put back, after a state was loaded, what was chosen in this run, if its `own` is to be used; tells as `schedule_to_load`.
 
         Args:
             before: the groups' settings before that.
@@ -81,7 +81,7 @@ class Made:
 
 
 def _chosen(mine: Settings, saved: Settings, asked: Settings, then: Optional[Settings], fresh: bool) -> tuple[Settings, Told, Told]:
-    """Of this run's settings those that were chosen otherwise than the saved; what these are, and what was only written by hand.
+    """The settings of this run that were chosen otherwise than the saved; what these are, and what was only written by hand.
 
     Args:
         mine, saved: in force here, and there.
@@ -100,7 +100,7 @@ def _chosen(mine: Settings, saved: Settings, asked: Settings, then: Optional[Set
 
 
 def _choosable(schedule: Any, all_known: bool) -> Settings:
-    """Of a schedule's state: not the position in it, nor, where the other run does not tell, what it counts."""
+    """What was chosen of a schedule's state: not the position in it, nor, where the other run does not tell, what it counts."""
     known: set[str] = set()
     for kind in type(schedule).__mro__:
         known.update(inspect.signature(kind.__init__).parameters)

@@ -328,7 +328,7 @@ class Trainer:
         return self.checkpoints
 
     def _mean(self, loss: Tensor) -> float:
-        """Over the ranks; what any of them was told travels with it."""
+        """The mean of a loss over the ranks; what any of them was told travels with it."""
         minutes = self.settings.save_minutes
         due = minutes is not None and time.monotonic() - self._saved_at >= 60 * minutes
         told = from_host(np.array([self._stop.asked, due], np.float32))
@@ -350,7 +350,7 @@ class Trainer:
             self._log_file.trim(self.done)
 
     def _as_chief(self, action: Callable[[], None]) -> None:
-        """On rank 0; what goes wrong there is raised on every rank."""
+        """Act on rank 0; what goes wrong there is raised on every rank."""
         error = ""
         if self._world.everyone.rank == 0:
             try:
@@ -378,7 +378,7 @@ def _check_parts(task: Any, batches: Any, manager: Any, settings: Any) -> None:
 
 
 def _same_data(before: Any, now: dict[str, Any]) -> bool:
-    """By what both know: the first versions had no digests, and not everybody knows the tokenizer."""
+    """Whether both are the same, by what both know: the first versions had no digests, and not everybody knows the tokenizer."""
     known = [name for name in now if name in before] if isinstance(before, dict) else []
     return bool(known) and all(before[name] == now[name] for name in known)
 

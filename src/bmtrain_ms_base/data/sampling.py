@@ -55,7 +55,7 @@ class TokenSampler:
 
     @functools.cached_property
     def _digests(self) -> dict[str, str]:
-        """Of the contents; about a second for each GB of tokens, once."""
+        """Digests of the contents; about a second for each GB of tokens, once."""
         found = xxhash.xxh3_64()
         for start in range(0, len(self._tokens), _HASHED):
             piece = np.ascontiguousarray(
