@@ -132,7 +132,7 @@ class NativeOptimizer:
 
 
 def _rates(optimizer: Any) -> list[float]:
-    """The rates of the groups, as `group_rates` sets them; none if the optimizer computes them. Not all are among its parameters."""
+    """The rates of the groups, as `group_rates` sets them; none if the optimizer computes them. Not all are its parameters."""
     if hasattr(optimizer, "param_groups"):
         return [float(group["lr"]) for group in optimizer.param_groups]
     if optimizer.dynamic_lr:
