@@ -60,9 +60,9 @@ def train() -> None:
     model.set_train(True)
     for step in range(options.steps):
         start = time.time()
-        input_ids, labels = map(Tensor, sampler.batch(step, bms.rank(), bms.world_size()))
+        batch = sampler.batch(step, bms.rank(), bms.world_size())
         manager.zero_grad()
-        loss = manager.backward(forward, input_ids, labels)
+        loss = manager.backward(forward, Tensor(batch.ids), Tensor(batch.targets))
         grad_norm = manager.clip_grad_norm(optimizer.param_groups, max_norm=1.0)
         rate = scheduler.current_lr
         result = manager.step()

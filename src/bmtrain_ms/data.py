@@ -1,6 +1,8 @@
 """Text to batches; the same as `bmtrain_ms_base.data`, which can be imported without MindSpore."""
 
 from bmtrain_ms_base.data import (
+    Batch,
+    Batches,
     TokenSampler,
     encode,
     python_documentation,
@@ -11,6 +13,8 @@ from bmtrain_ms_base.data import (
 )
 
 __all__ = [
+    "Batch",
+    "Batches",
     "TokenSampler",
     "encode",
     "python_documentation",

@@ -73,6 +73,10 @@ class WarmupLRScheduler(ABC):
         """Everything but the optimizer."""
         return {k: v for k, v in vars(self).items() if k != "optimizer" and not k.startswith("_")}
 
+    def settings(self) -> dict[str, Any]:
+        """What it was made with, and its position."""
+        return self.state_dict()
+
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue where `state` was taken.
 
@@ -119,7 +123,7 @@ class WarmupLRScheduler(ABC):
             set_rate(self._current_lr if own is None else own * self._share())
 
     def _share(self) -> float:
-        """Of the peak."""
+        """The rate in force as a part of the peak rate."""
         return self._current_lr / self.start_lr if self.start_lr else 0.0
 
 

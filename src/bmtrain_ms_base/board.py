@@ -114,7 +114,7 @@ class Row:
         return [json.loads(data)] if found == generation and zlib.crc32(data) == checksum else None
 
     def _mine(self) -> bool:
-        """Not in a process that was forked from the rank."""
+        """Whether the row is this process's: not in a process that was forked from the rank."""
         return os.getpid() == self._owner
 
     def _put(self, form: str, offset: int, *values: Any) -> None:

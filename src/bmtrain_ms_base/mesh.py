@@ -100,7 +100,7 @@ class Mesh:
         return self.rank % (self.world // self.pp) // self.tp
 
     def size(self, axis: str) -> int:
-        """Ranks along an axis."""
+        """How many ranks there are along an axis."""
         _check_axis(axis)
         return getattr(self, axis)
 

@@ -74,8 +74,13 @@ def tell(pid: int, signum: int) -> None:
         os.kill(pid, signum)
 
 
+def has_ascend() -> bool:
+    """Whether this host has Ascend devices."""
+    return any(Path("/dev").glob("davinci[0-9]*"))
+
+
 def signal_name(signum: int) -> str:
-    """SIGTERM for 15."""
+    """The name of a signal, as SIGTERM for 15."""
     try:
         return signal.Signals(signum).name
     except ValueError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import os
 import sys
@@ -11,10 +12,12 @@ from pathlib import Path
 from typing import Any, Iterator
 
 from .launch import LaunchError, launch
-from .text import check_text
+from .options import REHEARSE_HELP, Commands, number, path, positive, seed, whole
 
 _LENGTH = 128
 _VOCAB = 2048
+_RATE = 3e-3  # at its peak
+_WARMUP = 20  # steps
 _PROMPTS = ("The ", "A class definition", "When an exception")
 
 
@@ -43,6 +46,56 @@ class DemoOptions:
     rehearse: bool = False
 
 
+def add(commands: Commands) -> argparse.ArgumentParser:
+    """What the command line of `bmtrain-ms demo` understands."""
+    parser = commands.add_parser(
+        "demo",
+        help="train a small Llama on text",
+        description="Train a BPE tokenizer and a small Llama on the help texts that every Python ships, with ZeRO-3 on CPU "
+        "ranks; evaluate, save, resume, plot the loss and generate text.",
+    )
+    parser.add_argument("--ranks", type=positive, default=2, help="processes; results do not depend on it (default 2)")
+    parser.add_argument("--steps", type=positive, default=360, help="training steps in all, resumed ones included (default 360)")
+    parser.add_argument("--batch", type=positive, default=8, help="windows per step over all ranks (default 8)")
+    parser.add_argument("--text", type=path, default=None, help="train on this UTF-8 file instead")
+    parser.add_argument("--out", type=path, default=Path("runs/demo"), help="folder for results (default runs/demo)")
+    parser.add_argument(
+        "--resume",
+        nargs="?",
+        const=True,
+        default=False,
+        metavar="CHECKPOINT",
+        help="go on from the latest checkpoint in --out, or from this one: a step, or a folder",
+    )
+    parser.add_argument("--fp16", action="store_true", help="float16 parameters with float32 masters; needs --loss-scale")
+    parser.add_argument("--loss-scale", type=number, default=None, help="switch dynamic loss scaling on, from this scale")
+    parser.add_argument("--zero", type=whole, choices=(2, 3), default=3, help="ZeRO level (default 3)")
+    parser.add_argument("--prefetch", type=whole, default=1, help="blocks gathered ahead; 0 turns overlap off (default 1)")
+    parser.add_argument(
+        "--gather-dtype", choices=("float16", "bfloat16", "int8"), default=None, help="gather parameters in fewer bits"
+    )
+    parser.add_argument("--shard-size", type=positive, default=None, help="shard over so many ranks, replicate across the others")
+    parser.add_argument(
+        "--trace", type=path, default=None, help="write what happens when to this file (chrome://tracing, Perfetto)"
+    )
+    parser.add_argument("--seed", type=seed, default=0, help="of initialisation, data order and sampling (default 0)")
+    parser.add_argument("--save-interval", type=positive, default=None, help="save every so many steps, in the background")
+    parser.add_argument("--save-minutes", type=number, default=None, help="save every so many minutes, in the background")
+    parser.add_argument("--keep-last", type=positive, default=3, help="checkpoints to keep (default 3)")
+    parser.add_argument("--no-shared-storage", action="store_true", help="every host keeps what its ranks wrote")
+    parser.add_argument("--rehearse", action="store_true", help=REHEARSE_HELP)
+    return parser
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Do what the command line says; returns an exit code.
+
+    Raises:
+        LaunchError: see `demo`.
+    """
+    return demo(DemoOptions(**{field.name: getattr(arguments, field.name) for field in fields(DemoOptions)}))
+
+
 def demo(options: DemoOptions) -> int:
     """Start the ranks, or be one of them; returns an exit code.
 
@@ -51,6 +104,8 @@ def demo(options: DemoOptions) -> int:
     """
     _check(options)
     if "BMTRAIN_MS_DEMO" not in os.environ:
+        from .text import check_text  # NumPy, which other commands need not wait for
+
         check_text(options.text, options.batch, _LENGTH, _VOCAB)
         script = [str(Path(__file__).with_name("__main__.py")), *_arguments(options)]
         return launch(script, options.ranks, variables={"BMTRAIN_MS_DEMO": "rank"}, rehearse=options.rehearse)
@@ -131,7 +186,7 @@ def _run(options: DemoOptions) -> int:
 
 @contextlib.contextmanager
 def _told_in_one_line() -> Iterator[None]:
-    """What the user can mend."""
+    """Turn a ValueError, which the user can mend, into a line of the command's."""
     try:
         yield
     except ValueError as error:
@@ -303,17 +358,19 @@ def _trainer(options: DemoOptions, tokens: Any, tokenizer: Any, stop: Any) -> An
     model = spread(Llama(config), Spread(zero_level=options.zero))
     bms.init_parameters(model)
     sampler = bms.data.TokenSampler(tokens, _LENGTH, options.batch, options.seed, tokenizer)
+    optimizer = bms.optim.AdamOptimizer(model.trainable_params(), _RATE, betas=(0.9, 0.95), weight_decay=0.1)
+    manager = bms.optim.OptimManager(loss_scale=options.loss_scale)
+    manager.add_optimizer(optimizer, bms.lr_scheduler.Cosine(optimizer, _RATE, min(_WARMUP, options.steps), options.steps))
     settings = bms.train.TrainSettings(
         steps=options.steps,
-        lr=3e-3,
-        loss_scale=options.loss_scale,
         log=options.out / "log.jsonl",
         save_every=options.save_interval,
         save_minutes=options.save_minutes,
         keep_last=options.keep_last,
         shared_storage=not options.no_shared_storage,
     )
-    return bms.train.Trainer(model, sampler, settings, options.out / "checkpoints", signals=stop)
+    task = bms.train.Pretrain(model)
+    return bms.train.Trainer(task, sampler, manager, settings, options.out / "checkpoints", signals=stop)
 
 
 def _write_samples(model: Any, tokenizer: Any, seed: int, say: Any) -> None:

@@ -14,7 +14,7 @@ EXIT_STOPPED = 75  # what a rank ends with that was told to stop, and saved
 
 @dataclass
 class End:
-    """Of one rank.
+    """How one rank ended.
 
     Attributes:
         status: of `os.waitpid`; None: it is not known how the process ended.
@@ -38,12 +38,12 @@ class End:
 
     @property
     def signal(self) -> int:
-        """That killed it, or 0."""
+        """The signal that killed the rank, or 0."""
         return os.WTERMSIG(self.status) if self.status is not None and os.WIFSIGNALED(self.status) else 0
 
     @property
     def code(self) -> int:
-        """For the shell; 1 where a process left, by 0 or unseen, before its script came to its end."""
+        """The exit code for the shell; 1 where a process left, by 0 or unseen, before its script came to its end."""
         if self.signal:
             return 128 + self.signal
         code = 0 if self.status is None else os.WEXITSTATUS(self.status)

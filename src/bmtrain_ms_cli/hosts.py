@@ -54,7 +54,7 @@ def variables(env: dict[str, str]) -> dict[str, str]:
 
 
 def call(words: list[str]) -> int:
-    """In place of `ssh OPTIONS HOST COMMAND...`: run it, and end `mpiexec`, whose child this is, when the host is gone."""
+    """Stand in for `ssh OPTIONS HOST COMMAND...`: run it, and end `mpiexec`, whose child this is, when the host is gone."""
     place = next(i for i, word in enumerate(words) if not word.startswith("-"))
     patience = float(os.environ.get(SILENCE, "30"))
     around = [shlex.quote(sys.executable), shlex.quote(str(Path(__file__).resolve())), "--guard", str(patience)]
@@ -74,7 +74,7 @@ def call(words: list[str]) -> int:
 
 
 def guard(patience: float, command: list[str]) -> int:
-    """On the other host: run the command until it ends, or the connection; then nothing that it has started stays."""
+    """Be the other host's end: run the command until it ends, or the connection; then nothing that it has started stays."""
     ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=sys.stderr)
     _talk(0, 1, patience, process)
@@ -84,7 +84,7 @@ def guard(patience: float, command: list[str]) -> int:
 
 
 def _talk(heard: int, said: int, patience: float, process: subprocess.Popen | None = None) -> bool:
-    """Until the other end is silent, has ended, or `process` has; True: it is silent. Other bytes than signs go to the output."""
+    """Exchange signs of life until the other end is silent (True), has ended, or `process` has. Other bytes go to the output."""
     os.set_blocking(said, False)  # to a host that has vanished nothing can be written after a while
     heard_at, said_at = time.monotonic(), float("-inf")
     with selectors.DefaultSelector() as selector:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import json
 import os
@@ -18,8 +19,10 @@ from typing import Any, Mapping, Sequence
 
 from bmtrain_ms_base import system
 from bmtrain_ms_base.launchers import REHEARSE, forget_launchers
+from bmtrain_ms_base.system import has_ascend
 
 from . import hosts as several
+from .options import REHEARSE_HELP, Commands, positive
 from .supervise import PASSED_ON
 
 
@@ -32,6 +35,49 @@ class LaunchError(RuntimeError):
 COPIES_PAST_THE_CACHE = "glibc.cpu.x86_non_temporal_threshold=0x400000"
 
 _SCHEDULER = "from mindspore import set_context\nfrom mindspore.communication import init\nset_context(device_target='CPU')\ninit()"
+
+
+_EXIT_CODES = (
+    "Exit code: 0 if every rank came to its end; 75 if they were told to stop, and saved; 128 + N if a rank was killed by signal "
+    "N, or signal N ended the job without a save; 2 if the command line is wrong; otherwise that of the first rank that failed."
+)
+
+
+def add(commands: Commands) -> argparse.ArgumentParser:
+    """What the command line of `bmtrain-ms launch` understands."""
+    parser = commands.add_parser(
+        "launch", help="start a script on N ranks", description="Start a script on N ranks.", epilog=_EXIT_CODES
+    )
+    parser.add_argument("-n", "--ranks", type=positive, required=True, help="how many processes")
+    parser.add_argument(
+        "--with",
+        dest="launcher",
+        choices=("auto", "mpi", "msrun"),
+        default="auto",
+        help="auto: msrun where there are Ascend devices; elsewhere ranks are started directly, without MPI",
+    )
+    parser.add_argument(
+        "--hosts",
+        type=lambda text: text.split(","),
+        default=[],
+        help="run on these, e.g. node1,node2, the same number of ranks on each: by mpiexec and ssh",
+    )
+    parser.add_argument("--rehearse", action="store_true", help=REHEARSE_HELP)
+    parser.add_argument("-m", "--module", action="store_true", help="the script is a module's name, as for python -m")
+    parser.add_argument("script", help="a Python script")
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, help="passed on to it")
+    return parser
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Do what the command line says; returns an exit code.
+
+    Raises:
+        LaunchError: see `launch`.
+    """
+    module = ["-m"] if arguments.module else []
+    script = [*module, arguments.script, *arguments.arguments]
+    return launch(script, arguments.ranks, arguments.launcher, hosts=arguments.hosts, rehearse=arguments.rehearse)
 
 
 def launch(
@@ -52,8 +98,8 @@ def launch(
     Args:
         script: its path, or `-m` and a module, then its arguments.
         ranks: how many.
-        launcher: `mpi`: by `mpiexec`; `msrun`: as MindSpore's msrun does; `auto`: msrun where there are Ascend devices, and
-            elsewhere neither: ranks of one host need no MPI.
+        launcher: `mpi`: by `mpiexec`; `msrun`: as MindSpore's msrun does, for Ascend devices; `auto`: msrun where there are any,
+            and elsewhere neither: ranks of one host need no MPI.
         variables: more environment variables for the ranks.
         hosts: where to run, by `mpiexec` and ssh; the same number of ranks on each.
         rehearse: on CPU, but as on Ascend devices: see `init_distributed`.
@@ -63,12 +109,17 @@ def launch(
         or 128 + the signal that ended it.
 
     Raises:
-        LaunchError: the launcher is not installed, or the script does not exist.
+        LaunchError: the launcher is not installed or not for this host, or the script does not exist.
     """
     if script[0] != "-m" and not Path(script[0]).is_file():
         raise LaunchError(f"{script[0]} does not exist")
     if launcher == "msrun" and hosts:
         raise LaunchError("--hosts starts ranks by mpiexec; msrun is started on each host by itself")
+    if launcher == "msrun" and not has_ascend():
+        raise LaunchError(
+            "--with msrun starts Ascend ranks, and this host has no Ascend device; start CPU ranks with: bmtrain-ms launch -n "
+            f"{ranks} {' '.join(script)}"
+        )
     more = {**(variables or {}), **({REHEARSE: "1"} if rehearse else {})}
     if launcher == "auto":
         on_devices = has_ascend() and more.get(REHEARSE, os.environ.get(REHEARSE)) != "1"
@@ -76,13 +127,8 @@ def launch(
     return _attend(_plan(launcher, script, ranks, hosts), _environment(launcher, ranks, more, hosts))
 
 
-def has_ascend() -> bool:
-    """Whether this host has Ascend devices."""
-    return any(Path("/dev").glob("davinci[0-9]*"))
-
-
 def _environment(launcher: str, ranks: int, variables: Mapping[str, str], hosts: Sequence[str]) -> dict[str, str]:
-    """Of the ranks. Other launchers' variables are removed: a shell that one of them has started hands them on."""
+    """The environment of the ranks. Other launchers' variables are removed: a shell that one of them has started hands them on."""
     env = dict(os.environ)
     asked_for = launcher == "mpi" and _hydra_is_asked_for(env)
     forget_launchers(env, keep=("HYDRA_", "SLURM_") if asked_for else ())

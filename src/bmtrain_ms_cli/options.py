@@ -7,7 +7,15 @@ import difflib
 import os
 import sys
 from pathlib import Path
-from typing import Any, NoReturn, Sequence
+from typing import TYPE_CHECKING, Any, NoReturn, Sequence
+
+if TYPE_CHECKING:  # what `add` of each command is given; generic for type checkers only
+    Commands = argparse._SubParsersAction[argparse.ArgumentParser]
+else:
+    Commands = argparse._SubParsersAction
+
+
+REHEARSE_HELP = "run on CPU what Ascend devices would run, as far as that is possible without one: slower, for finding faults"
 
 
 class Parser(argparse.ArgumentParser):
@@ -19,7 +27,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(*args, **{"allow_abbrev": False, **kwargs})
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """As argparse's, but nothing unknown is left over."""
+        """Parse as argparse does, but leave nothing unknown over: that is an error."""
         self._words = sys.argv[1:] if args is None else list(args)
         parsed, unknown = super().parse_known_args(args, namespace)
         if unknown:

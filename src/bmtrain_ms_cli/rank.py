@@ -52,7 +52,7 @@ def main() -> None:
 
 
 def _take_row() -> boards.Row | None:
-    """Of the board; None on another host than the launcher's."""
+    """Take this rank's row of the board; None on another host than the launcher's."""
     env = os.environ
     board = boards.open_board(env.get(boards.ADDRESS, ""))
     if board is None:

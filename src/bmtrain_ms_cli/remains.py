@@ -11,13 +11,13 @@ _DESCRIPTIONS = ("/tmp", ("hydra_hwloc_xmlfile_",))
 
 
 class Remains:
-    """Of the job that begins now."""
+    """What the job that begins now will leave behind in /dev/shm and in temporary files."""
 
     def __init__(self) -> None:
         self._before = _found(*_MEMORY) | _found(*_DESCRIPTIONS)
 
     def remove(self) -> None:
-        """After all processes have ended: what is new, this user's, and used by no process. Other jobs keep theirs."""
+        """Remove, after all processes have ended, what is new, this user's, and used by no process. Other jobs keep theirs."""
         new = (_found(*_MEMORY) | _found(*_DESCRIPTIONS)) - self._before
         if not new:
             return

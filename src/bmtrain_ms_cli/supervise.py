@@ -46,11 +46,11 @@ class _Rank:
         self.at, self.told = 0.0, 0
 
     def ended(self, status: Optional[int]) -> None:
-        """Note it."""
+        """Note that the process has ended, and how."""
         self.status, self.over, self.at = status, True, time.monotonic()
 
     def end(self) -> End:
-        """For the verdict."""
+        """How the rank ended, for the verdict."""
         row, status, by_us = self.row, self.status, self.by_us
         finished = row.state == boards.ENDED
         if finished and by_us and row.code:  # it had failed; only its process was still there
@@ -86,7 +86,7 @@ class Job:
         self._remains = Remains() if plan["kind"] == "mpi" else None
 
     def run(self) -> int:
-        """Until all ranks have ended, and what they left; returns the exit code."""
+        """Watch until all ranks have ended, and what they left; returns the exit code."""
         self._start()
         while True:
             self._reap()
@@ -141,7 +141,7 @@ class Job:
                     rank.ended(status)
 
     def _look_at_the_board(self) -> None:
-        """Under `mpiexec` it says which processes the ranks are, and how they ended."""
+        """Read the board, which says under `mpiexec` which processes the ranks are, and how they ended."""
         if self._plan["kind"] != "mpi":
             return
         for rank in self._ranks:
@@ -181,7 +181,7 @@ class Job:
 
     @staticmethod
     def _has_failed(rank: _Rank) -> bool:
-        """Also one whose script has failed, but whose process is still there: MPI may be waiting for the others."""
+        """Whether a rank has failed, also one whose process is still there after its script: MPI may be waiting for the others."""
         if rank.over:
             return rank.end().failed
         return rank.row.state == boards.ENDED and rank.row.code not in (0, EXIT_STOPPED)
@@ -214,7 +214,7 @@ class Job:
             self._lose_the_command()
 
     def _lose_the_command(self) -> None:
-        """It was killed."""
+        """Go on without the command, which was killed."""
         if self._pipe is not None:
             self._selector.unregister(self._pipe)
             self._pipe = None
@@ -263,7 +263,7 @@ class Job:
             self._listen(0.02)
 
     def _is_launcher(self, pid: int) -> bool:
-        """Of `mpiexec`, its proxies, and the processes that wait for the ranks there."""
+        """Whether a process is `mpiexec`, one of its proxies, or one of the processes that wait for the ranks there."""
         waits = any(rank.row.waiter == pid for rank in self._ranks)
         return self._launcher != 0 and (pid == self._launcher or waits or system.name_of(pid).startswith("hydra"))
 

@@ -38,7 +38,7 @@ def run_rank(case: str, start: float, use_checkpoint: bool) -> None:
     from bmtrain_ms.comm import Mesh, SingleEngine, World, use_world
     from bmtrain_ms.model_center import Spread, spread
     from bmtrain_ms.model_center.model import Llama, LlamaConfig
-    from bmtrain_ms.train import Trainer, TrainSettings
+    from tests.helpers.trainers import pretrainer
 
     _, communicate, prefetch = CASES[case]
     world = bms.init_distributed(prefetch=prefetch)
@@ -51,7 +51,7 @@ def run_rank(case: str, start: float, use_checkpoint: bool) -> None:
         bms.init_parameters(model)
         tokens = np.random.RandomState(0).randint(0, VOCAB, 50_000).astype(np.int32)
         sampler = bms.data.TokenSampler(tokens, LENGTH, BATCH_PER_RANK * here.engine.size)
-        trainer = Trainer(model, sampler, TrainSettings(steps=1000))
+        trainer = pretrainer(model, sampler, steps=1000)
         times, first = [], 0.0
         for _ in range(WARM_UP + STEPS):
             outer.barrier().wait()

@@ -15,6 +15,12 @@ from typing import Any, Callable, Iterator
 
 LIMIT = 60.0  # seconds until something that must happen counts as not happening
 
+ON_ASCEND = """
+from bmtrain_ms_cli import launch, main
+launch.has_ascend = lambda: True  # the command would refuse msrun's way here
+raise SystemExit(main.main())
+"""
+
 
 class JobUnderTest:
     """`bmtrain-ms launch` of a small script. Every process below it carries a mark, by which it is found wherever it went.
@@ -29,7 +35,8 @@ class JobUnderTest:
         path.write_text(
             "import os, signal, sys, time\nRANK = int(os.environ['BMTRAIN_MS_RANK'])\n" + HELPERS + textwrap.dedent(body)
         )
-        command = [sys.executable, "-m", "bmtrain_ms_cli", "launch", "-n", str(ranks), "--with", launcher, str(path), str(folder)]
+        start = ["-c", ON_ASCEND] if launcher == "msrun" else ["-m", "bmtrain_ms_cli"]
+        command = [sys.executable, *start, "launch", "-n", str(ranks), "--with", launcher, str(path), str(folder)]
         env = {**os.environ, **variables, "BMTRAIN_MS_TEST_JOB": str(folder), "OMP_NUM_THREADS": "1"}
         with open(folder / "out", "w") as out, open(folder / "err", "w") as err:
             # under nohup, as this test may be, SIGHUP is ignored, and the launcher respects that
@@ -51,7 +58,9 @@ class JobUnderTest:
     def written(self, name: str, limit: float = LIMIT) -> list[int]:
         """The numbers that each rank has noted under `name`, once all have."""
         paths = [self.note / f"{name}-{rank}" for rank in range(self.ranks)]
-        until(lambda: all(path.exists() for path in paths), f"{name} of every rank", limit)
+        there = lambda: all(path.exists() for path in paths)  # noqa: E731
+        until(lambda: there() or self.process.poll() is not None, f"{name} of every rank", limit)
+        assert there(), f"the job ended before {name} of every rank:\n{self.err}"
         return [int(path.read_text()) for path in paths]
 
     def supervisor(self) -> int:

@@ -28,7 +28,7 @@ from bmtrain_ms.comm.engine import CommTimeoutError
 from bmtrain_ms.model_center import spread
 from bmtrain_ms.model_center.model import Llama, LlamaConfig
 from bmtrain_ms.optim import AdamOptimizer, OptimManager
-from bmtrain_ms.train import EXIT_STOPPED, Stopped, Trainer, TrainSettings
+from bmtrain_ms.train import EXIT_STOPPED, Pretrain, Stopped, Trainer, TrainSettings
 
 ELEMENTS = 700_001  # of three tensors each: 8 MiB
 
@@ -226,10 +226,12 @@ def train(
     model = spread(Llama(LlamaConfig(13, 16, 2, dim_ff=12, num_layers=1)))
     bms.init_parameters(model)
     log = Path(notes, "log.jsonl")
-    settings = TrainSettings(steps, lr=0.03, warmup=2, log=log, save_every=save_every)
     sampler = bms.data.TokenSampler(np.tile(np.arange(13), 40).astype(np.int32), length=6, global_batch=4)
-    trainer = Trainer(model, sampler, settings, folder)
-    batch, loss = sampler.batch, trainer._loss
+    optimizer, manager = AdamOptimizer(model.trainable_params(), 0.03, (0.9, 0.95), weight_decay=0.1), OptimManager()
+    manager.add_optimizer(optimizer, bms.lr_scheduler.Cosine(optimizer, 0.03, 2, steps))
+    settings = TrainSettings(steps, log=log, save_every=save_every)
+    trainer = Trainer(Pretrain(model), sampler, manager, settings, folder)
+    batch, loss = sampler.batch, trainer.task.loss
 
     def waiting(step: int, *args: Any) -> Any:
         if step == 6 and rank in (pause or []):
@@ -244,7 +246,7 @@ def train(
     def spoiled(*args: Any) -> Any:
         return loss(*args) * (float("nan") if bad_from is not None and trainer.done >= bad_from else 1.0)
 
-    sampler.batch, trainer._loss = waiting, spoiled
+    sampler.batch, trainer.task.loss = waiting, spoiled
     if resume:
         assert trainer.resume()
     try:

@@ -14,9 +14,10 @@ from bmtrain_ms.data import TokenSampler
 from bmtrain_ms.model_center import Spread, spread
 from bmtrain_ms.model_center.generation import generate
 from bmtrain_ms.model_center.model import Llama, LlamaConfig
-from bmtrain_ms.train import Trainer, TrainSettings, read_log
+from bmtrain_ms.train import read_log
 from tests.helpers.adapters import adapted
 from tests.helpers.models import full
+from tests.helpers.trainers import pretrainer
 
 pytestmark = pytest.mark.ranks
 
@@ -37,8 +38,7 @@ def train(world: World, **options: Any) -> dict[str, Any]:
         if how is not None:
             spread(model, how)
         bms.init_parameters(model)
-        settings = TrainSettings(3, lr=0.01, warmup=1, loss_scale=scale)
-        trainer = Trainer(model, TokenSampler(TOKENS, 8, 6), settings)
+        trainer = pretrainer(model, TokenSampler(TOKENS, 8, 6), 3, lr=0.01, warmup=1, loss_scale=scale)
         before = trainer.evaluate(HELD_OUT, 9, rows=2)
         records = [trainer.train_step() for _ in range(3)]
         return {
@@ -125,7 +125,7 @@ def fit_with_log(world: World, log: str) -> list[int]:
     with use_world(World(world.engine, world.mesh, seed=7, launch=world.launch)):
         model = spread(Llama(LlamaConfig(**SIZES)))
         bms.init_parameters(model)
-        trainer = Trainer(model, TokenSampler(TOKENS, 8, 6), TrainSettings(2, log=Path(log)))
+        trainer = pretrainer(model, TokenSampler(TOKENS, 8, 6), 2, log=Path(log))
         trainer.fit()
         world.engine.barrier().wait()
         return [r["step"] for r in read_log(log)]

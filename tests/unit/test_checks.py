@@ -17,7 +17,7 @@ from bmtrain_ms.model_center import spread
 from bmtrain_ms.model_center.generation import generate
 from bmtrain_ms.model_center.model import Llama, LlamaConfig
 from bmtrain_ms.optim import AdamOffloadOptimizer, AdamOptimizer, OptimManager
-from bmtrain_ms.train import Trainer, TrainSettings
+from bmtrain_ms.train import Pretrain, Trainer, TrainSettings
 from bmtrain_ms_base.checks import number, whole
 
 NAN, INF = float("nan"), float("inf")
@@ -47,6 +47,11 @@ def llama() -> Llama:
     made = spread(Llama(LlamaConfig(**SIZES)))
     bms.init_parameters(made)
     return made
+
+
+def parts() -> tuple[Any, ...]:
+    """What a Trainer takes, but for the optimizer."""
+    return Pretrain(llama()), TokenSampler(np.arange(99), 4, 2), OptimManager(), TrainSettings(1)
 
 
 def init(**options: Any) -> None:
@@ -102,10 +107,9 @@ CALLS: dict[str, tuple[Callable[..., Any], dict[str, list[Any]]]] = {
     "TrainSettings": (
         lambda **changed: TrainSettings(**{"steps": 9, **changed}),
         {
-            **{name: ["1", 1.5, NAN, None] for name in ("steps", "bad_steps", "warmup")},
+            **{name: ["1", 1.5, NAN, None] for name in ("steps", "bad_steps")},
             **{name: ["1", 1.5, NAN, 0] for name in ("save_every", "keep_last", "keep_every")},
-            **{name: ["1", None] for name in ("lr", "weight_decay", "clip")},
-            "loss_scale": ["1", True],
+            "clip": ["1", None],
             "save_minutes": ["1", NAN],
         },
     ),
@@ -140,7 +144,7 @@ def test_numbers_of_numpy_and_tensors_are_numbers(single_world):
     assert OptimManager(loss_scale=np.float32(4)).loss_scale == 4.0
     adam(lr=np.float32(0.1), betas=[0.9, np.float64(0.99)])
     wave(start_lr=np.float32(0.1), warmup_iter=0.5, end_iter=np.int32(7))
-    assert TokenSampler(np.arange(99), np.int64(4), np.int32(2), np.int64(-1)).batch(0)[0].shape == (2, 4)
+    assert TokenSampler(np.arange(99), np.int64(4), np.int32(2), np.int64(-1)).batch(0).ids.shape == (2, 4)
     init(seed=np.int64(3), prefetch=np.int32(0), shard_size=np.int64(1))
 
 
@@ -183,8 +187,16 @@ def test_numbers_of_numpy_and_tensors_are_numbers(single_world):
         (lambda: bms.load("x.safetensors", Layer()), "the model comes first, then the path: str is no Cell"),
         (lambda: bms.save("x.safetensors", Layer()), "the model comes first, then the path: str is no Cell"),
         (lambda: bms.BMTrainModelWrapper(nn.Dense(2, 2), layers="0"), "layers and buffers are lists of patterns: ['0']"),
-        (lambda: Trainer(None, None, TrainSettings(1)), "Trainer takes a model, a sampler, TrainSettings and a folder; model and"),
-        (lambda: Trainer(llama(), None, {"steps": 1}), "model and settings are Llama and dict"),
+        (lambda: Pretrain("llama"), "Pretrain takes a model, a Cell of MindSpore's, not str"),
+        (lambda: Trainer(llama(), *parts()[1:]), "instead of a task, as train.Pretrain(model) it got: Llama"),
+        (
+            lambda: Trainer(parts()[0], None, *parts()[2:]),
+            "Trainer takes a task, as train.Pretrain(model), batches, as a data.Token",
+        ),
+        (lambda: Trainer(parts()[0], None, *parts()[2:]), "instead of batches, as a data.TokenSampler it got: NoneType"),
+        (lambda: Trainer(*parts()[:2], 1, TrainSettings(1)), "instead of an OptimManager it got: int"),
+        (lambda: Trainer(*parts()[:3], {"steps": 1}), "instead of TrainSettings it got: dict"),
+        (lambda: Trainer(*parts()), "the manager has no optimizer yet: call manager.add_optimizer(optimizer, schedule) first"),
     ],
 )
 def test_an_argument_that_is_something_else(single_world, call, text):

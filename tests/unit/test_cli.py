@@ -16,11 +16,12 @@ from typing import Any
 import pytest
 
 from bmtrain_ms_base import board as boards
+from bmtrain_ms_base import system
 from bmtrain_ms_base.launchers import Launch, detect
 from bmtrain_ms_cli import demo as demo_module
 from bmtrain_ms_cli import launch as launch_module
 from bmtrain_ms_cli.demo import DemoOptions
-from bmtrain_ms_cli.launch import LaunchError, has_ascend, launch
+from bmtrain_ms_cli.launch import LaunchError, launch
 from bmtrain_ms_cli.main import main
 
 
@@ -311,11 +312,14 @@ def test_msrun_on_ascend(planned, script, monkeypatch):
 
 
 @pytest.mark.parametrize("ascend", [False, True])
-def test_the_user_may_choose(planned, script, monkeypatch, ascend):
+def test_the_user_may_choose(planned, script, monkeypatch, capsys, ascend):
     monkeypatch.setattr(launch_module, "has_ascend", lambda: ascend)
     exit_code("launch", "-n", 2, "--with", "mpi", script)
-    exit_code("launch", "-n", 2, "--with", "msrun", script)
-    assert [plan["kind"] for plan, _ in planned] == ["mpi", "msrun"]
+    code = exit_code("launch", "-n", 2, "--with", "msrun", script)
+    assert code == (5 if ascend else 2)
+    assert [plan["kind"] for plan, _ in planned] == (["mpi", "msrun"] if ascend else ["mpi"])
+    told = f"this host has no Ascend device; start CPU ranks with: bmtrain-ms launch -n 2 {script}"
+    assert capsys.readouterr().err == ("" if ascend else f"bmtrain-ms: --with msrun starts Ascend ranks, and {told}\n")
 
 
 def test_environment_of_the_ranks(planned, script, monkeypatch):
@@ -345,7 +349,7 @@ def test_environment_of_the_ranks(planned, script, monkeypatch):
 def test_a_module_by_its_name(planned, monkeypatch):
     """What follows the name is the module's, options too."""
     monkeypatch.setattr(launch_module, "has_ascend", lambda: False)
-    for words in (["-n", 2, "-m"], ["-m", "-n", 1], ["-n", 2, "--with", "msrun", "--module"]):
+    for words in (["-n", 2, "-m"], ["-m", "-n", 1], ["-n", 2, "--with", "auto", "--module"]):
         assert exit_code("launch", *words, "some.module", "-m", "--plot", "x") == 5
     assert all(plan["command"] == [*RUNNER, "-m", "some.module", "-m", "--plot", "x"] for plan, _ in planned)
 
@@ -381,8 +385,8 @@ def test_a_module_runs_as_with_python(tmp_path, capfd, monkeypatch):
 def test_has_ascend(monkeypatch, tmp_path, devices, found):
     for name in devices:
         (tmp_path / name).touch()
-    monkeypatch.setattr(launch_module, "Path", lambda path: tmp_path if path == "/dev" else Path(path))
-    assert has_ascend() is found
+    monkeypatch.setattr(system, "Path", lambda path: tmp_path if path == "/dev" else Path(path))
+    assert system.has_ascend() is found
 
 
 def test_mpiexec_is_not_installed(script, monkeypatch):

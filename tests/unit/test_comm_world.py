@@ -270,8 +270,17 @@ def test_the_scheduler_of_msrun_serves_and_leaves(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv("MS_ROLE", "MS_SCHED")
     monkeypatch.setattr("mindspore.communication.init", lambda: served.append(True))
     with pytest.raises(SystemExit) as left:
-        bmtrain_ms.init_distributed()
+        bmtrain_ms.init_distributed(device="Ascend")
     assert (left.value.code, served) == (0, [True])
+
+
+def test_the_scheduler_of_cpu_ranks_leaves_as_they_do(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("MS_ROLE", "MS_SCHED")
+    monkeypatch.setattr("mindspore.communication.init", lambda: pytest.fail("it would wait for the ranks"))
+    with pytest.raises(
+        RuntimeError, match=r"^msrun starts Ascend ranks only, .* -n N script\.py, or mpiexec -n N python script\.py$"
+    ):
+        bmtrain_ms.init_distributed()
 
 
 @pytest.fixture
@@ -307,12 +316,17 @@ def test_ascend_under_msrun(communication: list):
     assert communication == [("ascend", 1), ("init", "hccl")]
 
 
-def test_cpu_under_msrun(communication: list, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("mindspore.ops.AllGather", lambda: None)  # asks the real job for its size
-    made = bmtrain_ms.init_distributed(device="CPU")
-    assert (made.engine.name, made.engine.rank, made.engine.size) == ("mccl", 3, 4)
-    # its connections are made on all cores, see `_make_engine`
-    assert communication == [("cores", [1]), ("threads", 1), ("cores", [0, 1]), ("init",), ("cores", [1])]
+@pytest.mark.parametrize("ascend, way", [(False, ""), (True, " --with mpi")])
+def test_cpu_under_msrun(communication: list, monkeypatch: pytest.MonkeyPatch, ascend: bool, way: str):
+    """Refused with the command that works, also where the command itself would choose msrun; nothing of the process is changed."""
+    monkeypatch.setattr(module, "has_ascend", lambda: ascend)
+    with pytest.raises(RuntimeError) as refused:
+        bmtrain_ms.init_distributed(device="CPU")
+    assert str(refused.value) == (
+        f"msrun starts Ascend ranks only, and this device is CPU: start with bmtrain-ms launch{way} -n 4 script.py, or mpiexec "
+        "-n 4 python script.py"
+    )
+    assert communication == [] and not comm.is_initialized()
 
 
 def test_one_ascend_card_without_a_launcher(configured: list):

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bmtrain_ms import data
-from bmtrain_ms.data import TokenSampler, unigram_entropy
+from bmtrain_ms.data import Batch, TokenSampler, unigram_entropy
 
 # Sampler #
 
@@ -23,11 +23,16 @@ def windows(inputs: np.ndarray) -> list[int]:
     return (inputs[:, 0] // inputs.shape[1]).tolist()
 
 
+def pair(batch: Batch) -> tuple[np.ndarray, np.ndarray]:
+    return batch.ids, batch.targets
+
+
 def test_batches_are_windows_and_their_shift():
     sampler = TokenSampler(np.arange(100), length=7, global_batch=4, seed=3)
     assert sampler.windows == 14  # 99 targets
     for step in range(20):
-        inputs, targets = sampler.batch(step)
+        batch = sampler.batch(step)
+        inputs, targets = batch.ids, batch.targets
         assert inputs.shape == targets.shape == (4, 7) and inputs.dtype == targets.dtype == np.int32
         assert inputs.flags.c_contiguous and targets.flags.c_contiguous
         assert np.array_equal(inputs, inputs[:, :1] + np.arange(7)) and np.array_equal(targets, inputs + 1)
@@ -41,24 +46,31 @@ def test_an_epoch_covers_each_window_once(extra, length, batch, seed):
     sampler = TokenSampler(tokens, length, batch, seed)
     epochs = 3
     steps = -(-epochs * sampler.windows // batch)
-    seen = [w for step in range(steps) for w in windows(sampler.batch(step)[0])]
+    seen = [w for step in range(steps) for w in windows(sampler.batch(step).ids)]
     for epoch in range(epochs):
         assert sorted(seen[epoch * sampler.windows : (epoch + 1) * sampler.windows]) == list(range(sampler.windows))
+
+
+@pytest.mark.parametrize("name", ["targets", "weights", "documents"])
+def test_arrays_of_a_batch_that_do_not_fit(name):
+    arrays = {"ids": np.zeros((2, 3)), "targets": np.zeros((2, 3)), name: np.zeros((3, 2))}
+    with pytest.raises(ValueError, match=rf"^{name} of a batch have the shape \(3, 2\), its ids \(2, 3\): make them alike$"):
+        Batch(**arrays)
 
 
 def test_a_batch_is_a_function_of_the_step_alone():
     tokens = np.random.default_rng(0).integers(0, 50, 1000)
     sampler = TokenSampler(tokens, 8, 6, seed=1)
-    in_order = [sampler.batch(step) for step in range(60)]
+    in_order = [pair(sampler.batch(step)) for step in range(60)]
     fresh = TokenSampler(tokens, 8, 6, seed=1)
     for step in (59, 3, 30, 0, 59):
-        assert all(np.array_equal(a, b) for a, b in zip(fresh.batch(step), in_order[step]))
+        assert all(np.array_equal(a, b) for a, b in zip(pair(fresh.batch(step)), in_order[step]))
 
 
 def test_epochs_and_seeds_differ():
     def order(seed: int, epoch: int) -> list[int]:
         sampler = TokenSampler(np.arange(401), 4, 10, seed)
-        return [w for step in range(10) for w in windows(sampler.batch(10 * epoch + step)[0])]
+        return [w for step in range(10) for w in windows(sampler.batch(10 * epoch + step).ids)]
 
     orders = [order(0, 0), order(0, 1), order(1, 0), order(1, 1)]
     assert all(sorted(o) == list(range(100)) for o in orders)
@@ -70,15 +82,15 @@ def test_epochs_and_seeds_differ():
 def test_ranks_share_the_global_batch(ranks):
     sampler = TokenSampler(np.random.default_rng(0).integers(0, 999, 500), 5, 12)
     for step in (0, 7, 8):  # the epoch has 99 windows: step 8 crosses its end
-        parts = [sampler.batch(step, rank, ranks) for rank in range(ranks)]
+        parts = [pair(sampler.batch(step, rank, ranks)) for rank in range(ranks)]
         assert all(x.shape == y.shape == (12 // ranks, 5) for x, y in parts)
-        for joined, whole in zip(map(np.concatenate, zip(*parts)), sampler.batch(step)):
+        for joined, whole in zip(map(np.concatenate, zip(*parts)), pair(sampler.batch(step))):
             assert np.array_equal(joined, whole)
 
 
 def test_just_enough_tokens():
     sampler = TokenSampler(np.arange(13), 4, 3)
-    assert sorted(windows(sampler.batch(0)[0])) == [0, 1, 2]
+    assert sorted(windows(sampler.batch(0).ids)) == [0, 1, 2]
 
 
 @pytest.mark.parametrize(

@@ -158,7 +158,7 @@ def test_parameters_without_gradient_stay():
     first, second = parameters(shapes={"a": (2,), "b": (2,)})
     optimizer = AdamOptimizer([first, second], weight_decay=0.5)
     before = second.asnumpy().copy()
-    optimizer.step({id(first): Tensor(np.ones(2, np.float32))})
+    optimizer.step([Tensor(np.ones(2, np.float32)), None])
     assert np.array_equal(second.asnumpy(), before)
     assert optimizer.state_dict()["steps"] == [1, 0]
 
@@ -169,7 +169,7 @@ def test_scale_multiplies_the_gradients():
         params = parameters()
         optimizer = AdamOptimizer(params, lr=0.1)
         for step in range(1, 4):
-            optimizer.step({id(p): g * factor for p, g in zip(params, gradients(step))}, 1.0 / factor)
+            optimizer.step([g * factor for g in gradients(step)], 1.0 / factor)
         results.append(values(params) + states(optimizer))
     assert same(*results)
 
@@ -276,7 +276,7 @@ def test_hold_steps_are_those_of_the_parameter():
     moved = []
     for step in range(5):
         before = values([first, second])
-        optimizer.step({id(first): grad, **({id(second): grad} if step >= 2 else {})})
+        optimizer.step([grad, grad if step >= 2 else None])
         moved.append([not np.array_equal(p.asnumpy(), old) for p, old in zip((first, second), before)])
     assert moved == [[False, False], [False, False], [True, False], [True, False], [True, True]]
 
@@ -297,7 +297,7 @@ def test_maximize_is_the_negative_gradient(dtype):
 def test_maximize_climbs():
     p = bms.DistributedParameter(np.zeros(3, np.float32), name="p")
     optimizer = AdamOptimizer([p], lr=0.5, maximize=True)
-    optimizer.step({id(p): Tensor(np.array([3.0, -2.0, 0.0], np.float32))}, scale=0.25)
+    optimizer.step([Tensor(np.array([3.0, -2.0, 0.0], np.float32))], scale=0.25)
     assert p.asnumpy() == pytest.approx([0.5, -0.5, 0.0])
 
 
@@ -333,7 +333,7 @@ def test_a_scale_that_is_a_power_of_two_changes_no_bit(dtype, scale):
         params = parameters(dtype)
         optimizer = AdamOptimizer(params, lr=0.1, weight_decay=0.1)
         for step in range(1, 4):
-            optimizer.step({id(p): g * factor for p, g in zip(params, gradients(step))}, 1.0 / factor)
+            optimizer.step([g * factor for g in gradients(step)], 1.0 / factor)
         results.append(values(params) + states(optimizer))
     assert same(*results)
 

@@ -64,6 +64,16 @@ def test_a_step_that_is_not_made_does_not_shift_the_dropout_masks(single_world, 
     assert run("..!.!..") == run(".....") != run("....")
 
 
+def test_gradients_are_a_list_in_the_order_of_the_parameters():
+    p = bms.DistributedParameter(np.ones(3, np.float32), name="p")
+    optimizer, grad = AdamOptimizer([p]), Tensor(np.ones(3, np.float32))
+    with pytest.raises(TypeError, match=r"^gradients are a list in the order of optimizer\.parameters, None where .*, not a dict$"):
+        optimizer.step({id(p): grad})
+    with pytest.raises(ValueError, match=r"^2 gradients for 1 parameters$"):
+        optimizer.step([grad, grad])
+    assert np.array_equal(p.asnumpy(), np.ones(3))
+
+
 def test_clipping_takes_an_optimizer_or_parameters():
     for what in (lambda s: s.optimizer, lambda s: s.optimizer.parameters, lambda s: s.optimizer.param_groups):
         s = Setting()
@@ -221,7 +231,7 @@ def test_groups_and_steps_go_by_name():
 
     (source, _), (target, groups) = made("ab"), made("ba")
     p = source.parameters[0]
-    source.step({id(p): Tensor(np.ones(3, np.float32))})  # of a alone
+    source.step([Tensor(np.ones(3, np.float32)) if q is p else None for q in source.parameters])  # of a alone
     source.param_groups[0]["lr"] = 0.2
     target.load_state_dict(source.state_dict())
     assert (groups["a"]["lr"], groups["a"]["weight_decay"]) == (0.2, 0.0)

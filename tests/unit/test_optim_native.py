@@ -16,7 +16,7 @@ import bmtrain_ms as bms
 from bmtrain_ms.checkpoint import load_training
 from bmtrain_ms.comm import World
 from bmtrain_ms.lr_scheduler import Cosine, Linear, NoDecay
-from bmtrain_ms.optim import AdamOptimizer, NativeOptimizer, OptimManager
+from bmtrain_ms.optim import AdamOptimizer, Driver, NativeOptimizer, OptimManager
 from tests.helpers.native import MAKERS, SHAPES, Managed, Sum, alone, gradient, initial
 from tests.helpers.training_v1 import save_training
 
@@ -147,13 +147,15 @@ def test_what_is_no_optimizer(thing, text):
     assert not manager.optimizers and not manager.drivers
 
 
-def test_what_works_like_ours_is_taken_as_it_is():
+def test_what_works_like_ours_is_stepped_as_ours(tmp_path):
+    """Its states and its schedule's are taken as they are; a Checkpointer would save a part of it, and says what it lacks."""
+
     class Descent:
         def __init__(self, params: list[Parameter]):
             self.parameters, self.seen = params, []
 
-        def step(self, grads: dict[int, Tensor], scale: float = 1.0) -> None:
-            self.seen.append([float((grads[id(p)] * scale).sum().asnumpy()) for p in self.parameters])
+        def step(self, grads: list[Tensor], scale: float = 1.0) -> None:
+            self.seen.append([float((grad * scale).sum().asnumpy()) for grad in grads])
 
         def state_dict(self, gather: bool = False, tensors: bool = True) -> dict[str, Any]:
             return {"steps": len(self.seen)}
@@ -161,11 +163,31 @@ def test_what_works_like_ours_is_taken_as_it_is():
         def load_state_dict(self, state: dict[str, Any]) -> None:
             self.seen = [[]] * state["steps"]
 
-    managed = Managed(Descent, loss_scale=16.0)
+    class Count:
+        def __init__(self, optimizer: Any):
+            self.count = 0
+
+        def step(self) -> None:
+            self.count += 1
+
+        def state_dict(self) -> int:
+            return self.count
+
+        def load_state_dict(self, state: int) -> None:
+            self.count = state
+
+    managed = Managed(Descent, Count, loss_scale=16.0)
     managed.run(range(1))
-    assert managed.driver is managed.optimizer
+    assert isinstance(managed.driver, Driver) and managed.manager.parameters == managed.params
+    assert managed.manager.rate is None
     assert managed.optimizer.seen == [[float(gradient(name, 0).sum()) for name in SHAPES]]
-    assert managed.manager.state_dict()["optimizers"] == [{"steps": 1}]
+    state = managed.manager.state_dict()
+    assert (state["optimizers"], state["lr_schedulers"]) == ([{"steps": 1}], [1])
+    again = Managed(Descent, Count, loss_scale=16.0)
+    again.manager.load_state_dict(state)
+    assert again.optimizer.seen == [[]] and again.manager.lr_schedulers[0].count == 1
+    with pytest.raises(TypeError, match=r"^Descent does not say which tensors are its state, .* or save manager\.state_dict\(\)"):
+        bms.checkpoint.Checkpointer(tmp_path, managed.model, managed.manager).save(1)
 
 
 # Rates #

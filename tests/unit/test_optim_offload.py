@@ -59,9 +59,9 @@ def test_the_bits_of_adam(dtype, settings, transfer):
     here = AdamOptimizer(mine, lr=0.1, **settings)
     there = AdamOffloadOptimizer(theirs, lr=0.1, transfer=transfer(), **settings)
     for step in range(1, 6):
-        grads = gradients(step, dtype)[: 3 if step == 2 else 4]
-        here.step({id(p): g for p, g in zip(mine, grads)}, 0.5)
-        there.step({id(p): g for p, g in zip(theirs, grads)}, 0.5)
+        grads = [*gradients(step, dtype)[:3], None if step == 2 else gradients(step, dtype)[3]]
+        here.step(grads, 0.5)
+        there.step(grads, 0.5)
         assert same(values(mine) + states(here), values(theirs) + states(there)), step
     assert here.state_dict(tensors=False) == there.state_dict(tensors=False)
 
@@ -374,7 +374,7 @@ def test_deltas(dtype, transfer, setting, monkeypatch):
     references = [AdamW(floats(p), 0.1, weight_decay=0.2, **setting) for p in params]
     for step in range(1, 4):
         grads = gradients(step, dtype)
-        optimizer.step({id(p): g for p, g in zip(params, grads)}, 0.25)
+        optimizer.step(grads, 0.25)
         for reference, grad in zip(references, grads):
             reference.step(0.25 * floats(grad))
         deltas = np.concatenate([reference.delta for reference in references])
@@ -396,7 +396,7 @@ def test_recording_deltas_changes_no_bit():
 def test_deltas_are_those_of_the_parameters_with_a_gradient():
     first, second = parameters(shapes={"a": (4,), "b": (3,)})
     optimizer = AdamOffloadOptimizer([first, second], eps=1e-12, record_delta=True)
-    optimizer.step({id(second): Tensor(np.array([1.0, -2.0, 3.0], np.float32))})
+    optimizer.step([None, Tensor(np.array([1.0, -2.0, 3.0], np.float32))])
     assert optimizer.get_avg_delta() == pytest.approx(1 / 3) and optimizer.get_var_delta() == pytest.approx(8 / 9)
 
 

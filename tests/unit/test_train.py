@@ -12,17 +12,28 @@ from typing import Any
 
 import numpy as np
 import pytest
-from mindspore import Tensor
+from mindspore import Tensor, nn
 
 import bmtrain_ms as bms
 from bmtrain_ms.checkpoint import CheckpointError
 from bmtrain_ms.checkpoint import checkpointer as checkpointer_module
-from bmtrain_ms.data import TokenSampler
+from bmtrain_ms.data import Batch, TokenSampler
 from bmtrain_ms.model_center import Spread, spread
 from bmtrain_ms.model_center.model import Llama, LlamaConfig
-from bmtrain_ms.optim import GradientOverflowError
-from bmtrain_ms.train import Stopped, StopSignals, Trainer, TrainingError, TrainSettings, memory_mib, plot_log, read_log
+from bmtrain_ms.optim import AdamOptimizer, GradientOverflowError, OptimManager
+from bmtrain_ms.train import (
+    Pretrain,
+    Stopped,
+    StopSignals,
+    Trainer,
+    TrainingError,
+    TrainSettings,
+    memory_mib,
+    plot_log,
+    read_log,
+)
 from bmtrain_ms.train import signals as signals_module
+from tests.helpers.trainers import pretrainer
 
 pytestmark = pytest.mark.usefixtures("single_world")
 
@@ -38,7 +49,7 @@ def trainer(steps: int = 6, half: bool = False, folder: Any = None, **settings: 
     model = spread(Llama(config), Spread(recompute=False))
     bms.init_parameters(model)
     settings = {"lr": 0.03, "warmup": 2, **settings}
-    return Trainer(model, TokenSampler(TOKENS, length=6, global_batch=4), TrainSettings(steps, **settings), folder)
+    return pretrainer(model, TokenSampler(TOKENS, length=6, global_batch=4), steps, folder, **settings)
 
 
 def weights(t: Trainer) -> list[bytes]:
@@ -85,7 +96,8 @@ def test_no_log_without_a_file(tmp_path, monkeypatch):
 
 def test_the_first_loss_is_that_of_the_first_batch():
     t = trainer()
-    inputs, targets = t.sampler.batch(0)
+    batch = t.batches.batch(0)
+    inputs, targets = batch.ids, batch.targets
     logits = t.model(Tensor(inputs)).asnumpy().astype(np.float64)
     rows = np.log(np.exp(logits).sum(-1)) - np.take_along_axis(logits, targets[..., None], -1)[..., 0]
     assert t.train_step()["loss"] == pytest.approx(rows.mean(), rel=1e-6)
@@ -104,13 +116,67 @@ def test_clipping_is_applied():
     assert records[0][1] == pytest.approx(0.03, rel=1e-2) and records[1][1] < 0.005
 
 
-def test_settings_reach_the_optimizer():
-    t = trainer(betas=(0.5, 0.6), weight_decay=0.7, loss_scale=None)
-    (group,) = t.manager.optimizers[0].param_groups
-    assert (group["betas"], group["weight_decay"]) == ((0.5, 0.6), 0.7)
-    schedule = t.manager.lr_schedulers[0]
-    assert (schedule.start_lr, schedule.warmup_iter, schedule.end_iter) == (0.03, 2, 6)
-    assert trainer(steps=3, warmup=50).manager.lr_schedulers[0].warmup_iter == 3
+class Recorded:
+    """A task and batches of another kind than the demo's: rows, weights and a loss of their own."""
+
+    def __init__(self) -> None:
+        self.model = trainer().model
+        self.asked: list[tuple[int, int, int]] = []
+        self.described = {"rows": 2}
+
+    def batch(self, step: int, rank: int = 0, ranks: int = 1) -> Batch:
+        self.asked.append((step, rank, ranks))
+        ids = (np.arange(10, dtype=np.int32).reshape(2, 5) + step) % VOCAB
+        return Batch(ids, np.roll(ids, -1, 1), weights=np.float32([[1, 0, 2, 0, 0], [0, 0, 0, 0, 1]]))
+
+    def loss(self, batch: Batch) -> Tensor:
+        return Pretrain(self.model).loss(batch) * 2.0
+
+
+def test_task_batches_and_optimizers_are_the_users():
+    parts = Recorded()
+    first, *others = parts.model.trainable_params()
+    manager = OptimManager()
+    for params, lr in (([first], 0.25), (others, 0.125)):
+        manager.add_optimizer(AdamOptimizer(params, lr))
+    t = Trainer(parts, parts, manager, TrainSettings(2))
+    assert manager.parameters == [first, *others] and manager.rate == 0.25
+    expected = parts.loss(parts.batch(0)).asnumpy().item()
+    parts.asked.clear()
+    record = t.train_step()
+    assert (record["loss"], record["lr"]) == (expected, 0.25) and record["grad_norm"] > 0
+    t.fit()
+    assert parts.asked == [(0, 0, 1), (1, 0, 1)] and t.done == 2
+
+
+class Wrapped(nn.Cell):
+    """A language model that is no Llama: its logits are all that is known of it."""
+
+    def __init__(self, model: nn.Cell):
+        super().__init__()
+        self.model = model
+
+    def construct(self, ids: Tensor, documents: Any = None) -> Tensor:
+        return self.model(ids, documents=documents)
+
+
+@pytest.mark.parametrize("plain", [False, True])
+def test_what_a_batch_says_counts(plain):
+    """Weights, targets that are none, and documents, against the logits."""
+    model = trainer().model
+    rng = np.random.default_rng(0)
+    ids, targets = rng.integers(0, VOCAB, (2, 3, 5)).astype(np.int32)
+    targets[0, 2] = -100
+    weights = rng.random((3, 5)).astype(np.float32)
+    documents = np.int32([[0, 0, 1, 1, 1], [0] * 5, [0, 1, 2, 3, 4]])
+    logits = model(Tensor(ids), documents=Tensor(documents)).asnumpy().astype(np.float64)
+    rows = np.log(np.exp(logits).sum(-1)) - np.take_along_axis(logits, np.maximum(targets, 0)[..., None], -1)[..., 0]
+    counts = targets != -100
+    loss = Pretrain(Wrapped(model) if plain else model).loss
+    assert loss(Batch(ids, targets, documents=documents)).asnumpy() == pytest.approx(rows[counts].mean(), rel=1e-6)
+    mean = (rows * weights * counts).sum() / (weights * counts).sum()
+    assert loss(Batch(ids, targets, weights, documents)).asnumpy() == pytest.approx(mean, rel=1e-6)
+    assert loss(Batch(ids, targets, 0 * weights)).asnumpy() == 0.0
 
 
 # Evaluation #
@@ -299,7 +365,7 @@ def test_resume_with_other_data(tmp_path):
         {"length": 6, "global_batch": 4, "seed": 1},
     ):
         other = trainer(folder=tmp_path)
-        other.sampler = TokenSampler(TOKENS, **options)
+        other.batches = TokenSampler(TOKENS, **options)
         with pytest.raises(ValueError, match=r"was saved by a run on the data \{.*\}, this one has .*: step 2 would be at another"):
             other.resume()
         assert other.done == 0 and other.resume(other_data=True) and other.done == 2
@@ -313,7 +379,7 @@ def test_resume_with_another_text_of_the_same_size(tmp_path):
     t.close()
     for tokens, tokenizer, same in ((TOKENS, "a", True), (TOKENS[::-1].copy(), None, False)):
         other = trainer(folder=tmp_path)
-        other.sampler = TokenSampler(tokens, 6, 4, tokenizer=tokenizer)
+        other.batches = TokenSampler(tokens, 6, 4, tokenizer=tokenizer)
         if not same:
             with pytest.raises(ValueError, match=r"was saved by a run on the data \{.*'digest': '\w{16}'.*step 2 would be"):
                 other.resume()
@@ -329,13 +395,13 @@ def test_resume_with_another_text_of_the_same_size(tmp_path):
 
 def test_the_tokenizer_is_compared_where_both_know_it(tmp_path):
     t = trainer(folder=tmp_path)
-    t.sampler = TokenSampler(TOKENS, 6, 4, tokenizer="a")
+    t.batches = TokenSampler(TOKENS, 6, 4, tokenizer="a")
     t.fit(until=1)
     t.save()
     t.close()
     other = trainer(folder=tmp_path)
     assert other.resume()
-    other.sampler = TokenSampler(TOKENS, 6, 4, tokenizer="b")
+    other.batches = TokenSampler(TOKENS, 6, 4, tokenizer="b")
     with pytest.raises(ValueError, match="'tokenizer': "):
         other.resume()
 

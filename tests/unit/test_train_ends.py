@@ -47,8 +47,8 @@ def test_a_signal_in_an_evaluation_saves_what_was_trained(tmp_path, monkeypatch,
     t.fit(until=2)
     assert latest_in(tmp_path) is None
     calls = []
-    loss = t._loss
-    monkeypatch.setattr(t, "_loss", lambda *args: (calls.append(1), signal.raise_signal(signum), loss(*args))[-1])
+    loss = t.task.loss
+    monkeypatch.setattr(t.task, "loss", lambda *args: (calls.append(1), signal.raise_signal(signum), loss(*args))[-1])
     with pytest.raises(Stopped, match=f"stopped after step 2, as a signal asked; saved in {tmp_path}"):
         t.evaluate(TOKENS, 6, rows=8)
     assert len(calls) == 1 and t.model.training  # of many rounds
@@ -60,7 +60,7 @@ def test_a_signal_in_an_evaluation_saves_what_was_trained(tmp_path, monkeypatch,
 def test_without_a_folder_an_evaluation_stops_too(monkeypatch, came):
     t = trainer()
     t.fit(until=1)
-    during(t, "_loss", monkeypatch)
+    during(t.task, "loss", monkeypatch)
     with pytest.raises(Stopped, match="stopped after step 1, as a signal asked; there is no folder for a checkpoint"):
         t.evaluate(TOKENS, 6)
     t.close()
@@ -70,7 +70,7 @@ def test_without_a_folder_an_evaluation_stops_too(monkeypatch, came):
 def test_before_the_first_step_a_signal_has_its_usual_effect(tmp_path, monkeypatch, came):
     """There is nothing to save."""
     t = trainer(folder=tmp_path)
-    during(t, "_loss", monkeypatch)
+    during(t.task, "loss", monkeypatch)
     t.evaluate(TOKENS, 6)
     assert came == [signal.SIGTERM]
     t.fit(until=1)
@@ -106,7 +106,7 @@ def test_a_resumed_run_is_watched_before_its_first_step(tmp_path, monkeypatch, c
     t.close()
     again = trainer(folder=tmp_path)
     assert again.resume()
-    during(again, "_loss", monkeypatch)
+    during(again.task, "loss", monkeypatch)
     with pytest.raises(Stopped, match="stopped after step 2"):
         again.evaluate(TOKENS, 6)
     again.close()
@@ -142,12 +142,12 @@ def test_a_trainer_that_is_forgotten_watches_no_longer(came):
 def test_one_watch_for_two_trainers(tmp_path, came):
     """Nothing is lost between them."""
     stop = StopSignals()
-    first = bms.train.Trainer(*(lambda t: (t.model, t.sampler, t.settings))(trainer()), tmp_path, signals=stop)
+    first = bms.train.Trainer(*(lambda t: (t.task, t.batches, t.manager, t.settings))(trainer()), tmp_path, signals=stop)
     first.fit(until=1)
     first.save()
     first.close()
     signal.raise_signal(signal.SIGTERM)
-    second = bms.train.Trainer(*(lambda t: (t.model, t.sampler, t.settings))(trainer()), tmp_path, signals=stop)
+    second = bms.train.Trainer(*(lambda t: (t.task, t.batches, t.manager, t.settings))(trainer()), tmp_path, signals=stop)
     assert second.resume()
     with pytest.raises(Stopped):
         second.fit()

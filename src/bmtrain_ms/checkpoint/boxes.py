@@ -20,7 +20,7 @@ class Piece(Layout):
 
     @cached_property
     def owned(self) -> tuple[int, int]:
-        """(first, last)."""
+        """The elements that the piece holds: (first, last)."""
         return self.first, self.last
 
     @cached_property

@@ -312,7 +312,7 @@ class Checkpointer:
         return write_rank_file(folder / file_name(self._place.number, self._place.files), pieces, {"format": "pt"})
 
     def _copies(self, pieces: Mapping[str, tuple[Any, np.ndarray]]) -> dict[str, tuple[Any, np.ndarray]]:
-        """Of arrays, in memory that is kept for the next time."""
+        """Copies of the arrays, in memory that is kept for the next time."""
         for name, (_, array) in pieces.items():
             kept = self._snapshots.get(name)
             if kept is None or kept.shape != array.shape or kept.dtype != array.dtype:

@@ -65,7 +65,7 @@ def split(sizes: Mapping[str, int], largest: int) -> list[list[str]]:
 
 
 def file_names(count: int) -> list[str]:
-    """Of so many files."""
+    """What the files of a model are called if there are `count`."""
     return [SINGLE] if count == 1 else [f"model-{i:05}-of-{count:05}.safetensors" for i in range(1, count + 1)]
 
 
@@ -152,7 +152,7 @@ class ConsolidatedReader:
 
     @property
     def tensors(self) -> dict[str, TensorInfo]:
-        """By name."""
+        """What the files say of each tensor, by its name."""
         return {name: reader.tensors[name] for name, reader in self._of.items()}
 
     @property
@@ -192,7 +192,7 @@ class ConsolidatedReader:
 
 
 def _what_is_there(folder: Path) -> str:
-    """In a folder that is not a model's, and what to do."""
+    """What a folder that is no model's has in it, and what to do."""
     names = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
     parts = [name for name in names if _ONE_OF_SEVERAL.fullmatch(name)]
     files = [name for name in names if name.endswith((".safetensors", ".safetensors.index.json"))]
@@ -237,5 +237,5 @@ def _weight_map(path: Path) -> list[tuple[Path, list[str] | None]]:
 
 
 def tensor_bytes(dtype: Any, shape: Sequence[int]) -> int:
-    """Of a tensor."""
+    """How many bytes a tensor of this type and shape takes."""
     return math.prod(shape) * numpy_dtype(dtype).itemsize

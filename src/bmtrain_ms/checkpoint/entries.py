@@ -54,7 +54,7 @@ class Entry:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the whole tensor."""
+        """The shape of the whole tensor."""
         return tuple(self.get().shape) if self.layout is None else self.layout.whole
 
     @property
@@ -101,7 +101,7 @@ def model_entries(model: nn.Cell) -> dict[str, Entry]:
 
 
 def _persistent_buffers(model: nn.Cell) -> list[tuple[str, Tensor]]:
-    """Of `register_buffer`, which MindSpore has since 2.7; what older ones call buffers are Parameters."""
+    """The buffers of `register_buffer`, which MindSpore has since 2.7; what older ones call buffers are Parameters."""
     if not hasattr(model, "named_buffers"):
         return []
     persistent = set(model.state_dict())

@@ -6,7 +6,7 @@ from ..comm import Engine, SharedError, agree
 
 
 def printable(text: str) -> str:
-    """With escapes for what would act on a terminal (control characters, direction marks, line ends) instead of being shown.
+    """A text with escapes for what would act on a terminal (control characters, direction marks, line ends) instead of being shown.
 
     Names in a file are somebody else's text: everything that shows one goes through this.
     """

@@ -31,17 +31,17 @@ _NAME = re.compile(r"step-(\d{8}|[1-9]\d{8,})", re.ASCII)
 
 
 def checkpoint_name(step: int) -> str:
-    """Of the checkpoint after so many steps."""
+    """What the checkpoint after `step` steps is called."""
     return f"step-{step:08}"
 
 
 def step_of(checkpoint: Path) -> int:
-    """What its name says."""
+    """How many steps were done when a checkpoint was saved, by its name."""
     return int(checkpoint.name[len("step-") :])
 
 
 def steps_in(folder: Path) -> list[int]:
-    """Of the complete checkpoints, ascending."""
+    """The steps of the complete checkpoints in a folder, ascending."""
     if not folder.is_dir():
         return []
     found = [_NAME.fullmatch(path.name) for path in folder.iterdir() if (path / INDEX).is_file()]
@@ -146,7 +146,7 @@ class Naming:
         sync_folder(self._final.parent)
 
     def undo(self) -> None:
-        """As it was before, whatever of `do` was done; the new files are deleted."""
+        """Make the folder what it was before, whatever of `do` was done; the new files are deleted."""
         if self._done and self.replaced == self._new:
             exchange(self._new, self._final)
         else:
@@ -200,7 +200,7 @@ def doomed(path: Path) -> Path:
 
 
 def delete(folders: Sequence[Path]) -> None:
-    """With all files."""
+    """Delete folders with all files in them; what cannot be deleted stays."""
     for path in folders:
         shutil.rmtree(path, ignore_errors=True)
 

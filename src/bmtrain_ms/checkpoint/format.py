@@ -147,7 +147,7 @@ class RegularFile:
         self.size = info.st_size
 
     def read(self, start: int, count: int) -> bytes:
-        """Exactly so many bytes.
+        """Exactly `count` bytes of the file, from `start` on.
 
         Raises:
             CheckpointError: the file ends before, or cannot be read.
@@ -336,7 +336,7 @@ class Reader:
         return out
 
     def read_flat(self, name: str, start: int, stop: int, out: np.ndarray | None = None) -> np.ndarray:
-        """As `read`, elements [start, stop) of the flattened tensor; only those bytes are read."""
+        """Elements [start, stop) of the flattened tensor, as `read` returns them; only their bytes are read."""
         info = self.tensors[name]
         if out is None:
             return self._elements(info, start, stop)

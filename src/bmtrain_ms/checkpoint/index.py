@@ -54,7 +54,7 @@ class Grid:
         return {rank: (number, part, shard) for number, (rank, part, shard) in enumerate(found)}
 
     def layout(self, shape: tuple[int, ...], rank: int) -> Layout:
-        """Of the piece in a rank's file."""
+        """Where the piece in a rank's file lies in the whole tensor."""
         _, part, shard = self.places[rank]
         indices = np.unravel_index(part, [parts for _, parts in self.splits]) if self.splits else ()
         return Layout(shape, self._cut(map(int, indices)), shard, len(self.files[part]))
@@ -77,7 +77,7 @@ class Grid:
 
 
 def _reached(ranks: Sequence[int], length: int, local: Piece, box: Box) -> Sequence[int]:
-    """Of ranks that have so many elements of a local tensor each, those that have some of a box."""
+    """The ranks that have elements of a box, of those that have `length` elements of a local tensor each."""
     start, stop = local.reach(box)
     return ranks[start // length : (stop - 1) // length + 1] if start < stop else ()
 
@@ -142,14 +142,14 @@ class IndexedTensor:
         return Piece(self.shape, first=start, last=start + self.size_in(rank) // self.copies)
 
     def holders(self, box: Box, ranks: int) -> Iterable[int]:
-        """Of so many ranks, those in whose files elements of a box can be."""
+        """The ranks in whose files elements of a box can be, if there are `ranks`."""
         if self.grid is not None:
             return self.grid.holders(self.shape, box)
         shard = self.count if self.shard is None else self.shard
         return _reached(range(ranks), shard, Piece(self.shape, last=self.count), box)
 
     def hashes_in(self, rank: int) -> Sequence[str]:
-        """Of a rank's piece."""
+        """The hashes of a rank's piece."""
         return self.hashes[self.grid.places[rank][0] if self.grid is not None else 0 if self.shard is None else rank]
 
 
@@ -220,7 +220,7 @@ def indexed(
 
 @dataclass(frozen=True)
 class Index:
-    """What `index.json` says.
+    """A checkpoint's `index.json`: its tensors, and where they are.
 
     Attributes:
         ranks: how many wrote it.
@@ -262,7 +262,7 @@ def _checksum(body: dict[str, Any]) -> str:
 
 
 def file_name(rank: int, ranks: int) -> str:
-    """Of a rank's tensors."""
+    """What the file with a rank's tensors is called."""
     return f"rank-{rank:05}-of-{ranks:05}.safetensors"
 
 

@@ -173,7 +173,7 @@ def same_everywhere(source: Path, found: Path | None, world: World, shared: bool
 
 
 def check_layout(folder: Path, layout: list[int], world: World) -> None:
-    """Without shared storage, before files are opened, which would be said to be missing.
+    """Refuse another layout of ranks where storage is not shared, before files are opened, which would be said to be missing.
 
     Raises:
         CheckpointError: other ranks, or ranks on other hosts, have written it.
@@ -205,7 +205,7 @@ def older_ones(checkpoint: Path) -> str:
 
 @contextlib.contextmanager
 def advising(advice: str) -> Iterator[None]:
-    """Errors end with it."""
+    """Have each error of a checkpoint in the `with` block end with `advice`."""
     try:
         yield
     except CheckpointError as error:

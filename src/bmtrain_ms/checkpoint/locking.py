@@ -19,7 +19,7 @@ class _Held:
         self.files: set[int] = set()
 
     def close_in_child(self) -> None:
-        """Without unlocking: the process that was forked from still has the lock."""
+        """Close the files without unlocking them: the process that was forked from still has the lock."""
         for file in self.files:
             os.close(file)
         self.files.clear()

@@ -100,12 +100,12 @@ class ShardedReader:
         return out
 
     def read_flat(self, name: str, start: int, stop: int, out: np.ndarray | None = None) -> np.ndarray:
-        """As `read`, elements [start, stop) of the flattened tensor."""
+        """Elements [start, stop) of the flattened tensor, as `read` returns them."""
         first = self._first(self.index.tensors[name])
         return self.read_stored(name, first + start, first + stop, out)
 
     def read_stored(self, name: str, start: int, stop: int, out: np.ndarray | None = None) -> np.ndarray:
-        """As `read_flat`, of all copies, one behind the other."""
+        """Elements [start, stop) of all stored copies of the flattened tensor, one behind the other."""
         tensor = self.index.tensors[name]
         out = np.empty(stop - start, numpy_dtype(tensor.dtype)) if out is None else out
         if tensor.grid is not None:
@@ -253,7 +253,7 @@ def write_rank_file(path: Path, pieces: Mapping[str, tuple[Any, np.ndarray]], me
 
 
 def useful_threads() -> int:
-    """As many as this process has cores, and not more than help."""
+    """How many threads to hash and copy with: one for each core of this process, and not more than help."""
     return min(4, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
 
 

@@ -75,7 +75,7 @@ def _whole_files(path: Path) -> consolidated.ConsolidatedReader:
 
 
 def inspect(path: str | Path) -> str:
-    """What is in it, as text."""
+    """What is in a checkpoint, as text."""
     with open_checkpoint(path) as reader:
         tensors = _tensors(reader)
         lines = []
@@ -115,7 +115,7 @@ def verify(path: str | Path) -> str:
 
 
 def newest_sound(folder: Path, before: int) -> Path | None:
-    """Of the checkpoints in a folder the newest of a step below `before` whose hashes are all right; None: there is none."""
+    """The newest checkpoint in a folder, of a step below `before`, whose hashes are all right; None: there is none."""
     for step in reversed([step for step in steps_in(folder) if step < before]):
         with contextlib.suppress(CheckpointError):
             verify(folder / checkpoint_name(step))

@@ -120,7 +120,7 @@ def training_entries(model: nn.Cell, manager: OptimManager) -> dict[str, Entry]:
 
 
 def entries_to_save(model: nn.Cell, manager: OptimManager) -> dict[str, Entry]:
-    """With the accumulated gradients."""
+    """Every tensor of a training state, and the accumulated gradients, by name."""
     entries = training_entries(model, manager)
     for name, (like, tensor) in manager.gradients().items():
         _add(entries, f"{GRADIENT}{name}", companion_entry(like, tensor))

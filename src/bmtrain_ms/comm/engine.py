@@ -116,7 +116,7 @@ class Engine(ABC):
     """Collectives among the ranks of one group.
 
     Attributes:
-        name: for messages: `single`, `node`, `mpi`, `hccl`, `mccl`, `simulated`.
+        name: for messages: `single`, `node`, `mpi`, `hccl`, `simulated`.
         rank: this process in the group, 0 <= rank < size.
         size: how many ranks the group has.
         clock: the training step, for messages.

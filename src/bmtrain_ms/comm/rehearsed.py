@@ -201,7 +201,7 @@ class RehearsedEngine(HcclEngine):
     name = "rehearsed"
 
     def __init__(self, everyone: Engine):
-        """`everyone`: an engine of CPU ranks, `single`, `node`, `mpi` or `mccl`; closed with this one."""
+        """`everyone`: an engine of CPU ranks, `single`, `node` or `mpi`; closed with this one."""
         self.comm = RehearsedComm(everyone)
         self._everyone = everyone
         super().__init__(WORLD, everyone.rank, everyone.size, everyone.clock, self.comm)

@@ -16,6 +16,7 @@ from bmtrain_ms_base.board import own_board, own_row
 from bmtrain_ms_base.checks import number, whole
 from bmtrain_ms_base.mesh import AXES, Mesh
 from bmtrain_ms_base.mpi import finalise_in_ranks_only
+from bmtrain_ms_base.system import has_ascend
 
 from .. import ops
 from ..compat import device as devices
@@ -203,7 +204,7 @@ def init_distributed(
     """Join the other ranks and choose the settings that suit this device (BMTrain: `init_distributed`).
 
     The launcher is recognised by its variables: on CPU `bmtrain-ms launch`, `mpiexec`, `torchrun` and `srun` give the *node*
-    engine, `mpiexec` on several hosts *mpi*; `msrun` gives *hccl* on Ascend and *mccl* on CPU; no launcher gives one rank.
+    engine, `mpiexec` on several hosts *mpi*; `msrun` gives *hccl*, on Ascend only; no launcher gives one rank.
     Python's, NumPy's and MindSpore's generators get the same seed on every rank. On CPU each rank gets its share of the cores, and
     operations run synchronously (`compat.runtime.configure_cpu`).
 
@@ -225,7 +226,7 @@ def init_distributed(
 
     Raises:
         RuntimeError: called twice, after an operation on CPU, under a parallel mode of MindSpore's, the launcher does not fit the
-            device, or a rehearsal is asked for on Ascend.
+            device (CPU ranks under `msrun`), or a rehearsal is asked for on Ascend.
         TypeError: `init_method` is a number (the seed is the second argument), or an option that must be a number is none.
         ValueError: an option out of range, sizes that do not divide the ranks, or `BMTRAIN_MS_REHEARSE` is neither 1 nor 0.
     """
@@ -233,11 +234,12 @@ def init_distributed(
         raise RuntimeError("init_distributed was called before; call bmtrain_ms.shutdown() first to start over")
     pipe_size, micro_batches = _checked_pipe(init_method, pipe_size, num_micro_batches)
     seed, prefetch, shard_size = _checked_settings(seed, prefetch, shard_size, gather_dtype, timeout)
+    chosen = devices.asked_for(device)
     if is_scheduler():
-        _serve_as_scheduler()
+        _serve_as_scheduler(chosen.target)
     habits.refuse_parallel_mode()
     launch = detect()
-    engine = _choose(devices.asked_for(device), launch, engine, timeout)
+    engine = _choose(chosen, launch, engine, timeout)
     _seed_generators(seed)
     record = Trace() if trace else None
     ranks = _placed(engine, record, shard_size, tp_size, pipe_size)
@@ -335,12 +337,23 @@ finalise_in_ranks_only()
 atexit.register(_at_exit)  # before MPI's finalisation
 
 
-def _serve_as_scheduler() -> None:
+def _serve_as_scheduler(target: str) -> None:
     """`msrun` runs the script once more as its scheduler, which brings the ranks together. Does not return."""
+    if target != "Ascend":  # as every rank does: none would come, and msrun itself waits until its scheduler ends
+        raise RuntimeError(_not_under_msrun(target))
     from mindspore.communication import init
 
     init()  # ends the process itself when the ranks have left
     raise SystemExit(0)
+
+
+def _not_under_msrun(target: str) -> str:
+    ranks = os.environ.get("MS_WORKER_NUM") or "N"
+    way = " --with mpi" if has_ascend() else ""  # where the command would choose msrun itself
+    return (
+        f"msrun starts Ascend ranks only, and this device is {target}: start with bmtrain-ms launch{way} -n {ranks} script.py, or "
+        f"mpiexec -n {ranks} python script.py"
+    )
 
 
 def _make_engine(launch: Launch, target: str, timeout: float) -> Engine:
@@ -360,17 +373,9 @@ def _make_engine(launch: Launch, target: str, timeout: float) -> Engine:
         return SingleEngine(host=False)
     if target != "CPU":
         raise RuntimeError(f"device target {target!r} is not supported; use CPU or Ascend")
-    _configure_cpu(launch)
     if launch.kind == "msrun":
-        from mindspore.communication import get_group_size, get_rank, init
-
-        from .mccl import McclEngine
-
-        # on all cores: on one, MindSpore's thread for connections comes before it knows their names, and this may take minutes
-        os.sched_setaffinity(0, _cores)
-        init()
-        _take_cores(launch)
-        return McclEngine(get_rank(), get_group_size())
+        raise RuntimeError(_not_under_msrun(target))
+    _configure_cpu(launch)
     if launch.size == 1:
         return SingleEngine()
     return _make_mpi_engine(launch, timeout) if launch.kind == "mpi" else _make_node_engine(launch, timeout)

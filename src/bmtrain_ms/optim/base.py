@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import reprlib
 from abc import ABC, abstractmethod
-from typing import Any, Iterable, Sequence
+from typing import Any, Iterable, Optional, Sequence
 
 import mindspore as ms
 from mindspore import Parameter, Tensor
@@ -156,24 +156,30 @@ class ShardOptimizer(ABC):
 
         Those of parameters that are not sharded are averaged over the ranks here; the others are means already.
         """
-        if len(grads) != len(self.parameters):
+        if len(grads) != len(self.parameters):  # before any rank waits for another
             raise ValueError(f"{len(grads)} gradients for {len(self.parameters)} parameters")
         averaged = average_whole(self.parameters, list(grads), world() if is_initialized() else None)
-        self.step({id(p): g for p, g in zip(self.parameters, averaged)})
+        self.step(averaged)
 
-    def step(self, grads: dict[int, Tensor], scale: float = 1.0) -> None:
+    def step(self, grads: Sequence[Optional[Tensor]], scale: float = 1.0) -> None:
         """Update every parameter that has a gradient.
 
         Args:
-            grads: id of parameter -> gradient of its shard, any dtype.
+            grads: for each of `parameters`, in their order, the gradient of its shard, any dtype; None: it has none.
             scale: what the gradients are multiplied with first, e.g. 1 / loss scale.
 
         Raises:
-            ValueError: a gradient is not of the size of the shard, a parameter has become another since, or a group was put into
-                `param_groups`. Nothing is changed.
+            TypeError: they are a dict.
+            ValueError: they are more or fewer than the parameters, a gradient is not of the size of the shard, a parameter has
+                become another since, or a group was put into `param_groups`. Nothing is changed.
         """
         self._refuse_appended()
-        updates = [(g, p, grads[id(p)]) for g in self.param_groups for p in g["params"] if id(p) in grads]
+        if isinstance(grads, dict):
+            raise TypeError("gradients are a list in the order of optimizer.parameters, None where there is none, not a dict")
+        owners = [(group, p) for group in self.param_groups for p in group["params"]]
+        if len(grads) != len(owners):
+            raise ValueError(f"{len(grads)} gradients for {len(owners)} parameters")
+        updates = [(group, p, grad) for (group, p), grad in zip(owners, grads) if grad is not None]
         for _, p, grad in updates:
             self._check_fit(p, grad)  # compiled loops do not look
         announce_change(self.parameters)
@@ -210,7 +216,7 @@ class ShardOptimizer(ABC):
         return self._state(p).tensors()
 
     def state_tensors(self) -> StateTensors:
-        """All of them, by name."""
+        """All tensors of the state, by name; written into to restore them."""
         self._refuse_appended()
         return named_states(self.parameters, [self.state_of(p) for p in self.parameters])
 
@@ -233,7 +239,7 @@ class ShardOptimizer(ABC):
         return {**state, **to_arrays(self.state_tensors(), gather)} if tensors else state
 
     def settings(self) -> list[dict[str, Any]]:
-        """Of each group, with the rate that it was given for itself, and the `names` of its parameters."""
+        """The settings of each group, with the rate that it was given for itself, and the `names` of its parameters."""
         hidden = ("params", *_LABELS)
         return [
             {**{k: v for k, v in group.items() if k not in hidden}, "names": [p.name for p in group["params"]]}
@@ -241,7 +247,7 @@ class ShardOptimizer(ABC):
         ]
 
     def change_settings(self, index: int, values: dict[str, Any]) -> None:
-        """Of one group."""
+        """Change some settings of the group at `index`."""
         self.param_groups[index].update(values)
 
     def load_state_dict(self, state: dict[str, Any], strict: bool = True) -> None:

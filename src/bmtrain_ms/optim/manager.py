@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import sys
 from collections import Counter
-from dataclasses import dataclass
 from typing import Any, Callable, Sequence
 
 import mindspore as ms
@@ -20,34 +19,12 @@ from ..compat.runtime import added, from_host, scaled, square_sum
 from ..parallel import Scheduled
 from ..zero import DistributedParameter, context_of
 from .base import average_whole
-from .native import adapted
+from .driver import Driver, Schedule
+from .native import adapted, adapted_schedule
 from .norms import checked_order, counts_here, parameters_of, total_norm
 from .overflow import GradientOverflowError, advice
+from .result import StepResult
 from .settings import Made
-
-
-@dataclass(frozen=True)
-class StepResult:
-    """What a step did; true if it updated the parameters.
-
-    Attributes:
-        updated: False: the gradient was not finite, and the step was skipped.
-        grad_norm: of the step's gradient over all ranks, before clipping and without the loss scale: what the last
-            `clip_grad_norm` returned, else the 2-norm that the search for overflows computes, else (neither happened) None.
-        loss_scale: the next step's.
-        skipped_steps: of the whole run.
-        skipped_in_a_row: ending with this one.
-    """
-
-    updated: bool
-    grad_norm: float | None
-    loss_scale: float
-    skipped_steps: int
-    skipped_in_a_row: int
-
-    def __bool__(self) -> bool:
-        return self.updated
-
 
 _LARGEST = 2.0**127  # no scale and no count reaches it
 _COUNTERS = ("loss_scale", "loss_scale_enabled", "steps_since_last_scale", "skipped_steps")
@@ -121,9 +98,10 @@ class OptimManager:
         self.skipped_steps = self.skipped_in_a_row = 0
         self.hysteresis, self.overflows_left = hysteresis, hysteresis
         self.max_skipped_steps = max_skipped_steps
-        self.optimizers: list[Any] = []
+        self.optimizers: list[Any] = []  # as they were given, as the schedules
         self.lr_schedulers: list[Any] = []
-        self.drivers: list[Any] = []
+        self.drivers: list[Driver] = []
+        self._schedules: list[Schedule] = []
         self._made: list[Made] = []
         self._began = False  # whether something else than what was asked for may be in force
         self._world = in_world or world()
@@ -149,8 +127,7 @@ class OptimManager:
             TypeError: it is not an optimizer.
         """
         driver = adapted(optimizer)
-        if lr_scheduler is not None and not hasattr(lr_scheduler, "step"):
-            raise TypeError(f"lr_scheduler must be one of bmtrain_ms.lr_scheduler, made for this optimizer, not {lr_scheduler!r}")
+        schedule = adapted_schedule(lr_scheduler)
         if lr_scheduler is not None and any(lr_scheduler is other for other in self.lr_schedulers):
             raise ValueError("this schedule steps with another optimizer already, and would step twice; make one for each")
         if getattr(lr_scheduler, "optimizer", optimizer) is not optimizer:
@@ -159,7 +136,19 @@ class OptimManager:
         self.optimizers.append(optimizer)
         self.drivers.append(driver)
         self.lr_schedulers.append(lr_scheduler)
-        self._made.append(Made(driver, lr_scheduler))
+        self._schedules.append(schedule)
+        self._made.append(Made(driver, schedule, lr_scheduler))
+
+    @property
+    def parameters(self) -> list[Parameter]:
+        """All parameters of all optimizers, in the order in which these were added."""
+        return [p for driver in self.drivers for p in driver.parameters]
+
+    @property
+    def rate(self) -> float | None:
+        """The learning rate of the first group of the first optimizer; None where that computes it by itself."""
+        groups = self.drivers[0].settings()
+        return groups[0]["lr"] if groups else None
 
     def scale_loss(self, loss: Tensor) -> Tensor:
         """loss * loss_scale, or a tensor-parallel rank's share of it, for those who differentiate by themselves."""
@@ -198,7 +187,7 @@ class OptimManager:
         if not self.optimizers:
             raise RuntimeError("OptimManager.backward needs an optimizer: call add_optimizer first")
         self._refuse_shared(self.drivers)  # groups may have been added
-        params = [p for driver in self.drivers for p in driver.parameters if p.requires_grad]
+        params = [p for p in self.parameters if p.requires_grad]
         if isinstance(forward, Scheduled):
             loss, grads = forward.differentiated(params, self.scale_to_accumulate * self._factor, *args, **kwargs)
             self.accumulate(params, grads)
@@ -288,13 +277,11 @@ class OptimManager:
                 return self._skip()
         self._count()
         self._began = True
-        for driver, scheduler in zip(self.drivers, self.lr_schedulers):
-            if hasattr(scheduler, "cover_new_groups"):
-                scheduler.cover_new_groups()
+        for driver, schedule in zip(self.drivers, self._schedules):
+            schedule.cover_new_groups()
             with self._world.measure("optimizer step"):
-                driver.step(self._grads, 1.0 / self.grads_scale)
-            if scheduler is not None:
-                scheduler.step()
+                driver.step([self.grad(p) for p in driver.parameters], 1.0 / self.grads_scale)
+            schedule.step()
         self.skipped_in_a_row, self._stepped = 0, True
         norm = self._grad_norm
         if self.loss_scale_enabled:
@@ -322,7 +309,7 @@ class OptimManager:
             "optimizers": [
                 {**driver.state_dict(gather_opt, tensors), **made.state_dict()} for driver, made in zip(self.drivers, self._made)
             ],
-            "lr_schedulers": [None if s is None else s.state_dict() for s in self.lr_schedulers],
+            "lr_schedulers": [schedule.state_dict() for schedule in self._schedules],
         }
 
     def load_state_dict(self, state: dict[str, Any], strict: bool = True, keep: str = "saved") -> None:
@@ -349,24 +336,22 @@ class OptimManager:
             self.loss_scale = min(max(state["loss_scale"], self.min_loss_scale), self.max_loss_scale)
             self.steps_since_last_scale = state["steps_since_last_scale"]
             self.overflows_left = min(state.get("overflows_left", self.overflows_left), self.hysteresis)
-        for scheduler, saved in zip(self.lr_schedulers, schedules):
-            if scheduler is not None:
-                scheduler.load_state_dict(saved)
+        for schedule, saved in zip(self._schedules, schedules):
+            schedule.load_state_dict(saved)
         self._began = True
 
     def _load_optimizers(self, state: dict[str, Any], strict: bool, keep: str) -> list[Any]:
         """Returns the states for the schedules."""
         schedules, used, replaced, fresh = list(state["lr_schedulers"]), [], [], not self._began
         theirs = [saved.get("made") if isinstance(saved, dict) else None for saved in state["optimizers"]]
-        before = [driver.settings() if hasattr(driver, "settings") else [] for driver in self.drivers]
-        for i, (made, scheduler) in enumerate(zip(self._made, self.lr_schedulers)):
-            if hasattr(scheduler, "check_state_dict"):
-                chosen, mine, others = made.schedule_to_load(schedules[i], theirs[i], fresh)
-                used, replaced = used + mine, replaced + others
-                schedules[i] = scheduler.check_state_dict(chosen) if keep == "own" else schedules[i]
+        before = [driver.settings() for driver in self.drivers]
+        for i, (made, schedule) in enumerate(zip(self._made, self._schedules)):
+            chosen, mine, others = made.schedule_to_load(schedules[i], theirs[i], fresh)
+            used, replaced = used + mine, replaced + others
+            schedules[i] = schedule.check_state_dict(chosen) if keep == "own" else schedules[i]
         for i, (driver, saved) in enumerate(zip(self.drivers, state["optimizers"])):
             saved = {name: x for name, x in saved.items() if name != "made"} if isinstance(saved, dict) else saved
-            driver.load_state_dict(saved, *([] if strict or not hasattr(driver, "check_state_dict") else [False]))
+            driver.load_state_dict(saved, strict)
             mine, others = self._made[i].choose_groups(before[i], theirs[i], fresh, keep == "own")
             used += [f"optimizer {i}, {x}" for x in mine]
             replaced += [f"optimizer {i}, {x}" for x in others]
@@ -403,17 +388,15 @@ class OptimManager:
                 f"the state has {len(optimizers)} optimizers (schedule missing: {theirs}), this manager has {len(mine)} ({mine})"
             )
         for driver, its in zip(self.drivers, optimizers):
-            if hasattr(driver, "check_state_dict"):  # not those of others, which are taken as they are
-                driver.check_state_dict(its, strict)
-        for scheduler, its in zip(self.lr_schedulers, schedules):
-            if hasattr(scheduler, "check_state_dict"):
-                scheduler.check_state_dict(its)
+            driver.check_state_dict(its, strict)
+        for schedule, its in zip(self._schedules, schedules):
+            schedule.check_state_dict(its)
 
     # For checkpoints #
 
     def parameters_by_name(self) -> dict[str, Parameter]:
-        """Of all optimizers."""
-        return {p.name: p for driver in self.drivers for p in driver.parameters}
+        """The parameters of all optimizers."""
+        return {p.name: p for p in self.parameters}
 
     def gradients(self) -> dict[str, tuple[DistributedParameter | None, Tensor]]:
         """Gradients that wait for `step`: name of parameter -> (what it is sharded as, None: whole; the gradient)."""
@@ -436,7 +419,7 @@ class OptimManager:
 
     # Implementation #
 
-    def _refuse_shared(self, drivers: list[Any]) -> None:
+    def _refuse_shared(self, drivers: list[Driver]) -> None:
         names = {id(p): p.name for driver in drivers for p in driver.parameters}
         counts = Counter(id(p) for driver in drivers for p in driver.parameters)
         shared = [names[i] for i, count in counts.items() if count > 1]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from typing import Any, Sequence
+from typing import Any, Optional, Sequence
 
 import mindspore as ms
 from mindspore import Parameter, Tensor, nn
@@ -12,6 +12,7 @@ from mindspore.experimental.optim.optimizer import Optimizer as ExperimentalOpti
 from ..compat.runtime import is_float
 from ..zero import DistributedParameter
 from .base import announce_change
+from .driver import Driver, OtherOptimizer, OtherSchedule, Schedule
 from .rates import group_rates
 from .state import StateTensors, check_arrays, from_arrays, to_arrays
 
@@ -53,14 +54,15 @@ class NativeOptimizer:
         """All parameters, in the order in which the optimizer takes gradients."""
         return list(self.optimizer.parameters)
 
-    def step(self, grads: dict[int, Tensor], scale: float = 1.0) -> None:
-        """Update all parameters.
+    def step(self, grads: Sequence[Optional[Tensor]], scale: float = 1.0) -> None:
+        """Update all parameters by gradients of their shards times `scale`, in the order of `parameters`.
 
         Raises:
             ValueError: a parameter has no gradient.
             RuntimeError: a parameter was loaded after the first step.
         """
-        missing = [p.name for p in self.parameters if id(p) not in grads]
+        present = [(p, grad) for p, grad in zip(self.parameters, grads) if grad is not None]
+        missing = [p.name for p, grad in zip(self.parameters, grads) if grad is None]
         if missing:
             raise ValueError(
                 f"{type(self.optimizer).__name__} updates all of its parameters, and {missing[0]} has no gradient (as have "
@@ -76,7 +78,7 @@ class NativeOptimizer:
             )
         self._replaced = replaced
         announce_change(self.parameters)
-        self.optimizer(tuple(_prepared(grads[id(p)], p, scale) for p in self.parameters))
+        self.optimizer(tuple(_prepared(grad, p, scale) for p, grad in present))
 
     def state_tensors(self) -> StateTensors:
         """Moments and counters, by the names that MindSpore gives them."""
@@ -85,16 +87,16 @@ class NativeOptimizer:
         return {s.name: (s if isinstance(s, DistributedParameter) and is_float(s) else None, s) for s in states}
 
     def state_dict(self, gather: bool = False, tensors: bool = True) -> dict[str, Any]:
-        """As `ShardOptimizer.state_dict`; of the settings, the rates only."""
+        """Moments and counters, as `ShardOptimizer.state_dict` gives them; of the settings, the rates only."""
         state = {"native": type(self.optimizer).__name__, "rates": _rates(self.optimizer)}
         return {**state, **to_arrays(self.state_tensors(), gather)} if tensors else state
 
     def settings(self) -> list[dict[str, Any]]:
-        """Of each group the rate."""
+        """The rate of each group; none where the optimizer computes them."""
         return [{"lr": rate} for rate in _rates(self.optimizer)]
 
     def change_settings(self, index: int, values: dict[str, Any]) -> None:
-        """Of one group."""
+        """Set the rate of the group at `index`."""
         for rate in values.values():
             group_rates(self.optimizer)[index][1](rate)
 
@@ -111,7 +113,11 @@ class NativeOptimizer:
             set_rate(rate)
 
     def check_state_dict(self, state: Any, strict: bool = True) -> None:
-        """As `ShardOptimizer.check_state_dict`."""
+        """Whether `load_state_dict` would take it; changes nothing.
+
+        Raises:
+            ValueError: it would not.
+        """
         mine, saved = type(self.optimizer).__name__, state if isinstance(state, dict) else {}
         if saved.get("native") != mine:
             raise ValueError(f"the state is that of {saved.get('native') or 'an optimizer of bmtrain_ms'}, this is a {mine}")
@@ -126,7 +132,7 @@ class NativeOptimizer:
 
 
 def _rates(optimizer: Any) -> list[float]:
-    """Of its groups, as `group_rates` sets them; none if it computes them. They are not all among its parameters."""
+    """The rates of the groups, as `group_rates` sets them; none if the optimizer computes them. Not all are its parameters."""
     if hasattr(optimizer, "param_groups"):
         return [float(group["lr"]) for group in optimizer.param_groups]
     if optimizer.dynamic_lr:
@@ -139,8 +145,19 @@ def _prepared(grad: Tensor, p: Parameter, scale: float) -> Tensor:
     return grad if grad.dtype == p.dtype else grad.astype(p.dtype)
 
 
-def adapted(optimizer: Any) -> Any:
-    """The optimizer itself if it is one of ours, or works like them; a `NativeOptimizer` around one of MindSpore's.
+def adapted_schedule(schedule: Any) -> Schedule:
+    """One of ours, or an adapter around somebody's, or around None.
+
+    Raises:
+        TypeError: it has no `step`.
+    """
+    if schedule is not None and not hasattr(schedule, "step"):
+        raise TypeError(f"lr_scheduler must be one of bmtrain_ms.lr_scheduler, made for this optimizer, not {schedule!r}")
+    return OtherSchedule(schedule) if schedule is None or not isinstance(schedule, Schedule) else schedule
+
+
+def adapted(optimizer: Any) -> Driver:
+    """The optimizer itself if it is one of ours; an adapter around one of MindSpore's, or around one that works like ours.
 
     Raises:
         TypeError: it is neither.
@@ -152,4 +169,4 @@ def adapted(optimizer: Any) -> Any:
         kind = type(optimizer).__name__
         missing = missing or ["an instance: it is the class"]
         raise TypeError(f"{kind} is neither an optimizer of bmtrain_ms nor one of MindSpore's: it lacks {', '.join(missing)}")
-    return optimizer
+    return optimizer if isinstance(optimizer, Driver) else OtherOptimizer(optimizer)

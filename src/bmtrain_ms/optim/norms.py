@@ -61,7 +61,7 @@ def all_finite(parameters: Iterable[Parameter], grads: Sequence[Tensor]) -> bool
 
 
 def checked_order(max_norm: float, norm_type: float | str) -> float:
-    """The p of a p-norm.
+    """The p of a p-norm, as a number.
 
     Raises:
         TypeError: it, or `max_norm`, is not a number.
@@ -122,7 +122,7 @@ def _scalar(x: float) -> Tensor:
 
 
 def parameters_of(what: Any) -> list[Parameter]:
-    """Of an optimizer, groups, or a list of parameters."""
+    """The parameters of an optimizer, of groups, or of a list."""
     if isinstance(what, Parameter):
         return [what]
     items: Any = getattr(what, "param_groups", None) or getattr(what, "parameters", what)

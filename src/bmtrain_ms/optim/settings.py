@@ -12,6 +12,8 @@ import math
 import reprlib
 from typing import Any, Optional
 
+from .driver import Driver, OtherOptimizer, Schedule
+
 Settings = dict[str, Any]
 Told = list[str]
 _UNKNOWN = "unknown"
@@ -20,14 +22,15 @@ _UNKNOWN = "unknown"
 class Made:
     """What an optimizer and its schedule were made with."""
 
-    def __init__(self, driver: Any, schedule: Any):
-        self._driver, self._schedule = driver, schedule
-        self._groups: list[Settings] = driver.settings() if hasattr(driver, "settings") else []
-        self._settings: Optional[Settings] = schedule.state_dict() if hasattr(schedule, "check_state_dict") else None
+    def __init__(self, driver: Driver, schedule: Schedule, given: Any):
+        """`given`: the schedule that `schedule` stands for, or None."""
+        self._driver, self._schedule, self._scheduled = driver, schedule, given is not None
+        self._groups: list[Settings] = driver.settings()
+        self._settings = schedule.settings()
 
     def state_dict(self) -> dict[str, Any]:
-        """Under `made` what the other methods of another run take; nothing for an optimizer of somebody else's."""
-        if not hasattr(self._driver, "settings"):
+        """What the other methods of another run take, under `made`; nothing for an optimizer of somebody else's."""
+        if isinstance(self._driver, OtherOptimizer):
             return {}
         self._note_added(self._driver.settings())
         return {"made": {"groups": self._groups, "schedule": self._settings}}
@@ -49,7 +52,7 @@ class Made:
         return {**saved, **values}, [f"{kind}: {x}" for x in used], [f"{kind}: {x}" for x in replaced]
 
     def choose_groups(self, before: list[Settings], theirs: Any, fresh: bool, own: bool) -> tuple[Told, Told]:
-        """After a state was loaded: put back what was chosen in this run, if its `own` is to be used; tells as `schedule_to_load`.
+        """Put back, after a state was loaded, what was chosen in this run, if its `own` is to be used; tells as `schedule_to_load`.
 
         Args:
             before: the groups' settings before that.
@@ -57,7 +60,7 @@ class Made:
         all_chosen, all_replaced = [], []
         self._note_added(before)
         others = theirs.get("groups") if isinstance(theirs, dict) else None
-        scheduled = self._schedule is not None
+        scheduled = self._scheduled
         for index, (mine, loaded) in enumerate(zip(before, self._driver.settings() if before else [])):
             then = _group_of(mine, others, index)
             skipped = {"names", "own_lr", *(["lr"] if scheduled else [])}  # a schedule sets the rate
@@ -78,7 +81,7 @@ class Made:
 
 
 def _chosen(mine: Settings, saved: Settings, asked: Settings, then: Optional[Settings], fresh: bool) -> tuple[Settings, Told, Told]:
-    """Of this run's settings those that were chosen otherwise than the saved; what these are, and what was only written by hand.
+    """The settings of this run that were chosen otherwise than the saved; what these are, and what was only written by hand.
 
     Args:
         mine, saved: in force here, and there.
@@ -97,7 +100,7 @@ def _chosen(mine: Settings, saved: Settings, asked: Settings, then: Optional[Set
 
 
 def _choosable(schedule: Any, all_known: bool) -> Settings:
-    """Of a schedule's state: not the position in it, nor, where the other run does not tell, what it counts."""
+    """What was chosen of a schedule's state: not the position in it, nor, where the other run does not tell, what it counts."""
     known: set[str] = set()
     for kind in type(schedule).__mro__:
         known.update(inspect.signature(kind.__init__).parameters)

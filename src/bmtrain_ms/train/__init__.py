@@ -1,14 +1,17 @@
-"""The training loop of a language model: steps, log, evaluation, checkpoints, and ending in good order."""
+"""The training loop: steps, log, evaluation, checkpoints, and ending in good order."""
 
 from .errors import Stopped, TrainingError
 from .log import plot_log, read_log
 from .loop import Trainer, TrainSettings, memory_mib
 from .signals import EXIT_STOPPED, StopSignals
+from .tasks import Pretrain, Task
 
 __all__ = [
     "EXIT_STOPPED",
+    "Pretrain",
     "StopSignals",
     "Stopped",
+    "Task",
     "TrainSettings",
     "Trainer",
     "TrainingError",

@@ -7,23 +7,25 @@ from typing import Callable
 import numpy as np
 from mindspore import Tensor
 
+from bmtrain_ms_base.data import Batch
+
 from ..comm import Engine, reduce_numbers
 from ..compat.autograd import no_grad
-from ..compat.runtime import from_host, host_array
+from ..compat.runtime import host_array
 
 
 def mean_loss(
-    loss: Callable[[Tensor, Tensor], Tensor],
+    loss: Callable[[Batch], Tensor],
     tokens: np.ndarray,
     length: int,
     rows: int,
     engine: Engine,
     each_round: Callable[[], None],
 ) -> float:
-    """Over all whole windows of `tokens`, in nats per token; the same on every rank, for any number of ranks.
+    """The mean loss over all whole windows of `tokens`, in nats per token; the same on every rank, for any number of ranks.
 
     Args:
-        loss: inputs (rows, length), targets (rows * length) -> their mean loss; all ranks call it equally often.
+        loss: of a batch, the mean; all ranks call it equally often.
         rows: windows per call.
         each_round: called after every round, by all ranks; may raise to end.
 
@@ -41,7 +43,7 @@ def mean_loss(
         for i in range(0, len(starts), engine.size):  # every rank runs every round: the gathers are collective
             mine = i + engine.rank
             part = slice(starts[min(mine, len(starts) - 1)], starts[min(mine, len(starts) - 1)] + rows)
-            value = loss(from_host(inputs[part]), from_host(targets[part].reshape(-1)))
+            value = loss(Batch(inputs[part], targets[part]))
             if mine < len(starts):
                 total += host_array(value).item() * len(inputs[part])
             each_round()

@@ -116,7 +116,7 @@ class LogFile:
         self._mended = True
 
     def _catch_up(self) -> None:
-        """Raises OSError where it cannot."""
+        """Write the lines that wait; raises OSError where it cannot."""
         if not self._in_place():
             self._let_go()
             self._open()
@@ -207,7 +207,7 @@ def _readable(path: Path, text: bytes) -> list[tuple[int, bytes]]:
 
 
 def _step_of(line: bytes) -> int | None:
-    """None: it is damaged."""
+    """Which step a line of the log is of; None: it is damaged."""
     try:
         record = json.loads(line)
     except (ValueError, RecursionError):  # UnicodeDecodeError and JSONDecodeError are the first

@@ -1,4 +1,4 @@
-"""The loop itself."""
+"""The loop: one batch after the other through a task and a manager, with its log, its checkpoints and its end."""
 
 from __future__ import annotations
 
@@ -14,45 +14,37 @@ from mindspore import Tensor, nn
 from tqdm import tqdm
 
 from bmtrain_ms_base.checks import number, whole
-from bmtrain_ms_base.data import TokenSampler
+from bmtrain_ms_base.data import Batches
 from bmtrain_ms_base.memory import resident_memory
 
 from ..checkpoint import Checkpointer, CheckpointError
 from ..comm import any_rank, gather_json, world
 from ..compat.runtime import from_host, host_array
-from ..lr_scheduler import Cosine
-from ..nn.functional import cross_entropy
-from ..optim import AdamOptimizer, GradientOverflowError, OptimManager
-from ..parallel import Scheduled
+from ..optim import GradientOverflowError, OptimManager
 from .errors import Stopped, TrainingError
 from .evaluate import mean_loss
 from .log import LogFile
 from .signals import StopSignals
+from .tasks import Task
 
 _KINDS = {
-    **dict.fromkeys(("steps", "warmup", "bad_steps", "save_every", "keep_last", "keep_every"), whole),
-    **dict.fromkeys(("lr", "weight_decay", "clip", "loss_scale", "save_minutes"), number),
+    **dict.fromkeys(("steps", "bad_steps", "save_every", "keep_last", "keep_every"), whole),
+    **dict.fromkeys(("clip", "save_minutes"), number),
 }
 
 
 @dataclass(frozen=True)
 class TrainSettings:
-    """How to train.
+    """How long a run is, when it ends, and what it leaves behind; how it learns is the manager's.
 
-    `steps`: in all, resumed ones included.  `lr`, `warmup`: peak rate and its warm-up steps; cosine to zero at `steps`.
-    `clip`: largest gradient norm.  `loss_scale`: initial one, None for off.  `log`: JSONL file, one line per step, or None.
+    `steps`: in all, resumed ones included.  `clip`: largest gradient norm.  `log`: JSONL file, one line per step, or None.
     `bad_steps`: without loss scaling, a step whose loss or gradient is not finite is skipped; after so many in a row training ends.
     `save_every` steps, `save_minutes`: how often to save, in the background; None: only when asked.  `keep_last`, `keep_every`,
     `shared_storage`: see `checkpoint.Checkpointer`.
     """
 
     steps: int
-    lr: float = 1e-3
-    warmup: int = 20
-    weight_decay: float = 0.1
-    betas: tuple[float, float] = (0.9, 0.95)
     clip: float = 1.0
-    loss_scale: float | None = None
     log: Path | None = None
     bad_steps: int = 3
     save_every: int | None = None
@@ -66,13 +58,13 @@ class TrainSettings:
             value = getattr(self, name)
             optional = self.__dataclass_fields__[name].default is None or name == "keep_last"
             value = value if value is None and optional else kind(name, value)
-            if value is not None and not value > 0 and name not in ("lr", "warmup", "weight_decay"):
+            if value is not None and not value > 0:
                 raise ValueError(f"{name} must be positive, not {value}")
         object.__setattr__(self, "log", None if self.log is None else Path(self.log).expanduser())
 
 
 class Trainer:
-    """Trains `model` on batches of `sampler`. All ranks make one and call its methods together.
+    """Has a manager minimise a task's loss on one batch after the other. All ranks make one and call its methods together.
 
     From the first step on, or from `resume`, until `close`, a signal to end (SIGTERM, SIGINT, SIGHUP, SIGUSR1) lets the step or the
     round of `evaluate` finish; then `fit`, `evaluate` or `save` saves and raises `Stopped` on every rank. One that comes before has
@@ -80,39 +72,35 @@ class Trainer:
     is closed at the end of the `with` statement.
 
     Args:
-        model: token ids (batch, length) -> logits (batch, length, vocab), or one in pipeline stages; initialised or to be loaded.
-        sampler: the training text.
-        settings: how to train.
+        task: the loss of a batch, and the model that is trained, initialised or to be loaded; e.g. `Pretrain(model)`.
+        batches: what is trained on, e.g. a `data.TokenSampler`: a step is a pure function of its number.
+        manager: with the optimizers of the model's parameters, their schedules, and the loss scale.
+        settings: how long, and what is left behind.
         folder: of its checkpoints, or None.
         signals: what watches for signals, if it is to go on when the trainer is closed, as for the next trainer.
     """
 
     def __init__(
         self,
-        model: nn.Cell,
-        sampler: TokenSampler,
+        task: Task,
+        batches: Batches,
+        manager: OptimManager,
         settings: TrainSettings,
         folder: str | Path | None = None,
         *,
         signals: StopSignals | None = None,
     ):
-        if not (isinstance(model, nn.Cell) and isinstance(settings, TrainSettings)):
-            kinds = f"{type(model).__name__} and {type(settings).__name__}"
-            raise TypeError(f"Trainer takes a model, a sampler, TrainSettings and a folder; model and settings are {kinds}")
-        self.model, self.sampler, self.settings = model, sampler, settings
+        _check_parts(task, batches, manager, settings)
+        self.task, self.batches, self.manager, self.settings = task, batches, manager, settings
+        self.model = task.model
         self.done = 0  # steps
-        optimizer = AdamOptimizer(model.trainable_params(), settings.lr, settings.betas, weight_decay=settings.weight_decay)
-        self.manager = OptimManager(loss_scale=settings.loss_scale)
-        schedule = Cosine(optimizer, settings.lr, min(settings.warmup, settings.steps), settings.steps)
-        self.manager.add_optimizer(optimizer, schedule)
-        self._optimizer = optimizer
         self._world = world()
         self.checkpoints: Checkpointer | None = None
         if folder is not None:
             self.checkpoints = Checkpointer(
                 folder,
-                model,
-                self.manager,
+                self.model,
+                manager,
                 keep_last=settings.keep_last,
                 keep_every=settings.keep_every,
                 shared_storage=settings.shared_storage,
@@ -203,11 +191,12 @@ class Trainer:
     def train_step(self) -> dict[str, Any]:
         """One step; returns what the log line holds (the loss is the mean over the ranks)."""
         start = time.perf_counter()
-        inputs, targets = self.sampler.batch(self.done, self._world.mesh.dp_rank, self._world.mesh.dp)
-        rate = self._optimizer.param_groups[0]["lr"]
+        mesh = self._world.mesh
+        batch = self.batches.batch(self.done, mesh.dp_rank, mesh.dp)
+        rate = self.manager.rate
         self.manager.zero_grad()
-        loss = self._mean(self.manager.backward(self._loss, from_host(inputs), from_host(targets.reshape(-1))))
-        grad_norm = self.manager.clip_grad_norm(self._optimizer.param_groups, self.settings.clip)
+        loss = self._mean(self.manager.backward(self.task.loss, batch))
+        grad_norm = self.manager.clip_grad_norm(self.manager.parameters, self.settings.clip)
         updated = self._update(loss, grad_norm)
         self.done += 1
         seconds = time.perf_counter() - start
@@ -219,7 +208,7 @@ class Trainer:
             "loss_scale": self.manager.loss_scale,
             "skipped": not updated,
             "seconds": round(seconds, 4),
-            "tokens_per_second": round(self.sampler.global_batch * inputs.shape[1] / seconds, 1),
+            "tokens_per_second": round(mesh.dp * batch.ids.size / seconds, 1),
             "memory_mib": memory_mib(),
         }
 
@@ -234,7 +223,7 @@ class Trainer:
         """
         self.model.set_train(False)
         try:
-            return mean_loss(self._loss, tokens, length, rows, self._world.along("dp"), self._end_if_told)
+            return mean_loss(self.task.loss, tokens, length, rows, self._world.along("dp"), self._end_if_told)
         finally:
             self.model.set_train(True)
 
@@ -283,7 +272,7 @@ class Trainer:
         than before the schedule is stretched.
 
         Args:
-            other_data: whether the sampler may be another one than that of the run that saved, of which step `done` is next.
+            other_data: whether the batches may be others than those of the run that saved, of which step `done` is next.
             keep: `saved`: the settings of the optimizer and the schedule are those of the run that saved.
 
         Returns:
@@ -292,7 +281,7 @@ class Trainer:
         Raises:
             CheckpointError: see `Checkpointer.load`; or another job saves to the folder, whose log this would cut.
             TrainingError: another job writes the log, or it cannot be cut.
-            ValueError: the sampler is another one: it would repeat or leave out data.
+            ValueError: the batches are others: data would be repeated or left out.
         """
         log = self.settings.log
         has_log = gather_json(log is not None and log.exists(), self._world.everyone, "log")[0]
@@ -302,7 +291,7 @@ class Trainer:
         resumed = self._folder().load(path, keep=keep)
         if resumed is None:
             return False
-        before, now = resumed.extra.get("data"), self.sampler.described
+        before, now = resumed.extra.get("data"), self.batches.described
         if not other_data and before is not None and not _same_data(before, now):
             raise ValueError(
                 f"{resumed.path} was saved by a run on the data {before}, this one has {now}: step {resumed.step} would be at "
@@ -315,20 +304,11 @@ class Trainer:
         return True
 
     def _extra(self) -> dict[str, Any]:
-        return {"step": self.done, "data": self.sampler.described}
-
-    @property
-    def _loss(self) -> Callable[[Tensor, Tensor], Tensor]:
-        own = getattr(self.model, "loss", None)  # of a model in pipeline stages, which cannot be called in a function
-        return own if isinstance(own, Scheduled) else self._of_logits
-
-    def _of_logits(self, inputs: Tensor, targets: Tensor) -> Tensor:
-        logits = self.model(inputs)
-        return cross_entropy(logits.reshape(-1, logits.shape[-1]), targets)
+        return {"step": self.done, "data": self.batches.described}
 
     def _update(self, loss: float, grad_norm: float) -> bool:
         """Whether the parameters were updated."""
-        if self.settings.loss_scale is not None or (math.isfinite(loss) and math.isfinite(grad_norm)):
+        if self.manager.loss_scale_enabled or (math.isfinite(loss) and math.isfinite(grad_norm)):
             self._bad = 0
             return self.manager.step().updated
         self._bad += 1
@@ -344,11 +324,11 @@ class Trainer:
 
     def _folder(self) -> Checkpointer:
         if self.checkpoints is None:
-            raise ValueError("this Trainer has no folder for checkpoints: Trainer(model, sampler, settings, folder)")
+            raise ValueError("this Trainer has no folder for checkpoints: Trainer(task, batches, manager, settings, folder)")
         return self.checkpoints
 
     def _mean(self, loss: Tensor) -> float:
-        """Over the ranks; what any of them was told travels with it."""
+        """The mean of a loss over the ranks; what any of them was told travels with it."""
         minutes = self.settings.save_minutes
         due = minutes is not None and time.monotonic() - self._saved_at >= 60 * minutes
         told = from_host(np.array([self._stop.asked, due], np.float32))
@@ -370,7 +350,7 @@ class Trainer:
             self._log_file.trim(self.done)
 
     def _as_chief(self, action: Callable[[], None]) -> None:
-        """On rank 0; what goes wrong there is raised on every rank."""
+        """Act on rank 0; what goes wrong there is raised on every rank."""
         error = ""
         if self._world.everyone.rank == 0:
             try:
@@ -382,8 +362,23 @@ class Trainer:
             raise TrainingError(error)
 
 
+def _check_parts(task: Any, batches: Any, manager: Any, settings: Any) -> None:
+    given = {
+        # a model may have a `model` and a `loss` of its own, as Llama has
+        "a task, as train.Pretrain(model)": not isinstance(task, nn.Cell) and hasattr(task, "model") and hasattr(task, "loss"),
+        "batches, as a data.TokenSampler": hasattr(batches, "batch") and hasattr(batches, "described"),
+        "an OptimManager": isinstance(manager, OptimManager),
+        "TrainSettings": isinstance(settings, TrainSettings),
+    }
+    for (wanted, fits), what in zip(given.items(), (task, batches, manager, settings)):
+        if not fits:
+            raise TypeError(f"Trainer takes {', '.join(given)} and a folder; instead of {wanted} it got: {type(what).__name__}")
+    if not manager.optimizers:
+        raise ValueError("the manager has no optimizer yet: call manager.add_optimizer(optimizer, schedule) first")
+
+
 def _same_data(before: Any, now: dict[str, Any]) -> bool:
-    """By what both know: the first versions had no digests, and not everybody knows the tokenizer."""
+    """Whether both are the same, by what both know: the first versions had no digests, and not everybody knows the tokenizer."""
     known = [name for name in now if name in before] if isinstance(before, dict) else []
     return bool(known) and all(before[name] == now[name] for name in known)
 

@@ -10,6 +10,8 @@ import xxhash
 
 from bmtrain_ms_base.checks import whole
 
+from .batch import Batch
+
 _HASHED = 1 << 20  # tokens at a time
 
 
@@ -53,7 +55,7 @@ class TokenSampler:
 
     @functools.cached_property
     def _digests(self) -> dict[str, str]:
-        """Of the contents; about a second for each GB of tokens, once."""
+        """Digests of the contents; about a second for each GB of tokens, once."""
         found = xxhash.xxh3_64()
         for start in range(0, len(self._tokens), _HASHED):
             piece = np.ascontiguousarray(
@@ -63,8 +65,8 @@ class TokenSampler:
         text = {} if self._tokenizer is None else {"tokenizer": xxhash.xxh3_64_hexdigest(self._tokenizer.encode())}
         return {"digest": found.hexdigest(), **text}
 
-    def batch(self, step: int, rank: int = 0, ranks: int = 1) -> tuple[np.ndarray, np.ndarray]:
-        """Inputs and targets of one rank at one step, counted from 0: int32, (global_batch / ranks, length) each.
+    def batch(self, step: int, rank: int = 0, ranks: int = 1) -> Batch:
+        """The rows of one rank at one step, counted from 0: (global_batch / ranks, length).
 
         Raises:
             ValueError: the global batch is not a multiple of the number of ranks.
@@ -75,7 +77,7 @@ class TokenSampler:
         first = step * self.global_batch + rank * share
         chosen = [self._window(i) for i in range(first, first + share)]
         rows = np.stack([self._tokens[w * self._length : (w + 1) * self._length + 1] for w in chosen])
-        return np.ascontiguousarray(rows[:, :-1], np.int32), np.ascontiguousarray(rows[:, 1:], np.int32)
+        return Batch(np.ascontiguousarray(rows[:, :-1], np.int32), np.ascontiguousarray(rows[:, 1:], np.int32))
 
     def _window(self, sample: int) -> int:
         epoch, place = divmod(sample, self.windows)

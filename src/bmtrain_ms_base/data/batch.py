@@ -1,0 +1,45 @@
+"""What a step is computed from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Optional, Protocol
+
+import numpy as np
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """One rank's rows of a step, as NumPy arrays of one shape, (rows, length).
+
+    `ids`: int32, the tokens.  `targets`: int32, for each of them the one to come; -100 where none is to be learnt.
+    `weights`: float32, what each target counts, or None: all the same.
+    `documents`: int32, which document of its row a token belongs to, where rows hold several that do not see each other, or None.
+
+    Raises:
+        ValueError: two of them have different shapes.
+    """
+
+    ids: np.ndarray
+    targets: np.ndarray
+    weights: Optional[np.ndarray] = None
+    documents: Optional[np.ndarray] = None
+
+    def __post_init__(self) -> None:
+        for name in ("targets", "weights", "documents"):
+            array = getattr(self, name)
+            if array is not None and array.shape != self.ids.shape:
+                raise ValueError(f"{name} of a batch have the shape {array.shape}, its ids {self.ids.shape}: make them alike")
+
+
+class Batches(Protocol):
+    """Where batches come from: `TokenSampler` is one. A step is a pure function of its number, so there is no state to save."""
+
+    @property
+    def described(self) -> dict[str, Any]:
+        """What decides which row is at which step, and what is in it, for JSON: a run that goes on compares it."""
+        ...
+
+    def batch(self, step: int, rank: int = 0, ranks: int = 1) -> Batch:
+        """The `rank`-th of `ranks` equal parts of a step, counted from 0; the step itself does not depend on their number."""
+        ...
