@@ -181,6 +181,8 @@ def test_called_twice():
     [
         ({"tp_size": 2}, r"^world size 1 is not divisible by pp \* tp = 1 \* 2 = 2; start a multiple of 2 processes$"),
         ({"tp_size": 0}, r"^tp_size must be at least 1, not 0$"),
+        ({"ep_size": 0}, r"^ep_size must be at least 1, not 0$"),
+        ({"ep_size": 2}, r"^ep=2 does not divide the 1 data-parallel ranks: use 1$"),
         ({"pipe_size": 2}, r"^pipe_size=2, num_micro_batches=None: pipelines are not part .*; use pipe_size=-1$"),
         ({"pipe_size": 0}, r"^pipe_size=0, num_micro_batches=None: pipelines are not part"),
         ({"num_micro_batches": 4}, r"^pipe_size=-1, num_micro_batches=4: pipelines are not part"),

@@ -187,6 +187,7 @@ def init_distributed(
     num_micro_batches: int | None = None,
     tp_size: int = 1,
     *,
+    ep_size: int = 1,
     prefetch: int = 1,
     gather_dtype: str | None = None,
     shard_size: int | None = None,
@@ -207,6 +208,7 @@ def init_distributed(
         seed: of initialisation and of all randomness.
         pipe_size, num_micro_batches: pipeline stages and their micro batches; only -1 (off) or 1, and None so far.
         tp_size: how many neighbouring ranks divide tensors among them; they are to get the same batch.
+        ep_size: over how many neighbouring data-parallel ranks the experts of `nn.MoE` are divided; each gets a batch of its own.
         prefetch: gather this many groups ahead of the one that computes; 0 turns overlap off.
         gather_dtype: gather parameters in fewer bits: `bfloat16`, `float16` or `int8`; what each costs: `bmtrain_ms.zero.wire`.
         shard_size: shard over so many neighbouring data-parallel ranks (those of a node) and replicate across: more memory, gathers
@@ -235,10 +237,14 @@ def init_distributed(
     elif target == "CPU":
         _configure_cpu(launch)
     ops.use_for(target)
+    _seed_all(seed)
+    record = Trace() if trace else None
+    return _enter(World(*_placed(engine, record, shard_size, tp_size, ep_size), seed, launch, prefetch, gather_dtype, record))
+
+
+def _seed_all(seed: int) -> None:
     for seed_it in (random.seed, np.random.seed, ms.set_seed):
         seed_it(seed)
-    record = Trace() if trace else None
-    return _enter(World(*_placed(engine, record, shard_size, tp_size), seed, launch, prefetch, gather_dtype, record))
 
 
 def _enter(made: World) -> World:
@@ -250,10 +256,11 @@ def _enter(made: World) -> World:
     return made
 
 
-def _placed(engine: Engine, trace: Trace | None, shard_size: int | None, tp_size: int) -> tuple[Engine, Mesh]:
+def _placed(engine: Engine, trace: Trace | None, shard_size: int | None, tp_size: int, ep_size: int) -> tuple[Engine, Mesh]:
     """All ranks, traced if they are to be, and where this one stands among them."""
     try:
-        mesh = Mesh.data_parallel(engine.size, engine.rank, shard_size, whole("tp_size", tp_size, 1))
+        sizes = whole("tp_size", tp_size, 1), whole("ep_size", ep_size, 1)
+        mesh = Mesh.data_parallel(engine.size, engine.rank, shard_size, *sizes)
     except ValueError:
         engine.close()
         raise
