@@ -117,7 +117,7 @@ def test_trap_5_aux_loss_weight_changes_with_m():
             total = np.zeros((3, 4))
             for _ in range(m):
                 told = Routing(sequences=sequences)
-                value, grads = ms.value_and_grad(
+                _, grads = ms.value_and_grad(
                     lambda told=told, made=made, x=x: told.add_losses((made(x * 1.0, told).weights * 0.0).sum()), None, [x]
                 )()
                 total += grads[0].asnumpy().reshape(repeats, 3, 4).sum(0) / m

@@ -1,4 +1,4 @@
-"""Tokens travel to the ranks that have their experts, and what those compute travels back; see [Note: experts] in `base/routing.py`.
+"""Tokens travel to the ranks that have their experts, and what those compute travels back; see [Note: experts] in `routing.py`.
 
 All ranks of the engine make the same calls, also those whose tokens, or whose experts, have nothing to do. Per exchange there are
 three collectives in forward (counts, there, back) and two in backward. The counts are what the host waits for on a device, and the

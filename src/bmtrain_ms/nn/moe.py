@@ -64,7 +64,7 @@ class Experts(nn.Cell):
         self.down_proj = ExpertLinear(experts, dim_ff, dim, dtype, init_std)
 
     def construct(self, x: Tensor, counts: Any) -> Tensor:
-        """x (rows, dim), by expert, counts (this rank's experts,) int64 of its rows -> (rows, dim); zeros behind the last expert's."""
+        """x (rows, dim), by expert, counts (this rank's experts,) int64 of its rows -> (rows, dim); zeros behind the last one's."""
         return self.down_proj(functional.swiglu(self.gate_proj(x, counts), self.up_proj(x, counts)), counts)
 
     @property

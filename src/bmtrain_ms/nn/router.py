@@ -8,7 +8,7 @@ data-parallel rank has of the batch (`micro_batch`), what all ranks have, togeth
 what it weighs against the mean loss of the tokens, whatever the number of micro-batches and ranks.
 
 It enters beside the hidden states, which stay one tensor: routers note in the pass's `Routing` what they add, `Routing.add_losses`
-adds it to the loss, and in backward, where it comes first, learns how much the loss counts; routers add the gradient of theirs then.
+adds it to the loss, and in backward, where it comes first, learns how much the loss counts; routers add the gradients of theirs.
 """
 
 from __future__ import annotations
@@ -100,8 +100,8 @@ class RouterConfig:
             raise ValueError(f"group_score={self.group_score!r} needs groups of two experts or more, and they have {of_group}")
         if self.keep_groups * of_group < top_k:
             raise ValueError(
-                f"keep_groups={self.keep_groups} groups have {self.keep_groups * of_group} experts, of which top_k={top_k} cannot be "
-                f"chosen: keep {-(-top_k // of_group)}"
+                f"keep_groups={self.keep_groups} groups have {self.keep_groups * of_group} experts, of which top_k={top_k} cannot "
+                f"be chosen: keep {-(-top_k // of_group)}"
             )
 
 
@@ -122,7 +122,7 @@ class Routing:
 
     Args:
         tokens: (rows,) bool, which of this rank's rows are tokens: others are sent to no expert and do not count. None: all.
-        sequences: (rows,) of int from 0, which sequence of this data-parallel rank's batch a row is of; for the balance of sequences.
+        sequences: (rows,) of int from 0, which sequence of this data-parallel rank's batch a row is of, if sequences are balanced.
         in_world: default: the current world.
     """
 
