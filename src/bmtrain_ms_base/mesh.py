@@ -51,15 +51,18 @@ class Mesh:
         for name in ("replica", "ep"):
             size = getattr(self, name)
             if size < 1 or self.dp % size:
-                raise ValueError(f"{name}={size} does not divide the {self.dp} data-parallel ranks")
+                raise ValueError(
+                    f"{name}={size} does not divide the {self.dp} data-parallel ranks: use {nearest_divisors(self.dp, size)}"
+                )
 
     @classmethod
-    def data_parallel(cls, world: int, rank: int, shard_size: int | None = None, tp: int = 1, pp: int = 1) -> Mesh:
+    def data_parallel(cls, world: int, rank: int, shard_size: int | None = None, tp: int = 1, pp: int = 1, ep: int = 1) -> Mesh:
         """`tp` neighbours divide tensors, `pp` stages layers, the rest of the ranks are the data axis, where parameters are sharded
-        over so many neighbours (default: all) and repeated across.
+        over so many neighbours (default: all) and repeated across, and experts are divided over `ep` neighbours.
 
         Raises:
-            ValueError: the number of ranks is not a multiple of `pp * tp`, or that of data-parallel ones not of `shard_size`.
+            ValueError: the number of ranks is not a multiple of `pp * tp`, or that of data-parallel ones not of `shard_size` or
+                `ep`.
         """
         dp = cls(world, rank, tp=tp, pp=pp).dp
         if shard_size is not None and (shard_size < 1 or dp % shard_size):
@@ -67,7 +70,7 @@ class Mesh:
                 f"shard_size={shard_size} does not divide the {dp} ranks; give the number of ranks of a node, or None to "
                 "shard over all"
             )
-        return cls(world, rank, tp=tp, pp=pp, replica=1 if shard_size is None else dp // shard_size)
+        return cls(world, rank, tp=tp, pp=pp, replica=1 if shard_size is None else dp // shard_size, ep=ep)
 
     @property
     def dp(self) -> int:
@@ -129,6 +132,13 @@ class Mesh:
         mine = [self.coordinate(axis) for axis in fixed]
         others = (replace(self, rank=rank) for rank in range(self.world))
         return [other.rank for other in others if [other.coordinate(axis) for axis in fixed] == mine]
+
+
+def nearest_divisors(size: int, wanted: int) -> str:
+    """For messages: the divisors of `size` around one that is none, e.g. `2 or 4`."""
+    fit = [n for n in range(1, size + 1) if size % n == 0]
+    around = [*[n for n in fit if n < wanted][-1:], *[n for n in fit if n > wanted][:1]]
+    return " or ".join(map(str, around))
 
 
 def _check_axis(axis: str) -> None:

@@ -187,6 +187,8 @@ def test_called_twice():
         ),
         ({"pipe_size": 0}, r"^pipe_size must be at least 1, not 0$"),
         ({"num_micro_batches": 0}, r"^num_micro_batches must be at least 1, not 0$"),
+        ({"ep_size": 0}, r"^ep_size must be at least 1, not 0$"),
+        ({"ep_size": 2}, r"^ep=2 does not divide the 1 data-parallel ranks: use 1$"),
         (
             {"init_method": "tcp://a:1"},
             r"^init_method='tcp://a:1': ranks find each other by what mpiexec or msrun says; use 'env://'$",

@@ -95,7 +95,7 @@ def test_unknown_axis():
 
 @pytest.mark.parametrize("arguments", [{"replica": 3}, {"ep": 3}, {"ep": 0}, {"tp": 2, "replica": 4}], ids=str)
 def test_factors_of_the_data_axis_must_divide_it(arguments: dict):
-    with pytest.raises(ValueError, match=r"^(replica|ep)=\d does not divide the \d data-parallel ranks$"):
+    with pytest.raises(ValueError, match=r"^(replica|ep)=\d does not divide the \d data-parallel ranks: use \d( or \d)?$"):
         Mesh(4, 0, **arguments)
 
 
@@ -132,3 +132,15 @@ def test_sharding_ranks_and_expert_ranks_are_neighbours():
 def test_readings_of_the_data_axis_are_not_mixed(axes: tuple[str, str]):
     with pytest.raises(ValueError, match=f"^axes {', '.join(axes)} are different readings of the data axis"):
         Mesh(4, 0).peers(*axes)
+
+
+def test_experts_and_shards_are_two_readings_of_the_data_axis():
+    mesh = Mesh.data_parallel(8, 5, shard_size=2, tp=2, ep=2)
+    assert (mesh.dp, mesh.replica, mesh.shard, mesh.edp, mesh.ep) == (4, 2, 2, 2, 2)
+    assert mesh.peers("ep") == [5, 7] and mesh.peers("edp") == [1, 5] and mesh.peers("tp") == [4, 5]
+
+
+@pytest.mark.parametrize(("ep", "text"), [(3, "ep=3 does not divide the 8 data-parallel ranks: use 2 or 4"), (9, "use 8")])
+def test_sizes_that_fit_are_named(ep: int, text: str):
+    with pytest.raises(ValueError, match=f"{text}$"):
+        Mesh.data_parallel(8, 0, ep=ep)

@@ -193,6 +193,7 @@ def init_distributed(
     num_micro_batches: int | None = None,
     tp_size: int = 1,
     *,
+    ep_size: int = 1,
     prefetch: int = 1,
     gather_dtype: str | None = None,
     shard_size: int | None = None,
@@ -214,6 +215,7 @@ def init_distributed(
         pipe_size: stages of a pipeline, over which `model_center.spread` divides a model's layers; -1: one.
         num_micro_batches: into how many a pipeline divides each rank's batch; default: as many as it has stages.
         tp_size: how many neighbouring ranks divide tensors among them; they are to get the same batch.
+        ep_size: over how many neighbouring data-parallel ranks the experts of `nn.MoE` are divided; each gets a batch of its own.
         prefetch: gather this many groups ahead of the one that computes; 0 turns overlap off.
         gather_dtype: gather parameters in fewer bits: `bfloat16`, `float16` or `int8`; what each costs: `bmtrain_ms.zero.wire`.
         shard_size: shard over so many neighbouring data-parallel ranks (those of a node) and replicate across: more memory, gathers
@@ -242,7 +244,7 @@ def init_distributed(
     engine = _choose(chosen, launch, engine, timeout)
     _seed_generators(seed)
     record = Trace() if trace else None
-    ranks = _placed(engine, record, shard_size, tp_size, pipe_size)
+    ranks = _placed(engine, record, shard_size, tp_size, pipe_size, ep_size)
     return _enter(World(*ranks, seed, launch, prefetch, gather_dtype, record, micro_batches))
 
 
@@ -273,10 +275,13 @@ def _enter(made: World) -> World:
     return made
 
 
-def _placed(engine: Engine, trace: Trace | None, shard_size: int | None, tp_size: int, pp: int) -> tuple[Engine, Mesh]:
+def _placed(
+    engine: Engine, trace: Trace | None, shard_size: int | None, tp_size: int, pp: int, ep_size: int
+) -> tuple[Engine, Mesh]:
     """All ranks, traced if they are to be, and where this one stands among them."""
     try:
-        mesh = Mesh.data_parallel(engine.size, engine.rank, shard_size, whole("tp_size", tp_size, 1), pp)
+        tp, ep = whole("tp_size", tp_size, 1), whole("ep_size", ep_size, 1)
+        mesh = Mesh.data_parallel(engine.size, engine.rank, shard_size, tp, pp, ep)
     except ValueError:
         engine.close()
         raise

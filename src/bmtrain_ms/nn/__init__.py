@@ -5,6 +5,8 @@ from bmtrain_ms_base.absent import absent
 from . import functional
 from .dropout import Dropout
 from .linear import Linear
+from .moe import ExpertLinear, Experts, MoE
+from .router import ROUTERS, Choice, Router, RouterConfig, Routing, update_router_bias
 from .tensor_parallel import (
     ColumnParallelLinear,
     OpParallelLinear,
@@ -24,15 +26,24 @@ __getattr__ = absent(
 )
 
 __all__ = [
+    "ROUTERS",
+    "Choice",
     "ColumnParallelLinear",
     "Dropout",
+    "ExpertLinear",
+    "Experts",
     "Linear",
+    "MoE",
     "OpParallelLinear",
     "Projection",
     "ReduceType",
+    "Router",
+    "RouterConfig",
+    "Routing",
     "RowParallelLinear",
     "VPEmbedding",
     "VPProjection",
     "functional",
     "projections",
+    "update_router_bias",
 ]

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 from types import ModuleType
 
+import numpy as np
 from mindspore import Tensor
 
 from ..compat.device import on_host
-from . import loss
+from . import experts, loss
 from .rules import Angles, LossRule, check_cross_entropy_options
 
 __all__ = [
@@ -20,14 +21,18 @@ __all__ = [
     "attention",
     "causal_mask",
     "check_cross_entropy_options",
+    "choose_experts",
     "chosen",
+    "combine_rows",
     "cross_entropy",
     "embedding",
+    "grouped_linear",
     "layer_norm",
     "linear",
     "linear_cross_entropy",
     "matmul",
     "merge_heads",
+    "pick_rows",
     "rms_norm",
     "split_heads",
     "swiglu",
@@ -203,3 +208,61 @@ def linear_cross_entropy(
     """
     rule = LossRule.of(hidden.shape[0], weight.shape[0], targets, ignore_index, None, reduction, label_smoothing)
     return loss.linear_cross_entropy(hidden, weight, rule, chosen(), rows)
+
+
+def choose_experts(scores: Tensor, top_k: int, groups: int = 1, keep: int = 1, best: int = 1) -> Tensor:
+    """The experts with the highest scores, best first, and of equal ones the lowest number. It has no derivative.
+
+    Args:
+        scores: (tokens, experts) float32.
+        top_k: how many of them.
+        groups: equal parts of the experts, in order, of which only those of `keep` groups are chosen ...
+        keep: ... the ones with the highest sums of their `best` highest scores (DeepSeek-V2: 1, V3: 2).
+
+    Returns:
+        (tokens, top_k) int32.
+    """
+    return chosen().choose_experts(scores, top_k, groups, keep, best)
+
+
+def pick_rows(x: Tensor, index: np.ndarray, places: np.ndarray) -> Tensor:
+    """x[index], a row of zeros where the index is -1; what has no gradient there has none.
+
+    Args:
+        x: (n, dim).
+        index: (m,) of int, below n.
+        places: (n, k) of int, the inverse: where in the result each row of x lies, -1 where it does not.
+
+    Returns:
+        (m, dim); gradients of rows that are there several times are summed in float32.
+    """
+    return experts.pick_rows(x, index, places, chosen())
+
+
+def combine_rows(y: Tensor, weights: Tensor, places: np.ndarray, slots: np.ndarray) -> Tensor:
+    """For each token the sum of k rows, each times its weight, in float32.
+
+    Args:
+        y: (n, dim).
+        weights: (tokens, k) float32.
+        places: (tokens, k) of int: which row of y; -1: none, and the weight has a gradient of zero.
+        slots: (n,) of int, the inverse: t * k + j of each row of y, -1 where no token has it.
+
+    Returns:
+        (tokens, dim), in the type of y.
+    """
+    return experts.combine_rows(y, weights, places, slots, chosen())
+
+
+def grouped_linear(x: Tensor, weight: Tensor, counts: np.ndarray) -> Tensor:
+    """x Wᵀ with another W for each group of rows, without waiting for a device.
+
+    Args:
+        x: (rows, in), group behind group; rows behind the last one give zeros, and get gradients of zero.
+        weight: (groups, out, in), of the type of x.
+        counts: (groups,) of int, rows of each group, at least 0; the gradient of a W without rows is zero.
+
+    Returns:
+        (rows, out).
+    """
+    return chosen().grouped_linear(x, weight, counts)

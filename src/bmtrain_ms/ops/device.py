@@ -10,13 +10,17 @@ import numpy as np
 from mindspore import Tensor, ops
 
 from ..compat.autograd import custom_vjp
+from .device_experts import choose_experts, dot_rows, grouped_linear, spread_rows, sum_rows, take_rows
 from .device_loss import loss_gradient, loss_sums
 from .rules import Angles
 
 __all__ = [
     "attention",
     "causal_mask",
+    "choose_experts",
+    "dot_rows",
     "embedding",
+    "grouped_linear",
     "layer_norm",
     "linear",
     "loss_gradient",
@@ -25,7 +29,10 @@ __all__ = [
     "merge_heads",
     "rms_norm",
     "split_heads",
+    "spread_rows",
+    "sum_rows",
     "swiglu",
+    "take_rows",
 ]
 
 Tensors = tuple[Tensor, ...]

@@ -13,13 +13,17 @@ from ..compat.runtime import from_host, values
 from . import kernels
 from .host_arrays import Arrays, Tensors, matrix, quiet, returned, wide
 from .host_attention import attention, causal_mask
+from .host_experts import choose_experts, dot_rows, grouped_linear, spread_rows, sum_rows, take_rows
 from .host_loss import loss_gradient, loss_sums
 from .rules import Angles
 
 __all__ = [
     "attention",
     "causal_mask",
+    "choose_experts",
+    "dot_rows",
     "embedding",
+    "grouped_linear",
     "layer_norm",
     "linear",
     "loss_gradient",
@@ -28,7 +32,10 @@ __all__ = [
     "merge_heads",
     "rms_norm",
     "split_heads",
+    "spread_rows",
+    "sum_rows",
     "swiglu",
+    "take_rows",
 ]
 
 

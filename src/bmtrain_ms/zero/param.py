@@ -12,8 +12,9 @@ from mindspore import Parameter, Tensor
 
 from bmtrain_ms_base.checks import whole
 from bmtrain_ms_base.layout import Layout, Split
+from bmtrain_ms_base.mesh import nearest_divisors
 
-from ..comm import World, world
+from ..comm import Engine, World, world
 from ..compat.autograd import custom_op, recording
 from ..compat.habits import sharded_types
 from ..compat.parameter import adopt
@@ -62,6 +63,7 @@ class DistributedParameter(Parameter):
         in_world: the ranks that share it; default: the current world.
         along: the axis of the mesh over whose ranks it is sharded: `shard`, or `edp` for an expert's, which ranks along `ep` do not
             share. Its gradient is that of the mean of the losses of all ranks of its stage in either case.
+        ep_split: dim 0 is of experts, of which each rank along `ep` has a part; it is sharded along `edp` then.
 
     Attributes:
         layout: where the shard lies in the whole tensor; `size` and `numel()` are the shard's.
@@ -86,12 +88,13 @@ class DistributedParameter(Parameter):
         tp_parts: int | None = None,
         in_world: World | None = None,
         along: str = "shard",
+        ep_split: bool = False,
         **kwargs: Any,
     ) -> DistributedParameter:
         if not isinstance(data, (Empty, Tensor, np.ndarray)):
             raise TypeError(f"DistributedParameter takes a tensor, an array or bmtrain_ms.empty(...), not {type(data).__name__}")
         cut = _Cut.of(data.shape, in_world or world(), tp_mode, tp_split_dim, tp_parts)
-        length = _layout_of(data.shape, in_world or world(), along, cut).length
+        length = _layout_of(data.shape, in_world or world(), along, cut, ep_split).length
         return adopt(cls, from_host(np.zeros(length, numpy_dtype(_dtype_of(data)))))
 
     def __init__(
@@ -107,11 +110,12 @@ class DistributedParameter(Parameter):
         name: str | None = None,
         in_world: World | None = None,
         along: str = "shard",
+        ep_split: bool = False,
     ):
         super().__init__(self, name=name, requires_grad=requires_grad)
-        self.world, self.along = in_world or world(), along
+        self.world, self.along = in_world or world(), "edp" if ep_split else along
         cut = _Cut.of(data.shape, self.world, tp_mode, tp_split_dim, tp_parts)
-        self.layout, self.tp_parts = _layout_of(data.shape, self.world, along, cut), cut.parts
+        self.layout, self.tp_parts = _layout_of(data.shape, self.world, along, cut, ep_split), cut.parts
         self.world.sharing(self.world.mesh.tp // cut.parts)
         if not self.full_size:
             raise ValueError(f"a parameter of shape {self.full_shape} has no elements; leave it out of the model")
@@ -146,32 +150,33 @@ class DistributedParameter(Parameter):
     # BMTrain's names for the same things #
 
     def gather_all(self) -> Tensor:
-        """The whole tensor: what `gather` gives, of all tensor-parallel ranks, and gradients of it come back to them.
+        """The whole tensor: what `gather` gives, of all ranks that have cut it, and gradients of it come back to them.
 
         All ranks of the stage call it together.
         """
-        local, engine = self.gather(), self.world.along("tp")
-        if self.tp_parts == 1:
+        local = self.gather()
+        if not self.layout.splits:
             return local
+        engine, cut = self._cut_among()
 
         def give_back(grads: tuple[Tensor, ...]) -> tuple[Tensor]:
             total = host_array(engine.all_reduce([grads[0]], label=f"all of {self.name}, backward").wait()[0])
             # each rank that has a copy of the part is told a share: what it gives up is summed over them
-            share = total[self.layout.box] / (engine.size // self.tp_parts)
+            share = total[self.layout.box] / (engine.size // cut.parts)
             return (from_host(np.ascontiguousarray(share.astype(total.dtype))),)
 
         return custom_op(lambda local: (from_host(self.joined(host_array(local))),), give_back, local)[0]
 
     def joined(self, local: np.ndarray) -> np.ndarray:
-        """An array of the whole tensor's shape, of what each tensor-parallel rank has for its part of it, of `full_shape`.
+        """An array of the whole tensor's shape, of what each rank among which it is cut has for its part of it, of `full_shape`.
 
         All ranks of the stage call it together.
         """
-        if self.tp_parts == 1:
+        if not self.layout.splits:
             return local
-        engine, dim = self.world.along("tp"), self.layout.splits[0].dim
+        engine, cut = self._cut_among()
         whole, size = self.layout.whole, engine.size
-        boxes = [Layout(whole, (Split(dim, i * self.tp_parts // size, self.tp_parts),)).box for i in range(size)]
+        boxes = [Layout(whole, (Split(cut.dim, i * cut.parts // size, cut.parts),)).box for i in range(size)]
         padded = np.zeros(max(math.prod(part.stop - part.start for part in box) for box in boxes), local.dtype)
         padded[: local.size] = local.reshape(-1)
         rows = host_array(engine.all_gather([from_host(padded)], label=f"all of {self.name}").wait()[0]).reshape(size, -1)
@@ -179,6 +184,11 @@ class DistributedParameter(Parameter):
         for row, box in zip(rows, boxes):
             out[box] = row[: out[box].size].reshape(out[box].shape)
         return out
+
+    def _cut_among(self) -> tuple[Engine, Split]:
+        """The ranks that have the parts, tensor-parallel ones or those of experts, and how it is cut."""
+        (cut,) = self.layout.splits
+        return self.world.along("tp" if self.tp_parts > 1 else "ep"), cut
 
     def _copy_data(self, full: Tensor | np.ndarray) -> None:
         self.copy_full(full)
@@ -283,10 +293,20 @@ class _Cut(NamedTuple):
         return cls(dim, parts)
 
 
-def _layout_of(shape: Sequence[int], world: World, along: str, cut: _Cut) -> Layout:
+def _layout_of(shape: Sequence[int], world: World, along: str, cut: _Cut, ep_split: bool) -> Layout:
     if along not in ("shard", "edp"):
         raise ValueError(f"a parameter is sharded along shard or edp, not along {along!r}")
     mesh = world.mesh
+    if ep_split:
+        if cut.parts > 1:
+            raise ValueError("a parameter of experts is cut over ep or over tp, not over both: leave tp_split_dim or ep_split out")
+        if not shape or shape[0] % mesh.ep:
+            raise ValueError(
+                f"dim 0 of a parameter of shape {tuple(shape)} cannot be divided over ep_size={mesh.ep} ranks: use "
+                f"{nearest_divisors(shape[0], mesh.ep) if shape else 'a dim of experts'}"
+            )
+        splits = (Split(0, mesh.coordinate("ep"), mesh.ep),) if mesh.ep > 1 else ()
+        return Layout(tuple(shape), splits, mesh.coordinate("edp"), mesh.size("edp"), copy=mesh.tp_rank)
     copies = mesh.tp // cut.parts
     part, copy = divmod(mesh.tp_rank, copies)
     splits = (Split(cut.dim, part, cut.parts),) if cut.parts > 1 else ()
