@@ -160,6 +160,6 @@ class MoE(nn.Cell):
         return kept_choices(choice.experts, choice.tokens, limit, weights)
 
     def _shared(self, hidden: Tensor) -> Tensor | None:
-        if self.shared_expert is not None:
+        if self.shared_expert is not None and self.shared_expert_gate is not None:
             return self.shared_expert(hidden) * ops.sigmoid(self.shared_expert_gate(hidden))
         return None if self.shared_experts is None else self.shared_experts(hidden)

@@ -393,10 +393,10 @@ class _Choosing:
 
     def _load(self) -> Tensor:
         """(rows, experts): the load that a token's loss is multiplied with; zero for rows that are no tokens."""
-        load = self.note.load
+        load, tokens = np.asarray(self.note.load), np.asarray(self.tokens)
         group = 0 if self.config.balance != "sequence" else self.routing.sequences
-        rows = np.broadcast_to(load[group], (len(self.tokens), load.shape[1]))
-        return from_host(np.where(self.tokens[:, None], rows, np.float32(0.0)))
+        rows = np.broadcast_to(load[group], (len(tokens), load.shape[1]))
+        return from_host(np.where(tokens[:, None], rows, np.float32(0.0)))
 
 
 def _log_sums(logits: Tensor) -> Tensor:
