@@ -99,7 +99,7 @@ def train(world: World, case: Case, steps: int = STEPS) -> dict[str, Any]:
         bms.init_parameters(model)
         params = model.trainable_params()
         first = parts({p.name: (p.layout, p) for p in params})
-        manager = bms.optim.OptimManager(loss_scale=2.0**10 if case.dtype == "float16" else None)
+        manager = bms.optim.OptimManager(loss_scale=2.0**5 if case.dtype == "float16" else None)
         optimizer = bms.optim.AdamOptimizer(params, lr=3e-3, weight_decay=0.01)
         manager.add_optimizer(optimizer)
         losses, norms, grads = [], [], {}

@@ -68,9 +68,8 @@ def check(made: MoE, x: np.ndarray, tokens: np.ndarray | None = None, shared: st
     value, found = ms.value_and_grad(loss, None, [hidden, *params])()
 
     def right(**changed: np.ndarray) -> float:
-        return float(
-            (oracle({**p, **changed}, changed.get("x", wide), choice.experts, kept, made.gate.config, shared) * pulled).sum()
-        )
+        out = oracle({**p, **changed}, changed.get("x", wide), choice.experts, kept, made.gate.config, shared)
+        return float((out * pulled).sum())
 
     wide = x.astype(np.float64)
     assert value.asnumpy() == pytest.approx(right(), rel=2e-5, abs=2e-5)
@@ -104,9 +103,8 @@ def test_capacity(implementation: str, drop: str):
 
 
 def test_policies_drop_different_tokens(single_world: Any):
-    results = [
-        layer(4, 1, ROUTERS["grok-1"], capacity=0.5, drop=drop)(Tensor(hidden(9))).asnumpy() for drop in ("probs", "position")
-    ]
+    config, x = ROUTERS["grok-1"], Tensor(hidden(9))
+    results = [layer(4, 1, config, capacity=0.5, drop=drop)(x).asnumpy() for drop in ("probs", "position")]
     assert not np.array_equal(*results)
     for result in results:
         assert (result == 0).all(1).any()  # a token of which nothing was kept
