@@ -36,6 +36,7 @@ QUICK = {
         "test_passes",
         "test_public_names",
         "test_schedule",
+        "test_stage",
         "test_stages",
         "test_structure",
         "test_world_axes",

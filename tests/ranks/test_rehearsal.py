@@ -14,6 +14,7 @@ import pytest
 from bmtrain_ms.comm import World
 from bmtrain_ms.compat.device import on_host, rehearsed
 from tests.helpers.checkpoints import Layout
+from tests.helpers.layouts import PIPELINES
 from tests.ranks import (
     test_checkpoint_ranks,
     test_checkpointer_ranks,
@@ -22,6 +23,7 @@ from tests.ranks import (
     test_optim_offload_ranks,
     test_optim_ranks,
     test_parity,
+    test_pipeline_ranks,
     test_tensor_parallel,
     test_wrapper_ranks,
 )
@@ -92,4 +94,6 @@ test_rows = again(test_tensor_parallel.test_row_parallel_adds_its_bias_once, tp=
 test_vocabulary = again(test_tensor_parallel.test_vocabulary_parallel_embedding_and_loss, tp=[2], scatter=[True, False])
 
 test_pipeline = again(test_distributed.test_send_and_recv_are_a_pipeline, ranks=[2])
+STAGED = [case for case in PIPELINES if str(case) in ("pp2-kept-micro_batches=3", "pp2-chunks=2-micro_batches=4")]
+test_stages = again(test_pipeline_ranks.test_training_in_stages_is_that_of_one_rank, case=STAGED)
 test_activations = again(test_distributed.test_activations_of_any_shape_and_type)

@@ -268,8 +268,8 @@ class Recorded:
             found = executor.grad(self._graph, how, list(weights) or None, places, *aux, *self._inputs, last)
         self._inputs = ()
         if not (places and weights):
-            return tuple(map(_of_python, as_tuple(found))) if weights else as_tuple(found)
-        return (*as_tuple(found[0]), *map(_of_python, as_tuple(found[1])))
+            return tuple(map(_of_python, as_tuple(found)))
+        return tuple(map(_of_python, (*as_tuple(found[0]), *as_tuple(found[1]))))
 
 
 def record(
