@@ -76,19 +76,28 @@ def _left_empty(_empty_folder: Path) -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def _rank_pools() -> Iterator[dict[int, RankPool]]:
-    pools: dict[int, RankPool] = {}
+def _rank_pools() -> Iterator[dict[tuple[int, bool], RankPool]]:
+    pools: dict[tuple[int, bool], RankPool] = {}
     yield pools
     for pool in pools.values():
         pool.kill()
 
 
 @pytest.fixture(scope="session")
-def run_ranks(_rank_pools: dict[int, RankPool]) -> Callable[..., list[Any]]:
+def run_ranks(_rank_pools: dict[tuple[int, bool], RankPool]) -> Callable[..., list[Any]]:
     """`run_ranks(n, function, timeout=120, **kwargs)`: module-level `function(world, **kwargs)` on n ranks; results by rank."""
+    return _runner(_rank_pools, rehearse=False)
 
+
+@pytest.fixture(scope="session")
+def rehearsing_ranks(_rank_pools: dict[tuple[int, bool], RankPool]) -> Callable[..., list[Any]]:
+    """`run_ranks`, on ranks that compute as on devices: a module whose `run_ranks` is this one rehearses its tests."""
+    return _runner(_rank_pools, rehearse=True)
+
+
+def _runner(pools: dict[tuple[int, bool], RankPool], rehearse: bool) -> Callable[..., list[Any]]:
     def run(size: int, function: Callable, timeout: float = 120.0, **kwargs: Any) -> list[Any]:
-        return _rank_pools.setdefault(size, RankPool(size)).run(function, timeout, **kwargs)
+        return pools.setdefault((size, rehearse), RankPool(size, rehearse)).run(function, timeout, **kwargs)
 
     return run
 
@@ -101,6 +110,20 @@ def single_world() -> Iterator[Any]:
     bmtrain_ms.init_distributed(seed=0)
     yield bmtrain_ms.comm.world()
     bmtrain_ms.shutdown()
+
+
+@pytest.fixture
+def rehearsed_world(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """A world of one rank in this process, which computes as on a device."""
+    import bmtrain_ms
+    from bmtrain_ms.compat.device import Device, choose
+
+    monkeypatch.setenv("BMTRAIN_MS_REHEARSE", "1")
+    bmtrain_ms.init_distributed(seed=0)
+    yield bmtrain_ms.comm.world()
+    bmtrain_ms.shutdown()
+    choose(Device("CPU"))
+    bmtrain_ms.ops.use_default()
 
 
 @pytest.fixture(params=["host", "device"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from typing import Any, Iterator, Mapping, TextIO
 
@@ -16,7 +17,8 @@ from bmtrain_ms_base.memory import reset_peak_memory, resident_memory
 from .comm import Engine, is_initialized, world
 from .comm import rank as this_rank
 from .compat.cells import child_table, parameter_table
-from .compat.runtime import device_target, from_host, host_array
+from .compat.device import on_host
+from .compat.runtime import from_host, host_array
 from .distributed import all_reduce
 from .zero import Block, DistributedParameter, context_of
 
@@ -78,7 +80,7 @@ def see_memory(message: str, detail: bool = False) -> dict[str, float]:
         Name -> MiB, of this rank.
     """
     mib = 2.0**20
-    if device_target() == "CPU":
+    if on_host():
         now, most = resident_memory()
         numbers = {"resident": now / mib, "most": most / mib}
         reset_peak_memory()
@@ -86,7 +88,8 @@ def see_memory(message: str, detail: bool = False) -> dict[str, float]:
         numbers = {"allocated": ms.runtime.memory_allocated() / mib, "most": ms.runtime.max_memory_allocated() / mib}
         if detail:
             numbers["reserved"] = ms.runtime.memory_reserved() / mib
-        ms.runtime.reset_max_memory_allocated()
+        with contextlib.suppress(RuntimeError):  # 2.5, before the first operation: there is no peak yet
+            ms.runtime.reset_max_memory_allocated()
     if is_initialized():
         meter = context_of(world()).pipeline.meter
         if detail:
@@ -147,7 +150,7 @@ def gather_result(result: Tensor) -> Tensor:
 
 def wait_loader() -> None:
     """Let the host run no further ahead of the device (BMTrain: at most a block). On CPU operations are over when they return."""
-    if device_target() != "CPU":
+    if not on_host():
         ms.runtime.synchronize()
 
 

@@ -8,6 +8,8 @@ from typing import Mapping, MutableMapping, Optional
 
 from . import board as boards
 
+REHEARSE = "BMTRAIN_MS_REHEARSE"  # asks every rank to rehearse on CPU what a device would run: see `init_distributed`
+
 
 @dataclass(frozen=True)
 class Launch:

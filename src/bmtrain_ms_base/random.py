@@ -74,7 +74,8 @@ def normal(words: np.ndarray) -> np.ndarray:
 class Draws:
     """Numbers what happens in forward passes, so that recomputation can repeat it: random draws, and records of `inspect`.
 
-    A draw's key is (seed, rank, step, number of the draw within the step).
+    A draw's key is (seed, step, number of the draw within the step), the same on every rank: which elements of it a rank draws is
+    up to who draws.
 
     Attributes:
         step: steps made so far, without those that were skipped: so the next one draws what a run would that never saw it.
@@ -83,8 +84,8 @@ class Draws:
         replaying: a forward pass is being repeated.
     """
 
-    def __init__(self, seed: int, rank: int):
-        self._seed, self._rank = seed, rank
+    def __init__(self, seed: int):
+        self._seed = seed
         self.step, self.count, self.records, self.replaying = 0, 0, 0, False
 
     def next_step(self, made: bool) -> None:
@@ -105,4 +106,4 @@ class Draws:
     def next_key(self) -> np.ndarray:
         """The key of the next draw."""
         self.count += 1
-        return key_of(self._seed, "draw", self._rank, self.step, self.count)
+        return key_of(self._seed, "draw", self.step, self.count)

@@ -40,6 +40,7 @@ class DemoOptions:
     save_minutes: float | None = None
     keep_last: int = 3
     no_shared_storage: bool = False
+    rehearse: bool = False
 
 
 def demo(options: DemoOptions) -> int:
@@ -52,7 +53,7 @@ def demo(options: DemoOptions) -> int:
     if "BMTRAIN_MS_DEMO" not in os.environ:
         check_text(options.text, options.batch, _LENGTH, _VOCAB)
         script = [str(Path(__file__).with_name("__main__.py")), *_arguments(options)]
-        return launch(script, options.ranks, variables={"BMTRAIN_MS_DEMO": "rank"})
+        return launch(script, options.ranks, variables={"BMTRAIN_MS_DEMO": "rank"}, rehearse=options.rehearse)
     return _run(options)
 
 

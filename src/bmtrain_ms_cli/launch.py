@@ -17,7 +17,7 @@ from types import FrameType
 from typing import Any, Mapping, Sequence
 
 from bmtrain_ms_base import system
-from bmtrain_ms_base.launchers import forget_launchers
+from bmtrain_ms_base.launchers import REHEARSE, forget_launchers
 
 from . import hosts as several
 from .supervise import PASSED_ON
@@ -41,6 +41,7 @@ def launch(
     variables: Mapping[str, str] | None = None,
     *,
     hosts: Sequence[str] = (),
+    rehearse: bool = False,
 ) -> int:
     """Run a Python script with its arguments on `ranks` processes, of this host unless there are others, and wait for them.
 
@@ -55,6 +56,7 @@ def launch(
             elsewhere neither: ranks of one host need no MPI.
         variables: more environment variables for the ranks.
         hosts: where to run, by `mpiexec` and ssh; the same number of ranks on each.
+        rehearse: on CPU, but as on Ascend devices: see `init_distributed`.
 
     Returns:
         0 if every rank came to its end; 75 if they were told to stop, and saved; otherwise what the first failing rank ended with,
@@ -67,9 +69,11 @@ def launch(
         raise LaunchError(f"{script[0]} does not exist")
     if launcher == "msrun" and hosts:
         raise LaunchError("--hosts starts ranks by mpiexec; msrun is started on each host by itself")
+    more = {**(variables or {}), **({REHEARSE: "1"} if rehearse else {})}
     if launcher == "auto":
-        launcher = "mpi" if hosts else "msrun" if has_ascend() else "launch"
-    return _attend(_plan(launcher, script, ranks, hosts), _environment(launcher, ranks, variables or {}, hosts))
+        on_devices = has_ascend() and more.get(REHEARSE, os.environ.get(REHEARSE)) != "1"
+        launcher = "mpi" if hosts else "msrun" if on_devices else "launch"
+    return _attend(_plan(launcher, script, ranks, hosts), _environment(launcher, ranks, more, hosts))
 
 
 def has_ascend() -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-from typing import Sequence
+from typing import Any, Sequence
 
 from .options import Parser, number, path, positive, seed, whole
 
@@ -13,6 +13,8 @@ _EXIT_CODES = (
     "Exit code: 0 if every rank came to its end; 75 if they were told to stop, and saved; 128 + N if a rank was killed by signal "
     "N, or signal N ended the job without a save; 2 if the command line is wrong; otherwise that of the first rank that failed."
 )
+
+_REHEARSE = "run on CPU what Ascend devices would run, as far as that is possible without one: slower, for finding faults"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -24,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
             module = ["-m"] if arguments.module else []
             script = [*module, arguments.script, *arguments.arguments]
-            return launch(script, arguments.ranks, arguments.launcher, hosts=arguments.hosts)
+            return launch(script, arguments.ranks, arguments.launcher, hosts=arguments.hosts, rehearse=arguments.rehearse)
         if arguments.command == "ckpt":
             from .ckpt import run
 
@@ -49,6 +51,13 @@ def _parser() -> Parser:
     parser = Parser(prog="bmtrain-ms", description="Train large language models with ZeRO on MindSpore.")
     commands = parser.add_subparsers(dest="command", required=True)
 
+    _add_launch(commands)
+    _add_demo(commands)
+    _add_ckpt(commands.add_parser("ckpt", help="look at checkpoints, check and rewrite them"))
+    return parser
+
+
+def _add_launch(commands: Any) -> None:
     launch = commands.add_parser(
         "launch", help="start a script on N ranks", description="Start a script on N ranks.", epilog=_EXIT_CODES
     )
@@ -66,10 +75,13 @@ def _parser() -> Parser:
         default=[],
         help="run on these, e.g. node1,node2, the same number of ranks on each: by mpiexec and ssh",
     )
+    launch.add_argument("--rehearse", action="store_true", help=_REHEARSE)
     launch.add_argument("-m", "--module", action="store_true", help="the script is a module's name, as for python -m")
     launch.add_argument("script", help="a Python script")
     launch.add_argument("arguments", nargs=argparse.REMAINDER, help="passed on to it")
 
+
+def _add_demo(commands: Any) -> None:
     demo = commands.add_parser(
         "demo",
         help="train a small Llama on text",
@@ -103,8 +115,7 @@ def _parser() -> Parser:
     demo.add_argument("--save-minutes", type=number, default=None, help="save every so many minutes, in the background")
     demo.add_argument("--keep-last", type=positive, default=3, help="checkpoints to keep (default 3)")
     demo.add_argument("--no-shared-storage", action="store_true", help="every host keeps what its ranks wrote")
-    _add_ckpt(commands.add_parser("ckpt", help="look at checkpoints, check and rewrite them"))
-    return parser
+    demo.add_argument("--rehearse", action="store_true", help=_REHEARSE)
 
 
 def _add_ckpt(parser: argparse.ArgumentParser) -> None:

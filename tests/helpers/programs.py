@@ -20,6 +20,7 @@ from mindspore import Parameter, Tensor, nn, ops
 import bmtrain_ms as bms
 from bmtrain_ms.comm import World, use_world
 from bmtrain_ms.compat.autograd import no_grad
+from bmtrain_ms.compat.runtime import from_host
 from tests.helpers.models import recorded
 
 LAYERS, WIDTH = 3, 5
@@ -207,7 +208,7 @@ class _Run:
             sums.append(total)
         for p, q, a, b in zip(self._parameters(self.ours), self._parameters(self.twin), *sums):
             whole = isinstance(p, bms.DistributedParameter)
-            mean = self.world.engine.all_reduce([b.astype(np.float32)], "mean").wait()[0].asnumpy()
+            mean = self.world.engine.all_reduce([from_host(b.astype(np.float32))], "mean").wait()[0].asnumpy()
             if whole:
                 start, stop = p.owned
                 assert not a[stop - start :].any(), f"{where}: padding of {p.name}"

@@ -40,8 +40,9 @@ def mpiexec() -> str:
 class RankPool:
     """n ranks, started at first use, killed as a group when one fails or time runs out."""
 
-    def __init__(self, size: int):
-        self.size = size
+    def __init__(self, size: int, rehearse: bool = False):
+        """`rehearse`: they compute as on devices."""
+        self.size, self.rehearse = size, rehearse
         self._process: subprocess.Popen | None = None
         self._ranks: dict[int, Connection] = {}
 
@@ -86,6 +87,8 @@ class RankPool:
             address = str(Path(folder) / "ranks")
             with Listener(address, "AF_UNIX", authkey=key) as listener:
                 env = {**os.environ, "OMP_NUM_THREADS": "1", "GLOG_v": "3", "BMTRAIN_MS_TEST_KEY": key.hex()}
+                if self.rehearse:
+                    env["BMTRAIN_MS_REHEARSE"] = "1"
                 env["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [env.get("PYTHONPATH")])])
                 command = [mpiexec(), "-n", str(self.size), sys.executable, "-m", "tests.helpers.ranks", address]
                 self._process = subprocess.Popen(command, env=env, start_new_session=True)
@@ -135,9 +138,16 @@ def _serve(address: str) -> None:
             for part in name.split("."):
                 function = getattr(function, part)
             answer = True, function(world, **kwargs)
+            assert not (lost := _lost(world)), f"nobody waited for {lost}"
         except BaseException:
             answer = False, traceback.format_exc()
         connection.send(answer)
+
+
+def _lost(world: Any) -> list[str]:
+    """Operations of a rehearsal that nobody has waited for; none on CPU ranks."""
+    comm = getattr(world.engine, "comm", None)
+    return [] if comm is None else comm.lost()
 
 
 if __name__ == "__main__":

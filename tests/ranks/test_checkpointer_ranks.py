@@ -208,11 +208,12 @@ def test_saving_200_mib_takes_little_memory_and_loading_reads_its_ranges(run_ran
     ],
     ids=["fp32", "skipped before", "skipped after", "offload", "offload fp16"],
 )
-def test_resumed_training_is_bit_equal(run_ranks, tmp_path, layout, options):
+@pytest.mark.parametrize("ranks", [2])
+def test_resumed_training_is_bit_equal(run_ranks, tmp_path, ranks, layout, options):
     """With dropout, in the same processes and in others."""
     arguments = {"folder": str(tmp_path), "layout": layout, "overflow_at": None, **options}
-    whole = run_ranks(2, never_stopped, **arguments)
-    again = run_ranks(2, gone_on, **arguments)
+    whole = run_ranks(ranks, never_stopped, **arguments)
+    again = run_ranks(ranks, gone_on, **arguments)
     for (losses, state, counters), (later, other, others) in zip(whole, again):
         assert later == losses and len(losses) == 4
         assert equal(state, other) and counters == others

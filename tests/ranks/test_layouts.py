@@ -5,10 +5,17 @@ from __future__ import annotations
 import functools
 from typing import Any, Callable
 
+import mindspore as ms
 import numpy as np
 import pytest
+from mindspore import Tensor
 
-from tests.helpers.layouts import LAYOUTS, Case, alone, train, whole
+import bmtrain_ms as bms
+from bmtrain_ms.comm import Mesh, RecordingEngine, SingleEngine, World, use_world
+from bmtrain_ms.model_center import Spread
+from bmtrain_ms.model_center.generation import generate
+from bmtrain_ms.model_center.layer import Positions
+from tests.helpers.layouts import BATCH, LAYOUTS, LENGTH, Case, alone, batch_of, model_of, train, whole
 
 Run = Callable[..., list[Any]]
 STEPS = 20
@@ -49,3 +56,102 @@ def test_tied_embeddings_and_the_loss_of_all_logits(run_ranks: Run, case: Case):
     right = one_rank((("tied", True),))
     for logits in (False, True):
         compare(run_ranks(case.ranks, train, case=case, steps=STEPS, sizes={"tied": True}, logits=logits), right, 2e-5)
+
+
+def dropped(world: World, case: Case) -> np.ndarray:
+    """This rank's rows after two dropouts, the second in a checkpointed Block."""
+    with use_world(case.world(world)) as here:
+
+        class Layer(bms.DistributedModule):
+            def __init__(self) -> None:
+                super().__init__()
+                self.weight = bms.DistributedParameter(np.ones(5, np.float32), name="weight")
+                self.drop = bms.nn.Dropout(0.4)
+
+            def construct(self, x: Tensor) -> Tensor:
+                return self.drop(x * self.weight)
+
+        block, first = bms.Block(Layer()), bms.nn.Dropout(0.2)
+        for cell in (block, first):
+            cell.set_train()
+        rows = 12 // case.dp
+        x = Tensor(np.arange(1, 61, dtype=np.float32).reshape(12, 5)[here.mesh.dp_rank * rows :][:rows])
+        grad = ms.grad(lambda x: (block(first(x)) * x).sum())(x)
+        return grad.asnumpy()
+
+
+def test_dropout_draws_the_mask_of_one_rank(run_ranks: Run):
+    right = dropped(World(SingleEngine(), Mesh(1, 0)), Case())
+    assert 0 < np.count_nonzero(right) < right.size
+    for case in (Case(dp=2), Case(dp=3), Case(tp=2), Case(tp=2, dp=2)):
+        answers = run_ranks(case.ranks, dropped, case=case)
+        np.testing.assert_array_equal(np.concatenate(answers[:: case.tp]), right)
+        np.testing.assert_array_equal(np.concatenate(answers[case.tp - 1 :: case.tp]), right)
+
+
+def generated(world: World, case: Case) -> list[list[int]]:
+    with use_world(case.world(world)):
+        model = model_of(case, {"num_heads_kv": 2})
+        return generate(model, [[1, 2, 3], [4], [5, 6, 7, 8, 9]], 6, temperature=0.7, top_k=5, seed=3)
+
+
+@pytest.mark.parametrize("case", [Case(tp=2), Case(tp=4), Case(tp=2, dp=2)], ids=str)
+def test_generation_is_that_of_one_rank(run_ranks: Run, case: Case):
+    right = generated(World(SingleEngine(), Mesh(1, 0)), Case())
+    assert run_ranks(case.ranks, generated, case=case) == [right] * case.ranks
+
+
+def halves(world: World, case: Case) -> tuple[list[bool], list[float]]:
+    """Whether each step of a float16 model was made, and the loss scale after it, from one that overflows.
+
+    A data-parallel rank's loss is the mean over its own rows, so its gradients are `dp` times as large: scales are counted for one.
+    """
+    with use_world(case.world(world)) as here:
+        model = model_of(case, {"dtype": "float16", "num_heads_kv": 2})
+        manager = bms.optim.OptimManager(loss_scale=2.0**18 / case.dp, loss_scale_steps=3)
+        manager.add_optimizer(bms.optim.AdamOptimizer(model.trainable_params(), lr=1e-3))
+        made, scales = [], []
+        for step in range(8):
+            manager.zero_grad()
+            manager.backward(model.loss, *batch_of(step, here.mesh.dp_rank, case.dp))
+            made.append(manager.step().updated)
+            scales.append(manager.loss_scale * case.dp)
+        return made, scales
+
+
+def test_the_same_steps_are_skipped_in_float16(run_ranks: Run):
+    right = halves(World(SingleEngine(), Mesh(1, 0)), Case())
+    assert True in right[0] and False in right[0]
+    for case in (Case(tp=2), Case(tp=2, dp=2), Case(tp=4)):
+        assert run_ranks(case.ranks, halves, case=case) == [right] * case.ranks
+
+
+def collectives(world: World, how: Spread) -> tuple[list[tuple[str, str, int]], list[tuple[str, str, int]]]:
+    """Of two tensor-parallel ranks, a layer's forward and backward: what is issued, and how many bytes come in."""
+    engine = RecordingEngine(world.everyone)
+    with use_world(World(engine, Mesh(2, world.mesh.rank, tp=2))):
+        model = model_of(Case(tp=2, how=how), {"num_layers": 1})
+        layer, x = next(iter(model.model.layers)), Tensor(np.ones((BATCH * LENGTH // 2, 24), np.float32))
+        positions = Positions(BATCH, LENGTH)
+        positions.divide(2)
+        params = layer.trainable_params()
+        engine.events.clear()
+        seen = []
+
+        def loss(x: Tensor) -> Tensor:
+            y = layer(x, positions)
+            seen.extend((e.op, e.label, e.received) for e in engine.events)
+            engine.events.clear()
+            return y.sum()
+
+        ms.value_and_grad(loss, 0, params)(x)
+        return seen, [(e.op, e.label, e.received) for e in engine.events]
+
+
+def test_collectives_of_a_layer(run_ranks: Run):
+    """Forward: rows are gathered in front of attention and feed-forward, and summed and scattered behind them."""
+    part = BATCH * LENGTH // 2 * 24 * 4  # bytes of a rank's rows
+    gather, scatter = ("all_gather", "linear, input", part), ("reduce_scatter", "linear, output", part)
+    forward = [gather, gather, gather, scatter, gather, gather, scatter]
+    seen, _ = run_ranks(2, collectives, how=Spread(recompute=False))[0]
+    assert seen == forward

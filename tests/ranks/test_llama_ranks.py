@@ -71,7 +71,7 @@ def trained(run_ranks, single_world) -> Callable[..., list[dict[str, Any]]]:
     """`trained(ranks, **options)`: results of `train` by rank; each setting is trained once."""
 
     def run(ranks: int, **options: Any) -> list[dict[str, Any]]:
-        key = ranks, tuple(options.items())
+        key = run_ranks, ranks, tuple(options.items())  # rehearsed ones are others
         if key not in _trained:
             _trained[key] = [train(single_world, **options)] if ranks == 1 else run_ranks(ranks, train, **options)
         return _trained[key]

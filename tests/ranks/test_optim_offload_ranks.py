@@ -12,6 +12,7 @@ from mindspore import Tensor
 
 import bmtrain_ms as bms
 from bmtrain_ms.comm import World
+from bmtrain_ms.compat.device import on_host
 from bmtrain_ms.optim import AdamOffloadOptimizer, AdamOptimizer
 from tests.helpers.models import full
 from tests.helpers.optim import DTYPES, SHAPES, AdamW, gradients, numbers, parameters
@@ -46,9 +47,9 @@ def train(world: World, dtype: str, offload: bool) -> dict[str, Any]:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_the_bits_of_adam(run_ranks, single_world, ranks, dtype):
-    """Of one rank, too."""
-    expected = train(single_world, dtype, offload=False)["values"]
+    """Of one rank, too. On a device MindSpore's operation is the optimizer, which rounds in another order than ours on the host."""
     for offload in (False, True):
+        expected = train(single_world, dtype, offload=offload and not on_host())["values"]
         for answer in run_ranks(ranks, train, dtype=dtype, offload=offload):
             assert answer["values"].keys() == expected.keys()
             for name, value in expected.items():

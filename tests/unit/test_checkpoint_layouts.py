@@ -26,6 +26,7 @@ from bmtrain_ms.checkpoint.entries import Entry
 from bmtrain_ms.checkpoint.format import DTYPES, RegularFile
 from bmtrain_ms.checkpoint.index import INDEX, Index, Told, _checksum, by_file, file_name, indexed, odd_layouts, read_index
 from bmtrain_ms.checkpoint.pieces import owned
+from bmtrain_ms.checkpoint.places import Place
 from bmtrain_ms.checkpoint.sharded import ShardedReader, write_rank_file
 from bmtrain_ms.checkpoint.whole import save_entries, state_dict
 from bmtrain_ms.compat.runtime import from_host, host_array, numpy_dtype
@@ -91,7 +92,7 @@ def save(folder: Path, here: Any, tensors: Tensors, how: dict[str, Cut], ranks: 
     told, entries = [], {}
     for rank in range(ranks):
         entries = {n: entry(dtype, x, how[n].layout(x.shape, rank)) for n, (dtype, x) in tensors.items()}
-        pieces = owned(entries, (), here, writes=True, writes_whole=rank == 0)
+        pieces = owned(entries, (), here, Place(rank, ranks, True, (rank,)), True)
         hashes = write_rank_file(folder / file_name(rank, ranks), pieces, {"format": "pt"})
         layouts = odd_layouts({n: e.layout for n, e in entries.items()}, rank, ranks)
         told.append(Told(**json.loads(json.dumps(vars(Told(rank, hashes, layouts))))))

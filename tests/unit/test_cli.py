@@ -43,7 +43,7 @@ def started(monkeypatch) -> list[tuple[list[str], int]]:
     """What `demo` launched."""
     calls: list[tuple[list[str], int]] = []
 
-    def launch(script: list[str], ranks: int, variables: dict[str, str]) -> int:
+    def launch(script: list[str], ranks: int, variables: dict[str, str], rehearse: bool) -> int:
         assert variables == {"BMTRAIN_MS_DEMO": "rank"}
         calls.append((script, ranks))
         return 7
@@ -76,6 +76,7 @@ ALL_OPTIONS = {
     "shard_size": 1,
     "trace": Path("trace.json"),
     "seed": 4,
+    "rehearse": True,
 }
 
 

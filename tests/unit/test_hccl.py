@@ -7,7 +7,7 @@ structure. They do not show that HCCL does what its documentation says.
 from __future__ import annotations
 
 import inspect
-from typing import Any, Callable
+from typing import Any
 
 import mindspore as ms
 import mindspore.communication
@@ -18,6 +18,7 @@ from mindspore.communication import comm_func
 
 from bmtrain_ms.comm import Clock
 from bmtrain_ms.comm.hccl import HcclEngine
+from bmtrain_ms.comm.rehearsed import Signed
 
 pytestmark = pytest.mark.usefixtures("single_world")
 WORLD = "hccl_world_group"
@@ -31,22 +32,17 @@ class Handle:
         self._log.append("wait")
 
 
-class StandIn:
+class StandIn(Signed):
     """`comm_func` for a group of `size` ranks that all hold the same values; every call must bind to the real signature."""
 
     def __init__(self, size: int, stacks: bool = True):
         self.size, self.stacks = size, stacks
         self.log: list = []
 
-    def __getattr__(self, name: str) -> Callable[..., Any]:
-        signature = inspect.signature(getattr(comm_func, name))  # AttributeError: no such function
-
-        def call(*args: Any, **kwargs: Any) -> Any:
-            bound = signature.bind(*args, **kwargs).arguments
-            self.log.append((name, {key: tuple(value.shape) if key == "tensor" else value for key, value in bound.items()}))
-            return getattr(self, f"_{name}")(bound.get("tensor"), bound)
-
-        return call
+    def _call(self, name: str, bound: inspect.BoundArguments) -> Any:
+        given = bound.arguments
+        self.log.append((name, {key: tuple(value.shape) if key == "tensor" else value for key, value in given.items()}))
+        return getattr(self, f"_{name}")(given.get("tensor"), given)
 
     def _handle(self, bound: dict) -> Handle | None:
         return Handle(self.log) if bound.get("async_op", False) else None

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from mindspore import Tensor
 
 from bmtrain_ms import ops
+from bmtrain_ms.compat.device import Device
 from bmtrain_ms.ops import host_attention
 
 pytestmark = pytest.mark.usefixtures("implementation")  # every test twice: on the host, and as on a device
@@ -396,12 +397,13 @@ def test_no_third_implementation():
         ops.use("Ascend")
 
 
-def test_chosen_by_the_device_target(monkeypatch):
+def test_chosen_as_everything_else_is(monkeypatch):
     from bmtrain_ms.ops import device, host
 
-    for target, module in (("CPU", host), ("Ascend", device)):
-        ops.use_for(target)
+    monkeypatch.setattr(ops._Choice, "implementation", None)  # before init_distributed
+    for chosen, module in ((Device("CPU"), host), (Device("Ascend"), device), (Device("CPU", rehearsed=True), device)):
+        monkeypatch.setattr(Device, "chosen", chosen)
+        ops.use_default()
         assert ops.chosen() is module
-        monkeypatch.setattr(ops, "device_target", lambda target=target: target)
-        monkeypatch.setattr(ops._Choice, "implementation", None)  # before init_distributed
+        ops._Choice.implementation = None
         assert ops.chosen() is module

@@ -20,7 +20,7 @@ EVERY_DTYPE = pytest.mark.parametrize("dtype", DTYPES.values(), ids=list(DTYPES)
 
 def on_a_device(params: list[Parameter], monkeypatch: pytest.MonkeyPatch) -> AdamOptimizer:
     with monkeypatch.context() as patch:
-        patch.setattr(adam, "device_target", lambda: "Ascend")
+        patch.setattr(adam, "on_host", lambda: False)
         return AdamOptimizer(params, lr=0.5)
 
 

@@ -147,7 +147,7 @@ def test_documents_and_a_cache_do_not_go_together():
 @pytest.fixture(params=["CPU", "Ascend"])
 def _device(request: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is done on a device, here done on the CPU."""
-    monkeypatch.setattr(cache, "device_target", lambda: request.param)
+    monkeypatch.setattr(cache, "on_host", lambda: request.param == "CPU")
 
 
 @pytest.mark.usefixtures("_device")

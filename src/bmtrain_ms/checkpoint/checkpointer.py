@@ -36,6 +36,7 @@ from .folder import (
 from .index import INDEX, Index, Told, by_file, file_name, indexed, odd_layouts
 from .loading import Loader, Resumed
 from .pieces import differing, owned
+from .places import Place
 from .run_state import checked_extra, checked_keep, checked_step, collected
 from .sharded import useful_threads, write_rank_file
 from .training import check_complete, entries_to_save
@@ -102,8 +103,7 @@ class Checkpointer:
         self._shared = _truth("shared_storage", shared_storage)
         mesh = self._world.mesh
         self._is_chief = mesh.rank == 0 if shared_storage else self._world.launch.local_rank == 0
-        place = mesh.rank if shared_storage else self._world.launch.local_rank
-        self._writes = place < self._world.shards.size  # replicas of a shard: the first of them that a folder sees
+        self._place = Place.of(self._world, shared_storage)
         self._running: _Saving | None = None
         self._snapshots: dict[str, np.ndarray] = {}
         self._lock: FolderLock | None = None  # the chief's
@@ -300,12 +300,13 @@ class Checkpointer:
 
     def _owned(self, entries: Mapping[str, Entry], apart: Collection[str] = ()) -> dict[str, tuple[Any, np.ndarray]]:
         """What this rank writes; see `owned`."""
-        return owned(entries, apart, self._world, self._writes, not self._shared or self._world.shards.rank == 0)
+        return owned(entries, apart, self._world, self._place, self._shared)
 
     def _write(self, folder: Path, pieces: Mapping[str, tuple[Any, np.ndarray]]) -> dict[str, list[str]]:
         """This rank's file, if it writes one; name -> hashes."""
-        shards = self._world.shards
-        return write_rank_file(folder / file_name(shards.rank, shards.size), pieces, {"format": "pt"}) if self._writes else {}
+        if not self._place.writes:
+            return {}
+        return write_rank_file(folder / file_name(self._place.number, self._place.files), pieces, {"format": "pt"})
 
     def _copies(self, pieces: Mapping[str, tuple[Any, np.ndarray]]) -> dict[str, tuple[Any, np.ndarray]]:
         """Of arrays, in memory that is kept for the next time."""
@@ -318,9 +319,10 @@ class Checkpointer:
         return {name: (dtype, self._snapshots[name]) for name, (dtype, _) in pieces.items()}
 
     def _told(self, saving: _Saving, hashes: dict[str, list[str]]) -> Told:
-        shards = self._world.shards
+        if not self._place.writes:
+            return Told(None, {}, {})
         layouts = {name: entry.layout for name, entry in saving.entries.items()}
-        return Told(shards.rank, hashes, odd_layouts(layouts, shards.rank, shards.size)) if self._writes else Told(None, {}, {})
+        return Told(self._place.number, hashes, odd_layouts(layouts, self._place.number, self._place.files))
 
     def _write_index(self, saving: _Saving, everybody: list[Told]) -> None:
         told, ranks = by_file(everybody), self._world.engine.size

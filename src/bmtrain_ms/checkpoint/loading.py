@@ -16,7 +16,8 @@ from .entries import GRADIENT, LoadResult, apply_entries, compare, state_named_n
 from .errors import CheckpointError, agree_or_fail
 from .folder import checkpoint_name, find_latest, state_of, step_of, steps_in
 from .index import INDEX, read_index
-from .run_state import checked
+from .places import Place
+from .run_state import checked, mesh_of
 from .sharded import ShardedReader
 from .training import as_named_here, entries_to_load, load_file
 
@@ -102,7 +103,8 @@ class Loader:
                 if layout is not None:
                     check_layout(folder, layout, world)
                 with advising(advice):
-                    reader = stack.enter_context(ShardedReader(folder, None if self.shared else [world.shards.rank], place))
+                    files = None if self.shared else Place.of(world, False).on_host
+                    reader = stack.enter_context(ShardedReader(folder, files, place))
                 entries, sources = entries_to_load(self.model, self.manager, reader.described)
                 result = compare(as_named_here(reader.described, sources), entries, strict, str(folder))
                 state = checked(state_named_now(self.model, reader.index.state), self.manager, world, strict, str(folder))
@@ -173,7 +175,7 @@ def check_layout(folder: Path, layout: list[int], world: World) -> None:
             f"{folder} OUT --ranks {size}"
         )
     theirs = {"mesh": saved.get("mesh"), "ranks per host": saved.get("layout")}
-    ours = {"mesh": {"ranks": world.engine.size, "shard_size": size}, "ranks per host": layout}
+    ours = {"mesh": mesh_of(world), "ranks per host": layout}
     for name, mine in ours.items():
         if theirs[name] != mine and not (name == "ranks per host" and theirs[name] is None):  # of `reshard`
             raise CheckpointError(

@@ -10,6 +10,7 @@ import xxhash
 from ..comm import World, gather_json
 from ..compat.runtime import from_host, host_array
 from .entries import Entry
+from .places import Place
 
 
 def differing(entries: Mapping[str, Entry], world: World) -> list[str]:
@@ -23,22 +24,24 @@ def differing(entries: Mapping[str, Entry], world: World) -> list[str]:
 
 
 def owned(
-    entries: Mapping[str, Entry], apart: Collection[str], world: World, writes: bool, writes_whole: bool
+    entries: Mapping[str, Entry], apart: Collection[str], world: World, place: Place, shared: bool
 ) -> dict[str, tuple[Any, np.ndarray]]:
     """What this rank writes, flat: name -> (dtype, array). All ranks call it.
 
     Args:
         apart: what `differing` found: every rank's copy is written, one behind the other, in place of the one of all.
-        writes: False: another rank writes this shard.
-        writes_whole: whether tensors that are whole on every rank are in this rank's file too.
+        place: the file that this rank writes; what it does not write has no elements.
+        shared: whether all files are in one folder: then the first has what is whole on every rank, and what several ranks have
+            is in the file of the first of them; otherwise each has all that its rank has.
     """
     pieces = {}
     for name, entry in entries.items():
         array = host_array(entry.get()).reshape(-1)
         if name in apart:
             array = host_array(world.engine.all_gather([from_host(array)], label=f"save {name}").wait()[0]).reshape(-1)
-        if not writes or (entry.layout is None and not writes_whole):
-            array = array[:0].copy()  # somebody else writes it
+        elsewhere = shared and (place.number > 0 if entry.layout is None else entry.layout.copy > 0)
+        if not place.writes or elsewhere:
+            array = array[:0].copy()
         elif entry.layout is not None:
             array = array[: entry.layout.owned_size]
         pieces[name] = entry.dtype, np.ascontiguousarray(array)

@@ -90,6 +90,12 @@ def checked_extra(extra: Any) -> dict[str, Any]:
         raise ValueError(f"extra must be what JSON can hold: {error}") from error
 
 
+def mesh_of(world: World) -> dict[str, int]:
+    """How many ranks there are along which axes; those of one rank that are newer than the format are left out."""
+    mesh = world.mesh
+    return {"ranks": mesh.world, "shard_size": mesh.shard, **{x: mesh.size(x) for x in ("tp", "pp", "ep") if mesh.size(x) > 1}}
+
+
 def collected(manager: OptimManager, world: World, step: int, extra: dict[str, Any], shared: bool) -> dict[str, Any]:
     """What `checked` takes; JSON can hold it. All ranks call it."""
     kind, keys, position, has_gauss, cached = np.random.get_state()
@@ -103,7 +109,7 @@ def collected(manager: OptimManager, world: World, step: int, extra: dict[str, A
         "draws": context_of(world).draws.count,
         "draw_step": context_of(world).draws.step,
         "generators": gather_json(mine, world.engine, "checkpoint generators"),
-        "mesh": {"ranks": world.engine.size, "shard_size": world.shards.size},
+        "mesh": mesh_of(world),
         "layout": gather_json(world.launch.local_size, world.engine, "checkpoint layout"),
         "shared_storage": shared,
         "versions": _versions(),

@@ -7,6 +7,7 @@ Loading needs no communication: each rank reads its own boxes.
 from __future__ import annotations
 
 import contextlib
+import math
 from pathlib import Path
 from typing import Any, Iterator, Mapping
 
@@ -21,6 +22,7 @@ from .consolidated import ConsolidatedReader, Replacement, file_names, size_in_b
 from .entries import Described, Entry, LoadResult, apply_entries, compare, model_entries, named_now
 from .errors import CheckpointError, agree_or_fail
 from .format import PIECE, TYPE_NAMES, AtomicFile, plan
+from .places import scattered
 from .writer import DeferredFile, Writer
 
 _DTYPES = {numpy_dtype(dtype): dtype for dtype in TYPE_NAMES}
@@ -111,13 +113,13 @@ def state_dict(model: nn.Cell) -> dict[str, np.ndarray]:
     """
     current = world()
     state: dict[str, np.ndarray] = {}
-    for name, entry in model_entries(model).items():
-        _check_reach(name, entry, current.shards)
-        full = np.empty(entry.count, numpy_dtype(entry.dtype))
-        for first, piece in _pieces(entry, current.shards, name):
+    tensors = _Whole(model_entries(model), current)
+    for name, (dtype, shape) in tensors.described.items():
+        full = np.empty(math.prod(shape), numpy_dtype(dtype))
+        for first, piece in tensors.pieces(name):
             full[first : first + piece.size] = piece
         if current.engine.rank == 0:
-            state[name] = full.reshape(entry.shape)
+            state[name] = full.reshape(shape)
     return state
 
 
@@ -160,10 +162,10 @@ def save_entries(
     engine = world.engine
     error: BaseException | None = None
     file: AtomicFile | DeferredFile | None = None
+    tensors: _Whole | None = None
     try:
-        for name, entry in entries.items():
-            _check_reach(name, entry, world.shards)
-        header, infos, size = plan({name: (e.dtype, e.shape) for name, e in entries.items()}, metadata)
+        tensors = _Whole(entries, world)
+        header, infos, size = plan(tensors.described, metadata)
         if engine.rank == 0:
             file = AtomicFile(path, header, size)
             if non_blocking:
@@ -172,8 +174,8 @@ def save_entries(
         error = caught
     try:
         agree_or_fail(engine, error, f"{path} cannot be written")
-        for name, entry in entries.items():
-            for position, piece in _pieces(entry, world.shards, name):
+        for name in tensors.described if tensors else ():  # without it all ranks have failed
+            for position, piece in tensors.pieces(name):
                 if file is None or error is not None:
                     continue  # the other ranks expect every gather, written or not
                 try:
@@ -240,6 +242,31 @@ def load_entries(
             error = caught
         agree_or_fail(world.engine, error, f"{path} cannot be loaded")
     return result
+
+
+class _Whole:
+    """Whole tensors on rank 0, one after the other, of what all ranks have together.
+
+    Attributes:
+        described: name -> (MindSpore dtype, shape), in one order on every rank.
+    """
+
+    def __init__(self, entries: Mapping[str, Entry], world: World):
+        self._entries, self._world = entries, world
+        self._scattered = scattered(entries, world)
+        for name, entry in entries.items():
+            if name not in self._scattered:
+                _check_reach(name, entry, world.along("shard"))
+        self.described: dict[str, tuple[Any, tuple[int, ...]]] = {name: (e.dtype, e.shape) for name, e in entries.items()}
+        if self._scattered:
+            self.described = {name: (x.dtype, x.shape) for name, x in self._scattered.items()}
+
+    def pieces(self, name: str) -> Iterator[tuple[int, np.ndarray]]:
+        """(first element, values) of all pieces of a tensor; values are meaningful on rank 0. All ranks go through them."""
+        if name in self._scattered:
+            yield 0, self._scattered[name].collect(self._entries.get(name), self._world, name)
+        else:
+            yield from _pieces(self._entries[name], self._world.along("shard"), name)
 
 
 def _check_reach(name: str, entry: Entry, engine: Engine) -> None:

@@ -16,7 +16,7 @@ from typing import Any, Generator, Optional, Sequence
 import numpy as np
 from mindspore import Tensor
 
-from ..compat.runtime import from_host, host_array, numpy_dtype
+from ..compat.runtime import numpy_dtype, shared_array, shared_tensor
 from .engine import Buffer, Engine, Work
 from .reduce import reduce_rows
 
@@ -100,25 +100,25 @@ class HostEngine(Engine):
     # Collectives #
 
     def all_gather(self, tensors: Sequence[Buffer], out: Sequence[Buffer] | None = None, label: str = "") -> Work:
-        sources = [host_array(x) for x in tensors]
+        sources = [shared_array(x) for x in tensors]
         if out is None:
             out = [self._new((self.size * (x.shape[0] if x.shape else 1), *x.shape[1:]), x.dtype) for x in tensors]
-        targets = [host_array(y) for y in out]
+        targets = [shared_array(y) for y in out]
         return self._issue("all_gather", label, list(out), self._gather(sources, targets), sources)
 
     def reduce_scatter(self, tensors: Sequence[Buffer], op: str = "sum", label: str = "") -> Work:
         self._check_op(op, tensors)
         self._check_divisible(tensors, "reduce_scatter")
-        sources = [host_array(x) for x in tensors]
+        sources = [shared_array(x) for x in tensors]
         made = [np.empty((x.shape[0] // self.size, *x.shape[1:]), x.dtype) for x in sources]
-        out, targets = [from_host(y) for y in made], [y.reshape(-1) for y in made]
+        out, targets = [shared_tensor(y) for y in made], [y.reshape(-1) for y in made]
         return self._issue("reduce_scatter", label, out, self._reduce_parts(sources, targets, op), sources, kind=op)
 
     def all_reduce(self, tensors: Sequence[Buffer], op: str = "sum", label: str = "") -> Work:
         self._check_op(op, tensors)
-        sources = [host_array(x).reshape(-1) for x in tensors]
+        sources = [shared_array(x).reshape(-1) for x in tensors]
         out = [self._new(tuple(x.shape), x.dtype) for x in tensors]
-        targets = [host_array(y).reshape(-1) for y in out]
+        targets = [shared_array(y).reshape(-1) for y in out]
         small = sum(x.nbytes for x in sources) <= _SMALL
         reduce = self._reduce_gathered if small else self._reduce_by_parts
         return self._issue("all_reduce", label, out, reduce(sources, targets, op), sources, kind=op)
@@ -126,14 +126,14 @@ class HostEngine(Engine):
     def broadcast(self, tensors: Sequence[Buffer], root: int = 0, label: str = "") -> Work:
         self._check_peer(root, "root")
         out = list(tensors) if self.rank == root else [self._new(tuple(x.shape), x.dtype) for x in tensors]
-        arrays = [host_array(x) for x in out]
+        arrays = [shared_array(x) for x in out]
         return self._issue("broadcast", label, out, self._broadcast(arrays, root), arrays, root=root)
 
     def all_to_all(self, tensors: Sequence[Buffer], label: str = "") -> Work:
         self._check_divisible(tensors, "all_to_all")
-        sources = [host_array(x) for x in tensors]
+        sources = [shared_array(x) for x in tensors]
         out = [self._new(tuple(x.shape), x.dtype) for x in tensors]
-        targets = [host_array(y) for y in out]
+        targets = [shared_array(y) for y in out]
         return self._issue("all_to_all", label, out, self._exchange(sources, targets), sources)
 
     def barrier(self, label: str = "") -> Work:
@@ -143,13 +143,13 @@ class HostEngine(Engine):
 
     def send(self, tensors: Sequence[Buffer], dst: int, label: str = "") -> Work:
         self._check_peer(dst, "dst")
-        sources = [host_array(x) for x in tensors]
+        sources = [shared_array(x) for x in tensors]
         return self._issue("send", label, [], self._send(sources, dst), sources, pair=(self.rank, dst))
 
     def recv(self, like: Sequence[Tensor], src: int, label: str = "") -> Work:
         self._check_peer(src, "src")
         out = [self._new(tuple(x.shape), x.dtype) for x in like]
-        targets = [host_array(y) for y in out]
+        targets = [shared_array(y) for y in out]
         return self._issue("recv", label, out, self._recv(targets, src), targets, pair=(src, self.rank))
 
     # What a transport does #
@@ -245,7 +245,7 @@ class HostEngine(Engine):
 
     @staticmethod
     def _new(shape: tuple[int, ...], dtype: Any) -> Tensor:
-        return from_host(np.empty(shape, numpy_dtype(dtype)))
+        return shared_tensor(np.empty(shape, numpy_dtype(dtype)))
 
 
 def signature_of(op: str, kind: str, label: str, arrays: Rows) -> str:

@@ -15,7 +15,7 @@ from typing import Sequence
 import numpy as np
 from mindspore import Tensor, ops
 
-from ..compat.runtime import from_host, host_array
+from ..compat.runtime import shared_array, shared_tensor
 from .engine import Buffer, Clock, CommError, Done, Engine, Work
 from .reduce import reduce_rows
 
@@ -33,13 +33,13 @@ class McclEngine(Engine):
     def all_gather(self, tensors: Sequence[Buffer], out: Sequence[Buffer] | None = None, label: str = "") -> Work:
         results = []
         for i, x in enumerate(tensors):
-            array = host_array(x)
+            array = shared_array(x)
             rows = self._rows(array, f"all_gather ({label})")
             joined = rows.reshape(self.size * (x.shape[0] if x.shape else 1), *x.shape[1:])
             if out is None:
-                results.append(from_host(joined))
+                results.append(shared_tensor(joined))
             else:
-                host_array(out[i])[...] = joined
+                shared_array(out[i])[...] = joined
                 results.append(out[i])
         return Done(results)
 
@@ -48,27 +48,27 @@ class McclEngine(Engine):
         self._check_divisible(tensors, "reduce_scatter")
         results = []
         for x in tensors:
-            rows = self._rows(host_array(x), f"reduce_scatter ({label})")
+            rows = self._rows(shared_array(x), f"reduce_scatter ({label})")
             mine = rows.reshape(self.size, self.size, -1)[:, self.rank]
             results.append(self._reduce(mine, op).reshape(x.shape[0] // self.size, *x.shape[1:]))
-        return Done([from_host(y) for y in results])
+        return Done([shared_tensor(y) for y in results])
 
     def all_reduce(self, tensors: Sequence[Buffer], op: str = "sum", label: str = "") -> Work:
         self._check_op(op, tensors)
-        rows = [self._rows(host_array(x), f"all_reduce ({label})") for x in tensors]
-        return Done([from_host(self._reduce(y, op).reshape(x.shape)) for x, y in zip(tensors, rows)])
+        rows = [self._rows(shared_array(x), f"all_reduce ({label})") for x in tensors]
+        return Done([shared_tensor(self._reduce(y, op).reshape(x.shape)) for x, y in zip(tensors, rows)])
 
     def broadcast(self, tensors: Sequence[Buffer], root: int = 0, label: str = "") -> Work:
         self._check_peer(root, "root")
-        rows = [self._rows(host_array(x), f"broadcast ({label})") for x in tensors]
-        return Done([from_host(y[root].reshape(x.shape).copy()) for x, y in zip(tensors, rows)])
+        rows = [self._rows(shared_array(x), f"broadcast ({label})") for x in tensors]
+        return Done([shared_tensor(y[root].reshape(x.shape).copy()) for x, y in zip(tensors, rows)])
 
     def all_to_all(self, tensors: Sequence[Buffer], label: str = "") -> Work:
         self._check_divisible(tensors, "all_to_all")
         results = []
         for x in tensors:
-            rows = self._rows(host_array(x), f"all_to_all ({label})").reshape(self.size, self.size, -1)
-            results.append(from_host(np.ascontiguousarray(rows[:, self.rank]).reshape(x.shape)))
+            rows = self._rows(shared_array(x), f"all_to_all ({label})").reshape(self.size, self.size, -1)
+            results.append(shared_tensor(np.ascontiguousarray(rows[:, self.rank]).reshape(x.shape)))
         return Done(results)
 
     def send(self, tensors: Sequence[Buffer], dst: int, label: str = "") -> Work:
@@ -98,7 +98,7 @@ class McclEngine(Engine):
         padded = np.zeros(-(-flat.nbytes // 4) * 4, np.uint8)
         padded[: flat.nbytes] = flat.view(np.uint8)
         try:
-            gathered = host_array(self._gather_bits(Tensor(padded.view(np.float32))))
+            gathered = shared_array(self._gather_bits(Tensor(padded.view(np.float32))))
         except RuntimeError as error:
             raise CommError(
                 f"{what.replace(' ()', '')} failed at step {self.clock.step} on rank {self.rank} of {self.size}: {error}"

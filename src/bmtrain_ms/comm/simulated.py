@@ -7,7 +7,7 @@ from typing import Sequence
 import numpy as np
 from mindspore import Tensor
 
-from ..compat.runtime import from_host, host_array, numpy_dtype
+from ..compat.runtime import numpy_dtype, shared_array, shared_tensor
 from .engine import Buffer, Clock, Done, Engine, Work
 
 
@@ -25,19 +25,19 @@ class SimulatedEngine(Engine):
     def all_gather(self, tensors: Sequence[Buffer], out: Sequence[Buffer] | None = None, label: str = "") -> Work:
         if out is None:
             shapes = [(self.size * (x.shape[0] if x.shape else 1), *x.shape[1:]) for x in tensors]
-            out = [from_host(np.empty(shape, numpy_dtype(x.dtype))) for shape, x in zip(shapes, tensors)]
+            out = [shared_tensor(np.empty(shape, numpy_dtype(x.dtype))) for shape, x in zip(shapes, tensors)]
         for x, y in zip(tensors, out):
-            host_array(y).reshape(self.size, -1)[...] = host_array(x).reshape(-1)
+            shared_array(y).reshape(self.size, -1)[...] = shared_array(x).reshape(-1)
         return Done(list(out))
 
     def reduce_scatter(self, tensors: Sequence[Buffer], op: str = "sum", label: str = "") -> Work:
         self._check_op(op, tensors)
         self._check_divisible(tensors, "reduce_scatter")
-        return Done([from_host(part.copy()) for part in map(self._part, tensors)])
+        return Done([shared_tensor(part.copy()) for part in map(self._part, tensors)])
 
     def all_reduce(self, tensors: Sequence[Buffer], op: str = "sum", label: str = "") -> Work:
         self._check_op(op, tensors)
-        return Done([from_host(host_array(x).copy()) for x in tensors])
+        return Done([shared_tensor(shared_array(x).copy()) for x in tensors])
 
     def broadcast(self, tensors: Sequence[Buffer], root: int = 0, label: str = "") -> Work:
         self._check_peer(root, "root")
@@ -45,7 +45,7 @@ class SimulatedEngine(Engine):
 
     def all_to_all(self, tensors: Sequence[Buffer], label: str = "") -> Work:
         self._check_divisible(tensors, "all_to_all")
-        return Done([from_host(np.concatenate([self._part(x)] * self.size)) for x in tensors])
+        return Done([shared_tensor(np.concatenate([self._part(x)] * self.size)) for x in tensors])
 
     def send(self, tensors: Sequence[Buffer], dst: int, label: str = "") -> Work:
         self._check_peer(dst, "dst")
@@ -53,7 +53,7 @@ class SimulatedEngine(Engine):
 
     def recv(self, like: Sequence[Tensor], src: int, label: str = "") -> Work:
         self._check_peer(src, "src")
-        return Done([from_host(host_array(x).copy()) for x in like])
+        return Done([shared_tensor(shared_array(x).copy()) for x in like])
 
     def barrier(self, label: str = "") -> Work:
         return Done([])
@@ -65,4 +65,4 @@ class SimulatedEngine(Engine):
 
     def _part(self, x: Tensor) -> np.ndarray:
         """This rank's part of dim 0."""
-        return host_array(x).reshape(self.size, -1, *x.shape[1:])[self.rank]
+        return shared_array(x).reshape(self.size, -1, *x.shape[1:])[self.rank]

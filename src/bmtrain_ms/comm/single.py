@@ -6,7 +6,7 @@ from typing import Sequence
 
 from mindspore import Tensor
 
-from ..compat.runtime import from_host, host_array
+from ..compat.runtime import shared_array, shared_tensor
 from .engine import Buffer, Clock, Done, Engine, Work
 
 
@@ -25,7 +25,7 @@ class SingleEngine(Engine):
         if out is None or not self.lands_in_place:
             return Done(self._copies(tensors))
         for x, y in zip(tensors, out):
-            host_array(y)[...] = host_array(x)
+            shared_array(y)[...] = shared_array(x)
         return Done(list(out))
 
     def reduce_scatter(self, tensors: Sequence[Buffer], op: str = "sum", label: str = "") -> Work:
@@ -61,5 +61,5 @@ class SingleEngine(Engine):
     def _copies(self, tensors: Sequence[Buffer]) -> list[Tensor]:
         """Copies: a result that shares memory with its input would differ from what two ranks get."""
         if self.lands_in_place:
-            return [from_host(host_array(x).copy()) for x in tensors]
+            return [shared_tensor(shared_array(x).copy()) for x in tensors]
         return [x.copy() for x in tensors]

@@ -18,6 +18,7 @@ from bmtrain_ms_base.mesh import AXES, Mesh
 from bmtrain_ms_base.mpi import finalise_in_ranks_only
 
 from .. import ops
+from ..compat import device as devices
 from ..compat import habits, runtime
 from . import ending, node
 from .engine import Clock, Engine
@@ -213,14 +214,15 @@ def init_distributed(
             inside a node, and a reduce across nodes. Default: shard over all of them.
         trace: keep note of what is computed and moved when, for `comm.write_trace`.
         engine: use this one instead of the launcher's.
-        device: `CPU` or `Ascend`; default: what MindSpore is set to.
+        device: `CPU` or `Ascend`; default: what MindSpore is set to. Where the environment has `BMTRAIN_MS_REHEARSE=1`, MindSpore
+            computes on CPU, and everything else is as on Ascend: a rehearsal, slower, of what a device would run.
         timeout: seconds until a collective gives up (CPU ranks over mpiexec; HCCL has its own variables).
 
     Raises:
-        RuntimeError: called twice, after an operation on CPU, under a parallel mode of MindSpore's, or the launcher does not fit
-            the device.
+        RuntimeError: called twice, after an operation on CPU, under a parallel mode of MindSpore's, the launcher does not fit the
+            device, or a rehearsal is asked for on Ascend.
         TypeError: `init_method` is a number (the seed is the second argument), or an option that must be a number is none.
-        ValueError: an option out of range, or a parallel size that is not available.
+        ValueError: an option out of range, a parallel size that is not available, or `BMTRAIN_MS_REHEARSE` is neither 1 nor 0.
     """
     if _current:
         raise RuntimeError("init_distributed was called before; call bmtrain_ms.shutdown() first to start over")
@@ -229,16 +231,25 @@ def init_distributed(
     if is_scheduler():
         _serve_as_scheduler()
     habits.refuse_parallel_mode()
-    launch, target = detect(), device or runtime.device_target()
-    if engine is None:
-        engine = _make_engine(launch, target, timeout)
-    elif target == "CPU":
-        _configure_cpu(launch)
-    ops.use_for(target)
+    launch = detect()
+    engine = _choose(devices.asked_for(device), launch, engine, timeout)
     for seed_it in (random.seed, np.random.seed, ms.set_seed):
         seed_it(seed)
     record = Trace() if trace else None
     return _enter(World(*_placed(engine, record, shard_size, tp_size), seed, launch, prefetch, gather_dtype, record))
+
+
+def _choose(device: devices.Device, launch: Launch, engine: Engine | None, timeout: float) -> Engine:
+    """Have everything computed on that device; how its ranks talk, by `engine` if one is given."""
+    if engine is None:
+        engine = _make_engine(launch, device.target, timeout)
+    elif device.target == "CPU":
+        _configure_cpu(launch)
+    if device.rehearsed:
+        engine = _rehearse(engine, launch)
+    devices.choose(device)
+    ops.use_default()
+    return engine
 
 
 def _enter(made: World) -> World:
@@ -351,6 +362,15 @@ def _make_engine(launch: Launch, target: str, timeout: float) -> Engine:
     if launch.size == 1:
         return SingleEngine()
     return _make_mpi_engine(launch, timeout) if launch.kind == "mpi" else _make_node_engine(launch, timeout)
+
+
+def _rehearse(engine: Engine, launch: Launch) -> Engine:
+    """An engine as a device has it, over that of CPU ranks."""
+    from .rehearsed import RehearsedEngine
+
+    if launch.kind == "none" and isinstance(engine, SingleEngine):
+        return SingleEngine(engine.clock, host=False)  # as on a device: without msrun there is no HCCL
+    return RehearsedEngine(engine) if engine.lands_in_place else engine
 
 
 def _make_node_engine(launch: Launch, timeout: float) -> Engine:

@@ -15,6 +15,7 @@ import numpy as np
 from mindspore import Tensor, ops
 from mindspore._c_expression import DeviceContextManager, RuntimeConf
 
+from .device import on_host, rehearsed
 from .executor import no_grad
 
 _TAKES_INTERNAL = hasattr(Tensor.__init__, "__code__") and "internal" in Tensor.__init__.__code__.co_varnames  # 2.5
@@ -29,8 +30,16 @@ def is_float(x: Any) -> bool:
 def host_array(tensor: Tensor | np.ndarray) -> np.ndarray:
     """The tensor's values as a contiguous NumPy array; waits for the operations that produce them. An array is returned as it is.
 
-    Shares memory with a tensor made by `from_host`. Read-only use: on 2.5 the result of an operation is copied to the host.
+    On the host it shares memory with a tensor made by `from_host`; on a device it is a copy. Read-only use: on 2.5 the result of an
+    operation is copied to the host.
     """
+    array = shared_array(tensor)
+    return array.copy() if array is not tensor and rehearsed() else array
+
+
+def shared_array(tensor: Tensor | np.ndarray) -> np.ndarray:
+    """`host_array`, which shares the memory of a tensor made by `shared_tensor` whatever the process computes on: for engines of
+    CPU ranks, which a rehearsal runs over."""
     return tensor if isinstance(tensor, np.ndarray) else np.asarray(tensor.asnumpy(), order="C")
 
 
@@ -43,10 +52,12 @@ class _Memory:
 
 
 def values(tensor: Tensor) -> np.ndarray:
-    """The values of an activation or a gradient on CPU, in its shape, without a copy where that is possible. Read-only use.
+    """The values of an activation or a gradient, in its shape, on the host without a copy where that is possible. Read-only use.
 
     `asnumpy` copies what an operation has returned at 1.4 GB/s (2.5). The array keeps the tensor alive.
     """
+    if not on_host():
+        return host_array(tensor)
     array = None if hasattr(tensor, "made_on_host") else _memory(tensor)
     return host_array(tensor) if array is None else array.reshape(tensor.shape)
 
@@ -57,6 +68,7 @@ def _memory(tensor: Tensor) -> np.ndarray | None:
     It is asked for each time. That a tensor was made of an array of ours says nothing: operations may have given it other memory
     since, and what was noted at the Python object is gone where MindSpore makes another one for the same tensor (2.5: autograd).
     """
+    _refuse_in_rehearsal()
     if not tensor.is_contiguous() or tensor.storage_offset():
         return None
     start = int(addressed(tensor)._data_ptr())
@@ -69,10 +81,17 @@ def _memory(tensor: Tensor) -> np.ndarray | None:
     return np.asarray(_Memory(tensor, start, elements, dtype.str))
 
 
+def _refuse_in_rehearsal() -> None:
+    if rehearsed():
+        raise RuntimeError(
+            "the address of a tensor was asked for, which on a device NumPy could do nothing with: a fault of bmtrain_ms"
+        )
+
+
 def address(tensor: Tensor) -> int | None:
-    """Where the tensor's values start, if views share memory with what they view; None on 2.5, where a view of host memory is a
-    copy (and where asking for the address of a tensor that no operation has read yet logs an error)."""
-    return int(tensor._data_ptr()) if hasattr(Tensor, "untyped_storage") else None
+    """Where the tensor's values start, if views share memory with what they view; None on a device, and on 2.5, where a view of
+    host memory is a copy (and where asking for the address of a tensor that no operation has read yet logs an error)."""
+    return int(tensor._data_ptr()) if on_host() and hasattr(Tensor, "untyped_storage") else None
 
 
 def addressed(tensor: Tensor) -> Tensor:
@@ -85,9 +104,7 @@ def addressed(tensor: Tensor) -> Tensor:
 
 def writable_array(tensor: Tensor) -> np.ndarray | None:
     """The tensor's own memory on CPU, flat: what is written there, operations read. None where only a copy can be had."""
-    if device_target() != "CPU":
-        return None
-    return _memory(tensor)
+    return _memory(tensor) if on_host() else None
 
 
 def scaled(tensor: Tensor, factor: float) -> Tensor:
@@ -113,6 +130,7 @@ def is_at(tensor: Tensor, array: np.ndarray) -> bool:
 
     The tensor must not have been given other data (`set_data`) since: on 2.5 asking for an address that is not there logs an error.
     """
+    _refuse_in_rehearsal()
     return int(tensor._data_ptr()) == array.__array_interface__["data"][0]
 
 
@@ -127,7 +145,7 @@ def overwrite(tensor: Tensor, source: Tensor) -> None:
             f"a tensor of shape {tuple(tensor.shape)} is a view (a slice, or transposed), which cannot be written into: copy it, "
             "write into the copy, and put that back"
         )
-    array = writable_array(tensor) if device_target() == "CPU" else getattr(tensor, "kept_on_host", None)
+    array = writable_array(tensor) if on_host() else getattr(tensor, "kept_on_host", None)
     if array is None:
         ops.assign(tensor, source)
     else:
@@ -146,7 +164,7 @@ def kept_on_host(array: np.ndarray) -> Tensor:
 
 def square_sum(tensor: Tensor) -> float:
     """Sum of the squares of a float32 tensor; not finite if an element is not."""
-    if device_target() != "CPU":
+    if not on_host():
         return host_array((tensor * tensor).sum()).item()
     array = writable_array(tensor)
     array = host_array(tensor).reshape(-1) if array is None else array
@@ -160,7 +178,12 @@ def was_copied(tensor: Tensor, array: np.ndarray) -> bool:
 
 
 def from_host(array: np.ndarray) -> Tensor:
-    """A tensor that shares memory with the contiguous `array` and keeps it alive."""
+    """A tensor of the values of the contiguous `array`; on the host it shares memory with the array, and keeps it alive."""
+    return shared_tensor(array.copy() if rehearsed() else array)
+
+
+def shared_tensor(array: np.ndarray) -> Tensor:
+    """`from_host` that shares memory whatever the process computes on: see `shared_array`."""
     if not (_TAKES_INTERNAL and array.flags.c_contiguous):
         return Tensor.from_numpy(array)
     tensor = Tensor(Tensor.__base__.from_numpy(array), internal=True)  # half the time: without checks of what is known
@@ -168,10 +191,14 @@ def from_host(array: np.ndarray) -> Tensor:
     return tensor
 
 
-@functools.cache
 def zeros(length: int, dtype: Any) -> Tensor:
     """(length,) zeros, the same tensor each time: for those who only read. On CPU they take no memory, as nobody writes them."""
-    if device_target() != "CPU":
+    return _zeros(length, dtype, on_host())
+
+
+@functools.cache
+def _zeros(length: int, dtype: Any, host: bool) -> Tensor:
+    if not host:
         return ops.zeros((length,), dtype)
     with no_grad():
         return addressed(from_host(np.zeros(length, numpy_dtype(dtype))))
@@ -183,11 +210,6 @@ def numpy_dtype(dtype: Any) -> np.dtype:
     if isinstance(dtype, np.dtype):
         return dtype
     return np.dtype(ms.dtype_to_nptype(dtype))
-
-
-def device_target() -> str:
-    """`CPU` or `Ascend`, as MindSpore was told or found."""
-    return str(ms.get_context("device_target"))
 
 
 def configure_cpu(threads: int) -> None:

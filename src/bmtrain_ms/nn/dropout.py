@@ -17,9 +17,10 @@ from ..zero import context_of
 class Dropout(nn.Cell):
     """Zeroes elements with probability `p` in training and scales the rest by 1 / (1 - p) (Srivastava et al., 2014).
 
-    The mask is drawn from a counter-based generator keyed by the run's seed, the rank, the step (skipped ones do not count) and
-    the number of the draw in the step. So a recomputed forward pass, and a resumed run, draw the same mask; MindSpore's own dropout
-    does neither on CPU.
+    The mask is drawn from a counter-based generator keyed by the run's seed, the step (skipped ones do not count), the number of
+    the draw in the step, and the element's position in the batch of all data-parallel ranks, whose parts are to be equally large.
+    So any number of them, a recomputed forward pass, and a resumed run draw the same mask; MindSpore's own dropout does none of
+    that on CPU. Tensor-parallel ranks draw alike: for what each has all of.
 
     Raises:
         ValueError: p is not in [0, 1).
@@ -51,9 +52,10 @@ def _drop(x: Tensor, p: float) -> Tensor:
     current = world()
     key = context_of(current).draws.next_key()
     size = int(np.prod(x.shape))
+    start = current.mesh.dp_rank * size
     mask = np.empty(size, numpy_dtype(x.dtype))
-    for first, words, inside in chunks(key, 0, size):
-        kept = uniform(words)[inside] >= p
-        mask[first : first + kept.size] = kept.astype(np.float32) / (1.0 - p)
+    for first, words, inside in chunks(key, start, start + size):
+        kept, begin = uniform(words)[inside] >= p, first + inside.start - start
+        mask[begin : begin + kept.size] = kept.astype(np.float32) / (1.0 - p)
     mask_tensor = from_host(mask.reshape(x.shape))
     return custom_op(lambda x: (x * mask_tensor,), lambda grads: (grads[0] * mask_tensor,), x)[0]

@@ -1,7 +1,7 @@
 """The operations that a transformer spends its time in, each with its own derivative.
 
 Here is what they promise. `ops.host` and `ops.device` are two implementations of the same names, of which one is chosen once:
-by `init_distributed`, or by what MindSpore says its device is at the first use before that. Norms, softmax, angles and the loss
+by `init_distributed`, or, at the first use before that, by what MindSpore says its device is. Norms, softmax, angles and the loss
 are computed in float32 whatever the dtype of the tensors; inf and nan are answers, which a loss scaler looks for.
 """
 
@@ -11,7 +11,7 @@ from types import ModuleType
 
 from mindspore import Tensor
 
-from ..compat.runtime import device_target
+from ..compat.device import on_host
 from . import loss
 from .rules import Angles, LossRule, check_cross_entropy_options
 
@@ -32,7 +32,7 @@ __all__ = [
     "split_heads",
     "swiglu",
     "use",
-    "use_for",
+    "use_default",
 ]
 
 
@@ -55,16 +55,16 @@ def use(name: str) -> None:
     _Choice.implementation = implementation
 
 
-def use_for(target: str) -> None:
-    """Choose what suits MindSpore's device target."""
-    use("host" if target == "CPU" else "device")
+def use_default() -> None:
+    """Compute as everything else does, see `compat.device`."""
+    use("host" if on_host() else "device")
 
 
 def chosen() -> ModuleType:
     """The implementation that runs, `ops.host` or `ops.device`."""
     if _Choice.implementation is not None:
         return _Choice.implementation
-    use_for(device_target())
+    use_default()
     return chosen()
 
 

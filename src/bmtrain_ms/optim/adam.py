@@ -10,7 +10,8 @@ from mindspore import Parameter, Tensor, ops
 
 from bmtrain_ms_base.checks import number
 
-from ..compat.runtime import device_target, host_array, is_at, kept_on_host, numpy_dtype, values, writable_array
+from ..compat.device import on_host
+from ..compat.runtime import host_array, is_at, kept_on_host, numpy_dtype, values, writable_array
 from .base import ParamState, ShardOptimizer
 from .host_adam import Workers, bits, round_to, run
 from .update import Coefficients, Delta, Update
@@ -77,7 +78,7 @@ class AdamOptimizer(Adam):
         hold_steps: int = 0,
         maximize: bool = False,
     ):
-        self._on_host = device_target() == "CPU"
+        self._on_host = on_host()
         super().__init__(params, settings(lr, betas, eps, weight_decay, hold_steps, maximize))
         self._workers = Workers() if self._on_host else None
 

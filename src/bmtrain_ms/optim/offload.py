@@ -13,7 +13,8 @@ from mindspore import Parameter, Tensor, ops
 from bmtrain_ms_base.memory import available_memory
 
 from ..comm import reduce_numbers, world
-from ..compat.runtime import device_target, from_host, host_array, values
+from ..compat.device import on_host
+from ..compat.runtime import from_host, host_array, values
 from ..zero import DistributedParameter
 from .adam import Adam, HostState, settings
 from .base import ParamState
@@ -31,7 +32,7 @@ class Transfer:
     """
 
     def __init__(self) -> None:
-        self.shares_memory = device_target() == "CPU"
+        self.shares_memory = on_host()
 
     def fetch(self, grad: Tensor) -> np.ndarray:
         """The values of a gradient, flat, on the host; valid until the optimizer's step has ended."""

@@ -8,7 +8,7 @@ import mindspore as ms
 import numpy as np
 from mindspore import Parameter, Tensor, nn
 
-from ..compat.runtime import overwrite
+from ..compat.runtime import host_array, overwrite
 
 # (the rate that the group was given for itself, or None; what sets its rate)
 GroupRate = tuple[Optional[float], Callable[[float], None]]
@@ -35,7 +35,10 @@ def group_rates(optimizer: Any) -> list[GroupRate]:
         if not optimizer.is_group_lr:
             return [(None, _writer(optimizer.learning_rate))]
         setters = [_writer(rate) for rate in optimizer.learning_rate]
-        default, rates = getattr(optimizer, "init_learning_rate", None), [float(rate.asnumpy()) for rate in optimizer.learning_rate]
+        default, rates = (
+            getattr(optimizer, "init_learning_rate", None),
+            [host_array(rate).item() for rate in optimizer.learning_rate],
+        )
     elif isinstance(optimizer, nn.Optimizer):
         raise TypeError(f"this {type(optimizer).__name__} has a schedule of its own; give it a constant learning_rate")
     else:

@@ -54,7 +54,7 @@ def check_arrays(named: StateTensors, state: Mapping[str, Any], strict: bool) ->
     for name, (like, x) in named.items():
         if name not in saved:
             continue
-        shape = tuple(x.shape) if like is None or not state["is_whole"] else like.full_shape
+        shape = tuple(x.shape) if like is None or not state["is_whole"] else like.layout.whole
         if tuple(saved[name].shape) != shape:
             raise ValueError(f"{name} has shape {tuple(saved[name].shape)} in the state, expected {shape}")
         mine, theirs = None if like is None else _shard_of(like), state["shards"][name]
@@ -79,15 +79,19 @@ def _copy(x: Tensor) -> np.ndarray:
 
 
 def _shard_of(p: DistributedParameter) -> list[Any]:
-    return [p.layout.index, p.layout.ranks, list(p.full_shape)]
+    cut = [[split.dim, split.index, split.parts] for split in p.layout.splits]
+    return [p.layout.index, p.layout.ranks, list(p.layout.whole), *([cut] if cut else [])]
 
 
 def _where(shard: list[Any] | None) -> str:
-    return "no shard" if shard is None else f"rank {shard[0]} of {shard[1]} (full shape {tuple(shard[2])})"
+    if shard is None:
+        return "no shard"
+    cut = f", cut as {shard[3]}" if len(shard) > 3 else ""
+    return f"rank {shard[0]} of {shard[1]} (full shape {tuple(shard[2])}{cut})"
 
 
 def _whole(name: str, like: DistributedParameter | None, x: Tensor) -> np.ndarray:
     if like is None:
         return _copy(x)
     gathered = host_array(like.world.along(like.along).all_gather([x], label=f"state {name}").wait()[0])
-    return gathered[: like.full_size].reshape(like.full_shape).copy()
+    return like.joined(gathered[: like.full_size].reshape(like.full_shape).copy())

@@ -26,7 +26,7 @@ class ZeroContext:
         self.pool = BufferPool(spare=world.prefetch + 2)
         self.pipeline = GatherPipeline(self.pool, world.prefetch)
         self.reducer = Reducer()
-        self.draws = Draws(world.seed, world.mesh.dp_rank)
+        self.draws = Draws(world.seed)
         self._passes = [Pass()]  # the last is the one that calls belong to; the first that of who opens none
         self._gathers: list[list[Any]] = []
         self.managers: weakref.WeakSet[Any] = weakref.WeakSet()  # those with gradients of this world's parameters, for `inspect`

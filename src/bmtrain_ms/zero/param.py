@@ -150,25 +150,9 @@ class DistributedParameter(Parameter):
 
         All ranks of the stage call it together.
         """
-        local, whole = self.gather(), self.layout.whole
+        local, engine = self.gather(), self.world.along("tp")
         if self.tp_parts == 1:
             return local
-        engine, splits = self.world.along("tp"), self.layout.splits
-        boxes = [
-            Layout(whole, (Split(splits[0].dim, i * self.tp_parts // engine.size, self.tp_parts),)).box for i in range(engine.size)
-        ]
-        largest = max(math.prod(part.stop - part.start for part in box) for box in boxes)
-
-        def collect(local: Tensor) -> tuple[Tensor]:
-            padded = np.zeros(largest, numpy_dtype(self.dtype))
-            padded[: self.full_size] = host_array(local).reshape(-1)
-            rows = host_array(engine.all_gather([from_host(padded)], label=f"all of {self.name}").wait()[0]).reshape(
-                engine.size, -1
-            )
-            out = np.empty(whole, padded.dtype)
-            for row, box in zip(rows, boxes):
-                out[box] = row[: out[box].size].reshape(out[box].shape)
-            return (from_host(out),)
 
         def give_back(grads: tuple[Tensor, ...]) -> tuple[Tensor]:
             total = host_array(engine.all_reduce([grads[0]], label=f"all of {self.name}, backward").wait()[0])
@@ -176,7 +160,25 @@ class DistributedParameter(Parameter):
             share = total[self.layout.box] / (engine.size // self.tp_parts)
             return (from_host(np.ascontiguousarray(share.astype(total.dtype))),)
 
-        return custom_op(collect, give_back, local)[0]
+        return custom_op(lambda local: (from_host(self.joined(host_array(local))),), give_back, local)[0]
+
+    def joined(self, local: np.ndarray) -> np.ndarray:
+        """An array of the whole tensor's shape, of what each tensor-parallel rank has for its part of it, of `full_shape`.
+
+        All ranks of the stage call it together.
+        """
+        if self.tp_parts == 1:
+            return local
+        engine, dim = self.world.along("tp"), self.layout.splits[0].dim
+        whole, size = self.layout.whole, engine.size
+        boxes = [Layout(whole, (Split(dim, i * self.tp_parts // size, self.tp_parts),)).box for i in range(size)]
+        padded = np.zeros(max(math.prod(part.stop - part.start for part in box) for box in boxes), local.dtype)
+        padded[: local.size] = local.reshape(-1)
+        rows = host_array(engine.all_gather([from_host(padded)], label=f"all of {self.name}").wait()[0]).reshape(size, -1)
+        out = np.empty(whole, local.dtype)
+        for row, box in zip(rows, boxes):
+            out[box] = row[: out[box].size].reshape(out[box].shape)
+        return out
 
     def _copy_data(self, full: Tensor | np.ndarray) -> None:
         self.copy_full(full)

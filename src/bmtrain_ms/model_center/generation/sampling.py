@@ -158,7 +158,7 @@ def _checked(prompts: Any, vocab_size: int | None) -> list[np.ndarray]:
     """The prompts as arrays of token ids."""
     checked = []
     for i, prompt in enumerate(prompts):
-        tokens = np.asarray(prompt.asnumpy() if isinstance(prompt, Tensor) else prompt)
+        tokens = host_array(prompt) if isinstance(prompt, Tensor) else np.asarray(prompt)
         if tokens.ndim != 1:
             raise TypeError(f"prompts are lists of token ids, one list each: prompt {i} is {reprlib.repr(prompt)}")
         if not tokens.size:

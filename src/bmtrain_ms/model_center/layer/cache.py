@@ -7,7 +7,8 @@ from mindspore import Tensor, ops
 
 from bmtrain_ms_base.checks import whole
 
-from ...compat.runtime import device_target, from_host, numpy_dtype, values
+from ...compat.device import on_host
+from ...compat.runtime import from_host, numpy_dtype, values
 
 
 class KeyValueCache:
@@ -80,7 +81,7 @@ class _Buffer:
         batch, heads, _, dim = like.shape
         self._shape = batch, heads, capacity, dim
         self._tensor: Tensor | None = None
-        if device_target() == "CPU":
+        if on_host():
             self._array = np.zeros(self._shape, numpy_dtype(like.dtype))  # memory that is not written takes no room
         else:
             self._tensor = ops.zeros(self._shape, like.dtype)

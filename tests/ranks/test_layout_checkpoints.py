@@ -1,0 +1,115 @@
+"""Saved on any layout, loaded on any other: the training goes on as on one rank, to the bit on the layout that saved."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any, Callable
+
+import numpy as np
+import pytest
+
+import bmtrain_ms as bms
+from bmtrain_ms.checkpoint import Checkpointer
+from bmtrain_ms.comm import Mesh, SingleEngine, World, use_world
+from tests.helpers.layouts import Case, batch_of, model_of, parts, whole
+
+Run = Callable[..., list[Any]]
+SIZES = {"num_heads_kv": 2}
+CASES = [Case(), Case(dp=2), Case(tp=2), Case(tp=4), Case(tp=2, dp=2), Case(tp=2, dp=2, replica=2)]
+
+
+def run(world: World, case: Case, folder: Path, start: int, stop: int) -> dict[str, Any]:
+    """Steps from `start`, which a checkpoint has unless it is 0, to `stop`, which is saved."""
+    with use_world(case.world(world)) as here:
+        model = model_of(case, SIZES)
+        params = model.trainable_params()
+        manager = bms.optim.OptimManager(loss_scale=2.0**10)
+        manager.add_optimizer(bms.optim.AdamOptimizer(params, lr=3e-3, weight_decay=0.01))
+        checkpointer = Checkpointer(folder, model, manager)
+        if start:
+            resumed = checkpointer.load()
+            assert resumed is not None and resumed.step == start and not resumed.result.missing
+        losses = []
+
+        def early(step: int) -> None:
+            """A gradient that is there before the step's own, and is in the checkpoint."""
+            if step == 2:
+                manager.backward(model.loss, *batch_of(100, here.mesh.dp_rank, case.dp))
+
+        for step in range(start, stop):
+            if step != start or not start:
+                manager.zero_grad()
+                early(step)
+            value = manager.backward(model.loss, *batch_of(step, here.mesh.dp_rank, case.dp))
+            losses.append(bms.sum_loss(value).asnumpy().item())
+            manager.clip_grad_norm(manager.optimizers[0].param_groups, 1.0)
+            manager.step()
+        manager.zero_grad()
+        early(stop)
+        checkpointer.save(stop, wait=True)
+        checkpointer.close()
+        bms.save(model, folder / "whole.safetensors")
+        state = bms.checkpoint.state_dict(model)
+        gathered = manager.state_dict(gather_opt=True)["optimizers"][0]["tensors"]
+        return {
+            "losses": losses,
+            "last": parts({p.name: (p.layout, p) for p in params}),
+            "state": state,
+            "moments": {name: np.array(x) for name, x in gathered.items() if name.startswith("exp_avg")},
+        }
+
+
+def alone(folder: Path, start: int, stop: int) -> dict[str, Any]:
+    with use_world(World(SingleEngine(), Mesh(1, 0))) as one:
+        return run(one, Case(), folder, start, stop)
+
+
+@functools.cache
+def right(folder: Path) -> dict[str, Any]:
+    return alone(folder, 0, 4)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return right(tmp_path_factory.mktemp("alone"))
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [(Case(tp=2), case) for case in CASES]
+    + [(case, Case(tp=2)) for case in CASES if case.tp != 2]
+    + [(CASES[4], CASES[5]), (CASES[5], CASES[0])],
+    ids=lambda case: str(case),
+)
+def test_resumed_on_another_layout(run_ranks: Run, tmp_path: Path, uninterrupted: dict[str, Any], first: Case, second: Case):
+    before = run_ranks(first.ranks, run, case=first, folder=tmp_path, start=0, stop=2)
+    after = run_ranks(second.ranks, run, case=second, folder=tmp_path, start=2, stop=4)
+    losses = before[0]["losses"] + after[0]["losses"]
+    np.testing.assert_allclose(losses, uninterrupted["losses"], rtol=2e-5)
+    last, expected = whole([answer["last"] for answer in after]), whole([uninterrupted["last"]])
+    for name, values in last.items():
+        np.testing.assert_allclose(values, expected[name], rtol=0, atol=2e-4 * np.abs(values).max(), err_msg=name)
+        np.testing.assert_array_equal(after[0]["state"][name], values)  # what a whole file has
+    for answer in after:
+        for name, moment in answer["moments"].items():
+            np.testing.assert_allclose(
+                moment, uninterrupted["moments"][name], rtol=0, atol=1e-3 * np.abs(moment).max(), err_msg=name
+            )
+    with use_world(World(SingleEngine(), Mesh(1, 0), seed=5)):
+        model = model_of(Case(), SIZES)
+        bms.load(model, tmp_path / "whole.safetensors")
+        for p in model.trainable_params():
+            np.testing.assert_array_equal(p.asnumpy()[: p.layout.owned_size].reshape(p.full_shape), last[p.name])
+
+
+@pytest.mark.parametrize("case", [Case(tp=2), Case(tp=2, dp=2)], ids=str)
+def test_the_same_layout_goes_on_to_the_bit(run_ranks: Run, tmp_path: Path, case: Case):
+    through = run_ranks(case.ranks, run, case=case, folder=tmp_path / "through", start=0, stop=4)
+    run_ranks(case.ranks, run, case=case, folder=tmp_path / "stopped", start=0, stop=2)
+    resumed = run_ranks(case.ranks, run, case=case, folder=tmp_path / "stopped", start=2, stop=4)
+    for a, b in zip(through, resumed):
+        assert a["losses"][2:] == b["losses"]
+        for name, (layout, values) in a["last"].items():
+            assert b["last"][name][0] == layout
+            np.testing.assert_array_equal(b["last"][name][1], values, err_msg=name)
