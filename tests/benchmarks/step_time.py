@@ -27,7 +27,7 @@ from tests.benchmarks.harness import (
 
 CAUSES = (
     "What is left has three causes. Each operation of a step costs 0.1 to 0.2 ms in MindSpore's and our Python, forward and "
-    "backward, which on S, whose step has some 75, is a twentieth of it; on M it is a hundredth. A world of one rank gathers too: "
+    "backward, which on S, whose step has some 75, is a twentieth of it; on M it is a fiftieth. A world of one rank gathers too: "
     "it copies its own parameters, twice a step. And MindSpore's threads give their core away at each of its operations, so where "
     "other programs want it, our steps are delayed more than PyTorch's: compare figures of a calm machine."
 )

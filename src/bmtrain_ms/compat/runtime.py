@@ -263,8 +263,8 @@ def _limit_blas(threads: int) -> None:
 def _keep_freed_memory() -> None:
     """Have glibc keep what a step frees for the next one: returned to the system, it comes back as zeroed pages, one fault each.
 
-    Measured with the models of the benchmarks: S 20 faults a step instead of 1,500, M 9,900 instead of 13,600; 1 % (S) and 4 % (M) of
-    the median step, for 20 MiB more at the peak of 1.6 GiB.
+    Measured with the models of the benchmarks: S 20 faults a step instead of 1,500, M 9,900 instead of 13,600; 1 % (S) and 4 % (M)
+    of the median step, for 20 MiB more at the peak of 1.6 GiB.
     """
     with contextlib.suppress(AttributeError, OSError):  # another C library
         mallopt = ctypes.CDLL(None).mallopt
