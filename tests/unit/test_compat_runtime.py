@@ -44,6 +44,11 @@ def set_item(x: Tensor) -> None:
     x[0, 0] = 9.0
 
 
+def assigned_value(x: Tensor) -> Tensor:
+    x.assign_value(ops.ones((2, 3), ms.float32) * 4.0)
+    return x
+
+
 def set_data() -> Tensor:
     p = Parameter(ops.zeros((2, 3), ms.float32))
     p.set_data(ours())
@@ -59,9 +64,12 @@ MADE: dict[str, Callable[[], Tensor]] = {
     "transposed by others": in_place(lambda x: ops.matmul(x, x.T)),
     "an element was set": in_place(set_item),
     "assigned": in_place(lambda x: ops.assign(x, Tensor(np.full((2, 3), 4.0, np.float32)))),
+    "a value was assigned": in_place(lambda x: x.assign_value(ops.ones((2, 3), ms.float32) * 4.0)),
+    "viewed, then assigned": in_place(lambda x: (x[1:] * 1.0, ops.assign(x, Tensor(np.full((2, 3), 4.0, np.float32))))),
     "a gradient": lambda: through_autograd(ours()),
     "a parameter": lambda: Parameter(ours()),
     "a parameter that was given an array": set_data,
+    "a gradient that was assigned a value": lambda: assigned_value(through_autograd(ours())),
     "copied": lambda: copy.deepcopy(ours()),
     "a collective's": lambda: all_reduce(ours()),
 }

@@ -11,10 +11,13 @@ from typing import Any, Callable
 import mindspore as ms
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from mindspore import Tensor
 
 from bmtrain_ms import ops
 from bmtrain_ms.compat.device import Device
+from bmtrain_ms.ops import host_attention
 
 pytestmark = pytest.mark.usefixtures("implementation")  # every test twice: on the host, and as on a device
 
@@ -182,6 +185,22 @@ def test_attention(queries, keys, masked, dtype):
     )
 
 
+@BOTH
+@pytest.mark.parametrize("queries, keys, repeats", [(5, 5, 1), (5, 7, 1), (4, 4, 3), (3, 8, 2), (1, 6, 2)], ids=str)
+def test_causal_attention_in_blocks(monkeypatch, queries, keys, repeats, dtype):
+    """Of two queries each: the last one is smaller, and what nobody of a block sees is not computed."""
+    monkeypatch.setattr(host_attention, "BLOCK", 2)
+    mask = ops.causal_mask(2, 2, queries, keys, repeats)
+    added = np.broadcast_to(mask.asnumpy().astype(np.float64), (2, 2, repeats * queries, keys))
+    check(
+        lambda q, k, v: ops.attention(q, k, v, mask),
+        lambda q, k, v: attention(q, k, v, added),
+        numbers(2, 2, repeats * queries, 3, dtype=dtype),
+        numbers(2, 2, keys, 3, seed=1, dtype=dtype),
+        numbers(2, 2, keys, 3, seed=2, dtype=dtype),
+    )
+
+
 def test_grouped_queries_equal_repeated_keys():
     """4 query heads on 2 key heads: the rows of one group are queries of one product."""
     batch, kv, group, length, dim = 2, 2, 2, 3, 4
@@ -264,6 +283,100 @@ def test_overflow_is_inf_without_a_warning():
     ):
         value, _ = ms.value_and_grad(lambda x, op=op: (op(x) * Tensor(np.float16(6e4))).astype(ms.float32).sum())(Tensor(big))
         assert np.isinf(value.asnumpy())
+
+
+# Awkward inputs #
+
+
+@BOTH
+def test_no_rows(dtype, implementation):
+    """A rank may have nothing to do."""
+    if implementation == "device":
+        pytest.skip("MindSpore's kernels on CPU refuse what is empty")
+    w, b = Tensor(numbers(4, 4, dtype=dtype)), Tensor(numbers(4, dtype=dtype))
+    empty = lambda *shape: Tensor(np.zeros(shape, dtype)) * 1.0  # noqa: E731
+    for op, shape in (
+        (lambda x: ops.linear(x, w, b), (0, 4)),
+        (lambda x: ops.rms_norm(x, b, 1e-5), (0, 4)),
+        (lambda x: ops.layer_norm(x, b, b, 1e-5), (0, 4)),
+        (lambda x: ops.swiglu(x, x), (0, 4)),
+    ):
+        assert op(empty(*shape)).shape == shape
+        grad = ms.grad(lambda x, op=op: op(x).astype(ms.float32).sum())(empty(*shape))
+        assert grad.shape == shape
+
+
+VIEWS = {"columns": lambda x: x[:, 2:6], "every other": lambda x: x[::2, :4], "transposed": lambda x: x.T[:4].T}
+
+
+@pytest.mark.parametrize("name", VIEWS)
+def test_inputs_that_are_views(name):
+    view, whole, w, gain = VIEWS[name], numbers(6, 8), numbers(4, 4, seed=1), numbers(4, seed=2)
+    for op, reference in (
+        (lambda x: ops.linear(x, Tensor(w)), lambda x: x @ w.T.astype(np.float64)),
+        (lambda x: ops.rms_norm(x, Tensor(gain), 1e-3), lambda x: rms_norm(x, gain.astype(np.float64))),
+        (lambda x: ops.swiglu(x, x), lambda x: x / (1 + np.exp(-x)) * x),
+        (lambda x: ops.split_heads(x, 1, 2), lambda x: x.reshape(1, -1, 2, 2).transpose(0, 2, 1, 3)),
+    ):
+        check(lambda x, op=op: op(view(x)), lambda x, reference=reference: reference(view(x)), whole)
+
+
+def test_weights_that_are_views():
+    whole, x = numbers(6, 8), numbers(3, 6, seed=1)
+    check(lambda x, w: ops.linear(x, w.T), lambda x, w: x @ w, x, whole)
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(rows=st.integers(1, 40), dim=st.integers(1, 300), seed=st.integers(0, 1 << 16), scale=st.sampled_from([1e-3, 1.0, 30.0]))
+def test_any_size(rows, dim, seed, scale):
+    """Compiled loops have a part that fills vector registers and one that does not."""
+    x, g = (scale * numbers(rows, dim, seed=seed + i) for i in range(2))
+    gain, slope = numbers(dim, seed=seed + 2), numbers(rows, dim, seed=seed + 3)
+    wide, wide_gain = x.astype(np.float64), gain.astype(np.float64)
+    loss = lambda op: lambda *xs: (op(*xs) * Tensor(slope)).sum()  # noqa: E731
+    root = np.sqrt((wide * wide).mean(-1, keepdims=True) + 1e-5)
+    _, (dx, dw) = ms.value_and_grad(loss(lambda x, w: ops.rms_norm(x, w, 1e-5)), (0, 1))(Tensor(x), Tensor(gain))
+    along = (slope * wide_gain * wide).mean(-1, keepdims=True) / root**3
+    straight = slope * wide_gain / root
+    np.testing.assert_allclose(dx.asnumpy(), straight - wide * along, rtol=0, atol=1e-5 * np.abs(straight).max())
+    assert_close(dw.asnumpy(), (slope * wide / root).sum(0), 1e-4)
+    sigmoid = 1 / (1 + np.exp(-wide))
+    _, (da, db) = ms.value_and_grad(loss(ops.swiglu), (0, 1))(Tensor(x), Tensor(g))
+    assert_close(da.asnumpy(), slope * g * sigmoid * (1 + wide * (1 - sigmoid)), 1e-5)
+    assert_close(db.asnumpy(), slope * wide * sigmoid, 1e-5)
+
+
+@pytest.mark.parametrize("bad", [np.inf, -np.inf, np.nan])
+@pytest.mark.parametrize("op", ["linear", "rms_norm", "layer_norm", "swiglu", "attention"])
+def test_what_is_not_finite_comes_out_not_finite(op, bad):
+    """Where it is, and nowhere else: a loss scaler looks for it."""
+    x = numbers(3, 4)
+    x[1, 2] = bad
+    ones, zeros = Tensor(np.ones(4, np.float32)), Tensor(np.zeros(4, np.float32))
+    q, k = Tensor(x[None, None]), Tensor(numbers(1, 1, 3, 4, seed=1))
+    run = {
+        "linear": lambda: ops.linear(Tensor(x), Tensor(np.eye(4, dtype=np.float32) + 1)),
+        "rms_norm": lambda: ops.rms_norm(Tensor(x), ones, 1e-5),
+        "layer_norm": lambda: ops.layer_norm(Tensor(x), ones, zeros, 1e-5),
+        "swiglu": lambda: ops.swiglu(Tensor(x), Tensor(x)),
+        "attention": lambda: ops.attention(q, k, k, None).reshape(3, 4),
+    }
+    with np.errstate(all="ignore"):
+        finite = np.isfinite(run[op]().asnumpy())
+    assert finite[[0, 2]].all() and not finite[1].all()
+
+
+@pytest.mark.parametrize("ids", [[0, 5], [-1, 2]], ids=str)
+def test_an_id_outside_of_the_table(ids, implementation):
+    if implementation == "device":
+        pytest.skip("a device is not asked to look: it would have to wait")
+    with pytest.raises(ValueError, match="the table has 5 rows"):
+        ops.embedding(Tensor(np.array(ids, np.int32)), Tensor(numbers(5, 3)))
+
+
+def test_types_do_not_mix(implementation):
+    with pytest.raises(TypeError):
+        ops.linear(Tensor(numbers(2, 3)), Tensor(numbers(4, 3, dtype=np.float16))).asnumpy()
 
 
 # The two implementations #
