@@ -21,9 +21,14 @@ _KEYS: dict[str, Callable[[], Any]] = {
     "pipe_rank": lambda: world().mesh.pp_rank,
     "pipe_size": lambda: world().mesh.pp,
     "pipe_enabled": lambda: world().mesh.pp > 1,
+    "micros": lambda: world().micro_batches or world().mesh.pp,
     "comm": lambda: world().everyone,
     "zero_comm": lambda: world().along("shard"),
     "tp_zero_comm": lambda: world().along("shard"),
+    "tp_comm": lambda: world().along("tp"),
+    "pipe_comm": lambda: world().along("pp"),
+    "pp_zero_comm": lambda: world().along("shard"),
+    "pp_tp_zero_comm": lambda: world().along("shard"),
     "topology": lambda: world().mesh,
 }
 
@@ -33,10 +38,7 @@ class _Config(Mapping[str, Any]):
 
     def __getitem__(self, key: str) -> Any:
         if key not in _KEYS:
-            raise KeyError(
-                f"bmtrain_ms has no config[{key!r}]: it has {', '.join(_KEYS)}. Streams, events and communicators of tensor and "
-                "pipeline parallelism do not exist in it"
-            )
+            raise KeyError(f"bmtrain_ms has no config[{key!r}]: it has {', '.join(_KEYS)}. Streams and events do not exist in it")
         return _KEYS[key]()
 
     def __contains__(self, key: object) -> bool:

@@ -40,9 +40,13 @@ class Mesh:
         if not 0 <= self.rank < self.world:
             raise ValueError(f"rank {self.rank} is outside the world of {self.world} (0..{self.world - 1})")
         if self.world % (self.pp * self.tp):
+            ranks = self.pp * self.tp
+            fits = [n for n in range(1, self.world + 1) if self.world % (n * self.tp) == 0]
+            near = [*[n for n in fits if n < self.pp][-1:], *[n for n in fits if n > self.pp][:1]]
+            instead = f", or choose {' or '.join(map(str, near))} for pp" if near else ""
             raise ValueError(
-                f"world size {self.world} is not divisible by pp * tp = {self.pp} * {self.tp} = {self.pp * self.tp}; "
-                f"start a multiple of {self.pp * self.tp} processes"
+                f"world size {self.world} is not divisible by pp * tp = {self.pp} * {self.tp} = {ranks}; "
+                f"start a multiple of {ranks} processes{instead}"
             )
         for name in ("replica", "ep"):
             size = getattr(self, name)
@@ -50,20 +54,20 @@ class Mesh:
                 raise ValueError(f"{name}={size} does not divide the {self.dp} data-parallel ranks")
 
     @classmethod
-    def data_parallel(cls, world: int, rank: int, shard_size: int | None = None, tp: int = 1) -> Mesh:
-        """`tp` neighbours divide tensors, the rest of the ranks are the data axis, where parameters are sharded over so many
-        neighbours (default: all) and repeated across.
+    def data_parallel(cls, world: int, rank: int, shard_size: int | None = None, tp: int = 1, pp: int = 1) -> Mesh:
+        """`tp` neighbours divide tensors, `pp` stages layers, the rest of the ranks are the data axis, where parameters are sharded
+        over so many neighbours (default: all) and repeated across.
 
         Raises:
-            ValueError: the number of ranks is not a multiple of `tp`, or that of data-parallel ones not of `shard_size`.
+            ValueError: the number of ranks is not a multiple of `pp * tp`, or that of data-parallel ones not of `shard_size`.
         """
-        dp = cls(world, rank, tp=tp).dp
+        dp = cls(world, rank, tp=tp, pp=pp).dp
         if shard_size is not None and (shard_size < 1 or dp % shard_size):
             raise ValueError(
                 f"shard_size={shard_size} does not divide the {dp} ranks; give the number of ranks of a node, or None to "
                 "shard over all"
             )
-        return cls(world, rank, tp=tp, replica=1 if shard_size is None else dp // shard_size)
+        return cls(world, rank, tp=tp, pp=pp, replica=1 if shard_size is None else dp // shard_size)
 
     @property
     def dp(self) -> int:

@@ -103,6 +103,15 @@ class Draws:
         finally:
             self.count, self.records, self.replaying = before
 
+    @contextlib.contextmanager
+    def numbered(self, count: int) -> Iterator[None]:
+        """Number from `count`, for what has a place of its own among the draws of a step; afterwards go on as before."""
+        before, self.count = self.count, count
+        try:
+            yield
+        finally:
+            self.count = before
+
     def next_key(self) -> np.ndarray:
         """The key of the next draw."""
         self.count += 1

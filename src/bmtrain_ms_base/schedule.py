@@ -158,7 +158,8 @@ def interleaved(p: int, v: int, m: int, group: Optional[int] = None) -> Schedule
 
 
 def interleaved_rows(p: int, v: int, m: int, group: int) -> tuple[Row, ...]:
-    """The rows of `interleaved`, for any last group: a short one works too, but ranks wait."""
+    """The rows of `interleaved`, for any last group: with a short one ranks wait, or even for each other (p=4, v=3, m=5, group=4),
+    which `simulate` says."""
     firsts = range(0, m, group)
     order = [b * v + c for first in firsts for c in range(v) for b in range(first, min(first + group, m))]
     back = [b * v + v - 1 - c for b, c in (divmod(i, v) for i in order)]

@@ -10,8 +10,9 @@ from mindspore import Tensor
 
 import bmtrain_ms as bms
 from bmtrain_ms.comm import Mesh, SingleEngine, World, use_world
-from bmtrain_ms.model_center import Spread, spread
+from bmtrain_ms.model_center import Spread, Stages, spread
 from bmtrain_ms.model_center.model import Llama, LlamaConfig
+from bmtrain_ms.parallel import Scheduled
 from bmtrain_ms_base.layout import Layout
 
 BATCH, LENGTH, VOCAB = 4, 6, 37
@@ -27,6 +28,7 @@ class Case:
     ep: int = 1
     replica: int = 1
     how: Spread = field(default_factory=Spread)
+    stages: Stages | None = None
 
     @property
     def ranks(self) -> int:
@@ -35,7 +37,9 @@ class Case:
     def __str__(self) -> str:
         axes = [f"{name}{n}" for name in ("pp", "dp", "tp", "ep", "replica") if (n := getattr(self, name)) > 1]
         kept = "" if self.how.recompute else "-kept"
-        return "-".join(axes or ["one"]) + kept + ("" if self.how.zero_level == 3 else "-zero2")
+        level = "" if self.how.zero_level == 3 else "-zero2"
+        how = self.stages and {name: x for name, x in vars(self.stages).items() if x not in (None, 1)}
+        return "-".join(axes or ["one"]) + kept + level + "".join(f"-{name}={x}" for name, x in (how or {}).items())
 
     def world(self, world: World, **options: Any) -> World:
         mesh = Mesh(self.ranks, world.mesh.rank, tp=self.tp, pp=self.pp, replica=self.replica, ep=self.ep)
@@ -52,6 +56,22 @@ LAYOUTS = [
     Case(tp=2, dp=2),
     Case(tp=2, dp=2, how=KEPT),
     Case(tp=2, dp=2, replica=2, how=Spread(False, 2)),
+]
+
+PIPELINES = [
+    Case(pp=2),
+    Case(pp=2, how=KEPT, stages=Stages(micro_batches=3)),  # no multiple of the stages, and of unequal sizes
+    Case(pp=2, how=ZERO2, stages=Stages([1, 4], micro_batches=4)),
+    Case(pp=3, stages=Stages("E|tttt|tL", micro_batches=1)),
+    Case(pp=4, how=KEPT, stages=Stages(micro_batches=2)),  # fewer than stages
+    Case(pp=2, stages=Stages(chunks=2, micro_batches=4)),
+    Case(pp=2, how=KEPT, stages=Stages([1, 2, 0, 2], chunks=2, micro_batches=4, group=4)),
+    Case(pp=2, stages=Stages(schedule="gpipe", micro_batches=4)),
+    Case(pp=1, stages=Stages(chunks=2, micro_batches=3)),
+    Case(pp=2, tp=2, stages=Stages(micro_batches=3)),
+    Case(pp=2, tp=2, how=KEPT),
+    Case(pp=2, dp=2),
+    Case(pp=2, dp=2, replica=2, how=Spread(False, 2)),
 ]
 
 # heads that 2, 3 and 4 ranks divide, two of keys and values, a vocabulary and tokens that they do not all divide
@@ -72,6 +92,16 @@ def batch_of(step: int, dp_rank: int, dp: int) -> tuple[Tensor, Tensor]:
     ids = random.integers(0, VOCAB, (BATCH, LENGTH + 1)).astype(np.int32)
     rows = slice(dp_rank * BATCH // dp, (dp_rank + 1) * BATCH // dp)
     return Tensor(np.ascontiguousarray(ids[rows, :-1])), Tensor(np.ascontiguousarray(ids[rows, 1:]))
+
+
+def masked(batch: tuple[Tensor, Tensor], uneven: bool) -> tuple[Tensor, Tensor]:
+    """The batch; `uneven`: rows have different numbers of tokens that count, the first none."""
+    if not uneven:
+        return batch
+    targets = batch[1].asnumpy().copy()
+    for i, row in enumerate(targets):
+        row[i * LENGTH // len(targets) :] = -100
+    return batch[0], Tensor(targets)
 
 
 def parts(values: dict[str, tuple[Layout, Tensor]]) -> dict[str, tuple[dict, np.ndarray]]:
@@ -100,14 +130,20 @@ def whole(found: list[dict[str, tuple[dict, np.ndarray]]]) -> dict[str, np.ndarr
 
 def model_of(case: Case, sizes: dict[str, Any]) -> Llama:
     model = Llama(LlamaConfig(**{**SIZES, **sizes}))
+    if case.stages is None and case.pp == 1:
+        bms.init_parameters(model)
+        return spread(model, case.how)
+    spread(model, case.how, case.stages)
     bms.init_parameters(model)
-    return spread(model, case.how)
+    return model
 
 
-def train(world: World, case: Case, steps: int, sizes: dict[str, Any], logits: bool = False) -> dict[str, Any]:
+def train(
+    world: World, case: Case, steps: int, sizes: dict[str, Any], logits: bool = False, uneven: bool = False
+) -> dict[str, Any]:
     """Initial values, losses, norms, the first step's gradients, and the values after the last, in parts.
 
-    `logits`: the loss is that of all logits, on every rank.
+    `logits`: the loss is that of all logits, on every rank.  `uneven`: see `masked`.
     """
     with use_world(case.world(world)) as here:
         model = model_of(case, sizes)
@@ -125,7 +161,8 @@ def train(world: World, case: Case, steps: int, sizes: dict[str, Any], logits: b
 
         for step in range(steps):
             manager.zero_grad()
-            value = manager.backward(loss, *batch_of(step, here.mesh.dp_rank, case.dp))
+            function = model.loss if isinstance(model.loss, Scheduled) else loss
+            value = manager.backward(function, *masked(batch_of(step, here.mesh.dp_rank, case.dp), uneven))
             if not step:
                 grads = parts({p.name: (p.layout, manager.grad(p) * (1.0 / manager.grads_scale)) for p in params})
             norms.append(manager.clip_grad_norm(optimizer.param_groups, 1.0))
@@ -140,7 +177,7 @@ def train(world: World, case: Case, steps: int, sizes: dict[str, Any], logits: b
         }
 
 
-def alone(steps: int, sizes: dict[str, Any]) -> dict[str, Any]:
+def alone(steps: int, sizes: dict[str, Any], uneven: bool = False) -> dict[str, Any]:
     """The same training on one rank, in this process."""
     with use_world(World(SingleEngine(), Mesh(1, 0))) as one:
-        return train(one, Case(), steps, sizes)
+        return train(one, Case(), steps, sizes, uneven=uneven)

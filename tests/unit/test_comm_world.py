@@ -181,9 +181,12 @@ def test_called_twice():
     [
         ({"tp_size": 2}, r"^world size 1 is not divisible by pp \* tp = 1 \* 2 = 2; start a multiple of 2 processes$"),
         ({"tp_size": 0}, r"^tp_size must be at least 1, not 0$"),
-        ({"pipe_size": 2}, r"^pipe_size=2, num_micro_batches=None: pipelines are not part .*; use pipe_size=-1$"),
-        ({"pipe_size": 0}, r"^pipe_size=0, num_micro_batches=None: pipelines are not part"),
-        ({"num_micro_batches": 4}, r"^pipe_size=-1, num_micro_batches=4: pipelines are not part"),
+        (
+            {"pipe_size": 2},
+            r"^world size 1 is not divisible by pp \* tp = 2 \* 1 = 2; start a multiple of 2 processes, or choose 1 for pp$",
+        ),
+        ({"pipe_size": 0}, r"^pipe_size must be at least 1, not 0$"),
+        ({"num_micro_batches": 0}, r"^num_micro_batches must be at least 1, not 0$"),
         (
             {"init_method": "tcp://a:1"},
             r"^init_method='tcp://a:1': ranks find each other by what mpiexec or msrun says; use 'env://'$",

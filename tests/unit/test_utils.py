@@ -227,9 +227,10 @@ def test_config_of_one_rank(single_world):
         "pipe_rank": 0,
         "pipe_size": 1,
         "pipe_enabled": False,
+        "micros": 1,
     }
-    engines = {"comm", "zero_comm", "tp_zero_comm"}
-    assert set(bms.config) == {*expected, *engines, "topology"} and len(bms.config) == 18
+    engines = {"comm", "zero_comm", "tp_zero_comm", "tp_comm", "pipe_comm", "pp_zero_comm", "pp_tp_zero_comm"}
+    assert set(bms.config) == {*expected, *engines, "topology"} and len(bms.config) == 23
     assert {name: bms.config[name] for name in expected} == expected
     assert all(isinstance(bms.config[name], SingleEngine) for name in engines)
     assert bms.config["topology"] is world().mesh
@@ -257,5 +258,5 @@ def test_config_says_what_it_has():
         bms.config["calc_stream"]
     (text,) = info.value.args
     assert text.startswith("bmtrain_ms has no config['calc_stream']: it has initialized, rank, world_size, local_rank, ")
-    assert text.endswith("Streams, events and communicators of tensor and pipeline parallelism do not exist in it")
-    assert bms.config.get("micros", 5) == 5
+    assert text.endswith("Streams and events do not exist in it")
+    assert bms.config.get("load_stream", 5) == 5

@@ -46,6 +46,7 @@ class World:
         prefetch: how many groups of parameters are gathered ahead.
         gather_dtype: what parameters are gathered in: see `init_distributed`.
         trace: of what happens when, or None.
+        micro_batches: into how many a pipeline divides a rank's batch; None: as many as it has stages.
     """
 
     everyone: Engine
@@ -55,10 +56,13 @@ class World:
     prefetch: int = 1
     gather_dtype: Optional[str] = None
     trace: Optional[Trace] = None
+    micro_batches: Optional[int] = None
     _engines: dict[str, Engine] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         _check_gather_dtype(self.gather_dtype)
+        if self.micro_batches is not None:
+            object.__setattr__(self, "micro_batches", whole("num_micro_batches", self.micro_batches, 1))
         # all of them now, in one order on every rank: making a group is a collective
         object.__setattr__(self, "_engines", {axis: self._make(axis) for axis in (*AXES, "stage")})
 
@@ -207,7 +211,8 @@ def init_distributed(
     Args:
         init_method: only `env://`: what the launcher says.
         seed: of initialisation and of all randomness.
-        pipe_size, num_micro_batches: pipeline stages and their micro batches; only -1 (off) or 1, and None so far.
+        pipe_size: stages of a pipeline, over which `model_center.spread` divides a model's layers; -1: one.
+        num_micro_batches: into how many a pipeline divides each rank's batch; default: as many as it has stages.
         tp_size: how many neighbouring ranks divide tensors among them; they are to get the same batch.
         prefetch: gather this many groups ahead of the one that computes; 0 turns overlap off.
         gather_dtype: gather parameters in fewer bits: `bfloat16`, `float16` or `int8`; what each costs: `bmtrain_ms.zero.wire`.
@@ -223,11 +228,11 @@ def init_distributed(
         RuntimeError: called twice, after an operation on CPU, under a parallel mode of MindSpore's, the launcher does not fit the
             device (CPU ranks under `msrun`), or a rehearsal is asked for on Ascend.
         TypeError: `init_method` is a number (the seed is the second argument), or an option that must be a number is none.
-        ValueError: an option out of range, a parallel size that is not available, or `BMTRAIN_MS_REHEARSE` is neither 1 nor 0.
+        ValueError: an option out of range, sizes that do not divide the ranks, or `BMTRAIN_MS_REHEARSE` is neither 1 nor 0.
     """
     if _current:
         raise RuntimeError("init_distributed was called before; call bmtrain_ms.shutdown() first to start over")
-    _check_not_available(init_method, pipe_size, num_micro_batches)
+    pipe_size, micro_batches = _checked_pipe(init_method, pipe_size, num_micro_batches)
     seed, prefetch, shard_size = _checked_settings(seed, prefetch, shard_size, gather_dtype, timeout)
     chosen = devices.asked_for(device)
     if is_scheduler():
@@ -235,10 +240,15 @@ def init_distributed(
     habits.refuse_parallel_mode()
     launch = detect()
     engine = _choose(chosen, launch, engine, timeout)
+    _seed_generators(seed)
+    record = Trace() if trace else None
+    ranks = _placed(engine, record, shard_size, tp_size, pipe_size)
+    return _enter(World(*ranks, seed, launch, prefetch, gather_dtype, record, micro_batches))
+
+
+def _seed_generators(seed: int) -> None:
     for seed_it in (random.seed, np.random.seed, ms.set_seed):
         seed_it(seed)
-    record = Trace() if trace else None
-    return _enter(World(*_placed(engine, record, shard_size, tp_size), seed, launch, prefetch, gather_dtype, record))
 
 
 def _choose(device: devices.Device, launch: Launch, engine: Engine | None, timeout: float) -> Engine:
@@ -263,26 +273,28 @@ def _enter(made: World) -> World:
     return made
 
 
-def _placed(engine: Engine, trace: Trace | None, shard_size: int | None, tp_size: int) -> tuple[Engine, Mesh]:
+def _placed(engine: Engine, trace: Trace | None, shard_size: int | None, tp_size: int, pp: int) -> tuple[Engine, Mesh]:
     """All ranks, traced if they are to be, and where this one stands among them."""
     try:
-        mesh = Mesh.data_parallel(engine.size, engine.rank, shard_size, whole("tp_size", tp_size, 1))
+        mesh = Mesh.data_parallel(engine.size, engine.rank, shard_size, whole("tp_size", tp_size, 1), pp)
     except ValueError:
         engine.close()
         raise
     return (engine if trace is None else TracingEngine(engine, trace)), mesh
 
 
-def _check_not_available(init_method: Any, pipe_size: int, num_micro_batches: int | None) -> None:
+def _check_method(init_method: Any) -> None:
     if not isinstance(init_method, str):
         raise TypeError(f"init_method must be 'env://', not {init_method!r}; a seed is given by its name: init_distributed(seed=3)")
     if init_method != "env://":
         raise ValueError(f"init_method={init_method!r}: ranks find each other by what mpiexec or msrun says; use 'env://'")
-    if pipe_size not in (-1, 1) or num_micro_batches is not None:
-        raise ValueError(
-            f"pipe_size={pipe_size}, num_micro_batches={num_micro_batches}: pipelines are not part of this release; use "
-            "pipe_size=-1"
-        )
+
+
+def _checked_pipe(init_method: Any, pipe_size: int, num_micro_batches: int | None) -> tuple[int, int | None]:
+    """Both as whole numbers; the first argument is looked at first."""
+    _check_method(init_method)
+    stages = 1 if pipe_size == -1 else whole("pipe_size", pipe_size, 1)
+    return stages, None if num_micro_batches is None else whole("num_micro_batches", num_micro_batches, 1)
 
 
 def _checked_settings(

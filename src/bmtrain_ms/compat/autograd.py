@@ -18,17 +18,20 @@ from mindspore import Parameter, Tensor, nn, ops
 from mindspore._c_expression import Cell_
 from mindspore.ops.composite import base as _composite
 
+from .delivery import Deliver, Joined, as_tuple, delivered
 from .executor import GRAD_TAKES_HAS_AUX, PyNativeExecutor, executor, no_grad, recording
 
 __all__ = [
     "Deliver",
     "Graph",
+    "Joined",
     "Recorded",
     "backward_hooks",
     "closed",
     "custom_op",
     "custom_vjp",
     "hookable",
+    "joined",
     "no_grad",
     "record",
     "recording",
@@ -38,7 +41,6 @@ __all__ = [
 ]
 
 Tensors = tuple[Tensor, ...]
-Deliver = Callable[[Parameter, Tensor], Tensor]  # the whole gradient of a parameter, for what autograd has found
 
 # Called with the exception, or None, each time an outermost backward pass has ended. What they return is applied to the gradients
 # of all parameters that were asked for, before anybody sees them.
@@ -59,6 +61,7 @@ _hookable = [0]  # contexts that want hooks on outputs of `custom_op`
 _closed = [0]  # contexts in which no gradient may be taken
 _open: list[weakref.ref[Recorded]] = []  # functions that are recorded and not differentiated yet, oldest first
 _younger = [False]  # whether the one whose backward pass is under way has younger ones
+_joins = [0]  # backward passes that are made of several
 _requested: list[dict[int, Parameter]] = []  # by id: what the outermost backward pass under way was asked for
 _Grad = _composite._Grad
 _grad_by_position = _Grad(get_by_position=True, sens_param=True)
@@ -265,8 +268,8 @@ class Recorded:
             found = executor.grad(self._graph, how, list(weights) or None, places, *aux, *self._inputs, last)
         self._inputs = ()
         if not (places and weights):
-            return tuple(map(_of_python, _as_tuple(found))) if weights else _as_tuple(found)
-        return (*_as_tuple(found[0]), *map(_of_python, _as_tuple(found[1])))
+            return tuple(map(_of_python, as_tuple(found))) if weights else as_tuple(found)
+        return (*as_tuple(found[0]), *map(_of_python, as_tuple(found[1])))
 
 
 def record(
@@ -349,10 +352,6 @@ def vjp(
 def _of_python(x: Any) -> Tensor:
     """The Python tensor around what 2.5's executor returns where it was called from C++."""
     return x if isinstance(x, Tensor) else Tensor(x, internal=True)
-
-
-def _as_tuple(x: Any) -> Tensors:
-    return tuple(x) if isinstance(x, (tuple, list)) else (x,)
 
 
 @contextlib.contextmanager
@@ -442,10 +441,10 @@ def _refuse_what_is_ignored(wrapped: Any, instance: Any, args: tuple, kwargs: di
 def _watch(wrapped: Any, instance: Any, args: tuple, kwargs: dict) -> Any:
     _depth[0] += 1
     # a gradient that is taken in the forward pass of another one ends nothing: that one still has its backward pass before it
-    outermost = _depth[0] == 1 and not _forwards[0]
+    outermost = _depth[0] == 1 and not _forwards[0] and not _joins[0]
     if outermost:
         weights = args[2]
-        asked = [*(() if weights is None else _as_tuple(weights)), *args[4:]]
+        asked = [*(() if weights is None else as_tuple(weights)), *args[4:]]
         _requested.append({id(p): p for p in asked if isinstance(p, Parameter)})
     error: BaseException | None = None
     out: Any = None
@@ -457,41 +456,41 @@ def _watch(wrapped: Any, instance: Any, args: tuple, kwargs: dict) -> Any:
     finally:
         _depth[0] -= 1
         if outermost:
-            if error is not None:
-                _clear()  # otherwise 2.10 refuses the next, healthy, backward pass
             try:
-                for hook in tuple(backward_hooks):
-                    deliver = hook(error)
-                    if deliver is not None and error is None:
-                        out = _delivered(out, deliver, *args[1:])
+                for deliver in _ended(error):
+                    out = delivered(out, deliver, *args[1:])
             finally:
                 _requested.pop()
         del error  # its traceback holds this frame
     return out
 
 
-def _delivered(out: Any, deliver: Deliver, grad: Any, weights: Any, position: Any, *args: Any) -> Any:
-    """The result of a backward pass, each parameter's gradient replaced by the whole of it.
-
-    `grad`, `weights`, `position`, `args`: what the executor was asked for; a parameter may be among the arguments too.
-    """
-    arguments = args[int(GRAD_TAKES_HAS_AUX) :]
-    by_list, by_place = (
-        bool(weights is not None and grad.get_by_list),
-        bool(grad.get_all or getattr(grad, "get_by_position", False)),
-    )
-    inputs, listed = out if by_list and by_place else (None, out) if by_list else (out, None)
-    if by_list:
-        listed = _whole(listed, _as_tuple(weights), deliver)
-    if inputs is not None and any(isinstance(x, Parameter) for x in arguments):
-        chosen = range(len(arguments)) if grad.get_all else position if isinstance(position, (tuple, list)) else (position or 0,)
-        inputs = _whole(inputs, [arguments[i] for i in chosen], deliver)
-    if by_list:
-        return (inputs, listed) if by_place else listed
-    return inputs
+def _ended(error: BaseException | None) -> list[Deliver]:
+    """The outermost backward pass is over: what makes its gradients whole, if there are any."""
+    if error is not None:
+        _clear()  # otherwise 2.10 refuses the next, healthy, backward pass
+    delivers = [hook(error) for hook in tuple(backward_hooks)]
+    return [deliver for deliver in delivers if deliver is not None and error is None]
 
 
-def _whole(found: Any, of: Sequence[Any], deliver: Deliver) -> Any:
-    """Gradients, one tensor or several, as they came."""
-    whole = tuple(deliver(x, g) if isinstance(x, Parameter) else g for x, g in zip(of, _as_tuple(found)))
-    return whole if isinstance(found, (tuple, list)) else whole[0]
+@contextlib.contextmanager
+def joined(params: Sequence[Parameter]) -> Iterator[Joined]:
+    """Inside the `with` statement functions that were recorded are pulled, and together they are one backward pass: gradients of
+    `params`, which are given to `Joined.add` as they come, are whole when it has ended."""
+    found = Joined(params)
+    _joins[0] += 1
+    _requested.append(found.asked)
+    error: BaseException | None = None
+    try:
+        yield found
+    except BaseException as caught:
+        error = caught
+        raise
+    finally:
+        _joins[0] -= 1
+        try:
+            for deliver in _ended(error):
+                found.deliver(deliver)
+        finally:
+            _requested.pop()
+        del error

@@ -2,5 +2,6 @@
 
 from . import generation, layer, model
 from .spread import Spread, spread
+from .staged import Stages
 
-__all__ = ["Spread", "generation", "layer", "model", "spread"]
+__all__ = ["Spread", "Stages", "generation", "layer", "model", "spread"]

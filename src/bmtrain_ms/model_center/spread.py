@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Optional, Sequence, TypeVar, Union
 
 from mindspore import nn
 
 from ..comm import world
 from ..zero import Block, TransformerBlockList
 from .layer import Encoder
+from .staged import StagedModel, Stages
 
 Model = TypeVar("Model", bound=nn.Cell)
 
@@ -33,20 +34,32 @@ class Spread:
             raise ValueError(f"zero_level must be 2 or 3, not {self.zero_level!r}")
 
 
-def spread(model: Model, how: Spread = Spread()) -> Model:
-    """Have each repeated layer of a model gather its parameters as a whole, ahead of its call, and divide all of them over the
-    tensor-parallel ranks; in place.
+def spread(model: Model, how: Spread = Spread(), stages: Union[str, Sequence[int], Stages, None] = None) -> Model:
+    """Have each repeated layer of a model gather its parameters as a whole, ahead of its call, divide all of them over the
+    tensor-parallel ranks, and leave each rank of a pipeline its stages only; in place.
 
     Change the model (adapters, other layers) before, and initialise or load it before or after. Parameters are named by their path
     in `model`, as they were when it was built; where it is part of a bigger Cell, spread the bigger one. A model that is not spread
     computes the same: each of its parameters is gathered alone, when it is read.
 
+    In stages, what other ranks of the pipeline have is gone from the model, and its memory, if it had been given values, is free;
+    layers keep their numbers and names. Spread first and initialise then, and nothing is ever allocated for it. What trains is
+    `manager.backward(model.loss, *batch)`, with the same rows on all ranks of a pipeline (`mesh.dp_rank` says which);
+    `model.loss(*batch)` and `model(ids)` evaluate, with the same result on all of them. A tied table is on the first and on the
+    last stage.
+
+    Args:
+        model: of `model_center.model`, or one that has an `Encoder` in it.
+        how: what is kept for the backward pass.
+        stages: how layers are divided over the `pipe_size` ranks of a pipeline, and in which order they compute: `Stages`, or its
+            layout alone; None: evenly. With `pipe_size=1` `Stages` divide batches into micro-batches.
+
     Returns:
         `model`.
 
     Raises:
-        TypeError: it has no `Encoder`.
-        ValueError: it has been spread, a layer cannot be a `Block`, or cannot be divided over so many ranks.
+        TypeError: it has no `Encoder`, or is no language model that can be divided into stages.
+        ValueError: it has been spread, a layer cannot be a `Block`, or cannot be divided over so many ranks; see `Stages`.
     """
     encoders = [cell for _, cell in model.cells_and_names() if isinstance(cell, Encoder)] if isinstance(model, nn.Cell) else []
     if not encoders:
@@ -54,15 +67,26 @@ def spread(model: Model, how: Spread = Spread()) -> Model:
             f"spread takes a model made of the layers of model_center, with an Encoder in it, and {type(model).__name__} has none: "
             "use BMTrainModelWrapper"
         )
-    if any(isinstance(encoder.layers, TransformerBlockList) for encoder in encoders):
+    if "stages" in vars(model) or any(isinstance(encoder.layers, TransformerBlockList) for encoder in encoders):
         raise ValueError(f"this {type(model).__name__} has been spread already: a model is spread once")
+    staged: Optional[StagedModel] = None
+    if stages is not None or world().mesh.pp > 1:
+        stages = stages if isinstance(stages, Stages) else Stages(stages)
+        staged = StagedModel(model, stages, how.recompute, world(), hold=how.zero_level == 2)
     ranks = world().along("tp").size
     if ranks > 1:
         for cell in [cell for _, cell in model.cells_and_names() if hasattr(cell, "divide")]:
             cell.divide(ranks)
     # Order matters. What takes layers away or exchanges them belongs in front of the Blocks, which hold a layer to what it was when
     # it was wrapped. Names come last: MindSpore renames the parameters of a Cell that is put somewhere.
-    for encoder in encoders:
-        encoder.layers = TransformerBlockList(Block(layer, how.recompute, how.zero_level) for layer in encoder.layers)
+    if staged is None:
+        for encoder in encoders:
+            encoder.layers = TransformerBlockList(Block(layer, how.recompute, how.zero_level) for layer in encoder.layers)
+    elif staged.numbers:  # which recomputes by itself, and then gathers once for recomputation and differentiation
+        level = 2 if how.recompute else how.zero_level
+        blocks = [Block(layer, use_checkpoint=False, zero_level=level) for layer in staged.encoder.layers]
+        staged.encoder.layers = TransformerBlockList(blocks, numbers=staged.numbers)
     model.update_parameters_name()
+    if staged is not None:
+        staged.attach()
     return model

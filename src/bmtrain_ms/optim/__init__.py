@@ -6,7 +6,8 @@ from .manager import OptimManager
 from .native import NativeOptimizer
 from .norms import all_finite, clip_grad_norm
 from .offload import AdamOffloadOptimizer
-from .result import GradientOverflowError, StepResult
+from .overflow import GradientOverflowError
+from .result import StepResult
 
 __all__ = [
     "AdamOffloadOptimizer",

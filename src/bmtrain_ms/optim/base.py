@@ -60,14 +60,15 @@ class ShardOptimizer(ABC):
         if not isinstance(params, Iterable):
             raise TypeError(f"params must be a list of parameters, as model.trainable_params(), not a {type(params).__name__}")
         entries = list(params)
-        if entries and not isinstance(entries[0], dict):
+        staged = is_initialized() and world().mesh.pp > 1  # a stage may have nothing that is trained
+        if not (entries and isinstance(entries[0], dict)) and (entries or staged):
             entries = [{"params": entries}]
         self.defaults = defaults
         self.param_groups: list[dict[str, Any]] = []
         self._states: dict[int, Any] = {}  # id of parameter -> `ParamState`
         self._made_for: dict[int, tuple[Any, int]] = {}  # id of parameter -> (dtype, size) that its state is for
         groups = [self._group(entry) for entry in entries]
-        if not any(group["params"] for group in groups):
+        if not any(group["params"] for group in groups) and not staged:
             raise ValueError("the optimizer got no parameters; is everything frozen?")
         self._add(groups)
 

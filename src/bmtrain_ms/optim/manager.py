@@ -13,15 +13,17 @@ from mindspore import Parameter, Tensor
 
 from bmtrain_ms_base.checks import number, whole
 
-from ..comm import World, reduce_numbers, world
+from ..comm import World, world
 from ..compat.habits import refuse_graph_mode
 from ..compat.runtime import added, from_host, scaled, square_sum
+from ..parallel import Scheduled
 from ..zero import DistributedParameter, context_of
 from .base import average_whole
 from .driver import Driver, Schedule
 from .native import adapted, adapted_schedule
 from .norms import checked_order, counts_here, parameters_of, total_norm
-from .result import GradientOverflowError, StepResult
+from .overflow import GradientOverflowError, advice
+from .result import StepResult
 from .settings import Made
 
 _LARGEST = 2.0**127  # no scale and no count reaches it
@@ -165,7 +167,7 @@ class OptimManager:
         """Run `forward(*args, **kwargs)`, differentiate its loss, and add the gradients to the accumulated ones.
 
         Args:
-            forward: returns the loss, a scalar tensor, or a tuple that starts with it.
+            forward: returns the loss, a scalar tensor, or a tuple that starts with it; or the `loss` of a model in pipeline stages.
 
         Returns:
             What `forward` returned; the loss is this rank's, unscaled.
@@ -186,6 +188,15 @@ class OptimManager:
             raise RuntimeError("OptimManager.backward needs an optimizer: call add_optimizer first")
         self._refuse_shared(self.drivers)  # groups may have been added
         params = [p for p in self.parameters if p.requires_grad]
+        if isinstance(forward, Scheduled):
+            loss, grads = forward.differentiated(params, self.scale_to_accumulate * self._factor, *args, **kwargs)
+            self.accumulate(params, grads)
+            return loss
+        if self._world.mesh.pp > 1:
+            raise RuntimeError(
+                f"with pipe_size={self._world.mesh.pp} the loss is made micro-batch by micro-batch: spread the model over "
+                "the stages, and write manager.backward(model.loss, *batch), with its loss and no function that calls it"
+            )
         returned: list[Any] = []
 
         def loss_of_forward() -> Tensor:
@@ -444,30 +455,15 @@ class OptimManager:
         self.skipped_steps += 1
         self.skipped_in_a_row += 1
         if self.max_skipped_steps is not None and self.skipped_in_a_row >= self.max_skipped_steps:
-            raise GradientOverflowError(self._advice(old))
+            bad = [p for p in self.parameters if id(p) in self._grads and not self._is_finite(p)]
+            raise GradientOverflowError(advice(bad, self._world, self.skipped_in_a_row, old, self.min_loss_scale))
         self.zero_grad()
         if self._world.mesh.rank == 0:
             sys.stderr.write(f"Gradient overflow: step skipped, loss scale {old:g} -> {self.loss_scale:g}\n")
         return StepResult(False, norm, self.loss_scale, self.skipped_steps, self.skipped_in_a_row)
 
-    def _advice(self, scale: float) -> str:
-        params = [p for p in self.parameters if id(p) in self._grads]
-        flags = [not math.isfinite(square_sum(self._grads[id(p)])) for p in params]
-        bad = reduce_numbers(self._world.everyone, flags, "overflow", op="max")
-        names = [p.name for p, flag in zip(params, bad) if flag]
-        which = f"those of {', '.join(names[:5])}" if names else "the norm of all of them"
-        if scale <= self.min_loss_scale:
-            advice = (
-                "The scale is at its least, so it is not the cause: look for NaN in the data and in the loss, lower the learning "
-                "rate, or train in bfloat16 or float32"
-            )
-        else:
-            advice = "Start from a lower loss_scale, or raise max_skipped_steps"
-        others = f" and {len(names) - 5} other parameters" if len(names) > 5 else ""
-        return (
-            f"{self.skipped_in_a_row} steps in a row were skipped, the last at loss scale {scale:g} (least: "
-            f"{self.min_loss_scale:g}), because gradients are not finite: {which}{others}. {advice}"
-        )
+    def _is_finite(self, p: Parameter) -> bool:
+        return math.isfinite(square_sum(self._grads[id(p)]))
 
     def _rescale(self, scale: float) -> None:
         self.loss_scale = min(max(scale, self.min_loss_scale), self.max_loss_scale)

@@ -75,7 +75,7 @@ def checked_order(max_norm: float, norm_type: float | str) -> float:
 
 def counts_here(p: Parameter, world: World) -> bool:
     """Whether a norm over all ranks has to count this rank's gradient of `p`: of ranks that store the same elements one does."""
-    return p.layout.copy == 0 if isinstance(p, DistributedParameter) else world.everyone.rank == 0
+    return p.layout.copy == 0 if isinstance(p, DistributedParameter) else world.stage.rank == 0
 
 
 def total_norm(grads: Sequence[Tensor], world: World, p: float) -> float:

@@ -1,12 +1,8 @@
-"""What a step of the manager did, and what ends a run of steps."""
+"""What a step of the manager did."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-
-
-class GradientOverflowError(ArithmeticError):
-    """Step after step the gradient is not finite, whatever the loss scale; raised on every rank alike."""
 
 
 @dataclass(frozen=True)

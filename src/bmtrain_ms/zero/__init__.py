@@ -10,6 +10,7 @@ from .init import ParameterInitializer, init_parameters
 from .module import DistributedModule
 from .param import DistributedParameter, empty
 from .passes import Pass
+from .replay import Replay
 
 __all__ = [
     "Block",
@@ -19,6 +20,7 @@ __all__ = [
     "ParamGroup",
     "ParameterInitializer",
     "Pass",
+    "Replay",
     "ShardState",
     "TransformerBlockList",
     "ZeroContext",

@@ -133,6 +133,10 @@ class Block(nn.Cell):
         slots.refuse_dropout()
         return call.checkpointed()
 
+    def refuse_dropout(self) -> None:
+        """Raise ValueError where the module has a dropout of MindSpore's, which draws another mask when it is computed again."""
+        self._slots.refuse_dropout()
+
     @property
     def groups(self) -> list[ParamGroup]:
         """The parameters, those that travel together in one group; none where there are none."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from typing import Any, ContextManager, Iterator
+from typing import Any, ContextManager, Iterator, Sequence
 
 from mindspore import Tensor, nn, ops
 
@@ -18,6 +18,8 @@ class TransformerBlockList(nn.Cell):
     Args:
         modules: Cells, which are wrapped in `Block`, or Blocks; any iterable. The same Cell twice shares its parameters.
         num_hidden: how many leading arguments are hidden states, each replaced by the outputs of the block before.
+        numbers: where these stand in a longer list, of which a pipeline stage has a part: parameters are named by it, and `[...]`
+            with a number as text finds a block. Default: from 0.
 
     `list(h_1, ..., h_n, *others, return_hidden_states=False, **kwargs)`: the other arguments go unchanged to every block. The
     result is the last block's output: a tensor for `num_hidden=1`, else a tuple. With `return_hidden_states` a stacked tensor for
@@ -28,7 +30,7 @@ class TransformerBlockList(nn.Cell):
         ValueError: no modules, or fewer arguments than hidden states.
     """
 
-    def __init__(self, modules: Any, num_hidden: int = 1):
+    def __init__(self, modules: Any, num_hidden: int = 1, *, numbers: Sequence[int] | None = None):
         super().__init__()
         blocks: list[Block] = []
         for module in modules:
@@ -38,9 +40,12 @@ class TransformerBlockList(nn.Cell):
             blocks.append(block)
         if not blocks:
             raise ValueError("a TransformerBlockList needs at least one module")
+        numbers = range(len(blocks)) if numbers is None else numbers
+        if len(set(numbers)) != len(blocks) or len(numbers) != len(blocks):
+            raise ValueError(f"{len(blocks)} modules need as many numbers, all different, not {list(numbers)}")
         self.num_hidden = num_hidden
         named: set[int] = set()
-        for i, block in enumerate(blocks):
+        for i, block in zip(numbers, blocks):
             if id(block.inner) not in named:
                 block.update_parameters_name(f"{i}.")
             named.add(id(block.inner))

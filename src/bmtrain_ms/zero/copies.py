@@ -43,7 +43,8 @@ class Copies:
     def keep(self) -> None:
         """They stay until backward."""
         for gathered in self._gathered:
-            self._pass.keep(gathered)
+            if not self._pipeline.holds(gathered):
+                self._pass.keep(gathered)
 
     def park(self) -> None:
         """Their memory is let go of until backward, but a recorded graph refers to it."""

@@ -22,7 +22,7 @@ from __future__ import annotations
 import contextlib
 import weakref
 from enum import Enum, auto
-from typing import Iterator
+from typing import Iterable, Iterator
 
 from ..comm import any_rank
 from .buffers import BufferPool
@@ -69,6 +69,7 @@ class GatherPipeline:
         self._ahead: list[tuple[Visit, Gathered, object]] = []  # with the undisturbed stretch in which it was issued
         self._stretch: object = None  # where no code of the user's runs between visits; None: it may
         self._orders: weakref.WeakKeyDictionary[ParamGroup, _Order] = weakref.WeakKeyDictionary()
+        self._held: dict[ParamGroup, Gathered | None] = {}  # those whose copy stays, once it is there
 
     def enter(self, group: ParamGroup, phase: Phase, of: Pass, parked: Gathered | None = None) -> Gathered:
         """Have the group FULL and start on what comes next.
@@ -77,14 +78,37 @@ class GatherPipeline:
             of: the pass that the visit belongs to.
             parked: gather into this copy, whose memory a graph refers to.
         """
+        held = self._held.get(group)
+        if held is not None:
+            held.tensors()
+            return held
         visit = (phase, group)
         self._pass = of
         self._largest = max(self._largest, group.full_nbytes)
         self._learn(visit)
         gathered = self._take_ahead(visit, parked)
         gathered.tensors()
+        if group in self._held:
+            self._held[group] = gathered
         self._gather_ahead(visit, running=group)
         return gathered
+
+    @contextlib.contextmanager
+    def hold(self, groups: Iterable[ParamGroup]) -> Iterator[None]:
+        """Inside the `with` statement a copy of these groups stays, once it is gathered, for all passes: what ZeRO-2 is where
+        several micro-batches are under way. Nobody may write the parameters."""
+        self._held = dict.fromkeys(groups)
+        try:
+            yield
+        finally:
+            held, self._held = self._held, {}
+            for gathered in held.values():
+                if gathered is not None:
+                    gathered.release()
+
+    def holds(self, gathered: Gathered) -> bool:
+        """Whether the copy stays whatever those do who used it."""
+        return self._held.get(gathered.group) is gathered
 
     @contextlib.contextmanager
     def undisturbed(self) -> Iterator[None]:
@@ -98,6 +122,8 @@ class GatherPipeline:
 
     def leave(self, gathered: Gathered) -> None:
         """The call is over, and nobody needs the copy."""
+        if self.holds(gathered):
+            return
         gathered.release()
         self._after_release()
 
@@ -182,6 +208,8 @@ class GatherPipeline:
                 return
             visit = following
             phase, group = visit
+            if self._held.get(group) is not None:
+                continue
             counted += group.full_nbytes >= _SMALL * self._largest
             if depth < len(self._ahead):
                 continue

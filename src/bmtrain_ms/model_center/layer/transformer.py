@@ -73,6 +73,11 @@ class Encoder(nn.Cell):
         if self.embed_tokens is not None:
             self.embed_tokens = ParallelEmbedding.of(self.embed_tokens)
 
+    def embed(self, ids: Tensor, positions: Positions) -> Tensor:
+        """ids (tokens,) of int32 -> what the first layer is given: (tokens, dim), or this rank's part of them."""
+        assert self.embed_tokens is not None
+        return self.embed_tokens(positions.with_padding(ids, -1))
+
     def construct(self, hidden: Tensor, positions: Positions, cache: Optional[KeyValueCache] = None) -> Tensor:
         """hidden (tokens, dim), or ids (tokens,) of int32 where there is an embedding -> (tokens, dim).
 
@@ -81,7 +86,7 @@ class Encoder(nn.Cell):
         """
         positions.divide(self.ranks)
         if self.embed_tokens is not None:
-            hidden = self.embed_tokens(positions.with_padding(hidden, -1))
+            hidden = self.embed(hidden, positions)
         elif self.ranks > 1:
             rows = positions.rows // self.ranks
             first = world().mesh.tp_rank * rows

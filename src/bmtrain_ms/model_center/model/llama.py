@@ -178,9 +178,7 @@ class Llama(nn.Cell):
         """
         positions = Positions.of(input_ids, padding, cache, documents)
         with undisturbed():
-            hidden = self.model(input_ids.reshape(-1), positions, cache)
-            logits = self.model.embed_tokens.projection(hidden) if self.lm_head is None else self.lm_head(hidden)
-        return positions.without_padding(logits).reshape(positions.batch, positions.length, -1)
+            return self.logits_of(self.model(input_ids.reshape(-1), positions, cache), positions)
 
     def loss(
         self,
@@ -202,9 +200,17 @@ class Llama(nn.Cell):
         """
         positions = Positions.of(input_ids, padding, None, documents)
         with undisturbed():
-            hidden = self.model(input_ids.reshape(-1), positions)
-            head = self.model.embed_tokens if self.lm_head is None else self.lm_head
-            return head.cross_entropy(hidden, targets.reshape(-1), **options)
+            return self.loss_of(self.model(input_ids.reshape(-1), positions), targets, **options)
+
+    def logits_of(self, hidden: Tensor, positions: Positions) -> Tensor:
+        """What the encoder returns -> logits (batch, length, vocab_size)."""
+        logits = self.model.embed_tokens.projection(hidden) if self.lm_head is None else self.lm_head(hidden)
+        return positions.without_padding(logits).reshape(positions.batch, positions.length, -1)
+
+    def loss_of(self, hidden: Tensor, targets: Tensor, **options: Any) -> Tensor:
+        """What the encoder returns -> the loss; targets and options as those of `loss`."""
+        head = self.model.embed_tokens if self.lm_head is None else self.lm_head
+        return head.cross_entropy(hidden, targets.reshape(-1), **options)
 
     def divide(self, ranks: int) -> None:
         """Have each tensor-parallel rank compute the logits of its part of the vocabulary; a call still returns all of them."""

@@ -1,0 +1,355 @@
+"""Models in pipeline stages: each rank of a pipeline has some of the layers, and nothing of the others."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, Optional, Sequence, Union
+
+import numpy as np
+from mindspore import Parameter, Tensor, nn
+
+from bmtrain_ms_base import schedule, stages
+from bmtrain_ms_base.checks import whole
+from bmtrain_ms_base.layout import part_of
+
+from ..comm import World
+from ..compat.autograd import no_grad, recording
+from ..compat.cells import child_table, parameter_table
+from ..compat.runtime import added, from_host, host_array
+from ..parallel import Scheduled, Segment, Stage
+from ..zero import ParamGroup
+from .layer import Encoder, KeyValueCache, Positions
+
+_COPY = 1 << 20  # added to `Layout.copy` of the tied table on the last stage: the first one's counts
+
+
+@dataclass(frozen=True)
+class Stages:
+    """How a model is divided into the stages of a pipeline, and in which order these compute.
+
+    `layout`: layers of each stage, as `stages.divide` takes it: None: as even as can be; a list of numbers; or a text with the
+    embedding and the head, as `Et*3|tt|t,L`.  `schedule`: `1f1b`, `gpipe` or `interleaved`; None: interleaved where a rank has
+    several chunks, 1f1b otherwise.  `chunks`: stages of each rank (v); stage s is chunk s // p of rank s % p.  `micro_batches`:
+    into how many a rank's batch is divided by rows (m); None: what `init_distributed(num_micro_batches=)` says.  `group`: of
+    `interleaved`: how many micro-batches pass a chunk before they pass the next one.
+
+    Raises:
+        ValueError: an unknown schedule, or a number below 1. When a model is spread: layers or micro-batches do not fit.
+    """
+
+    layout: Union[str, Sequence[int], None] = None
+    schedule: Optional[str] = None
+    chunks: int = 1
+    micro_batches: Optional[int] = None
+    group: Optional[int] = None
+
+    def __post_init__(self) -> None:
+        whole("chunks", self.chunks, 1)
+        if self.micro_batches is not None:
+            whole("micro_batches", self.micro_batches, 1)
+        if self.schedule is not None and str(self.schedule).lower() not in schedule.NAMES:
+            raise ValueError(f"unknown pipeline schedule {self.schedule!r}; choose one of {', '.join(schedule.NAMES)}")
+
+    def table(self, world: World) -> schedule.Schedule:
+        """The order in which the ranks of a world's pipelines compute."""
+        p, m = world.mesh.pp, self.micro_batches or world.micro_batches or world.mesh.pp
+        name = self.schedule or ("interleaved" if self.chunks > 1 else "1f1b")
+        return schedule.schedule(name, p, m, self.chunks, self.group)
+
+
+@dataclass
+class _Batch:
+    """What every rank of a pipeline knows of a micro-batch; without targets it is one whose logits are wanted."""
+
+    ids: Tensor
+    positions: Positions
+    targets: Optional[Tensor] = None
+    cache: Optional[KeyValueCache] = None
+    options: Optional[dict[str, Any]] = None
+
+
+class StagedModel:
+    """What a model is on one rank of a pipeline.
+
+    Args:
+        model: with an `Encoder` as `model`, `logits_of`, `loss_of`, a `config` with vocab_size and dim_model, and `lm_head`, which
+            is None where the embedding's table is the head too (`Llama`). Layers, embedding, norm and head that are other ranks'
+            are taken out of it here.
+        how: the stages.
+        recompute: layers keep only their inputs for the backward pass.
+        world: the ranks.
+        hold: the layers' parameters stay gathered throughout a step.
+
+    Raises:
+        TypeError: the model has no such parts.
+        ValueError: the layers cannot be divided so, or a rank would hold nothing.
+    """
+
+    def __init__(self, model: Any, how: Stages, recompute: bool, world: World, hold: bool):
+        self.model, self.encoder, self.table, self.world = model, _encoder_of(model), how.table(world), world
+        self._recompute, self._hold = recompute, hold
+        self._pipe = world.along("pp")
+        layers = list(self.encoder.layers)
+        self.plan = stages.divide(len(layers), self.table.p, self.table.v, how.layout)
+        self.own = self.plan[self._pipe.rank :: self.table.p]
+        self.tied = model.lm_head is None
+        self._refuse_empty_ranks()
+        self._dtype = host_array(_table_of(self.encoder)).dtype
+        self.numbers = [number for stage in self.own for number in stage.layers]
+        self.first, self.last = any(s.embedding for s in self.own), any(s.head for s in self.own)
+        self.encoder.layers = nn.CellList([layers[number] for number in self.numbers])
+        if not self.last:
+            _leave_out(self.encoder, "norm")
+            if not self.tied:
+                _leave_out(model, "lm_head")
+        if not self.first and not (self.last and self.tied):
+            _leave_out(self.encoder, "embed_tokens")
+        self._stage: Stage | None = None
+
+    def attach(self) -> None:
+        """The rest of the model is as it will be: have the model's calls go through the stages from now on."""
+        shared = _table_of(self.encoder) if self.shares_table else None
+        if shared is not None and not self.first:
+            shared.layout = replace(shared.layout, copy=shared.layout.copy + _COPY)
+        chunks = [self._segments(stage) for stage in self.own]
+        self._stage = Stage(chunks, len(self.plan) + self.plan[-1].last + 2, self._message, self.world, self._held)
+        own = self.model.__dict__
+        own["construct"], own["loss"], own["stages"] = self.logits, StagedLoss(self), self
+
+    @property
+    def shares_table(self) -> bool:
+        """Whether the tied table is on this rank, and on another one too."""
+        return self.tied and self.table.p > 1 and (self.first or self.last)
+
+    def logits(
+        self,
+        input_ids: Tensor,
+        padding: Optional[Tensor] = None,
+        cache: Optional[KeyValueCache] = None,
+        documents: Optional[Tensor] = None,
+    ) -> Tensor:
+        """What calling the model returns, on every rank: the last stage sends it to all. No gradients.
+
+        All ranks of a pipeline call it together, with the same arguments.
+        """
+        if recording():
+            raise RuntimeError(
+                "a model in pipeline stages makes its gradients micro-batch by micro-batch: train it with "
+                "manager.backward(model.loss, *batch); calling it, or model.loss, is for evaluation and generation"
+            )
+        batch = self._batch(input_ids, padding, cache, documents)
+        found = self._ran.evaluate(self._forward_table(1), [batch])
+        shape = (*input_ids.shape, self.model.config.vocab_size)
+        return self._from_last(found[0] if found else from_host(np.zeros(shape, self._dtype)), "logits")
+
+    # Pieces #
+
+    @property
+    def _ran(self) -> Stage:
+        assert self._stage is not None
+        return self._stage
+
+    def batches(
+        self, number: int, ids: Tensor, targets: Tensor, padding: Any, documents: Any, options: dict[str, Any]
+    ) -> list[_Batch]:
+        """A batch in so many micro-batches, whose sizes differ by one row at most."""
+        rows = [slice(*part_of(ids.shape[0], i, number)) for i in range(number)]
+        targets = targets.reshape(ids.shape)
+        found = []
+        for part in rows:
+            batch = self._batch(_rows(ids, part), _rows(padding, part), None, _rows(documents, part))
+            batch.targets, batch.options = _rows(targets, part), options
+            found.append(batch)
+        return found
+
+    def evaluated(self, batches: list[_Batch]) -> list[Tensor]:
+        """Losses of micro-batches; those of the last stage, none elsewhere."""
+        return self._ran.evaluate(self._forward_table(len(batches)), batches)
+
+    def trained(self, batches: list[_Batch], params: Sequence[Parameter], cotangent: float) -> tuple[list[Tensor], list[Tensor]]:
+        """As `Stage.train`; gradients of a table on two stages are the sum of both."""
+        scale = from_host(np.array([cotangent], np.float32))
+        losses, grads = self._ran.train(self.table, batches, params, scale)
+        if self.shares_table:
+            table = _table_of(self.encoder)
+            grads = [self._summed(grad) if p is table else grad for p, grad in zip(params, grads)]
+        return losses, grads
+
+    def from_last(self, losses: list[Tensor], scale: float) -> Tensor:
+        """The sum of the last stage's losses times a number, on every rank of the pipeline: float32, a scalar."""
+        total = sum(float(host_array(x).reshape(-1)[0]) for x in losses)
+        return self._from_last(from_host(np.array([total * scale], np.float32)), "loss").reshape(())
+
+    def all_from_last(self, losses: list[Tensor], size: int) -> Tensor:
+        """The last stage's losses of all tokens, (size,) float32, on every rank of the pipeline."""
+        found = np.concatenate([host_array(x).reshape(-1) for x in losses]) if losses else np.zeros(size)
+        return self._from_last(from_host(found.astype(np.float32)), "losses")
+
+    def _from_last(self, x: Tensor, what: str) -> Tensor:
+        with no_grad():
+            return self._pipe.broadcast([x], self._pipe.size - 1, f"{what} of the last stage").wait()[0]
+
+    def _summed(self, grad: Tensor) -> Tensor:
+        """Of the first and the last stage, the same bits on both. They are sharded alike, so that shards can be added."""
+        label, last = "gradient of the tied table", self._pipe.size - 1
+        with no_grad():
+            if not self.first:
+                self._pipe.send([grad], 0, label).wait()
+                return self._pipe.recv([grad], 0, label).wait()[0]
+            total = added(grad, self._pipe.recv([grad], last, label).wait()[0])
+            self._pipe.send([total], last, label).wait()
+            return total
+
+    def _batch(self, ids: Tensor, padding: Any, cache: Optional[KeyValueCache], documents: Any) -> _Batch:
+        if not self.numbers and cache is not None:  # no layer here tells how long the cache is
+            padding, cache = None, None
+        positions = Positions.of(ids, padding, cache, documents)
+        positions.divide(self.encoder.ranks)
+        return _Batch(ids, positions, cache=cache)
+
+    def _message(self, batch: _Batch) -> Tensor:
+        rows = batch.positions.rows // self.encoder.ranks
+        return from_host(np.empty((rows, self.model.config.dim_model), self._dtype))
+
+    def _held(self) -> list[ParamGroup]:
+        return [group for layer in self.encoder.layers for group in layer.groups] if self._hold else []
+
+    def _forward_table(self, number: int) -> schedule.Schedule:
+        p, v = self.table.p, self.table.v
+        return schedule.Schedule("forward only", p, v, number, schedule.interleaved_rows(p, v, number, p))
+
+    def _segments(self, stage: stages.Stage) -> list[Segment]:
+        encoder, here = self.encoder, dict(zip(self.numbers, self.encoder.layers))
+        found = []
+        if stage.embedding:
+            embedding = [encoder.embed_tokens]
+            # always recomputed: a recorded look-up keeps the whole table for each micro-batch that is under way
+            found.append(Segment("the embedding", lambda _, b: encoder.embed(b.ids.reshape(-1), b.positions), embedding, 0, True))
+        for number in stage.layers:
+            found.append(Segment(f"layer {number}", _layer(here[number], number), [here[number]], 1 + number, self._recompute))
+        if stage.head:
+            head = [encoder.norm, encoder.embed_tokens if self.tied else self.model.lm_head]
+            found.append(Segment("the head", self._head, head, 1 + stage.last, False))
+        return found or [Segment("nothing", lambda hidden, _: _same(hidden), [], 0, False)]
+
+    def _head(self, hidden: Optional[Tensor], batch: _Batch) -> Tensor:
+        hidden = self.encoder.norm(hidden)
+        if batch.targets is None:
+            return self.model.logits_of(hidden, batch.positions)
+        return self.model.loss_of(hidden, batch.targets, **(batch.options or {})).reshape(-1)
+
+    def _refuse_empty_ranks(self) -> None:
+        for rank in range(self.table.p):
+            if not any(s.embedding or s.head or s.layers for s in self.plan[rank :: self.table.p]):
+                raise ValueError(
+                    f"rank {rank} of the {self.table.p} of the pipeline would hold neither a layer nor the embedding nor the head: "
+                    "use fewer stages, or another layout"
+                )
+
+
+class StagedLoss(Scheduled):
+    """`loss` of a model in pipeline stages: arguments and result are those that the model's own had, the result the same on every
+    rank of the pipeline, which all pass the same rows.
+
+    The batch is divided into micro-batches by rows. The mean is over all tokens that count, whatever micro-batch they are in.
+    """
+
+    def __init__(self, staged: StagedModel):
+        self._staged = staged
+
+    def __call__(self, input_ids: Tensor, targets: Tensor, padding: Any = None, documents: Any = None, **options: Any) -> Tensor:
+        """The loss alone; see the class. Not where gradients are recorded.
+
+        Raises:
+            RuntimeError: it is called inside of a function that is being differentiated.
+        """
+        if recording():
+            raise RuntimeError(
+                "the loss of a model in pipeline stages makes its gradients itself: pass it to the manager as it is, "
+                "manager.backward(model.loss, *batch), and not a function that calls it"
+            )
+        reduction, rest = options.pop("reduction", "mean"), options
+        number = min(self._staged.table.m, input_ids.shape[0])
+        per_token = {**rest, "reduction": "none" if reduction == "none" else "sum"}
+        found = self._staged.evaluated(self._staged.batches(number, input_ids, targets, padding, documents, per_token))
+        if reduction == "none":
+            return self._staged.all_from_last(found, input_ids.shape[0] * input_ids.shape[1])
+        return self._staged.from_last(found, _share(reduction, targets, rest))
+
+    def differentiated(self, params: Sequence[Parameter], scale: float, *args: Any, **kwargs: Any) -> tuple[Tensor, list[Tensor]]:
+        """See `Scheduled`.
+
+        Raises:
+            ValueError: the batch has fewer rows than there are micro-batches, or `reduction` is not `mean` or `sum`.
+        """
+        return self._differentiated(params, scale, *args, **kwargs)
+
+    def _differentiated(
+        self,
+        params: Sequence[Parameter],
+        scale: float,
+        input_ids: Tensor,
+        targets: Tensor,
+        padding: Any = None,
+        documents: Any = None,
+        reduction: str = "mean",
+        **options: Any,
+    ) -> tuple[Tensor, list[Tensor]]:
+        number, rows = self._staged.table.m, input_ids.shape[0]
+        if rows < number:
+            raise ValueError(
+                f"a batch of {rows} row{'s' * (rows > 1)} cannot be divided into {number} micro-batches: give each rank at least "
+                f"{number} rows, or set num_micro_batches={rows} or less"
+            )
+        share = _share(reduction, targets, options)
+        per_token = {**options, "reduction": "sum"}
+        batches = self._staged.batches(number, input_ids, targets, padding, documents, per_token)
+        losses, grads = self._staged.trained(batches, params, scale * share)
+        return self._staged.from_last(losses, share), grads
+
+
+def _share(reduction: str, targets: Tensor, options: dict[str, Any]) -> float:
+    """What the sum of the tokens' losses is multiplied with."""
+    if reduction not in ("mean", "sum"):
+        raise ValueError(f"the loss of a model in pipeline stages is a mean or a sum, not reduction={reduction!r}")
+    if reduction == "sum":
+        return 1.0
+    counts = int((host_array(targets) != options.get("ignore_index", -100)).sum())
+    return 1.0 / counts if counts else 0.0
+
+
+def _layer(layer: Any, number: int) -> Any:
+    def run(hidden: Optional[Tensor], batch: _Batch) -> Tensor:
+        return layer(hidden, batch.positions, None if batch.cache is None else batch.cache.layer(number))
+
+    return run
+
+
+def _same(hidden: Optional[Tensor]) -> Tensor:
+    assert hidden is not None
+    return hidden * 1
+
+
+def _rows(x: Any, part: slice) -> Any:
+    return None if x is None else from_host(np.ascontiguousarray(host_array(x)[part]))
+
+
+def _table_of(encoder: Encoder) -> Any:
+    return parameter_table(encoder.embed_tokens)["weight"]
+
+
+def _leave_out(cell: nn.Cell, name: str) -> None:
+    """Have an attribute that is a Cell be None."""
+    child_table(cell)[name] = None
+
+
+def _encoder_of(model: Any) -> Encoder:
+    encoder = getattr(model, "model", None)
+    needed = ("logits_of", "loss_of", "lm_head", "config")
+    missing = [name for name in needed if not hasattr(model, name)]
+    if not isinstance(encoder, Encoder) or missing or encoder.embed_tokens is None:
+        raise TypeError(
+            f"pipeline stages are for language models as those of model_center.model: an Encoder with an embedding as `model`, and "
+            f"{', '.join(needed)}; {type(model).__name__} is none"
+        )
+    return encoder
