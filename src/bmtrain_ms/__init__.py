@@ -66,8 +66,8 @@ from .zero import param as parameter
 __version__ = "0.1.0"
 
 _ABSENT = {
-    "PipelineTransformerBlockList": "pipeline parallelism is not part of this release; use TransformerBlockList",
-    "pipe_layer": "pipeline parallelism is not part of this release; use TransformerBlockList",
+    "PipelineTransformerBlockList": "not part of this release; divide a model by model_center.spread(model, stages=...)",
+    "pipe_layer": "not part of this release; divide a model by model_center.spread(model, stages=...)",
     "hook_func": "Blocks are made of differentiable functions, not of hooks; wrap the module in Block",
     "load_nccl_pypi": "there is no NCCL to load: ranks talk over HCCL on Ascend, and over memory or MPI on CPU; delete the call",
     "optim_step": "since BMTrain 1.0 it is OptimManager: manager = bmtrain_ms.optim.OptimManager(...); manager.step()",

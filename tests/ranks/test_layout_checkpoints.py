@@ -15,8 +15,19 @@ from bmtrain_ms.comm import Mesh, SingleEngine, World, use_world
 from tests.helpers.layouts import Case, batch_of, model_of, parts, whole
 
 Run = Callable[..., list[Any]]
-SIZES = {"num_heads_kv": 2}
+SIZES = {"num_heads_kv": 2, "tied": True}
 CASES = [Case(), Case(dp=2), Case(tp=2), Case(tp=4), Case(tp=2, dp=2), Case(tp=2, dp=2, replica=2)]
+PIPES = [Case(pp=2), Case(pp=2, tp=2), Case(pp=2, dp=2), Case(pp=2, dp=2, replica=2)]
+PAIRS = [
+    *((Case(tp=2), case) for case in CASES),
+    *((case, Case(tp=2)) for case in CASES if case.tp != 2),
+    (CASES[4], CASES[5]),
+    (CASES[5], CASES[0]),
+    *((PIPES[0], case) for case in (CASES[0], PIPES[0], PIPES[2])),
+    *((case, PIPES[0]) for case in (CASES[0], PIPES[1], PIPES[3])),
+    (PIPES[1], CASES[5]),
+    (CASES[1], PIPES[1]),
+]
 
 
 def run(world: World, case: Case, folder: Path, start: int, stop: int) -> dict[str, Any]:
@@ -75,13 +86,7 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return right(tmp_path_factory.mktemp("alone"))
 
 
-@pytest.mark.parametrize(
-    ("first", "second"),
-    [(Case(tp=2), case) for case in CASES]
-    + [(case, Case(tp=2)) for case in CASES if case.tp != 2]
-    + [(CASES[4], CASES[5]), (CASES[5], CASES[0])],
-    ids=lambda case: str(case),
-)
+@pytest.mark.parametrize(("first", "second"), PAIRS, ids=str)
 def test_resumed_on_another_layout(run_ranks: Run, tmp_path: Path, uninterrupted: dict[str, Any], first: Case, second: Case):
     before = run_ranks(first.ranks, run, case=first, folder=tmp_path, start=0, stop=2)
     after = run_ranks(second.ranks, run, case=second, folder=tmp_path, start=2, stop=4)
@@ -103,7 +108,7 @@ def test_resumed_on_another_layout(run_ranks: Run, tmp_path: Path, uninterrupted
             np.testing.assert_array_equal(p.asnumpy()[: p.layout.owned_size].reshape(p.full_shape), last[p.name])
 
 
-@pytest.mark.parametrize("case", [Case(tp=2), Case(tp=2, dp=2)], ids=str)
+@pytest.mark.parametrize("case", [Case(tp=2), Case(tp=2, dp=2), Case(pp=2, dp=2)], ids=str)
 def test_the_same_layout_goes_on_to_the_bit(run_ranks: Run, tmp_path: Path, case: Case):
     through = run_ranks(case.ranks, run, case=case, folder=tmp_path / "through", start=0, stop=4)
     run_ranks(case.ranks, run, case=case, folder=tmp_path / "stopped", start=0, stop=2)

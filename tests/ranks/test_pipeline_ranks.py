@@ -139,7 +139,7 @@ def loop(world: World, case: Case) -> tuple[list[float], float]:
                 trainer.task.loss(replace(batch, weights=np.ones(batch.ids.shape, np.float32)))
         with trainer:
             losses = [trainer.train_step()["loss"] for _ in range(3)]
-            return losses, trainer.evaluate(text[:100], rows=4)
+            return losses, trainer.evaluate(text[:100], 6, rows=4)
 
 
 def test_the_training_loop(run_ranks: Run):

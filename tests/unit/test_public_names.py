@@ -79,8 +79,8 @@ def test_what_is_the_same():
 
 
 ABSENT = {
-    "PipelineTransformerBlockList": "pipeline parallelism is not part of this release; use TransformerBlockList",
-    "pipe_layer": "pipeline parallelism is not part of this release; use TransformerBlockList",
+    "PipelineTransformerBlockList": "not part of this release; divide a model by model_center.spread(model, stages=...)",
+    "pipe_layer": "not part of this release; divide a model by model_center.spread(model, stages=...)",
     "load_nccl_pypi": "there is no NCCL to load: ranks talk over HCCL on Ascend, and over memory or MPI on CPU; delete the call",
     "hook_func": "Blocks are made of differentiable functions, not of hooks; wrap the module in Block",
     "optim_step": "since BMTrain 1.0 it is OptimManager: manager = bmtrain_ms.optim.OptimManager(...); manager.step()",
@@ -137,7 +137,7 @@ def test_options_of_what_is_not_there_yet_are_taken_at_their_defaults(single_wor
     bms.Block(layer, True, 3, False, "BLOCK")
     for options in ({"initialized": True}, {"mode": "PIPE"}):
         with pytest.raises(
-            ValueError, match=r"Block\(initialized=.*\) is for pipelines, which are not part of this release: leave both out"
+            ValueError, match=r"Block\(initialized=.*\) is for BMTrain's list of pipeline blocks.*: leave both out, and divide"
         ):
             bms.Block(bms.nn.Linear(2, 2), **options)
 

@@ -15,6 +15,7 @@ import numpy as np
 from mindspore import nn
 
 from bmtrain_ms_base.checks import whole
+from bmtrain_ms_base.layout import Layout
 
 from ..comm import World, all_ranks, gather_json, world
 from ..optim import OptimManager
@@ -39,17 +40,19 @@ from .pieces import differing, owned
 from .places import Place
 from .run_state import checked_extra, checked_keep, checked_step, collected
 from .sharded import useful_threads, write_rank_file
+from .stages import Known, everybodys
 from .training import check_complete, entries_to_save
 from .writer import Writer
 
 
 @dataclass(frozen=True)
 class _Saving:
-    """A save that has no name yet: its step and folder, what it holds, and who writes this rank's file."""
+    """A save that has no name yet: its step and folder, what this rank and all of them have, and who writes this rank's file."""
 
     step: int
     folder: Path
     entries: Mapping[str, Entry]
+    known: Mapping[str, Known]
     apart: Collection[str]
     state: dict[str, Any]
     writer: Writer
@@ -132,7 +135,7 @@ class Checkpointer:
                 raise CheckpointError(f"step {self._running.step} is still being saved; wait for it, or use on_busy='wait'")
             self.finish()
         self.lock()
-        entries = entries_to_save(self._model, self._manager)
+        entries, known = everybodys(entries_to_save(self._model, self._manager), self._world)
         state = collected(self._manager, self._world, step, copied, self._shared)
         apart = differing(entries, self._world)
         arrays = self._owned(entries, apart)
@@ -149,7 +152,7 @@ class Checkpointer:
             raise
         left = "the process ends before Checkpointer.finish() or close()"
         writer = Writer(self.folder / checkpoint_name(step), partial(self._write, target, pieces), left)
-        saving = _Saving(step, target, entries, apart, state, writer)
+        saving = _Saving(step, target, entries, known, apart, state, writer)
         if wait:
             try:
                 writer.run()
@@ -327,12 +330,19 @@ class Checkpointer:
     def _write_index(self, saving: _Saving, everybody: list[Told]) -> None:
         told, ranks = by_file(everybody), self._world.engine.size
         tensors = {
-            name: indexed(name, e.layout, e.dtype, e.shape, told, e.of_model, ranks if name in saving.apart else 1)
-            for name, e in saving.entries.items()
+            name: indexed(
+                name, self._layout(name, saving), x.dtype, x.shape, told, x.of_model, ranks if name in saving.apart else 1
+            )
+            for name, x in saving.known.items()
         }
         index = Index(len(told), saving.folder.name.rsplit(".", 1)[1], saving.state, tensors)
         write_text(saving.folder / INDEX, index.to_json())
         sync_folder(saving.folder)
+
+    @staticmethod
+    def _layout(name: str, saving: _Saving) -> Layout | None:
+        """Of some rank: of one that has nothing of the tensor, that of the whole, as ranks say what they have themselves."""
+        return saving.entries[name].layout if name in saving.entries else Layout(saving.known[name].shape)
 
     def _prune(self, naming: Naming, in_background: bool) -> None:
         """Delete what was replaced, and what need not be kept."""

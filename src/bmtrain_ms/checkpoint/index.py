@@ -202,6 +202,8 @@ def indexed(
     files: dict[tuple[tuple[int, ...], int], int] = {}
     cuts: set[tuple[Any, int]] = set()
     for file, x in told.items():
+        if name not in x.hashes:  # of a rank that has nothing of it
+            continue
         cut = Layout.from_json(x.layouts[name]) if name in x.layouts else Layout(shape, (), file, len(told))
         files.setdefault((tuple(split.index for split in cut.splits), cut.index), file)
         cuts.add((tuple((split.dim, split.parts) for split in cut.splits), cut.ranks))

@@ -19,7 +19,8 @@ from .index import INDEX, read_index
 from .places import Place
 from .run_state import checked, mesh_of
 from .sharded import ShardedReader
-from .training import as_named_here, entries_to_load, load_file
+from .stages import names_elsewhere, without
+from .training import as_named_here, entries_to_load, load_file, of_master, training_entries
 
 _ATTEMPTS = 20  # to load the latest before another takes its place
 
@@ -92,11 +93,19 @@ class Loader:
             sys.stderr.write(f"WARNING: {wrong}\n")
         return found, False
 
+    def _names(self) -> list[str]:
+        """What this rank has; nothing where its names cannot be told apart, which loading says."""
+        try:
+            return list(training_entries(self.model, self.manager))
+        except CheckpointError:
+            return []
+
     def _load(self, folder: Path, strict: bool, keep: str, advice: str) -> Resumed:
         """`advice`: what else there is, if this one is damaged."""
         world, what = self.world, f"{folder} cannot be loaded"
         layout = None if self.shared else gather_json(world.launch.local_size, world.engine, "checkpoint layout")
         place = world.engine.rank, world.engine.size
+        elsewhere = names_elsewhere(self._names(), world)
         error: BaseException | None = None
         with contextlib.ExitStack() as stack:
             try:
@@ -106,7 +115,8 @@ class Loader:
                     files = None if self.shared else Place.of(world, False).on_host
                     reader = stack.enter_context(ShardedReader(folder, files, place))
                 entries, sources = entries_to_load(self.model, self.manager, reader.described)
-                result = compare(as_named_here(reader.described, sources), entries, strict, str(folder))
+                named = without(as_named_here(reader.described, sources), elsewhere, GRADIENT, of_master)
+                result = compare(named, entries, strict, str(folder))
                 state = checked(state_named_now(self.model, reader.index.state), self.manager, world, strict, str(folder))
             except Exception as caught:  # whatever it is: the other ranks wait
                 error = caught

@@ -18,6 +18,7 @@ from ..optim import OptimManager
 from ..zero import context_of
 from .errors import CheckpointError
 from .format import is_count
+from .stages import state_of_all, state_of_rank
 
 _NUMPY_WORDS = 624  # of its generator's state
 
@@ -103,7 +104,7 @@ def collected(manager: OptimManager, world: World, step: int, extra: dict[str, A
     return {
         "step": step,
         "extra": extra,
-        "manager": manager.state_dict(tensors=False),
+        "manager": state_of_all(manager, world),
         "seed": world.seed,
         "clock": world.engine.clock.step,
         "draws": context_of(world).draws.count,
@@ -151,11 +152,12 @@ def _parsed(raw: Any, manager: OptimManager, world: World, strict: bool) -> RunS
     for name, number in (("step", step), ("clock", clock), ("draw_step", draw_step), ("number of draws", draws)):
         if not is_count(number):
             raise TypeError(f"its {name} is {number!r}")
-    manager.check_state_dict(raw["manager"], strict)
+    of_manager = state_of_rank(raw["manager"], manager, world)
+    manager.check_state_dict(of_manager, strict)
     mine = None
     if generators is not None:
         mine = _generators(generators[world.engine.rank if len(generators) == world.engine.size else 0])
-    return RunState(step, extra, raw["manager"], clock, draw_step, draws, mine, strict)
+    return RunState(step, extra, of_manager, clock, draw_step, draws, mine, strict)
 
 
 def _generators(mine: Any) -> tuple[Any, Any]:

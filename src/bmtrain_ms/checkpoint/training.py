@@ -150,17 +150,17 @@ def entries_to_load(model: nn.Cell, manager: OptimManager, there: Described) -> 
             entries[name] = companion_entry(*manager.empty_gradient(p))
     sources = {name: name for name in entries if name in there}
     for name in entries:
-        own = _of_master(name)
+        own = of_master(name)
         if name not in there and own in there:
             sources[name] = own  # saved in float32: the parameter was its own master
     for name in there:
-        own = _of_master(name)
+        own = of_master(name)
         if name not in entries and own in entries and entries[own].dtype == ms.float32:
             sources[own] = name  # saved in 16 bits: the master is the better parameter
     return entries, {name: stored[source] for name, source in sources.items()}
 
 
-def _of_master(name: str) -> str:
+def of_master(name: str) -> str:
     """The parameter's name in a master's; empty: it is not one's."""
     optimizer, _, own = name.partition(".master.")
     return own if optimizer.startswith("optimizer.") else ""

@@ -23,6 +23,7 @@ from .entries import Described, Entry, LoadResult, apply_entries, compare, model
 from .errors import CheckpointError, agree_or_fail
 from .format import PIECE, TYPE_NAMES, AtomicFile, plan
 from .places import scattered
+from .stages import everybodys, names_elsewhere
 from .writer import DeferredFile, Writer
 
 _DTYPES = {numpy_dtype(dtype): dtype for dtype in TYPE_NAMES}
@@ -51,7 +52,7 @@ def save(model: nn.Cell, file_name: str | Path, non_blocking: bool = False, max_
         return
     if non_blocking:
         raise ValueError("non_blocking and max_shard_size do not go together; a Checkpointer saves in the background")
-    sizes = {name: tensor_bytes(entry.dtype, entry.shape) for name, entry in entries.items()}
+    sizes = {name: tensor_bytes(x.dtype, x.shape) for name, x in everybodys(entries, current)[1].items()}
     groups = split(sizes, size_in_bytes(max_shard_size))
     folder, error = Path(file_name).expanduser(), None
     new = Replacement(folder)
@@ -63,7 +64,7 @@ def save(model: nn.Cell, file_name: str | Path, non_blocking: bool = False, max_
             error = caught
         agree_or_fail(current.engine, error, f"{folder} cannot be made")
         for name, group in zip(file_names(len(groups)), groups):
-            save_entries(new.folder / name, {x: entries[x] for x in group}, {"format": "pt"}, current)
+            save_entries(new.folder / name, {x: entries[x] for x in group if x in entries}, {"format": "pt"}, current)
         try:
             if current.engine.rank == 0:
                 new.commit(groups, sum(sizes.values()))
@@ -217,6 +218,7 @@ def load_entries(
 
     `model`: may know what earlier releases called them.
     """
+    elsewhere = names_elsewhere(entries, world)
     error: BaseException | None = None
     with contextlib.ExitStack() as stack:
         try:
@@ -231,7 +233,8 @@ def load_entries(
                     f"{reader.path} has tensors of types {kinds}, which MindSpore does not have, such as {wanted}: convert the "
                     "file, to BF16 say"
                 )
-            result = compare({renamed.get(name, name): x for name, x in there.items()}, entries, strict, str(reader.path))
+            named = {renamed.get(name, name): x for name, x in there.items() if renamed.get(name, name) not in elsewhere}
+            result = compare(named, entries, strict, str(reader.path))
         except Exception as caught:
             error = caught
         agree_or_fail(world.engine, error, f"{path} cannot be loaded")

@@ -216,7 +216,8 @@ class StagedModel:
 
     def _forward_table(self, number: int) -> schedule.Schedule:
         p, v = self.table.p, self.table.v
-        return schedule.Schedule("forward only", p, v, number, schedule.interleaved_rows(p, v, number, p))
+        group = number if number % p else p  # a short last group may have ranks wait for each other
+        return schedule.Schedule("forward only", p, v, number, schedule.interleaved_rows(p, v, number, group))
 
     def _segments(self, stage: stages.Stage) -> list[Segment]:
         encoder, here = self.encoder, dict(zip(self.numbers, self.encoder.layers))

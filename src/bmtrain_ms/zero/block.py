@@ -39,7 +39,7 @@ class Block(nn.Cell):
         inner_module: a Cell all of whose parameters are `DistributedParameter`. One without any is called as it is.
         use_checkpoint: recompute the forward pass in backward instead of keeping its activations.
         zero_level: 3 gathers again for backward; 2 keeps the gathered parameters from forward to backward.
-        initialized, mode: of pipelines in BMTrain; only False and `BLOCK` so far.
+        initialized, mode: of BMTrain's lists of pipeline blocks; only False and `BLOCK` so far.
 
     Raises:
         TypeError: `inner_module` is not a Cell.
@@ -58,8 +58,8 @@ class Block(nn.Cell):
         super().__init__(auto_prefix=False)
         if initialized or mode != "BLOCK":
             raise ValueError(
-                f"Block(initialized={initialized}, mode={mode!r}) is for pipelines, which are not part of this release: "
-                "leave both out"
+                f"Block(initialized={initialized}, mode={mode!r}) is for BMTrain's list of pipeline blocks, which is not part "
+                "of this release: leave both out, and divide a model into stages by model_center.spread"
             )
         if not isinstance(inner_module, nn.Cell):
             raise TypeError(f"Block wraps a Cell, not a {type(inner_module).__name__}")
