@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any, Callable
 
 import numpy as np
@@ -14,8 +15,8 @@ from bmtrain_ms.comm import World, use_world
 from bmtrain_ms.data import TokenSampler
 from bmtrain_ms.model_center import Spread, Stages
 from bmtrain_ms.model_center.generation import generate
-from bmtrain_ms.train import Trainer, TrainSettings
 from tests.helpers.layouts import KEPT, PIPELINES, Case, batch_of, masked, model_of, train, whole
+from tests.helpers.trainers import pretrainer
 from tests.ranks.test_layouts import STEPS, compare
 
 Run = Callable[..., list[Any]]
@@ -128,10 +129,14 @@ def test_all_stages_decide_alike(run_ranks: Run):
 
 def loop(world: World, case: Case) -> tuple[list[float], float]:
     """Losses of the training loop, which cannot know of stages, and that of held-out text."""
-    with use_world(case.world(world)):
+    with use_world(case.world(world)) as here:
         text = np.random.default_rng(1).integers(0, 37, 400).astype(np.int32)
         sampler = TokenSampler(text, length=6, global_batch=4)
-        trainer = Trainer(model_of(case, SIZES), sampler, TrainSettings(3, lr=0.01, warmup=1))
+        trainer = pretrainer(model_of(case, SIZES), sampler, 3, lr=0.01, warmup=1)
+        if case.pp > 1:
+            batch = sampler.batch(0, here.mesh.dp_rank, here.mesh.dp)
+            with pytest.raises(ValueError, match=r"^the loss of a model in pipeline stages takes no weights of targets: leave"):
+                trainer.task.loss(replace(batch, weights=np.ones(batch.ids.shape, np.float32)))
         with trainer:
             losses = [trainer.train_step()["loss"] for _ in range(3)]
             return losses, trainer.evaluate(text[:100], 6, rows=4)

@@ -455,7 +455,7 @@ class OptimManager:
         self.skipped_steps += 1
         self.skipped_in_a_row += 1
         if self.max_skipped_steps is not None and self.skipped_in_a_row >= self.max_skipped_steps:
-            bad = [p for driver in self.drivers for p in driver.parameters if id(p) in self._grads and not self._is_finite(p)]
+            bad = [p for p in self.parameters if id(p) in self._grads and not self._is_finite(p)]
             raise GradientOverflowError(advice(bad, self._world, self.skipped_in_a_row, old, self.min_loss_scale))
         self.zero_grad()
         if self._world.mesh.rank == 0:

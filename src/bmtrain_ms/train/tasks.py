@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Callable, Protocol, Sequence
+from typing import Any, Callable, Protocol, Sequence
 
 import numpy as np
 from mindspore import Parameter, Tensor, nn
@@ -25,7 +25,10 @@ class Task(Protocol):
 
     @property
     def loss(self) -> Callable[[Batch], Tensor]:
-        """Batch -> its mean loss on this rank, a scalar; all ranks call it together."""
+        """A method, or another function, of a batch: its mean loss on this rank, a scalar. All ranks call it together.
+
+        A `Scheduled` where the model is in pipeline stages: it is given to the manager as it is.
+        """
         ...
 
 
@@ -35,21 +38,21 @@ class Pretrain:
     Targets of -100 do not count. Where a batch has weights the loss is the weighted mean over this rank's targets.
 
     Args:
-        model: token ids (batch, length) -> logits (batch, length, vocab); takes `documents=` if batches have them, as `Llama` does.
+        model: token ids (batch, length) -> logits (batch, length, vocab), or one in pipeline stages; takes `documents=` if batches
+            have them, as `Llama` does.
+
+    Attributes:
+        loss: nats per token that counts, in float32, of a batch.
     """
 
     def __init__(self, model: nn.Cell):
         if not isinstance(model, nn.Cell):
             raise TypeError(f"Pretrain takes a model, a Cell of MindSpore's, not {type(model).__name__}")
         self.model = model
+        staged = getattr(model, "loss", None)
+        self.loss: Callable[[Batch], Tensor] = _StagedLoss(staged) if isinstance(staged, Scheduled) else self._loss
 
-    @property
-    def loss(self) -> Callable[[Batch], Tensor]:
-        """Batch -> nats per token that counts, in float32."""
-        own = getattr(self.model, "loss", None)
-        return _InStages(own) if isinstance(own, Scheduled) else self._of_batch
-
-    def _of_batch(self, batch: Batch) -> Tensor:
+    def _loss(self, batch: Batch) -> Tensor:
         if batch.weights is None:
             return self._cross_entropy(batch, "mean")
         counted = (batch.weights * (batch.targets != -100)).reshape(-1)
@@ -57,31 +60,42 @@ class Pretrain:
         return (self._cross_entropy(batch, "none") * share).sum()
 
     def _cross_entropy(self, batch: Batch, reduction: str) -> Tensor:
-        ids, targets = from_host(batch.ids), from_host(batch.targets.reshape(-1))
-        documents = {} if batch.documents is None else {"documents": from_host(batch.documents)}
+        ids, targets, documents = _tensors(batch)
         if isinstance(self.model, Llama):  # the same bits, without all logits at once
             return self.model.loss(ids, targets, **documents, reduction=reduction)
         logits = self.model(ids, **documents)
         return cross_entropy(logits.reshape(-1, logits.shape[-1]), targets, reduction=reduction)
 
 
-class _InStages(Scheduled):
-    """The loss of a model in pipeline stages, of a batch; such a model makes its own gradients."""
+class _StagedLoss(Scheduled):
+    """The loss of a batch, by that of a model in pipeline stages, which the manager must see: it makes its gradients itself."""
 
-    def __init__(self, loss: Scheduled):
-        self._of_tensors = loss
+    def __init__(self, staged: Scheduled):
+        self._staged = staged
 
     def __call__(self, batch: Batch) -> Tensor:
-        return self._of_tensors(*_tensors(batch))
+        ids, targets, documents = self._arguments(batch)
+        return self._staged(ids, targets, **documents)
 
     def differentiated(self, params: Sequence[Parameter], scale: float, batch: Batch) -> tuple[Tensor, list[Tensor]]:
-        return self._of_tensors.differentiated(params, scale, *_tensors(batch))
+        """See `Scheduled`.
+
+        Raises:
+            ValueError: the batch has weights.
+        """
+        ids, targets, documents = self._arguments(batch)
+        return self._staged.differentiated(params, scale, ids, targets, **documents)
+
+    @staticmethod
+    def _arguments(batch: Batch) -> tuple[Tensor, Tensor, dict[str, Any]]:
+        if batch.weights is not None:
+            raise ValueError(
+                "the loss of a model in pipeline stages takes no weights of targets: leave them out, or spread the model over one "
+                "stage; targets that are not to count at all are -100"
+            )
+        return _tensors(batch)
 
 
-def _tensors(batch: Batch) -> tuple[Tensor, Tensor]:
-    if batch.weights is not None or batch.documents is not None:
-        raise ValueError(
-            "a model in pipeline stages takes ids and targets only: mask tokens by targets of -100, and leave weights "
-            "and documents out"
-        )
-    return from_host(batch.ids), from_host(batch.targets)
+def _tensors(batch: Batch) -> tuple[Tensor, Tensor, dict[str, Any]]:
+    documents = {} if batch.documents is None else {"documents": from_host(batch.documents)}
+    return from_host(batch.ids), from_host(batch.targets.reshape(-1)), documents
