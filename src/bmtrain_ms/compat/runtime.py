@@ -113,24 +113,6 @@ def writable_array(tensor: Tensor) -> np.ndarray | None:
     return _memory(tensor) if on_host() else None
 
 
-def scaled(tensor: Tensor, factor: float) -> Tensor:
-    """tensor * factor; in place on CPU. The tensor must not be in use elsewhere."""
-    array = writable_array(tensor)
-    if array is None:
-        return tensor * factor
-    np.multiply(array, array.dtype.type(factor), out=array)
-    return tensor
-
-
-def added(tensor: Tensor, other: Tensor) -> Tensor:
-    """tensor + other, equal shapes and types; in place on CPU. The tensor must not be in use elsewhere."""
-    array, more = writable_array(tensor), writable_array(other)
-    if array is None or more is None:
-        return tensor + other
-    np.add(array, more, out=array)
-    return tensor
-
-
 def is_at(tensor: Tensor, array: np.ndarray) -> bool:
     """Whether the tensor's values still are in the memory that `writable_array` gave for it. Cheap.
 
@@ -166,16 +148,6 @@ def kept_on_host(array: np.ndarray) -> Tensor:
     tensor = from_host(array)
     tensor.kept_on_host = array.reshape(-1)
     return tensor
-
-
-def square_sum(tensor: Tensor) -> float:
-    """Sum of the squares of a float32 tensor; not finite if an element is not."""
-    if not on_host():
-        return host_array((tensor * tensor).sum()).item()
-    array = writable_array(tensor)
-    array = host_array(tensor).reshape(-1) if array is None else array
-    with np.errstate(all="ignore"):
-        return float(np.dot(array, array))
 
 
 def was_copied(tensor: Tensor, array: np.ndarray) -> bool:

@@ -15,7 +15,8 @@ from bmtrain_ms_base.layout import part_of
 from ..comm import World
 from ..compat.autograd import no_grad, recording
 from ..compat.cells import child_table, parameter_table
-from ..compat.runtime import added, from_host, host_array
+from ..compat.runtime import from_host, host_array
+from ..ops.in_place import add_
 from ..parallel import Scheduled, Segment, Stage
 from ..zero import ParamGroup
 from .layer import Encoder, KeyValueCache, Positions
@@ -196,7 +197,7 @@ class StagedModel:
             if not self.first:
                 self._pipe.send([grad], 0, label).wait()
                 return self._pipe.recv([grad], 0, label).wait()[0]
-            total = added(grad, self._pipe.recv([grad], last, label).wait()[0])
+            total = add_(grad, self._pipe.recv([grad], last, label).wait()[0])
             self._pipe.send([total], last, label).wait()
             return total
 

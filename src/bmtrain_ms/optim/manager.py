@@ -15,7 +15,8 @@ from bmtrain_ms_base.checks import number, whole
 
 from ..comm import World, world
 from ..compat.habits import refuse_graph_mode
-from ..compat.runtime import added, from_host, scaled, square_sum
+from ..compat.runtime import from_host
+from ..ops.in_place import add_, scale_, square_sum
 from ..parallel import Scheduled
 from ..zero import DistributedParameter, context_of
 from .base import average_whole
@@ -255,7 +256,7 @@ class OptimManager:
         coefficient = max_norm * self.grads_scale / (norm + eps)
         if math.isfinite(norm) and coefficient < 1.0:
             for i in ids:
-                self._grads[i] = scaled(self._grads[i], coefficient)
+                self._grads[i] = scale_(self._grads[i], coefficient)
         self._grad_norm = unscaled = norm / self.grads_scale
         return unscaled
 
@@ -440,7 +441,7 @@ class OptimManager:
             grad = grad.astype(ms.float32)
         elif not isinstance(p, DistributedParameter):
             grad = grad * 1.0  # changed in place later, and the gradients of a and b in a + b are one tensor
-        self._grads[id(p)] = grad if before is None else added(before, grad)
+        self._grads[id(p)] = grad if before is None else add_(before, grad)
 
     def _norm(self, ids: list[int], p: float) -> float:
         """p-norm over all ranks; each element counts once. Not finite if any is not."""

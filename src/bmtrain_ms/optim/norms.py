@@ -13,7 +13,8 @@ from bmtrain_ms_base.checks import number
 
 from ..comm import World, reduce_numbers, world
 from ..compat.autograd import no_grad
-from ..compat.runtime import from_host, host_array, square_sum
+from ..compat.runtime import from_host, host_array
+from ..ops.in_place import square_sum
 from ..zero import DistributedParameter
 from .base import average_whole
 

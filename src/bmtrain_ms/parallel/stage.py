@@ -13,7 +13,7 @@ from bmtrain_ms_base.simulation import with_messages
 
 from ..comm import Work, World
 from ..compat.autograd import joined, no_grad
-from ..compat.runtime import added
+from ..ops.in_place import add_
 from ..zero import ParamGroup, context_of
 from .visit import Segment, Visit
 
@@ -194,7 +194,7 @@ class Run:
             for i, grad in grads.items():
                 grad = grad * 1.0 if grad.dtype == ms.float32 else grad.astype(ms.float32)
                 before = self.sums.get(i)
-                self.sums[i] = grad if before is None else added(before, grad)
+                self.sums[i] = grad if before is None else add_(before, grad)
 
     def _send(self, action: Action, source: dict[Place, Tensor]) -> None:
         x = source.pop((action.micro_batch, action.chunk))

@@ -8,7 +8,8 @@ from mindspore import Parameter, Tensor, ops
 
 from ..comm import Work
 from ..compat.autograd import Deliver, no_grad, requested
-from ..compat.runtime import added, address, zeros
+from ..compat.runtime import address, zeros
+from ..ops.in_place import add_
 from .group import ParamGroup
 
 
@@ -48,7 +49,7 @@ class Reducer:
         if id(p) not in requested():
             return
         before = self._arrived.get(id(p))
-        self._arrived[id(p)] = grad if before is None else added(before, grad)
+        self._arrived[id(p)] = grad if before is None else add_(before, grad)
 
     def finish(self, keep: int = 0) -> None:
         """Wait for all but the `keep` latest reduces."""
