@@ -26,7 +26,7 @@ from tests.benchmarks.harness import (
 )
 
 CAUSES = (
-    "What is left has three causes. Each operation of a step costs 0.1 to 0.2 ms in MindSpore's and our Python, forward and "
+    "What is left has three causes. Each operation of a step costs 0.15 to 0.25 ms in MindSpore's and our Python, forward and "
     "backward, which on S, whose step has some 75, is a twentieth of it; on M it is a fiftieth. A world of one rank gathers too: "
     "it copies its own parameters, twice a step. And MindSpore's threads give their core away at each of its operations, so where "
     "other programs want it, our steps are delayed more than PyTorch's: compare figures of a calm machine."
@@ -66,8 +66,8 @@ def free_port() -> str:
         return str(probe.getsockname()[1])
 
 
-def main(rounds: int, python: str, settings: list[tuple[str, int]]) -> None:
-    """Measure, plot, write the page."""
+def main(rounds: int, python: str, settings: list[tuple[str, int]], remark: str) -> None:
+    """Measure, plot, write the page; `remark`: of the machine meanwhile."""
     torch_too = has_torch(python)
     rows: list[list[Any]] = []
     bars: list[tuple[str, float, float]] = []  # setting, ours, FSDP2: over compute only
@@ -110,6 +110,7 @@ def main(rounds: int, python: str, settings: list[tuple[str, int]]) -> None:
         "times the step of the same processes computing without communication; and it trains at least 1.25 times the tokens per "
         "second of PyTorch's FSDP2 over gloo in the same run.",
         result,
+        *([remark] if remark else []),
         CAUSES,
         f"{environment()} `python -m tests.benchmarks.step_time --rounds {rounds}`",
         f"Median of {rounds} steps after 3 (forward, backward, AdamW), the cases in turn within one process group; mean over the "
@@ -147,6 +148,7 @@ if __name__ == "__main__":
         parser.add_argument("--rounds", type=int, default=10, help="steps per case")
         parser.add_argument("--torch", default=sys.executable, help="a Python that has torch")
         parser.add_argument("--settings", nargs="+", default=["S:2", "M:2", "S:4", "M:4"], help="model:ranks")
+        parser.add_argument("--remark", default="", help="a sentence about the machine meanwhile, for the page")
         arguments = parser.parse_args()
         pairs = [(text.split(":")[0], int(text.split(":")[1])) for text in arguments.settings]
-        main(arguments.rounds, arguments.torch, pairs)
+        main(arguments.rounds, arguments.torch, pairs, arguments.remark)
