@@ -212,7 +212,6 @@ def configure_cpu(threads: int) -> None:
         os.environ["LD_LIBRARY_PATH"] = ":".join(dict.fromkeys(os.environ["LD_LIBRARY_PATH"].split(":")))
     ms.runtime.launch_blocking()
     _let_waiting_threads_sleep()
-    _keep_freed_memory()
     from mindspore.device_context.cpu import op_tuning
 
     with contextlib.suppress(RuntimeError):  # MindSpore takes it once per process; the first world's share stays
@@ -230,18 +229,6 @@ def _limit_blas(threads: int) -> None:
         if hasattr(library, name):
             getattr(library, name)(ctypes.c_int(threads))
             return
-
-
-def _keep_freed_memory() -> None:
-    """Have glibc keep what a step frees for the next one: returned to the system, it comes back as zeroed pages, one fault each.
-
-    Measured with the models of the benchmarks: S 20 faults a step instead of 1,500, M 9,900 instead of 13,600; 1 % (S) and 4 % (M)
-    of the median step, for 20 MiB more at the peak of 1.6 GiB.
-    """
-    with contextlib.suppress(AttributeError, OSError):  # another C library
-        mallopt = ctypes.CDLL(None).mallopt
-        for option, size in ((-3, 1 << 25), (-1, 1 << 28), (-2, 1 << 26)):  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD, M_TOP_PAD
-            mallopt(ctypes.c_int(option), ctypes.c_int(size))
 
 
 def _let_waiting_threads_sleep() -> None:
