@@ -389,7 +389,9 @@ def test_both_have_the_signatures_of_the_contracts():
     for name in host.__all__:
         assert inspect.signature(getattr(host, name)) == inspect.signature(getattr(device, name)), name
         if name not in ("loss_gradient", "loss_sums"):  # which the contracts of the loss are made of
-            assert inspect.signature(getattr(host, name)) == inspect.signature(getattr(ops, name)), name
+            contract = inspect.signature(getattr(ops, name))  # which alone has defaults
+            plain = [p.replace(default=inspect.Parameter.empty) for p in contract.parameters.values()]
+            assert inspect.signature(getattr(host, name)) in (contract, contract.replace(parameters=plain)), name
 
 
 def test_no_third_implementation():
