@@ -190,9 +190,8 @@ def _recorded(
     with no_grad():
         outputs = _distinct(forward(*inputs), inputs)
     if _OLD:
-        # What operations have recorded is brought to the graph by a thread of MindSpore's, and what comes now past it: where the
-        # thread is late (seen at the first pass of a process), 2.5 forgets that an input has a history, and its gradient is zero.
-        # On CPU this takes 0.7 µs; on a device the host waits for it, as nobody has seen whether it must.
+        # MindSpore's thread brings to the graph what operations have recorded; this goes past it. Where the thread is late (in the
+        # first pass of a process), 2.5 forgets the history of an input: zero gradients. 0.7 µs on CPU; a device is waited for.
         executor.sync()
     recorded = executor.call_custom_bprop(_Op(backward), outputs, *inputs, *captured())
     if _OLD:  # it holds inputs of what has a `bprop` as Python's objects
