@@ -146,6 +146,6 @@ def test_config_of_two_ranks(run_ranks: Run):
         assert config.pop("initialized") is True and config.pop("pipe_enabled") is False
         ranks = {"rank", "local_rank", "zero_rank", "tp_zero_rank"}
         sizes = {"world_size", "local_size", "zero_size", "tp_zero_size"}
-        none = {"tp_rank": 0, "tp_size": 1, "pipe_rank": 0, "pipe_size": 1}
+        none = {"tp_rank": 0, "tp_size": 1, "pipe_rank": 0, "pipe_size": 1, "micros": 1}
         engines = dict.fromkeys(("comm", "zero_comm", "tp_zero_comm"), (rank, 2))
         assert config == {**dict.fromkeys(ranks, rank), **dict.fromkeys(sizes, 2), **none, **engines}
