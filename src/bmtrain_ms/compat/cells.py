@@ -36,8 +36,10 @@ def drop_rate(dropout: nn.Dropout) -> float:
 
 
 def is_only_construct(cell: nn.Cell) -> bool:
-    """Whether a call of the cell does nothing but call its `construct`: no hook, and no cast that `to_float` asked for."""
+    """Whether a call of the cell does nothing but call its `construct`: no hook, no cast that `to_float` asked for,
+    here or above, and no recomputation of MindSpore's."""
     hooks = ("_forward_pre_hook", "_forward_hook", "_backward_pre_hook", "_backward_hook")
     names = (name for hook in hooks for name in (hook, f"_lazy{hook}", f"{hook}_with_kwargs", f"_lazy{hook}_with_kwargs"))
     values = vars(cell)
-    return not any(values.get(name) for name in names) and values.get("cast_type") is None
+    casts = ("mixed_precision_type", "fp16", "fp32", "bf16", "_has_config_recompute")
+    return not any(values.get(name) for name in (*names, *casts))
