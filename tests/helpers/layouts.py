@@ -11,7 +11,7 @@ from mindspore import Tensor
 import bmtrain_ms as bms
 from bmtrain_ms.comm import Mesh, SingleEngine, World, use_world
 from bmtrain_ms.model_center import Spread, Stages, spread
-from bmtrain_ms.model_center.model import Llama, LlamaConfig
+from bmtrain_ms.model_center.model import CausalLM, Llama, LlamaConfig, Qwen3Moe, Qwen3MoeConfig
 from bmtrain_ms.parallel import Scheduled
 from bmtrain_ms_base.layout import Layout
 
@@ -85,6 +85,35 @@ SIZES = {
     "init_std": 0.2,
 }
 
+# a dense layer and two of experts, each balance in turn: `micro_batch` depends on how many there are, by its definition
+EXPERTS = {
+    **{name: size for name, size in SIZES.items() if name != "num_layers"},
+    "num_layers": 3,
+    "dense_layers": (1,),
+    "num_heads_kv": 2,
+    "num_experts": 8,
+    "top_k": 3,
+    "dim_expert": 10,
+    "balance": "sequence",
+    "balance_coef": 0.05,
+}
+MIXTURES = [
+    Case(dp=2, ep=2),
+    Case(dp=4, ep=4, how=KEPT),
+    Case(dp=4, ep=2, how=ZERO2),
+    Case(dp=4, ep=2, replica=2),
+    Case(tp=2, dp=2, ep=2),
+    Case(pp=2, how=KEPT),
+    Case(pp=2, stages=Stages(micro_batches=3)),
+    Case(pp=2, dp=2, ep=2, stages=Stages([1, 2], micro_batches=2)),
+    Case(pp=3, how=ZERO2, stages=Stages(micro_batches=4)),
+    Case(pp=1, stages=Stages(chunks=3, micro_batches=2)),
+]
+MANY = [  # on 8 ranks, and as the recipe of grok1-40B on 16
+    Case(pp=2, tp=2, dp=2, ep=2, stages=Stages(micro_batches=2)),
+    Case(pp=2, tp=4, dp=2, ep=2, stages=Stages(micro_batches=2)),
+]
+
 
 def batch_of(step: int, dp_rank: int, dp: int) -> tuple[Tensor, Tensor]:
     """This rank's rows of a step's ids and targets, of which all ranks together have the same ones in any layout."""
@@ -128,8 +157,9 @@ def whole(found: list[dict[str, tuple[dict, np.ndarray]]]) -> dict[str, np.ndarr
     return out
 
 
-def model_of(case: Case, sizes: dict[str, Any]) -> Llama:
-    model = Llama(LlamaConfig(**{**SIZES, **sizes}))
+def model_of(case: Case, sizes: dict[str, Any]) -> CausalLM:
+    """A Llama, or a Qwen3 where there are experts."""
+    model = Qwen3Moe(Qwen3MoeConfig(**sizes)) if "num_experts" in sizes else Llama(LlamaConfig(**{**SIZES, **sizes}))
     if case.stages is None and case.pp == 1:
         bms.init_parameters(model)
         return spread(model, case.how)

@@ -15,7 +15,7 @@ from bmtrain_ms.comm import Mesh, RecordingEngine, SingleEngine, World, use_worl
 from bmtrain_ms.model_center import Spread
 from bmtrain_ms.model_center.generation import generate
 from bmtrain_ms.model_center.layer import Positions
-from tests.helpers.layouts import BATCH, LAYOUTS, LENGTH, Case, alone, batch_of, model_of, train, whole
+from tests.helpers.layouts import BATCH, EXPERTS, LAYOUTS, LENGTH, MANY, MIXTURES, Case, alone, batch_of, model_of, train, whole
 
 Run = Callable[..., list[Any]]
 STEPS = 20
@@ -49,6 +49,12 @@ def test_training_is_that_of_one_rank(run_ranks: Run, case: Case):
     sizes = {"num_heads_kv": 3 if case.tp == 3 else 2}
     right = one_rank(tuple(sizes.items()))
     compare(run_ranks(case.ranks, train, case=case, steps=STEPS, sizes=sizes), right, 2e-5)
+
+
+@pytest.mark.parametrize("case", MIXTURES + MANY, ids=str)
+def test_training_of_experts_is_that_of_one_rank(run_ranks: Run, case: Case):
+    right = one_rank(tuple(EXPERTS.items()))
+    compare(run_ranks(case.ranks, train, case=case, steps=STEPS, sizes=EXPERTS), right, 2e-5)
 
 
 @pytest.mark.parametrize("case", [Case(tp=2), Case(tp=4), Case(tp=2, dp=2)], ids=str)

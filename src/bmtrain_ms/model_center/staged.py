@@ -16,10 +16,12 @@ from ..comm import World
 from ..compat.autograd import no_grad, recording
 from ..compat.cells import child_table, parameter_table
 from ..compat.runtime import from_host, host_array
+from ..nn import Router
 from ..ops.in_place import add_
 from ..parallel import Scheduled, Segment, Stage
 from ..zero import ParamGroup
 from .layer import Encoder, KeyValueCache, Positions
+from .model.causal_lm import targets_that_count
 
 _COPY = 1 << 20  # added to `Layout.copy` of the tied table on the last stage: the first one's counts
 
@@ -67,6 +69,7 @@ class _Batch:
     targets: Optional[Tensor] = None
     cache: Optional[KeyValueCache] = None
     options: Optional[dict[str, Any]] = None
+    share: float = 0.0  # of the mean over tokens of what routers add, in the whole batch's
 
 
 class StagedModel:
@@ -94,6 +97,8 @@ class StagedModel:
         self.plan = stages.divide(len(layers), self.table.p, self.table.v, how.layout)
         self.own = self.plan[self._pipe.rank :: self.table.p]
         self.tied = model.lm_head is None
+        routers = [cell for _, cell in model.cells_and_names() if isinstance(cell, Router)]
+        self._routed = any(router.config.has_losses for router in routers)  # on any stage
         self._refuse_empty_ranks()
         self._dtype = host_array(_table_of(self.encoder)).dtype
         self.numbers = [number for stage in self.own for number in stage.layers]
@@ -103,6 +108,8 @@ class StagedModel:
             _leave_out(self.encoder, "norm")
             if not self.tied:
                 _leave_out(model, "lm_head")
+        if not self.first and self.encoder.embed_positions is not None:
+            _leave_out(self.encoder, "embed_positions")
         if not self.first and not (self.last and self.tied):
             _leave_out(self.encoder, "embed_tokens")
         self._stage: Stage | None = None
@@ -161,14 +168,24 @@ class StagedModel:
             batch = self._batch(_rows(ids, part), _rows(padding, part), None, _rows(documents, part))
             batch.targets, batch.options = _rows(targets, part), options
             found.append(batch)
+        tokens = sum(batch.positions.tokens for batch in found)
+        for batch in found:
+            batch.share = batch.positions.tokens / tokens if tokens else 0.0
         return found
 
     def evaluated(self, batches: list[_Batch]) -> list[Tensor]:
         """Losses of micro-batches; those of the last stage, none elsewhere."""
         return self._ran.evaluate(self._forward_table(len(batches)), batches)
 
-    def trained(self, batches: list[_Batch], params: Sequence[Parameter], cotangent: float) -> tuple[list[Tensor], list[Tensor]]:
-        """As `Stage.train`; gradients of a table on two stages are the sum of both."""
+    def trained(
+        self, batches: list[_Batch], params: Sequence[Parameter], cotangent: float, routers: float
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """As `Stage.train`; gradients of a table on two stages are the sum of both. `routers`: what the mean over all tokens of
+        what routers add is multiplied with."""
+        if self._routed:
+            for batch in batches:
+                counts = routers * batch.share * self.world.mesh.tp  # each tensor-parallel rank's routers add their rows' only
+                batch.positions.routing.pull(from_host(np.array(counts, np.float32)))
         scale = from_host(np.array([cotangent], np.float32))
         losses, grads = self._ran.train(self.table, batches, params, scale)
         if self.shares_table:
@@ -180,6 +197,17 @@ class StagedModel:
         """The sum of the last stage's losses times a number, on every rank of the pipeline: float32, a scalar."""
         total = sum(float(host_array(x).reshape(-1)[0]) for x in losses)
         return self._from_last(from_host(np.array([total * scale], np.float32)), "loss").reshape(())
+
+    def of_routers(self, batches: list[_Batch]) -> float:
+        """The mean over all tokens of what the routers of all stages add, on every rank of the pipeline."""
+        if not self._routed:
+            return 0.0
+        total = np.array([sum(batch.positions.routing.value() * batch.share for batch in batches)], np.float32)
+        with no_grad():
+            found = from_host(total)
+            for axis in ("tp", "pp"):
+                found = self.world.along(axis).all_reduce([found], label="router losses").wait()[0]
+        return float(host_array(found)[0])
 
     def all_from_last(self, losses: list[Tensor], size: int) -> Tensor:
         """The last stage's losses of all tokens, (size,) float32, on every rank of the pipeline."""
@@ -224,7 +252,7 @@ class StagedModel:
         encoder, here = self.encoder, dict(zip(self.numbers, self.encoder.layers))
         found = []
         if stage.embedding:
-            embedding = [encoder.embed_tokens]
+            embedding = [cell for cell in (encoder.embed_tokens, encoder.embed_positions) if cell is not None]
             # always recomputed: a recorded look-up keeps the whole table for each micro-batch that is under way
             found.append(Segment("the embedding", lambda _, b: encoder.embed(b.ids.reshape(-1), b.positions), embedding, 0, True))
         for number in stage.layers:
@@ -273,10 +301,13 @@ class StagedLoss(Scheduled):
         reduction, rest = options.pop("reduction", "mean"), options
         number = min(self._staged.table.m, input_ids.shape[0])
         per_token = {**rest, "reduction": "none" if reduction == "none" else "sum"}
-        found = self._staged.evaluated(self._staged.batches(number, input_ids, targets, padding, documents, per_token))
+        batches = self._staged.batches(number, input_ids, targets, padding, documents, per_token)
+        found = self._staged.evaluated(batches)
         if reduction == "none":
             return self._staged.all_from_last(found, input_ids.shape[0] * input_ids.shape[1])
-        return self._staged.from_last(found, _share(reduction, targets, rest))
+        share = _share(reduction, targets, rest)
+        loss = self._staged.from_last(found, share)
+        return loss + self._staged.of_routers(batches) * _routers_share(reduction, targets, rest)
 
     def differentiated(self, params: Sequence[Parameter], scale: float, *args: Any, **kwargs: Any) -> tuple[Tensor, list[Tensor]]:
         """See `Scheduled`.
@@ -306,8 +337,9 @@ class StagedLoss(Scheduled):
         share = _share(reduction, targets, options)
         per_token = {**options, "reduction": "sum"}
         batches = self._staged.batches(number, input_ids, targets, padding, documents, per_token)
-        losses, grads = self._staged.trained(batches, params, scale * share)
-        return self._staged.from_last(losses, share), grads
+        of_routers = _routers_share(reduction, targets, options)
+        losses, grads = self._staged.trained(batches, params, scale * share, scale * of_routers)
+        return self._staged.from_last(losses, share) + self._staged.of_routers(batches) * of_routers, grads
 
 
 def _share(reduction: str, targets: Tensor, options: dict[str, Any]) -> float:
@@ -316,8 +348,13 @@ def _share(reduction: str, targets: Tensor, options: dict[str, Any]) -> float:
         raise ValueError(f"the loss of a model in pipeline stages is a mean or a sum, not reduction={reduction!r}")
     if reduction == "sum":
         return 1.0
-    counts = int((host_array(targets) != options.get("ignore_index", -100)).sum())
+    counts = targets_that_count(targets, options)
     return 1.0 / counts if counts else 0.0
+
+
+def _routers_share(reduction: str, targets: Tensor, options: dict[str, Any]) -> float:
+    """What the mean over the tokens of what routers add is multiplied with."""
+    return 1.0 if reduction == "mean" else float(targets_that_count(targets, options))
 
 
 def _layer(layer: Any, number: int) -> Any:

@@ -47,25 +47,45 @@ class ExpertLinear(DistributedModule):
         return functional.grouped_linear(x, self.weight, counts)
 
 
+ACTIVATIONS = ("silu", "gelu_tanh")
+
+
 class Experts(nn.Cell):
-    """down(silu(gate x) * up x), of each expert; a parameter holds all experts of its rank.
+    """down(activation(gate x) * up x), of each expert; a parameter holds all experts of its rank.
 
     Args:
         experts: on all ranks.
         dim: of the hidden states.
         dim_ff: of an expert's inner layer.
         dtype, init_std: see `ExpertLinear`.
+        activation: `silu`, or `gelu_tanh`, which is GELU by its approximation with tanh (Grok-1).
+
+    Raises:
+        ValueError: another activation.
     """
 
-    def __init__(self, experts: int, dim: int, dim_ff: int, dtype: Any = ms.float32, init_std: float | None = None):
+    def __init__(
+        self,
+        experts: int,
+        dim: int,
+        dim_ff: int,
+        dtype: Any = ms.float32,
+        init_std: float | None = None,
+        activation: str = "silu",
+    ):
         super().__init__()
+        if activation not in ACTIVATIONS:
+            raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, not {activation!r}")
+        self.activation = activation
         self.gate_proj = ExpertLinear(experts, dim, dim_ff, dtype, init_std)
         self.up_proj = ExpertLinear(experts, dim, dim_ff, dtype, init_std)
         self.down_proj = ExpertLinear(experts, dim_ff, dim, dtype, init_std)
 
     def construct(self, x: Tensor, counts: Any) -> Tensor:
         """x (rows, dim), by expert, counts (this rank's experts,) int64 of its rows -> (rows, dim); zeros behind the last one's."""
-        return self.down_proj(functional.swiglu(self.gate_proj(x, counts), self.up_proj(x, counts)), counts)
+        gate, up = self.gate_proj(x, counts), self.up_proj(x, counts)
+        inner = functional.swiglu(gate, up) if self.activation == "silu" else functional.gelu(gate) * up
+        return self.down_proj(inner, counts)
 
     @property
     def engine(self) -> Engine:
@@ -95,6 +115,7 @@ class MoE(nn.Cell):
         drop: which ones it keeps: those with the highest weights (`probs`), or the first (`position`).
         dtype: of the experts, and of the hidden states; the router's is float32.
         init_std: of the normal distribution that weights start with; None: xavier normal.
+        activation: of the experts, see `Experts`.
 
     Raises:
         ValueError: sizes that do not fit together, or an option out of range or without effect; the message names what fits.
@@ -114,6 +135,7 @@ class MoE(nn.Cell):
         drop: str | None = None,
         dtype: Any = ms.float32,
         init_std: float | None = 0.02,
+        activation: str = "silu",
     ):
         super().__init__()
         experts, ranks = whole("experts", experts, 1), world().mesh.ep
@@ -130,7 +152,7 @@ class MoE(nn.Cell):
             raise ValueError("shared_gate=True needs a shared layer: give it as `shared`")
         self.capacity, self.drop = capacity, drop or DROP_POLICIES[0]
         self.gate = Router(dim, experts, top_k, router, init_std)
-        self.experts = Experts(experts, dim, dim_ff, dtype, init_std)
+        self.experts = Experts(experts, dim, dim_ff, dtype, init_std, activation)
         self.shared_experts = None if shared_gate else shared
         self.shared_expert = shared if shared_gate else None
         self.shared_expert_gate = Linear(dim, 1, False, dtype, init_std) if shared_gate else None

@@ -157,6 +157,19 @@ class Routing:
 
         return custom_vjp(forward, backward, loss)[0]
 
+    def pull(self, counts: Tensor) -> None:
+        """Say how much what routers add counts, where not `add_losses` does: in pipeline stages."""
+        self._pulled = counts
+
+    @property
+    def has_losses(self) -> bool:
+        """Whether a router has noted some."""
+        return any(note.values for note in self._notes)
+
+    def value(self) -> float:
+        """What this rank's routers add."""
+        return sum(float(host_array(value)) for note in self._notes for value in note.values)
+
     @property
     def pulled(self) -> Tensor:
         """In backward: how much what a router adds counts."""

@@ -7,6 +7,7 @@ are computed in float32 whatever the dtype of the tensors; inf and nan are answe
 
 from __future__ import annotations
 
+import math
 from types import ModuleType
 
 import numpy as np
@@ -14,6 +15,7 @@ from mindspore import Tensor
 
 from ..compat.device import on_host
 from . import experts, loss
+from .activation import gelu
 from .rules import Angles, LossRule, check_cross_entropy_options
 
 __all__ = [
@@ -26,6 +28,7 @@ __all__ = [
     "combine_rows",
     "cross_entropy",
     "embedding",
+    "gelu",
     "grouped_linear",
     "layer_norm",
     "linear",
@@ -118,21 +121,26 @@ def merge_heads(x: Tensor) -> Tensor:
     return chosen().merge_heads(x)
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """softmax(q kᵀ / sqrt(dim) + mask) v, softmax in float32.
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None = None, softcap: float | None = None
+) -> Tensor:
+    """softmax(scale * q kᵀ + mask) v, softmax in float32.
 
     Grouped queries (Ainslie et al., 2023) need no repeated keys: the queries of one group are more rows of the same product.
 
     Args:
         q: (batch, kv heads, queries of the group, dim).
-        k, v: (batch, kv heads, keys, dim).
+        k: (batch, kv heads, keys, dim).
+        v: (batch, kv heads, keys, dim of the result).
         mask: float32, added to the scores: broadcastable to (batch, kv heads, queries, keys). What `causal_mask` has returned,
             the very tensor, costs less than another one.
+        scale: None: 1 / sqrt(dim).
+        softcap: scores become softcap * tanh(score / softcap) before the mask is added; None: they stay.
 
     Returns:
-        As `q`.
+        (batch, kv heads, queries of the group, dim of the result), of the type of `q`.
     """
-    return chosen().attention(q, k, v, mask)
+    return chosen().attention(q, k, v, mask, 1.0 / math.sqrt(q.shape[-1]) if scale is None else scale, softcap)
 
 
 def causal_mask(batch: int, heads: int, queries: int, keys: int, repeats: int = 1) -> Tensor:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 
 import mindspore as ms
 import numpy as np
@@ -168,21 +167,24 @@ def _quarter_turn(dim: int) -> Tensor:
     return Tensor(turn)
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, softcap: float | None) -> Tensor:
     """See `bmtrain_ms.ops.attention`."""
-    scale = 1.0 / math.sqrt(q.shape[-1])
 
-    def forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensors, Tensor]:
-        scores = _batch_matmul_t(q * scale, k).astype(ms.float32)
+    def forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensors, tuple[Tensor, Tensor | None]]:
+        scores, bent = _batch_matmul_t(q * scale, k).astype(ms.float32), None
+        if softcap is not None:
+            bent = ops.tanh(scores * (1.0 / softcap))
+            scores = bent * softcap
         weights = _softmax(scores if mask is None else scores + mask).astype(q.dtype)
-        return (_batch_matmul(weights, v),), weights
+        return (_batch_matmul(weights, v),), (weights, bent)
 
-    def backward(inputs: Tensors, weights: Tensor, grads: Tensors) -> Tensors:
-        (q, k, v), (grad,) = inputs, grads
+    def backward(inputs: Tensors, kept: tuple[Tensor, Tensor | None], grads: Tensors) -> Tensors:
+        (q, k, v), (grad,), (weights, bent) = inputs, grads, kept
         v_grad = _batch_t_matmul(weights, grad)
         weights32 = weights.astype(ms.float32)
         slope = weights32 * _batch_matmul_t(grad, v).astype(ms.float32)
-        scores_grad = ((slope - weights32 * slope.sum(-1, keepdims=True)) * scale).astype(q.dtype)
+        scores_grad = (slope - weights32 * slope.sum(-1, keepdims=True)) * scale
+        scores_grad = (scores_grad if bent is None else scores_grad * (1.0 - bent * bent)).astype(q.dtype)
         return _batch_matmul(scores_grad, k), _batch_t_matmul(scores_grad, q), v_grad
 
     return custom_vjp(forward, backward, q, k, v)[0]

@@ -7,11 +7,12 @@ from .embedding import Embedding
 from .feedforward import FeedForward
 from .norm import LayerNorm, RMSNorm
 from .positions import Positions
-from .rotary import RotaryEmbedding
-from .transformer import Encoder, TransformerBlock
+from .rotary import RopeScaling, RotaryEmbedding
+from .transformer import DecoderLayer, Encoder, TransformerBlock
 
 __all__ = [
     "Attention",
+    "DecoderLayer",
     "Embedding",
     "Encoder",
     "FeedForward",
@@ -21,6 +22,7 @@ __all__ = [
     "Linear",
     "Positions",
     "RMSNorm",
+    "RopeScaling",
     "RotaryEmbedding",
     "TransformerBlock",
 ]

@@ -9,6 +9,7 @@ from mindspore import Tensor, nn
 
 from ...nn import ColumnParallelLinear, Linear, RowParallelLinear, functional, projections
 from .cache import LayerCache
+from .norm import RMSNorm
 from .positions import Positions
 from .rotary import RotaryEmbedding
 
@@ -21,10 +22,14 @@ class Attention(nn.Cell):
         num_heads: of the queries.
         dim_head: of each head.
         num_heads_kv: heads of keys and values, a divisor of num_heads; fewer than num_heads is GQA (Ainslie et al., 2023).
-        bias: of the four projections.
+        bias: of the projections of queries, keys and values.
         dtype: of the parameters.
         init_std: of the projections.
         rotary: rotates queries and keys; None: nothing does.
+        out_bias: of the projection of the result; None: as `bias`.
+        qk_norm_eps: queries and keys of each head go through an RMSNorm with this eps first (Qwen3); None: they do not.
+        scale: what scores are multiplied with; None: 1 / sqrt(dim_head).
+        softcap: scores become softcap * tanh(score / softcap) (Grok-1); None: they stay.
     """
 
     def __init__(
@@ -37,9 +42,15 @@ class Attention(nn.Cell):
         dtype: Any = ms.float32,
         init_std: float = 0.02,
         rotary: Optional[RotaryEmbedding] = None,
+        *,
+        out_bias: Optional[bool] = None,
+        qk_norm_eps: Optional[float] = None,
+        scale: Optional[float] = None,
+        softcap: Optional[float] = None,
     ):
         super().__init__()
         self.num_heads, self.dim_head, self.rotary = num_heads, dim_head, rotary
+        self.scale, self.softcap = scale, softcap
         self.num_heads_kv = num_heads_kv or num_heads
         if num_heads % self.num_heads_kv:
             raise ValueError(f"num_heads={num_heads} is not a multiple of num_heads_kv={self.num_heads_kv}")
@@ -47,7 +58,9 @@ class Attention(nn.Cell):
         self.q_proj: nn.Cell = Linear(dim_in, num_heads * dim_head, **settings)
         self.k_proj = Linear(dim_in, self.num_heads_kv * dim_head, **settings)
         self.v_proj = Linear(dim_in, self.num_heads_kv * dim_head, **settings)
-        self.o_proj = Linear(num_heads * dim_head, dim_in, **settings)
+        self.o_proj = Linear(num_heads * dim_head, dim_in, **{**settings, "bias": bias if out_bias is None else out_bias})
+        self.q_norm = None if qk_norm_eps is None else RMSNorm(dim_head, qk_norm_eps, dtype)
+        self.k_norm = None if qk_norm_eps is None else RMSNorm(dim_head, qk_norm_eps, dtype)
 
     def divide(self, ranks: int) -> None:
         """Have each of the tensor-parallel ranks compute its share of the heads, from its part of the hidden states' rows to its
@@ -76,12 +89,18 @@ class Attention(nn.Cell):
         batch, length = positions.batch, positions.length
         angles = None if self.rotary is None else positions.angles(self.rotary)
         q, k, v = map(positions.without_padding, projections(hidden, self.q_proj, self.k_proj, self.v_proj))
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = _by_head(self.q_norm, q, self.dim_head), _by_head(self.k_norm, k, self.dim_head)
         q = functional.split_heads(q, batch, self.num_heads, angles)
         k, v = functional.split_heads(k, batch, self.num_heads_kv, angles), functional.split_heads(v, batch, self.num_heads_kv)
         if cache is not None:
             k, v = cache.update(k, v)
         repeats = self.num_heads // self.num_heads_kv
         q = q.reshape(batch, self.num_heads_kv, repeats * length, self.dim_head)
-        mixed = functional.attention(q, k, v, positions.mask(self.num_heads_kv, repeats))
+        mixed = functional.attention(q, k, v, positions.mask(self.num_heads_kv, repeats), self.scale, self.softcap)
         merged = functional.merge_heads(mixed.reshape(batch, self.num_heads, length, self.dim_head))
         return self.o_proj(positions.with_padding(merged))
+
+
+def _by_head(norm: nn.Cell, x: Tensor, dim_head: int) -> Tensor:
+    return norm(x.reshape(-1, dim_head)).reshape(x.shape)

@@ -7,9 +7,10 @@ from typing import Union
 import numpy as np
 from mindspore import Tensor, ops
 
+from ...comm import world
 from ...compat.autograd import no_grad, recording
 from ...compat.runtime import from_host, host_array
-from ...nn import functional
+from ...nn import Routing, functional
 from .cache import KeyValueCache
 from .rotary import RotaryEmbedding
 
@@ -40,13 +41,16 @@ class Positions:
 
     def __init__(self, batch: int, length: int, offset: int = 0, padding: Marks | None = None, documents: Marks | None = None):
         self.batch, self.length, self.offset = batch, length, offset
-        self.rows = batch * length
+        self.rows, self.ranks = batch * length, 1
+        self._routing: Routing | None = None
+        self._real: np.ndarray | None = None  # (batch, offset + length) bool: what is no padding
         self._hidden: np.ndarray | None = None  # (batch, 1 or length, keys) bool: what is not seen besides what comes later
         self._places: np.ndarray | None = None  # (batch, length): positions in documents
         self._masks: dict[tuple[int, int], Tensor | None] = {}
         self._angles: dict[RotaryEmbedding, functional.Angles] = {}
         if padding is not None:
-            self._hidden = ~_marks("padding", padding, batch, offset + length).astype(bool)[:, None]
+            self._real = _marks("padding", padding, batch, offset + length).astype(bool)
+            self._hidden = ~self._real[:, None]
         if documents is not None:
             if offset:
                 raise ValueError(f"documents behind {offset} tokens of a cache: packed rows are for training, without a cache")
@@ -73,8 +77,42 @@ class Positions:
         return cls(batch, length, 0 if cache is None else cache.length, padding, documents)
 
     def divide(self, ranks: int) -> None:
-        """Have hidden states have a multiple of `ranks` rows."""
-        self.rows = -(-self.batch * self.length // ranks) * ranks
+        """Have hidden states have a multiple of `ranks` rows, of which each of them has a part."""
+        self.ranks, self.rows = ranks, -(-self.batch * self.length // ranks) * ranks
+
+    @property
+    def part(self) -> slice:
+        """This rank's rows of hidden states."""
+        rows = self.rows // self.ranks
+        first = world().mesh.tp_rank * rows if self.ranks > 1 else 0
+        return slice(first, first + rows)
+
+    @property
+    def tokens(self) -> int:
+        """How many of the rows, of all ranks, are tokens and no padding."""
+        return self.batch * self.length if self._real is None else int(self._real[:, self.offset :].sum())
+
+    @property
+    def routing(self) -> Routing:
+        """What routers are told of this rank's rows, and where they note their losses; one for the pass."""
+        if self._routing is None:
+            tokens, numbers = np.zeros(self.rows, bool), np.arange(self.rows) // self.length
+            tokens[: self.batch * self.length] = True if self._real is None else self._real[:, self.offset :].reshape(-1)
+            self._routing = Routing(tokens[self.part], np.minimum(numbers, self.batch - 1)[self.part])
+        return self._routing
+
+    @property
+    def routed(self) -> Routing | None:
+        """`routing`, if a router has been told."""
+        return self._routing
+
+    def places(self) -> np.ndarray:
+        """(batch, length) of int: how many tokens each one has before it, of its row or document, padding not counted."""
+        if self._places is not None:
+            return self._places
+        if self._real is None:
+            return np.broadcast_to(np.arange(self.offset, self.offset + self.length), (self.batch, self.length))
+        return np.maximum(self._real.cumsum(1) - 1, 0)[:, self.offset :]
 
     def without_padding(self, x: Tensor) -> Tensor:
         """The rows of x that are tokens."""

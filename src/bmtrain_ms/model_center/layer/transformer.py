@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, Iterable, Optional
+from typing import Any, Callable, Iterable, Optional
 
 import mindspore as ms
+import numpy as np
 from mindspore import Tensor, nn
 
-from ...comm import world
+from ...compat.runtime import from_host
+from ...nn import MoE
 from .attention import Attention
 from .cache import KeyValueCache, LayerCache
 from .embedding import ParallelEmbedding
@@ -17,7 +19,43 @@ from .positions import Positions
 from .rotary import RotaryEmbedding
 
 
-class TransformerBlock(nn.Cell):
+class DecoderLayer(nn.Cell):
+    """Pre-norm layer of any attention and feed-forward layer: x + scale * attention(norm(x)), then x + scale * mlp(norm(x)).
+
+    Args:
+        attention: (hidden, positions, cache) -> hidden.
+        mlp: hidden -> hidden; a `MoE` is given the pass's `Routing` too.
+        norm: makes a norm.
+        scale: of what both add to the hidden states.
+        sandwich: what both return goes through a norm too, before it is added (Grok-1).
+    """
+
+    def __init__(
+        self, attention: nn.Cell, mlp: nn.Cell, norm: Callable[[], nn.Cell], *, scale: float = 1.0, sandwich: bool = False
+    ):
+        super().__init__()
+        self.scale = scale
+        self.input_layernorm = norm()
+        self.self_attn = attention
+        self.attention_out_norm = norm() if sandwich else None
+        self.post_attention_layernorm = norm()
+        self.mlp = mlp
+        self.mlp_out_norm = norm() if sandwich else None
+
+    def construct(self, hidden: Tensor, positions: Positions, cache: Optional[LayerCache] = None) -> Tensor:
+        """hidden (tokens, dim_model) -> (tokens, dim_model)."""
+        mixed = self.self_attn(self.input_layernorm(hidden), positions, cache)
+        hidden = self._added(hidden, mixed, self.attention_out_norm)
+        x = self.post_attention_layernorm(hidden)
+        out = self.mlp(x, positions.routing) if isinstance(self.mlp, MoE) else self.mlp(x)
+        return self._added(hidden, out, self.mlp_out_norm)
+
+    def _added(self, hidden: Tensor, branch: Tensor, norm: Optional[nn.Cell]) -> Tensor:
+        branch = branch if norm is None else norm(branch)
+        return hidden + (branch if self.scale == 1.0 else branch * self.scale)
+
+
+class TransformerBlock(DecoderLayer):
     """Pre-norm block: x + attention(norm(x)), then x + feed-forward(norm(x)) (ModelCenter: `TransformerBlock`).
 
     Args:
@@ -39,16 +77,9 @@ class TransformerBlock(nn.Cell):
         init_std: float = 0.02,
         rotary: Optional[RotaryEmbedding] = None,
     ):
-        super().__init__()
-        self.input_layernorm = RMSNorm(dim_model, norm_eps, dtype)
-        self.self_attn = Attention(dim_model, num_heads, dim_head, num_heads_kv, dtype=dtype, init_std=init_std, rotary=rotary)
-        self.post_attention_layernorm = RMSNorm(dim_model, norm_eps, dtype)
-        self.mlp = FeedForward(dim_model, dim_ff, dtype=dtype, init_std=init_std)
-
-    def construct(self, hidden: Tensor, positions: Positions, cache: Optional[LayerCache] = None) -> Tensor:
-        """hidden (tokens, dim_model) -> (tokens, dim_model)."""
-        hidden = hidden + self.self_attn(self.input_layernorm(hidden), positions, cache)
-        return hidden + self.mlp(self.post_attention_layernorm(hidden))
+        attention = Attention(dim_model, num_heads, dim_head, num_heads_kv, dtype=dtype, init_std=init_std, rotary=rotary)
+        mlp = FeedForward(dim_model, dim_ff, dtype=dtype, init_std=init_std)
+        super().__init__(attention, mlp, lambda: RMSNorm(dim_model, norm_eps, dtype))
 
 
 class Encoder(nn.Cell):
@@ -58,11 +89,20 @@ class Encoder(nn.Cell):
         layers: called as `TransformerBlock` is.
         norm: of what the last one returns.
         embed_tokens: makes hidden states of token ids; None: hidden states are what the encoder is given.
+        embed_positions: makes what is added to them of the tokens' places in their rows (GPT-2); None: nothing is.
+        embed_scale: what hidden states made of token ids are multiplied with.
     """
 
-    def __init__(self, layers: Iterable[nn.Cell], norm: nn.Cell, embed_tokens: Optional[nn.Cell] = None):
+    def __init__(
+        self,
+        layers: Iterable[nn.Cell],
+        norm: nn.Cell,
+        embed_tokens: Optional[nn.Cell] = None,
+        embed_positions: Optional[nn.Cell] = None,
+        embed_scale: float = 1.0,
+    ):
         super().__init__()
-        self.embed_tokens = embed_tokens
+        self.embed_tokens, self.embed_positions, self.embed_scale = embed_tokens, embed_positions, embed_scale
         self.layers: Iterable[nn.Cell] = nn.CellList(list(layers))  # a `TransformerBlockList` after `spread`
         self.norm, self.ranks = norm, 1
 
@@ -76,7 +116,14 @@ class Encoder(nn.Cell):
     def embed(self, ids: Tensor, positions: Positions) -> Tensor:
         """ids (tokens,) of int32 -> what the first layer is given: (tokens, dim), or this rank's part of them."""
         assert self.embed_tokens is not None
-        return self.embed_tokens(positions.with_padding(ids, -1))
+        hidden = self.embed_tokens(positions.with_padding(ids, -1))
+        if self.embed_scale != 1.0:
+            hidden = hidden * self.embed_scale
+        if self.embed_positions is not None:
+            places = np.zeros(positions.rows, np.int32)
+            places[: positions.batch * positions.length] = positions.places().reshape(-1)
+            hidden = hidden + self.embed_positions(from_host(places[positions.part]))
+        return hidden
 
     def construct(self, hidden: Tensor, positions: Positions, cache: Optional[KeyValueCache] = None) -> Tensor:
         """hidden (tokens, dim), or ids (tokens,) of int32 where there is an embedding -> (tokens, dim).
@@ -88,9 +135,7 @@ class Encoder(nn.Cell):
         if self.embed_tokens is not None:
             hidden = self.embed(hidden, positions)
         elif self.ranks > 1:
-            rows = positions.rows // self.ranks
-            first = world().mesh.tp_rank * rows
-            hidden = positions.with_padding(hidden)[first : first + rows]
+            hidden = positions.with_padding(hidden)[positions.part]
         for number, layer in enumerate(self.layers):
             hidden = layer(hidden, positions, None if cache is None else cache.layer(number))
         return self.norm(hidden)

@@ -1,5 +1,38 @@
-"""Models."""
+"""Models, a file for each family."""
 
+from .causal_lm import CausalLM
+from .config import DecoderConfig
+from .deepseek_v2 import DeepseekV2, DeepseekV2Config
+from .gpt2 import GPT2, GPT2Config
+from .grok1 import Grok1, Grok1Config
 from .llama import Llama, LlamaConfig
+from .minicpm import MiniCPM, MiniCPMConfig
+from .mixtral import Mixtral, MixtralConfig
+from .qwen2 import Qwen2, Qwen2Config
+from .qwen3 import Qwen3, Qwen3Config, Qwen3Moe, Qwen3MoeConfig
 
-__all__ = ["Llama", "LlamaConfig"]
+FAMILIES: tuple[type[CausalLM], ...] = (Llama, MiniCPM, Qwen2, Qwen3, Qwen3Moe, Mixtral, DeepseekV2, Grok1, GPT2)
+
+__all__ = [
+    "FAMILIES",
+    "GPT2",
+    "CausalLM",
+    "DecoderConfig",
+    "DeepseekV2",
+    "DeepseekV2Config",
+    "GPT2Config",
+    "Grok1",
+    "Grok1Config",
+    "Llama",
+    "LlamaConfig",
+    "MiniCPM",
+    "MiniCPMConfig",
+    "Mixtral",
+    "MixtralConfig",
+    "Qwen2",
+    "Qwen2Config",
+    "Qwen3",
+    "Qwen3Config",
+    "Qwen3Moe",
+    "Qwen3MoeConfig",
+]

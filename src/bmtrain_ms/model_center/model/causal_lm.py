@@ -1,0 +1,138 @@
+"""A language model that predicts the next token: an encoder below a projection to the vocabulary."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, Iterable, Optional
+
+import mindspore as ms
+from mindspore import Tensor, nn
+
+from ...compat.autograd import recording
+from ...compat.runtime import host_array
+from ...nn import ColumnParallelLinear
+from ...zero import undisturbed
+from ..layer import Embedding, Encoder, KeyValueCache, Linear, Positions
+from ..pretrained.family import Family
+from .config import DecoderConfig
+
+
+class CausalLM(nn.Cell):
+    """What models of all families have in common: plain; `spread` makes Blocks of the layers, `init_parameters` or `load` gives
+    values.
+
+    Args:
+        config: vocab_size, dim_model, dtype, init_std, and tied.
+        layers: (hidden, positions, cache) -> hidden, each.
+        norm: behind the last one.
+        embed_positions, embed_scale: see `Encoder`.
+        head_scale: what hidden states are multiplied with before they are projected to the vocabulary.
+    """
+
+    FAMILY: ClassVar[Family]
+    """What Hugging Face calls it."""
+    CONFIG: ClassVar[type[DecoderConfig]]
+    EARLIER_NAMES: ClassVar[tuple[tuple[str, str], ...]] = ()
+    """A part of a parameter's name, and what stood in its place in the files of earlier releases."""
+
+    def __init__(
+        self,
+        config: DecoderConfig,
+        layers: Iterable[nn.Cell],
+        norm: nn.Cell,
+        *,
+        embed_positions: Optional[nn.Cell] = None,
+        embed_scale: float = 1.0,
+        head_scale: float = 1.0,
+    ):
+        super().__init__()
+        self.config, self.head_scale = config, head_scale
+        settings = {"dtype": getattr(ms, config.dtype), "init_std": config.init_std}
+        embed_tokens = Embedding(config.vocab_size, config.dim_model, **settings)
+        self.model = Encoder(layers, norm, embed_tokens, embed_positions, embed_scale)
+        self.lm_head = None if config.tied else Linear(config.dim_model, config.vocab_size, bias=False, **settings)
+
+    def construct(
+        self,
+        input_ids: Tensor,
+        padding: Optional[Tensor] = None,
+        cache: Optional[KeyValueCache] = None,
+        documents: Optional[Tensor] = None,
+    ) -> Tensor:
+        """
+        Args:
+            input_ids: (batch, length) int32.
+            padding: (batch, cached + length) bool, False where a token is padding; None: no padding.
+            cache: of the tokens before these; takes these up.
+            documents: (batch, length) of int, for rows that hold several documents; see `Positions`.
+
+        Returns:
+            logits (batch, length, vocab_size).
+        """
+        positions = Positions.of(input_ids, padding, cache, documents)
+        with undisturbed():
+            return self.logits_of(self.model(input_ids.reshape(-1), positions, cache), positions)
+
+    def loss(
+        self,
+        input_ids: Tensor,
+        targets: Tensor,
+        padding: Optional[Tensor] = None,
+        documents: Optional[Tensor] = None,
+        **options: Any,
+    ) -> Tensor:
+        """Cross entropy of the logits, which are never there for all tokens and the whole vocabulary, and the routers' losses.
+
+        Args:
+            input_ids, padding, documents: as when the model is called.
+            targets: (batch, length) of int32 or int64, for each token the one to come; -100 where none is to be learnt.
+            options: of `nn.functional.linear_cross_entropy`.
+
+        Returns:
+            float32, a scalar: the mean over the targets that count, and the mean over the tokens of what routers add; for
+            `reduction="sum"` both times the number of targets that count; for "none" (batch * length,), without the routers'.
+
+        Raises:
+            ValueError: routers have losses, gradients are taken, and the reduction is "none".
+        """
+        positions = Positions.of(input_ids, padding, None, documents)
+        with undisturbed():
+            loss = self.loss_of(self.model(input_ids.reshape(-1), positions), targets, **options)
+            if positions.routed is None:
+                return loss
+            reduction = options.get("reduction", "mean")
+            if reduction == "none":
+                if positions.routed.has_losses and recording():
+                    raise ValueError('routers\' losses are means over tokens: train with reduction="mean" or "sum", not "none"')
+                return loss
+            counted = 1.0 if reduction == "mean" else targets_that_count(targets, options)
+            return positions.routed.add_losses(loss, counted)
+
+    def logits_of(self, hidden: Tensor, positions: Positions) -> Tensor:
+        """What the encoder returns -> logits (batch, length, vocab_size)."""
+        hidden = self._scaled(hidden)
+        logits = self.model.embed_tokens.projection(hidden) if self.lm_head is None else self.lm_head(hidden)
+        return positions.without_padding(logits).reshape(positions.batch, positions.length, -1)
+
+    def loss_of(self, hidden: Tensor, targets: Tensor, **options: Any) -> Tensor:
+        """What the encoder returns -> the loss of the logits; targets and options as those of `loss`."""
+        head = self.model.embed_tokens if self.lm_head is None else self.lm_head
+        return head.cross_entropy(self._scaled(hidden), targets.reshape(-1), **options)
+
+    def divide(self, ranks: int) -> None:
+        """Have each tensor-parallel rank compute the logits of its part of the vocabulary; a call still returns all of them."""
+        if self.lm_head is not None:
+            self.lm_head = ColumnParallelLinear.of(self.lm_head, gather_output=True)
+
+    def earlier_name(self, name: str) -> str:
+        """What a parameter, of that name now, is called in files of earlier releases."""
+        for now, before in self.EARLIER_NAMES:
+            name = name.replace(now, before)
+        return name
+
+    def _scaled(self, hidden: Tensor) -> Tensor:
+        return hidden if self.head_scale == 1.0 else hidden * self.head_scale
+
+
+def targets_that_count(targets: Tensor, options: dict[str, Any]) -> int:
+    """How many are not ignored."""
+    return int((host_array(targets) != options.get("ignore_index", -100)).sum())
