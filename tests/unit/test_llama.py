@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import json
 from typing import Any
 
 import mindspore as ms
@@ -14,7 +15,7 @@ from mindspore import Tensor
 
 import bmtrain_ms as bms
 from bmtrain_ms.model_center import Spread, spread
-from bmtrain_ms.model_center.layer import Attention, LayerNorm, RotaryEmbedding
+from bmtrain_ms.model_center.layer import Attention, LayerNorm, RopeScaling, RotaryEmbedding
 from bmtrain_ms.model_center.model import Llama, LlamaConfig
 from bmtrain_ms.nn.functional import cross_entropy
 from bmtrain_ms.optim import AdamOptimizer, OptimManager
@@ -42,7 +43,7 @@ def test_config_files_of_earlier_releases_are_read(half):
     before = {**LlamaConfig(**SIZES).to_dict(), "half": half, "use_checkpoint": False, "zero_level": 2}
     del before["dtype"]
     assert LlamaConfig.from_dict(before) == LlamaConfig(**SIZES, dtype="float16" if half else "float32")
-    assert len(before) == 14  # the caller's dict stays as it was
+    assert len(before) == 17  # the caller's dict stays as it was
 
 
 @pytest.mark.parametrize(
@@ -229,9 +230,11 @@ def test_config_sizes():
 
 
 def test_config_of_all_fields_survives_a_dict():
-    config = LlamaConfig(5, 4, 2, 1, 8, 3, 2, 1e-3, 50.0, 0.1, "bfloat16", True)
-    assert LlamaConfig.from_dict(config.to_dict()) == copy.deepcopy(config) == config
-    assert list(config.to_dict().values()) == [5, 4, 2, 1, 8, 3, 2, 1e-3, 50.0, 0.1, "bfloat16", True]
+    scaling = RopeScaling("longrope", original=8, longest=32, short_factor=(1.0,) * 4, long_factor=(2.0,) * 4)
+    config = LlamaConfig(5, 4, 2, 1, 8, 3, 2, 1e-3, 50.0, 0.1, "bfloat16", True, scaling, True, True)
+    assert LlamaConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == copy.deepcopy(config) == config
+    values = list(config.to_dict().values())
+    assert values == [5, 4, 2, 1, 8, 3, 2, 1e-3, 50.0, 0.1, "bfloat16", True, dataclasses.asdict(scaling), True, True]
     assert dataclasses.replace(config, tied=False).tied is False
 
 

@@ -154,7 +154,7 @@ def test_what_is_refused():
         spread(model)
     with pytest.raises(ValueError, match="unknown pipeline schedule 'zb'; choose one of gpipe, 1f1b, interleaved"):
         Stages(schedule="zb")
-    with pytest.raises(TypeError, match="TransformerBlock has none: use BMTrainModelWrapper"):
+    with pytest.raises(TypeError, match="DecoderLayer has none: use BMTrainModelWrapper"):
         spread(Llama(config()).model.layers[0], stages=Stages())
     with use_world(alone_in(0, 3)):
         with pytest.raises(ValueError, match="rank 1 of the 3 of the pipeline would hold neither a layer nor the embedding"):

@@ -7,7 +7,6 @@ are computed in float32 whatever the dtype of the tensors; inf and nan are answe
 
 from __future__ import annotations
 
-import math
 from types import ModuleType
 
 import numpy as np
@@ -140,7 +139,7 @@ def attention(
     Returns:
         (batch, kv heads, queries of the group, dim of the result), of the type of `q`.
     """
-    return chosen().attention(q, k, v, mask, 1.0 / math.sqrt(q.shape[-1]) if scale is None else scale, softcap)
+    return chosen().attention(q, k, v, mask, scale, softcap)
 
 
 def causal_mask(batch: int, heads: int, queries: int, keys: int, repeats: int = 1) -> Tensor:

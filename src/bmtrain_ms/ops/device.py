@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 
 import mindspore as ms
 import numpy as np
@@ -167,8 +168,9 @@ def _quarter_turn(dim: int) -> Tensor:
     return Tensor(turn)
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, softcap: float | None) -> Tensor:
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None, softcap: float | None) -> Tensor:
     """See `bmtrain_ms.ops.attention`."""
+    scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else scale
 
     def forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensors, tuple[Tensor, Tensor | None]]:
         scores, bent = _batch_matmul_t(q * scale, k).astype(ms.float32), None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from typing import Iterator
 
 import numpy as np
@@ -16,8 +17,9 @@ from .host_arrays import Arrays, Tensors, quiet, returned, wide
 BLOCK = 64  # queries: measured from 32 to all of them, at lengths of 128 to 1024
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, softcap: float | None) -> Tensor:
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None, softcap: float | None) -> Tensor:
     """See `bmtrain_ms.ops.attention`. A causal mask is not added: the loops end where it begins."""
+    scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else scale
     causal = getattr(mask, "causal_queries", 0)
     length, keys = causal or q.shape[2], k.shape[2]
     blocks = [(rows, keys - length + rows.stop) for rows in _blocks(length)] if causal else [(slice(0, length), keys)]

@@ -93,7 +93,8 @@ class LatentAttention(nn.Cell):
         if cache is None:
             mixed = self._expanded(q_plain, q_turned, latent, k_turned, positions)
         else:
-            mixed = self._absorbed(q_plain, q_turned, *cache.update(latent[:, None], k_turned), positions)
+            latents, turned = cache.update(latent[:, None], k_turned)
+            mixed = self._absorbed(q_plain, q_turned, latents, turned, positions)
         return self.o_proj(positions.with_padding(functional.merge_heads(mixed)))
 
     def _queries(self, hidden: Tensor, positions: Positions) -> tuple[Tensor, Tensor]:
