@@ -38,6 +38,7 @@ class Qwen3(CausalLM):
         "Qwen3ForCausalLM",
         fields={"attention_bias": "attention_bias"},
         fixed={"use_sliding_window": (False,)},
+        defaults={"rope_base": 1e4},
         ignored=("sliding_window", "max_window_layers"),
     )
     CONFIG = Qwen3Config
@@ -104,7 +105,7 @@ class Qwen3Moe(Qwen3):
             "mlp_only_layers": "dense_layers",
         },
         fixed={"use_sliding_window": (False,), "output_router_logits": (False,)},
-        defaults={"renormalise": False},
+        defaults={"renormalise": False, "rope_base": 1e4},
         ignored=("sliding_window", "max_window_layers"),
         rules=tuple(
             experts(

@@ -91,7 +91,7 @@ FIXED: dict[str, tuple[Any, ...]] = {
 }
 # Fields that say how a model was trained, which is not done here unless one asks for it: told, and not used.
 TRAINING = {"attention_dropout", "attn_pdrop", "embd_pdrop", "resid_pdrop", "summary_first_dropout", "router_aux_loss_coef"}
-_ROPE = ("rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor")
+_ROPE = ("rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor", "original_max_position_embeddings")
 _OURS = {
     "factor": "factor",
     "low_freq_factor": "low_freq_factor",

@@ -1,0 +1,1 @@
+"""What other people's code computes for tiny models: see `make.py`."""

@@ -1,0 +1,84 @@
+"""Write what transformers computes: `python -m tests.golden.make`, in an environment with transformers and PyTorch.
+
+The files beside this one are of transformers 5.24.0 and PyTorch 2.14.1, on CPU, in float32.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Iterator
+
+import numpy as np
+import torch  # pyright: ignore[reportMissingImports]
+import transformers  # pyright: ignore[reportMissingImports]
+
+from .models import CASES, FOLDER, batches, counted, weight
+
+
+def files_names(kind: str, name: str, tensor: Any) -> Iterator[tuple[str, Any]]:
+    """A tensor in memory -> names in files, and their parts of it."""
+    layer, _, last = name.rpartition(".mlp.experts.")
+    if last not in ("gate_up_proj", "down_proj"):
+        yield (name.replace(".mlp.gate.", ".block_sparse_moe.gate.") if kind == "mixtral" else name), tensor
+        return
+    for e, matrix in enumerate(tensor):
+        there = f"{layer}.block_sparse_moe.experts.{e}" if kind == "mixtral" else f"{layer}.mlp.experts.{e}"
+        names = ("w1", "w3", "w2") if kind == "mixtral" else ("gate_proj", "up_proj", "down_proj")
+        if last == "down_proj":
+            yield f"{there}.{names[2]}.weight", matrix
+        else:
+            half = matrix.shape[0] // 2
+            yield f"{there}.{names[0]}.weight", matrix[:half]
+            yield f"{there}.{names[1]}.weight", matrix[half:]
+
+
+def model_of(kind: str, fields: dict[str, Any]) -> Any:
+    """The model, with the weights that its names say."""
+    config = transformers.AutoConfig.for_model(kind, **fields)
+    model = transformers.AutoModelForCausalLM.from_config(
+        config, attn_implementation="eager", experts_implementation="eager"
+    ).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            for there, part in files_names(kind, name, parameter):
+                part.copy_(torch.from_numpy(weight(there, tuple(part.shape))))
+    return model
+
+
+def inputs_of(batch: dict[str, np.ndarray]) -> dict[str, Any]:
+    """Arguments of the model: documents as positions and a mask of (batch, 1, length, length)."""
+    given: dict[str, Any] = {"input_ids": torch.from_numpy(batch["ids"].astype(np.int64))}
+    if "padding" in batch:
+        real = batch["padding"]
+        given["attention_mask"] = torch.from_numpy(real.astype(np.int64))
+        given["position_ids"] = torch.from_numpy(np.maximum(real.cumsum(1) - 1, 0))
+    if "documents" in batch:
+        numbers = batch["documents"]
+        seen = np.tril(numbers[:, :, None] == numbers[:, None, :])
+        given["attention_mask"] = torch.from_numpy(np.where(seen, 0.0, -1e30).astype(np.float32)[:, None])
+        given["position_ids"] = torch.from_numpy(seen.sum(-1) - 1)
+    return given
+
+
+def main() -> None:
+    """All cases."""
+    print(transformers.__version__, torch.__version__)
+    for case, (kind, fields) in CASES.items():
+        model, found = model_of(kind, fields), {}
+        for name, batch in batches().items():
+            with torch.no_grad():
+                found[f"logits:{name}"] = model(**inputs_of(batch)).logits.numpy()
+        batch = batches()["plain"]
+        ids = torch.from_numpy(batch["ids"].astype(np.int64))
+        logits = model(input_ids=ids).logits[:, :-1]
+        loss = torch.nn.functional.cross_entropy(logits.reshape(-1, logits.shape[-1]), ids[:, 1:].reshape(-1))
+        loss.backward()
+        found["loss"] = loss.detach().numpy()
+        for name, parameter in model.named_parameters():
+            for there, part in files_names(kind, name, parameter.grad):
+                found[f"grad:{there}"] = part.numpy().copy()
+        np.savez_compressed(FOLDER / f"{case}.npz", **found)
+        print(case, float(loss), sum(x.size for x in found.values()), counted(batch).sum())
+
+
+if __name__ == "__main__":
+    main()
