@@ -11,6 +11,7 @@ import pytest
 from mindspore import Tensor
 
 from bmtrain_ms.compat.runtime import host_array
+from bmtrain_ms.model_center import parameter_count
 from bmtrain_ms.model_center.layer import KeyValueCache
 from bmtrain_ms.model_center.model import FAMILIES, CausalLM
 from tests.golden.models import CASES, FOLDER, batches, counted, weight
@@ -121,3 +122,78 @@ def test_configs_are_written_as_they_are_read(case: str):
     family = next(f for f in FAMILIES if config["model_type"] in f.FAMILY.model_types)
     ours = family.CONFIG(**family.FAMILY.read(config))
     assert family.CONFIG(**family.FAMILY.read(family.FAMILY.write(ours))) == ours
+
+
+# Sizes #
+
+_QWEN3 = {"vocab_size": 151936, "dim_head": 128, "num_heads_kv": 8, "tied": True}
+_LITE = {"dim_model": 2048, "num_layers": 27, "num_heads": 16, "dim_ff": 10944}
+_MINICPM = {"vocab_size": 73448, "num_heads_kv": 2}
+SIZES = [  # family, config, all parameters, those that a token uses
+    ("Llama", {"vocab_size": 128256, "dim_model": 4096, "num_heads_kv": 8, "dim_ff": 14336}, 8_030_261_248, None),
+    (
+        "Llama",
+        {"vocab_size": 128256, "dim_model": 2048, "num_heads_kv": 8, "dim_ff": 8192, "num_layers": 16, "tied": True},
+        1_235_814_400,
+        None,
+    ),
+    (
+        "Llama",  # MiniCPM5-1B
+        {
+            "vocab_size": 130560,
+            "dim_model": 1536,
+            "num_heads": 16,
+            "num_heads_kv": 2,
+            "dim_head": 128,
+            "dim_ff": 4608,
+            "num_layers": 24,
+        },
+        1_080_632_832,
+        None,
+    ),
+    ("MiniCPM", {"vocab_size": 122753, "dim_model": 2304, "num_heads": 36, "dim_ff": 5760, "num_layers": 40}, 2_724_880_896, None),
+    ("MiniCPM", {**_MINICPM, "dim_model": 1024, "num_heads": 16, "dim_ff": 4096, "num_layers": 24}, 433_873_920, None),
+    ("MiniCPM", {**_MINICPM, "dim_model": 4096, "dim_ff": 16384}, 7_884_410_880, None),
+    ("MiniCPM", {**_MINICPM, "dim_model": 4096, "dim_ff": 16384, "tied": False}, 8_185_253_888, None),
+    (
+        "Qwen2",
+        {
+            "vocab_size": 151936,
+            "dim_model": 896,
+            "num_heads": 14,
+            "num_heads_kv": 2,
+            "dim_ff": 4864,
+            "num_layers": 24,
+            "tied": True,
+        },
+        494_032_768,
+        None,
+    ),
+    ("Qwen3", {**_QWEN3, "dim_model": 1024, "num_heads": 16, "dim_ff": 3072, "num_layers": 28}, 596_049_920, None),
+    ("Qwen3", {**_QWEN3, "dim_model": 2560, "num_heads": 32, "dim_ff": 9728, "num_layers": 36}, 4_022_468_096, None),
+    (
+        "Qwen3",
+        {**_QWEN3, "dim_model": 4096, "num_heads": 32, "dim_ff": 12288, "num_layers": 36, "tied": False},
+        8_190_735_360,
+        None,
+    ),
+    (
+        "Qwen3Moe",
+        {"vocab_size": 151936, "dim_model": 2048, "num_heads": 32, "num_heads_kv": 4, "num_layers": 48},
+        30_532_122_624,
+        3_353_032_704,
+    ),
+    ("DeepseekV2", _LITE, 15_706_484_224, 2_661_150_208),
+    ("Grok1", {}, 315_684_820_992, None),
+    ("Grok1", {"num_layers": 8, "tied": False}, 40_970_557_440, None),
+    ("GPT2", {}, 124_439_808, None),
+]
+
+
+@pytest.mark.parametrize("family, sizes, total, active", SIZES, ids=lambda x: f"{x:_}" if isinstance(x, int) else None)
+def test_numbers_of_parameters_that_users_know(family: str, sizes: dict[str, Any], total: int, active: int | None):
+    model = next(f for f in FAMILIES if f.__name__ == family)
+    config = model.CONFIG(**sizes)
+    assert parameter_count(model, config) == total
+    if active is not None:
+        assert parameter_count(model, config, active=True) == active

@@ -14,7 +14,6 @@ from mindspore import Tensor
 
 from ..compat.device import on_host
 from . import experts, loss
-from .activation import gelu
 from .rules import Angles, LossRule, check_cross_entropy_options
 
 __all__ = [
@@ -104,6 +103,11 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) * up (Shazeer, "GLU variants improve transformer", 2020); equal shapes."""
     return chosen().swiglu(gate, up)
+
+
+def gelu(x: Tensor) -> Tensor:
+    """GELU by its approximation with tanh, 0.5 x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))), in float32 (`gelu_new`, GPT-2)."""
+    return chosen().gelu(x)
 
 
 def split_heads(x: Tensor, batch: int, heads: int, angles: Angles | None = None) -> Tensor:

@@ -12,7 +12,7 @@ from mindspore import Tensor, ops
 from ..compat.autograd import custom_vjp
 from .device_experts import choose_experts, dot_rows, grouped_linear, spread_rows, sum_rows, take_rows
 from .device_loss import loss_gradient, loss_sums
-from .rules import Angles
+from .rules import GELU, GELU_CUBE, Angles
 
 __all__ = [
     "attention",
@@ -20,6 +20,7 @@ __all__ = [
     "choose_experts",
     "dot_rows",
     "embedding",
+    "gelu",
     "grouped_linear",
     "layer_norm",
     "linear",
@@ -139,6 +140,26 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
         return (grad * up.astype(ms.float32) * slope).astype(gate.dtype), (grad * silu).astype(up.dtype)
 
     return custom_vjp(forward, backward, gate, up)[0]
+
+
+def gelu(x: Tensor) -> Tensor:
+    """See `bmtrain_ms.ops.gelu`."""
+
+    def halves(x: Tensor) -> tuple[Tensor, Tensor]:
+        wide = x.astype(ms.float32)
+        return wide, ops.tanh(GELU * (wide + GELU_CUBE * wide * wide * wide))
+
+    def forward(x: Tensor) -> tuple[Tensors, None]:
+        wide, bent = halves(x)
+        return ((0.5 * wide * (1.0 + bent)).astype(x.dtype),), None
+
+    def backward(inputs: Tensors, _: None, grads: Tensors) -> Tensors:
+        wide, bent = halves(inputs[0])
+        inner = GELU * (1.0 + 3 * GELU_CUBE * wide * wide)
+        slope = 0.5 * (1.0 + bent + wide * (1.0 - bent * bent) * inner)
+        return ((grads[0].astype(ms.float32) * slope).astype(inputs[0].dtype),)
+
+    return custom_vjp(forward, backward, x)[0]
 
 
 def split_heads(x: Tensor, batch: int, heads: int, angles: Angles | None = None) -> Tensor:

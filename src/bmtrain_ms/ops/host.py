@@ -15,7 +15,7 @@ from .host_arrays import Arrays, Tensors, matrix, quiet, returned, wide
 from .host_attention import attention, causal_mask
 from .host_experts import choose_experts, dot_rows, grouped_linear, spread_rows, sum_rows, take_rows
 from .host_loss import loss_gradient, loss_sums
-from .rules import Angles
+from .rules import GELU, GELU_CUBE, Angles
 
 __all__ = [
     "attention",
@@ -23,6 +23,7 @@ __all__ = [
     "choose_experts",
     "dot_rows",
     "embedding",
+    "gelu",
     "grouped_linear",
     "layer_norm",
     "linear",
@@ -148,6 +149,28 @@ def _swiglu_gradient(inputs: Tensors, _: None, grads: Tensors) -> Tensors:
     gate_grad, up_grad = np.empty_like(g), np.empty_like(g)
     kernels.swiglu_gradient(g, u, grad, gate_grad, up_grad)
     return returned(gate_grad, inputs[0]), returned(up_grad, inputs[1])
+
+
+def gelu(x: Tensor) -> Tensor:
+    """See `bmtrain_ms.ops.gelu`. NumPy's tanh: MindSpore's own is wrong by 1e-4 on CPU (2.5 and 2.10)."""
+
+    def halves(x: Tensor) -> tuple[np.ndarray, np.ndarray]:
+        wide = matrix(x, np.float32)
+        return wide, np.tanh(np.float32(GELU) * (wide + np.float32(GELU_CUBE) * wide**3))
+
+    @quiet
+    def forward(x: Tensor) -> tuple[Tensors, None]:
+        wide, bent = halves(x)
+        return (returned(np.float32(0.5) * wide * (1 + bent), x),), None
+
+    @quiet
+    def backward(inputs: Tensors, _: None, grads: Tensors) -> Tensors:
+        wide, bent = halves(inputs[0])
+        inner = np.float32(GELU) * (1 + np.float32(3 * GELU_CUBE) * wide * wide)
+        slope = np.float32(0.5) * (1 + bent + wide * (1 - bent * bent) * inner)
+        return (returned(matrix(grads[0], np.float32) * slope, inputs[0]),)
+
+    return custom_vjp(forward, backward, x)[0]
 
 
 def split_heads(x: Tensor, batch: int, heads: int, angles: Angles | None = None) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -13,6 +14,7 @@ from ..compat.runtime import host_array
 Angles = tuple[np.ndarray, np.ndarray]
 """cos and sin of rotary position embedding, float32: each (length, dim / 2), or (batch, 1, length, dim / 2) where rows differ."""
 
+GELU, GELU_CUBE = math.sqrt(2.0 / math.pi), 0.044715
 REDUCTIONS = ("mean", "sum", "none")
 
 
