@@ -11,7 +11,7 @@ from mindspore import Tensor
 import bmtrain_ms as bms
 from bmtrain_ms.comm import Mesh, SingleEngine, World, use_world
 from bmtrain_ms.model_center import Spread, Stages, spread
-from bmtrain_ms.model_center.model import CausalLM, Llama, LlamaConfig, Qwen3Moe, Qwen3MoeConfig
+from bmtrain_ms.model_center.model import FAMILIES, CausalLM
 from bmtrain_ms.parallel import Scheduled
 from bmtrain_ms_base.layout import Layout
 
@@ -158,8 +158,11 @@ def whole(found: list[dict[str, tuple[dict, np.ndarray]]]) -> dict[str, np.ndarr
 
 
 def model_of(case: Case, sizes: dict[str, Any]) -> CausalLM:
-    """A Llama, or a Qwen3 where there are experts."""
-    model = Qwen3Moe(Qwen3MoeConfig(**sizes)) if "num_experts" in sizes else Llama(LlamaConfig(**{**SIZES, **sizes}))
+    """Of the `family` that sizes name; a Llama, or a Qwen3 where there are experts, if they name none."""
+    name = sizes.get("family", "Qwen3Moe" if "num_experts" in sizes else "Llama")
+    family = next(f for f in FAMILIES if f.__name__ == name)
+    own = {size: value for size, value in sizes.items() if size != "family"}
+    model = family(family.CONFIG(**(own if name == "Qwen3Moe" else {**SIZES, **own})))
     if case.stages is None and case.pp == 1:
         bms.init_parameters(model)
         return spread(model, case.how)

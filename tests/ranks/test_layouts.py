@@ -32,15 +32,18 @@ def compare(answers: list[dict[str, Any]], right: dict[str, Any], close: float) 
     assert sorted(first) == sorted(right["first"])
     for name, values in first.items():
         np.testing.assert_array_equal(values, right["first"][name], err_msg=name)
+    largest = {name: np.abs(grad).max() for name, grad in right["grads"].items()}
+    noise = 1e-6 * max(largest.values())  # a bias of keys has no effect without rotation: its gradient is rounding
     for name, grad in grads.items():
-        scale = np.abs(right["grads"][name]).max()
-        np.testing.assert_allclose(grad, right["grads"][name], rtol=0, atol=close * scale, err_msg=name)
+        np.testing.assert_allclose(grad, right["grads"][name], rtol=0, atol=max(noise, close * largest[name]), err_msg=name)
     for answer in answers:
         assert answer["losses"] == answers[0]["losses"]  # all ranks say the same
         assert answer["norms"] == answers[0]["norms"]
     np.testing.assert_allclose(answers[0]["losses"], right["losses"], rtol=close)
     np.testing.assert_allclose(answers[0]["norms"], right["norms"], rtol=10 * close)
     for name, values in last.items():
+        if largest[name] < noise:
+            continue
         np.testing.assert_allclose(values, right["last"][name], rtol=0, atol=100 * close * np.abs(values).max(), err_msg=name)
 
 
