@@ -12,7 +12,7 @@ import pytest
 import bmtrain_ms as bms
 from bmtrain_ms.checkpoint import Checkpointer
 from bmtrain_ms.comm import Mesh, SingleEngine, World, use_world
-from tests.helpers.layouts import Case, batch_of, model_of, parts, whole
+from tests.helpers.layouts import EXPERTS, Case, batch_of, model_of, parts, whole
 
 Run = Callable[..., list[Any]]
 SIZES = {"num_heads_kv": 2, "tied": True}
@@ -28,12 +28,19 @@ PAIRS = [
     (PIPES[1], CASES[5]),
     (CASES[1], PIPES[1]),
 ]
+MIXTURES = [
+    (Case(dp=2, ep=2), Case()),
+    (Case(), Case(tp=2, dp=2, ep=2)),
+    (Case(dp=4, ep=4), Case(dp=4, ep=2, replica=2)),
+    (Case(pp=2, dp=2, ep=2), Case(dp=2, ep=2)),
+    (Case(dp=2), Case(pp=2, dp=2, ep=2)),
+]
 
 
-def run(world: World, case: Case, folder: Path, start: int, stop: int) -> dict[str, Any]:
+def run(world: World, case: Case, folder: Path, start: int, stop: int, sizes: dict[str, Any] = SIZES) -> dict[str, Any]:
     """Steps from `start`, which a checkpoint has unless it is 0, to `stop`, which is saved."""
     with use_world(case.world(world)) as here:
-        model = model_of(case, SIZES)
+        model = model_of(case, sizes)
         params = model.trainable_params()
         manager = bms.optim.OptimManager(loss_scale=2.0**10)
         manager.add_optimizer(bms.optim.AdamOptimizer(params, lr=3e-3, weight_decay=0.01))
@@ -71,48 +78,56 @@ def run(world: World, case: Case, folder: Path, start: int, stop: int) -> dict[s
         }
 
 
-def alone(folder: Path, start: int, stop: int) -> dict[str, Any]:
-    with use_world(World(SingleEngine(), Mesh(1, 0))) as one:
-        return run(one, Case(), folder, start, stop)
-
-
-@functools.cache
-def right(folder: Path) -> dict[str, Any]:
-    return alone(folder, 0, 4)
-
-
 @pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    return right(tmp_path_factory.mktemp("alone"))
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Callable[[bool], dict[str, Any]]:
+    """What one rank does in one go; of a model with experts, or without."""
+
+    @functools.cache
+    def right(experts: bool) -> dict[str, Any]:
+        with use_world(World(SingleEngine(), Mesh(1, 0))) as one:
+            return run(one, Case(), tmp_path_factory.mktemp("alone"), 0, 4, EXPERTS if experts else SIZES)
+
+    return right
 
 
-@pytest.mark.parametrize(("first", "second"), PAIRS, ids=str)
-def test_resumed_on_another_layout(run_ranks: Run, tmp_path: Path, uninterrupted: dict[str, Any], first: Case, second: Case):
-    before = run_ranks(first.ranks, run, case=first, folder=tmp_path, start=0, stop=2)
-    after = run_ranks(second.ranks, run, case=second, folder=tmp_path, start=2, stop=4)
+@pytest.mark.parametrize(
+    ("first", "second", "sizes"),
+    [*((*pair, SIZES) for pair in PAIRS), *((*pair, EXPERTS) for pair in MIXTURES)],
+    ids=lambda x: "experts" if x is EXPERTS else "" if x is SIZES else str(x),
+)
+def test_resumed_on_another_layout(
+    run_ranks: Run,
+    tmp_path: Path,
+    uninterrupted: Callable[[bool], dict[str, Any]],
+    first: Case,
+    second: Case,
+    sizes: dict[str, Any],
+):
+    right = uninterrupted(sizes is EXPERTS)
+    before = run_ranks(first.ranks, run, case=first, folder=tmp_path, start=0, stop=2, sizes=sizes)
+    after = run_ranks(second.ranks, run, case=second, folder=tmp_path, start=2, stop=4, sizes=sizes)
     losses = before[0]["losses"] + after[0]["losses"]
-    np.testing.assert_allclose(losses, uninterrupted["losses"], rtol=2e-5)
-    last, expected = whole([answer["last"] for answer in after]), whole([uninterrupted["last"]])
+    np.testing.assert_allclose(losses, right["losses"], rtol=2e-5)
+    last, expected = whole([answer["last"] for answer in after]), whole([right["last"]])
     for name, values in last.items():
         np.testing.assert_allclose(values, expected[name], rtol=0, atol=2e-4 * np.abs(values).max(), err_msg=name)
         np.testing.assert_array_equal(after[0]["state"][name], values)  # what a whole file has
     for answer in after:
         for name, moment in answer["moments"].items():
-            np.testing.assert_allclose(
-                moment, uninterrupted["moments"][name], rtol=0, atol=1e-3 * np.abs(moment).max(), err_msg=name
-            )
+            np.testing.assert_allclose(moment, right["moments"][name], rtol=0, atol=1e-3 * np.abs(moment).max(), err_msg=name)
     with use_world(World(SingleEngine(), Mesh(1, 0), seed=5)):
-        model = model_of(Case(), SIZES)
+        model = model_of(Case(), sizes)
         bms.load(model, tmp_path / "whole.safetensors")
         for p in model.trainable_params():
             np.testing.assert_array_equal(p.asnumpy()[: p.layout.owned_size].reshape(p.full_shape), last[p.name])
 
 
-@pytest.mark.parametrize("case", [Case(tp=2), Case(tp=2, dp=2), Case(pp=2, dp=2)], ids=str)
+@pytest.mark.parametrize("case", [Case(tp=2), Case(tp=2, dp=2), Case(pp=2, dp=2), Case(dp=2, ep=2)], ids=str)
 def test_the_same_layout_goes_on_to_the_bit(run_ranks: Run, tmp_path: Path, case: Case):
-    through = run_ranks(case.ranks, run, case=case, folder=tmp_path / "through", start=0, stop=4)
-    run_ranks(case.ranks, run, case=case, folder=tmp_path / "stopped", start=0, stop=2)
-    resumed = run_ranks(case.ranks, run, case=case, folder=tmp_path / "stopped", start=2, stop=4)
+    sizes = EXPERTS if case.ep > 1 else SIZES
+    through = run_ranks(case.ranks, run, case=case, folder=tmp_path / "through", start=0, stop=4, sizes=sizes)
+    run_ranks(case.ranks, run, case=case, folder=tmp_path / "stopped", start=0, stop=2, sizes=sizes)
+    resumed = run_ranks(case.ranks, run, case=case, folder=tmp_path / "stopped", start=2, stop=4, sizes=sizes)
     for a, b in zip(through, resumed):
         assert a["losses"][2:] == b["losses"]
         for name, (layout, values) in a["last"].items():
