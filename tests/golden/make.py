@@ -80,5 +80,25 @@ def main() -> None:
         print(case, float(loss), sum(x.size for x in found.values()), counted(batch).sum())
 
 
+def adapters() -> None:
+    """What PEFT 0.21.2 computes with adapters of the first case."""
+    import peft  # pyright: ignore[reportMissingImports]
+
+    settings = peft.LoraConfig(r=3, lora_alpha=6, target_modules=["q_proj", "v_proj", "down_proj"])
+    model = peft.get_peft_model(model_of(*CASES["llama"]), settings)
+    plain = {name: name.removeprefix("base_model.model.").replace(".default", "") for name, _ in model.named_parameters()}
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".lora_" in name:
+                parameter.copy_(torch.from_numpy(weight(plain[name], tuple(parameter.shape))))
+    ids = torch.from_numpy(batches()["plain"]["ids"].astype(np.int64))
+    logits = model(input_ids=ids).logits
+    loss = torch.nn.functional.cross_entropy(logits[:, :-1].reshape(-1, logits.shape[-1]), ids[:, 1:].reshape(-1))
+    loss.backward()
+    grads = {f"grad:{plain[name]}": p.grad.numpy() for name, p in model.named_parameters() if p.grad is not None}
+    np.savez_compressed(FOLDER / "lora.npz", loss=loss.detach().numpy(), logits=logits.detach().numpy(), **grads)
+
+
 if __name__ == "__main__":
     main()
+    adapters()

@@ -7,7 +7,7 @@ from typing import Any, Callable
 import pytest
 
 from bmtrain_ms.comm import World
-from tests.helpers.layouts import Case, alone, train, whole
+from tests.helpers.layouts import Case, train, whole
 from tests.ranks.test_layouts import compare
 
 STEPS = 2
@@ -34,8 +34,7 @@ def trained(world: World, case: Case) -> dict[str, dict[str, Any]]:
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_every_family_is_that_of_one_rank(run_ranks: Callable[..., list[Any]], case: Case):
-    answers = run_ranks(case.ranks, trained, case=case)
+    answers, (alone,) = run_ranks(case.ranks, trained, case=case), run_ranks(1, trained, case=Case())
     for name in answers[0]:
-        found = alone(STEPS, FAMILIES[name])
-        right = {**found, **{part: whole([found[part]]) for part in ("first", "grads", "last")}}
+        right = {**alone[name], **{part: whole([alone[name][part]]) for part in ("first", "grads", "last")}}
         compare([answer[name] for answer in answers], right, 2e-5)

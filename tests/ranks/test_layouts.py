@@ -22,8 +22,8 @@ STEPS = 20
 
 
 @functools.cache
-def one_rank(sizes: tuple[tuple[str, Any], ...] = (), uneven: bool = False) -> dict[str, Any]:
-    found = alone(STEPS, dict(sizes), uneven)
+def one_rank(sizes: tuple[tuple[str, Any], ...], steps: int, uneven: bool = False) -> dict[str, Any]:
+    found = alone(steps, dict(sizes), uneven)
     return {**found, **{name: whole([found[name]]) for name in ("first", "grads", "last")}}
 
 
@@ -50,19 +50,19 @@ def compare(answers: list[dict[str, Any]], right: dict[str, Any], close: float) 
 @pytest.mark.parametrize("case", LAYOUTS, ids=str)
 def test_training_is_that_of_one_rank(run_ranks: Run, case: Case):
     sizes = {"num_heads_kv": 3 if case.tp == 3 else 2}
-    right = one_rank(tuple(sizes.items()))
+    right = one_rank(tuple(sizes.items()), STEPS)
     compare(run_ranks(case.ranks, train, case=case, steps=STEPS, sizes=sizes), right, 2e-5)
 
 
 @pytest.mark.parametrize("case", MIXTURES + MANY, ids=str)
 def test_training_of_experts_is_that_of_one_rank(run_ranks: Run, case: Case):
-    right = one_rank(tuple(EXPERTS.items()))
+    right = one_rank(tuple(EXPERTS.items()), STEPS)
     compare(run_ranks(case.ranks, train, case=case, steps=STEPS, sizes=EXPERTS), right, 2e-5)
 
 
 @pytest.mark.parametrize("case", [Case(tp=2), Case(tp=4), Case(tp=2, dp=2)], ids=str)
 def test_tied_embeddings_and_the_loss_of_all_logits(run_ranks: Run, case: Case):
-    right = one_rank((("tied", True),))
+    right = one_rank((("tied", True),), STEPS)
     for logits in (False, True):
         compare(run_ranks(case.ranks, train, case=case, steps=STEPS, sizes={"tied": True}, logits=logits), right, 2e-5)
 

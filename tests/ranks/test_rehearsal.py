@@ -14,11 +14,13 @@ import pytest
 from bmtrain_ms.comm import World
 from bmtrain_ms.compat.device import on_host, rehearsed
 from tests.helpers.checkpoints import Layout
-from tests.helpers.layouts import PIPELINES
+from tests.helpers.layouts import KEPT, PIPELINES, Case
 from tests.ranks import (
     test_checkpoint_ranks,
     test_checkpointer_ranks,
     test_distributed,
+    test_family_ranks,
+    test_layouts,
     test_llama_ranks,
     test_optim_offload_ranks,
     test_optim_ranks,
@@ -97,3 +99,7 @@ test_pipeline = again(test_distributed.test_send_and_recv_are_a_pipeline, ranks=
 STAGED = [case for case in PIPELINES if str(case) in ("pp2-kept-micro_batches=3", "pp2-chunks=2-micro_batches=4")]
 test_stages = again(test_pipeline_ranks.test_training_in_stages_is_that_of_one_rank, case=STAGED)
 test_activations = again(test_distributed.test_activations_of_any_shape_and_type)
+
+test_layouts_of_tensors = again(test_layouts.test_training_is_that_of_one_rank, case=[Case(tp=2, how=KEPT)])
+test_layouts_of_experts = again(test_layouts.test_training_of_experts_is_that_of_one_rank, case=[Case(dp=2, ep=2)])
+test_families = again(test_family_ranks.test_every_family_is_that_of_one_rank, case=[Case(tp=2), Case(dp=2, ep=2)])

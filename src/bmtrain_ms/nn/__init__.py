@@ -5,6 +5,7 @@ from bmtrain_ms_base.absent import absent
 from . import functional
 from .dropout import Dropout
 from .linear import Linear
+from .lora import LoRALinear, add_lora, freeze, merge_lora, thaw
 from .moe import ExpertLinear, Experts, MoE
 from .router import ROUTERS, Choice, Router, RouterConfig, Routing, update_router_bias
 from .tensor_parallel import (
@@ -33,6 +34,7 @@ __all__ = [
     "ExpertLinear",
     "Experts",
     "Linear",
+    "LoRALinear",
     "MoE",
     "OpParallelLinear",
     "Projection",
@@ -43,7 +45,11 @@ __all__ = [
     "RowParallelLinear",
     "VPEmbedding",
     "VPProjection",
+    "add_lora",
+    "freeze",
     "functional",
+    "merge_lora",
     "projections",
+    "thaw",
     "update_router_bias",
 ]

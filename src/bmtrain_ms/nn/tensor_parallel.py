@@ -71,6 +71,8 @@ class ColumnParallelLinear(DistributedModule):
     @classmethod
     def of(cls, linear: Linear, gather_output: bool = False, parts: int | None = None) -> ColumnParallelLinear:
         """What a `Linear` becomes, of the same names and values, whose input is this rank's part of the rows."""
+        if hasattr(linear, "as_column"):  # a layer with more to divide, as an adapter's
+            return linear.as_column(gather_output, parts)
         sizes, weight = (linear.in_features, linear.out_features), linear.parameter("weight")
         made = cls(*sizes, linear.has_bias, weight.dtype, gather_output, parts=parts)
         return take_over(linear, made)
@@ -140,6 +142,8 @@ class RowParallelLinear(DistributedModule):
     @classmethod
     def of(cls, linear: Linear) -> RowParallelLinear:
         """What a `Linear` becomes, of the same names and values, whose output is this rank's part of the rows."""
+        if hasattr(linear, "as_row"):
+            return linear.as_row()
         sizes, weight = (linear.in_features, linear.out_features), linear.parameter("weight")
         return take_over(linear, cls(*sizes, linear.has_bias, weight.dtype))
 

@@ -1,0 +1,194 @@
+"""Low-rank adapters (Hu et al., 2021: LoRA), and which parameters are trained."""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import Any, Iterator
+
+from mindspore import Parameter, Tensor, nn
+
+from bmtrain_ms_base.checks import number, whole
+
+from ..compat.autograd import no_grad
+from ..compat.cells import child_table, parameter_table
+from ..compat.runtime import from_host, host_array
+from ..zero import Block
+from .dropout import Dropout
+from .linear import Linear
+from .tensor_parallel import ColumnParallelLinear, RowParallelLinear, take_over
+
+
+class LoRALinear(Linear):
+    """y = x Wᵀ + b + scale * (x Aᵀ) Bᵀ, of which A and B are trained; parameters are called as before, and `lora_A.weight` and
+    `lora_B.weight`, as PEFT calls them. B starts at zero, and so does what is added.
+
+    Args:
+        linear: whose place it takes, with its parameters.
+        rank: rows of A.
+        alpha: scale is alpha / rank; alpha / sqrt(rank) with `rslora` (Kalajdzievski, 2023).
+        dropout: of x, in front of A.
+    """
+
+    def __init__(self, linear: Linear, rank: int, alpha: float, dropout: float = 0.0, rslora: bool = False):
+        dtype = linear.parameter("weight").dtype
+        super().__init__(linear.in_features, linear.out_features, linear.has_bias, dtype)
+        take_over(linear, self)
+        self.rank, self.scale = rank, alpha / (math.sqrt(rank) if rslora else rank)
+        self.lora_A: nn.Cell = Linear(self.in_features, rank, False, dtype, 1.0 / math.sqrt(3.0 * self.in_features))
+        self.lora_B: nn.Cell = Linear(rank, self.out_features, False, dtype, 0.0)
+        self.lora_dropout = Dropout(dropout) if dropout else None
+
+    def construct(self, x: Tensor) -> Tensor:
+        """x (..., in_features) -> (..., out_features)."""
+        return super().construct(x) + adapted(self, x)
+
+    def as_column(self, gather_output: bool, parts: int | None) -> ColumnParallelLinear:
+        """What it becomes over tensor-parallel ranks that have some of the columns of y each."""
+        return _LoRAColumn(self, gather_output, parts)
+
+    def as_row(self) -> RowParallelLinear:
+        """What it becomes over tensor-parallel ranks that have some of the columns of x each."""
+        return _LoRARow(self)
+
+    def merged(self) -> Linear:
+        """A `Linear` with W + scale * B A in the place of W. All ranks call it together."""
+        plain = Linear(self.in_features, self.out_features, self.has_bias, self.parameter("weight").dtype)
+        take_over(self, plain)
+        weight: Any = plain.parameter("weight")
+        with no_grad():
+            a, b = (host_array(child_table(self)[name].parameter("weight").gather()) for name in ("lora_A", "lora_B"))
+            dtype = host_array(weight.gather()).dtype
+            whole_weight = host_array(weight.gather()).astype("float32") + self.scale * (b.astype("float32") @ a.astype("float32"))
+            weight.copy_full(from_host(whole_weight.astype(dtype)))
+        return plain
+
+
+class _LoRAColumn(ColumnParallelLinear):
+    """A's result, of this rank's part of the rows, travels to all ranks, which have a part of B each."""
+
+    def __init__(self, linear: LoRALinear, gather_output: bool, parts: int | None):
+        dtype = linear.parameter("weight").dtype
+        sizes = linear.in_features, linear.out_features
+        super().__init__(*sizes, linear.has_bias, dtype, gather_output, parts=parts)
+        take_over(linear, self)
+        self.scale, self.lora_A, self.lora_dropout = linear.scale, linear.lora_A, linear.lora_dropout
+        self.lora_B = ColumnParallelLinear.of(linear.lora_B, gather_output, parts)  # type: ignore[arg-type]
+
+    def construct(self, x: Tensor) -> Tensor:
+        """See `ColumnParallelLinear`."""
+        return super().construct(x) + adapted(self, x)
+
+
+class _LoRARow(RowParallelLinear):
+    """A is divided as W is; its result is this rank's part of the rows, which B multiplies."""
+
+    def __init__(self, linear: LoRALinear):
+        dtype = linear.parameter("weight").dtype
+        super().__init__(linear.in_features, linear.out_features, linear.has_bias, dtype)
+        take_over(linear, self)
+        if linear.lora_dropout is not None:
+            raise ValueError("lora dropout in front of a layer whose input tensor-parallel ranks share out: leave it at 0")
+        self.scale, self.lora_B, self.lora_dropout = linear.scale, linear.lora_B, None
+        self.lora_A = RowParallelLinear.of(linear.lora_A)  # type: ignore[arg-type]
+
+    def construct(self, x: Tensor) -> Tensor:
+        """See `RowParallelLinear`."""
+        return super().construct(x) + adapted(self, x)
+
+
+def adapted(layer: Any, x: Tensor) -> Tensor:
+    """What an adapter adds."""
+    x = x if layer.lora_dropout is None else layer.lora_dropout(x)
+    return layer.lora_B(layer.lora_A(x)) * layer.scale
+
+
+def add_lora(
+    model: nn.Cell, pattern: str, rank: int = 8, alpha: float = 16.0, *, dropout: float = 0.0, rslora: bool = False
+) -> list[str]:
+    """Give layers of a model adapters, and freeze everything else. Before the model is spread, and before an optimizer is made;
+    `init_parameters` or loading a model's files may come before or after.
+
+    Args:
+        model: any Cell with `Linear` layers in it.
+        pattern: a regular expression, to be found in the path of a layer: `q_proj|v_proj`.
+        rank, alpha, dropout, rslora: see `LoRALinear`.
+
+    Returns:
+        The paths of the layers.
+
+    Raises:
+        ValueError: nothing matches, the model has been spread, or a number is out of range.
+    """
+    rank = whole("rank", rank, 1)
+    if not 0.0 <= number("dropout", dropout) < 1.0:
+        raise ValueError(f"dropout must be in [0, 1), not {dropout}")
+    if any(isinstance(cell, Block) for _, cell in model.cells_and_names()):
+        raise ValueError(
+            "this model has been spread, and a Block holds the layer that it was given: add adapters first, then spread"
+        )
+    found = [
+        (name, parent, key) for name, parent, key, cell in _children(model) if type(cell) is Linear and re.search(pattern, name)
+    ]
+    if not found:
+        known = sorted({name.rsplit(".", 1)[-1] for name, _, _, cell in _children(model) if isinstance(cell, Linear)})
+        raise ValueError(f"no Linear layer has {pattern!r} in its path; the last parts of those that there are: {', '.join(known)}")
+    for p in model.get_parameters():
+        p.requires_grad = False
+    for name, parent, key in found:
+        made = LoRALinear(child_table(parent)[key], rank, float(alpha), float(dropout), rslora)
+        _exchange(parent, key, made, name)
+    return [name for name, _, _ in found]
+
+
+def merge_lora(model: nn.Cell) -> int:
+    """Put what adapters add into the weights, and the plain layers back; before the model is spread. All ranks call it together.
+
+    Returns:
+        How many there were.
+    """
+    found = [(name, parent, key, cell) for name, parent, key, cell in _children(model) if isinstance(cell, LoRALinear)]
+    for name, parent, key, cell in found:
+        _exchange(parent, key, cell.merged(), name)
+    return len(found)
+
+
+def freeze(model: nn.Cell, pattern: str = "") -> list[str]:
+    """Have parameters whose names match a regular expression not be trained; all of them by default.
+
+    Returns:
+        Their names.
+    """
+    return _train(model, pattern, False)
+
+
+def thaw(model: nn.Cell, pattern: str = "") -> list[str]:
+    """The opposite of `freeze`."""
+    return _train(model, pattern, True)
+
+
+def _train(model: nn.Cell, pattern: str, trained: bool) -> list[str]:
+    found: list[Parameter] = [p for p in model.get_parameters() if re.search(pattern, p.name)]
+    if not found:
+        raise ValueError(f"no parameter of this {type(model).__name__} has {pattern!r} in its name")
+    for p in found:
+        p.requires_grad = trained
+    return [p.name for p in found]
+
+
+def _exchange(parent: nn.Cell, key: str, made: nn.Cell, path: str) -> None:
+    """Put a layer in another one's place. MindSpore renames its parameters then; initial values depend on their names."""
+    setattr(parent, key, made)
+    for name, cell in made.cells_and_names():
+        for own, parameter in parameter_table(cell).items():
+            if parameter is not None:
+                parameter.name = ".".join(part for part in (path, name, own) if part)
+
+
+def _children(model: nn.Cell, path: str = "") -> Iterator[tuple[str, nn.Cell, str, nn.Cell]]:
+    """Each cell below: its path, its parent, its key there, itself."""
+    for key, cell in list(child_table(model).items()):
+        if cell is not None:
+            name = f"{path}.{key}" if path else key
+            yield name, model, key, cell
+            yield from _children(cell, name)

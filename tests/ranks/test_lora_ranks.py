@@ -1,0 +1,47 @@
+"""Adapters on several ranks train as on one: ZeRO, tensor-parallel, pipelines."""
+
+from __future__ import annotations
+
+from typing import Any, Callable
+
+import pytest
+
+import bmtrain_ms as bms
+from bmtrain_ms.comm import World, use_world
+from bmtrain_ms.model_center import spread
+from bmtrain_ms.model_center.model import Llama, LlamaConfig
+from bmtrain_ms.nn import add_lora
+from tests.helpers.layouts import SIZES, Case, batch_of, parts, whole
+from tests.ranks.test_layouts import compare
+
+
+def trained(world: World, case: Case) -> dict[str, Any]:
+    with use_world(case.world(world)) as here:
+        model = Llama(LlamaConfig(**SIZES, num_heads_kv=2))
+        add_lora(model, "q_proj|k_proj|v_proj|o_proj|gate_proj|down_proj", rank=3, alpha=6)
+        spread(model, case.how, case.stages)
+        bms.init_parameters(model)
+        params = model.trainable_params()
+        first = parts({p.name: (p.layout, p) for p in model.get_parameters()})
+        manager = bms.optim.OptimManager()
+        optimizer = bms.optim.AdamOptimizer(params, lr=3e-2)
+        manager.add_optimizer(optimizer)
+        losses, norms, grads = [], [], {}
+        for step in range(4):
+            manager.zero_grad()
+            value = manager.backward(model.loss, *batch_of(step, here.mesh.dp_rank, case.dp))
+            if step == 1:  # A's gradient is zero as long as B is
+                grads = parts({p.name: (p.layout, manager.grad(p) * (1.0 / manager.grads_scale)) for p in params})
+            norms.append(manager.clip_grad_norm(optimizer.param_groups, 1.0))
+            losses.append(bms.sum_loss(value).asnumpy().item())
+            manager.step()
+        last = parts({p.name: (p.layout, p) for p in params})
+        return {"first": first, "losses": losses, "norms": norms, "grads": grads, "last": last}
+
+
+@pytest.mark.parametrize("case", [Case(dp=2), Case(tp=2), Case(tp=4), Case(pp=2)], ids=str)
+def test_adapters_are_those_of_one_rank(run_ranks: Callable[..., list[Any]], case: Case):
+    (found,) = run_ranks(1, trained, case=Case())
+    right = {**found, **{part: whole([found[part]]) for part in ("first", "grads", "last")}}
+    assert len(right["grads"]) == 24 and all(".lora_" in name for name in right["grads"])
+    compare(run_ranks(case.ranks, trained, case=case), right, 2e-5)

@@ -1,0 +1,101 @@
+"""Low-rank adapters: what is added, trained, merged and refused."""
+
+from __future__ import annotations
+
+import mindspore as ms
+import numpy as np
+import pytest
+from mindspore import Tensor
+
+import bmtrain_ms as bms
+from bmtrain_ms.compat.runtime import from_host, host_array
+from bmtrain_ms.model_center import spread
+from bmtrain_ms.nn import add_lora, freeze, merge_lora, thaw
+from tests.golden.models import FOLDER, batches, weight
+from tests.unit.test_families import model_of
+
+pytestmark = pytest.mark.usefixtures("single_world")
+
+
+def with_adapters() -> bms.nn.MoE:
+    model = model_of("llama")
+    add_lora(model, r"q_proj|v_proj|down_proj", rank=3, alpha=6)
+    for p in model.get_parameters():
+        if ".lora_" in p.name:
+            p.copy_full(from_host(weight(p.name, p.full_shape)))
+    return model
+
+
+def test_loss_and_gradients_are_those_of_peft():
+    """The golden file is PEFT's, of the same model and adapters."""
+    model, right = with_adapters(), np.load(FOLDER / "lora.npz")
+    ids = batches()["plain"]["ids"]
+    targets = np.full(ids.shape, -100, np.int32)
+    targets[:, :-1] = ids[:, 1:]
+    np.testing.assert_allclose(model(Tensor(ids)).asnumpy(), right["logits"], atol=1e-4 * np.abs(right["logits"]).max())
+    params = model.trainable_params()
+    loss, grads = ms.value_and_grad(model.loss, None, params)(Tensor(ids), Tensor(targets))
+    assert float(loss) == pytest.approx(float(right["loss"]), rel=1e-5)
+    assert {p.name for p in params} == {name.removeprefix("grad:") for name in right.files if name.startswith("grad:")}
+    for p, grad in zip(params, grads):
+        expected = right[f"grad:{p.name}"]
+        found = host_array(grad)[: expected.size].reshape(expected.shape)
+        np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4 * np.abs(expected).max(), err_msg=p.name)
+
+
+def test_adapters_start_with_nothing_and_are_all_that_is_trained():
+    model = model_of("llama")
+    ids = Tensor(batches()["plain"]["ids"])
+    before = model(ids).asnumpy()
+    paths = add_lora(model, "q_proj", rank=2)
+    assert paths == [f"model.layers.{i}.self_attn.q_proj" for i in range(2)]
+    adapters = [p for p in model.get_parameters() if ".lora_" in p.name]
+    bms.init_parameters(model.model.layers[0].self_attn.q_proj.lora_A)
+    assert np.array_equal(model(ids).asnumpy(), before)
+    assert [p.name for p in model.trainable_params()] == [p.name for p in adapters] and len(adapters) == 4
+
+
+def test_merged_it_is_a_plain_model():
+    model = with_adapters()
+    ids = Tensor(batches()["plain"]["ids"])
+    before, names = model(ids).asnumpy(), [p.name for p in model_of("llama").get_parameters()]
+    assert merge_lora(model) == 6 and merge_lora(model) == 0
+    assert [p.name for p in model.get_parameters()] == names
+    np.testing.assert_allclose(model(ids).asnumpy(), before, rtol=0, atol=1e-5 * np.abs(before).max())
+
+
+def test_spread_and_trained():
+    plain, blocks = with_adapters(), with_adapters()
+    spread(blocks)
+    ids = Tensor(batches()["plain"]["ids"])
+    found = [ms.value_and_grad(m.loss, None, m.trainable_params())(ids, ids) for m in (plain, blocks)]
+    assert float(found[0][0]) == float(found[1][0])
+    assert len(found[0][1]) == len(found[1][1]) == 12
+    for a, b in zip(found[0][1], found[1][1]):
+        np.testing.assert_allclose(host_array(a), host_array(b), rtol=1e-5, atol=1e-7)
+
+
+def test_freezing_by_name():
+    model = model_of("qwen3_moe")
+    assert all(".mlp.experts." in name for name in freeze(model, r"\.experts\."))
+    assert not any(".experts." in p.name for p in model.trainable_params())
+    freeze(model)
+    assert not model.trainable_params()
+    assert [p.name for p in model.trainable_params()] == [] and thaw(model, "lm_head") == ["lm_head.weight"]
+    with pytest.raises(ValueError, match="no parameter of this Qwen3Moe has 'lm_hed' in its name"):
+        thaw(model, "lm_hed")
+
+
+def test_what_is_refused():
+    model = model_of("llama")
+    with pytest.raises(
+        ValueError, match=r"no Linear layer has 'query' in its path; the last parts .*: down_proj, gate_proj, k_proj, lm_head"
+    ):
+        add_lora(model, "query")
+    with pytest.raises(ValueError, match="rank must be at least 1, not 0"):
+        add_lora(model, "q_proj", rank=0)
+    with pytest.raises(ValueError, match=r"dropout must be in \[0, 1\), not 1.0"):
+        add_lora(model, "q_proj", dropout=1.0)
+    spread(model)
+    with pytest.raises(ValueError, match=r"has been spread, .* add adapters first, then spread"):
+        add_lora(model, "q_proj")
