@@ -11,7 +11,7 @@ import numpy as np
 import torch  # pyright: ignore[reportMissingImports]
 import transformers  # pyright: ignore[reportMissingImports]
 
-from .models import CASES, FOLDER, batches, counted, weight
+from .models import CASES, FOLDER, NEW_TOKENS, PROMPTS, SEARCHES, batches, counted, weight
 
 
 def files_names(kind: str, name: str, tensor: Any) -> Iterator[tuple[str, Any]]:
@@ -80,6 +80,28 @@ def main() -> None:
         print(case, float(loss), sum(x.size for x in found.values()), counted(batch).sum())
 
 
+def generation() -> None:
+    """New tokens of each prompt alone, -1 behind the last one."""
+    found = {}
+    for case in ("llama", "qwen3_moe", "gpt2"):
+        model = model_of(*CASES[case])
+        for name, settings in SEARCHES.items():
+            told = {**settings, "eos_token_id": settings.get("eos_id"), "do_sample": False, "max_new_tokens": NEW_TOKENS}
+            told.pop("eos_id", None)
+            rows = []
+            for prompt in PROMPTS:
+                ids = torch.tensor([prompt])
+                out = model.generate(ids, attention_mask=torch.ones_like(ids), pad_token_id=0, **told)[:, len(prompt) :].tolist()
+                ends = settings.get("eos_id", [])
+                ends = ends if isinstance(ends, list) else [ends]
+                for row in out:
+                    last = next((i for i, token in enumerate(row) if token in ends), len(row) - 1)
+                    kept = row[: last + 1]
+                    rows.append(kept + [-1] * (NEW_TOKENS - len(kept)))
+            found[f"{case}:{name}"] = np.array(rows, np.int32)
+    np.savez_compressed(FOLDER / "generation.npz", **found)
+
+
 def adapters() -> None:
     """What PEFT 0.21.2 computes with adapters of the first case."""
     import peft  # pyright: ignore[reportMissingImports]
@@ -101,4 +123,5 @@ def adapters() -> None:
 
 if __name__ == "__main__":
     main()
+    generation()
     adapters()

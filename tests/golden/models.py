@@ -98,6 +98,18 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
+PROMPTS = [[3, 1, 4, 1, 5], [9, 2], [6, 5, 3, 5, 8, 9, 7]]
+NEW_TOKENS = 8
+SEARCHES: dict[str, dict[str, Any]] = {  # what `generate` is told, under our names
+    "greedy": {},
+    "greedy-ending": {"eos_id": 7},
+    "greedy-penalty": {"repetition_penalty": 1.4, "eos_id": 7},
+    "beams": {"num_beams": 3, "eos_id": 7},
+    "beams-several": {"num_beams": 4, "num_return_sequences": 3, "eos_id": [7, 11], "length_penalty": 0.4},
+    "beams-penalty": {"num_beams": 2, "repetition_penalty": 1.4},
+}
+
+
 def weight(name: str, shape: tuple[int, ...]) -> np.ndarray:
     """A tensor, float32, of its name in a file of Hugging Face's."""
     random = np.random.Generator(np.random.PCG64(zlib.crc32(name.encode())))

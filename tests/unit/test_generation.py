@@ -10,9 +10,11 @@ from mindspore import Tensor
 
 import bmtrain_ms as bms
 from bmtrain_ms.model_center import spread
-from bmtrain_ms.model_center.generation import choose, generate
+from bmtrain_ms.model_center.generation import choose, generate, stop_strings
 from bmtrain_ms.model_center.layer import KeyValueCache
 from bmtrain_ms.model_center.model import Llama, LlamaConfig
+from tests.golden.models import FOLDER, NEW_TOKENS, PROMPTS, SEARCHES
+from tests.unit.test_families import model_of
 
 SIZES = {"vocab_size": 37, "dim_model": 24, "num_heads": 4, "num_heads_kv": 2, "dim_ff": 40, "num_layers": 2}
 
@@ -249,3 +251,53 @@ def test_tokens_may_be_ruled_out_by_minus_infinity(single_world):
             return Tensor(logits)
 
     assert generate(Mask(), [[1]], 2) == [[2, 2]]
+
+
+# Beside transformers #
+
+
+@pytest.mark.parametrize("how", SEARCHES)
+@pytest.mark.parametrize("case", ["llama", "qwen3_moe", "gpt2"])
+def test_tokens_are_those_of_transformers(single_world, case, how):
+    """Greedy and beam search; prompts of different lengths at once, which there were alone."""
+    right = np.load(FOLDER / "generation.npz")[f"{case}:{how}"]
+    found = generate(model_of(case), PROMPTS, NEW_TOKENS, **SEARCHES[how])
+    assert found == [[int(t) for t in row if t >= 0] for row in right]
+
+
+def test_choose_by_a_part_of_the_most_likely():
+    logits = logits_of(0.1, 0.4, 0.2, 0.3)
+    assert frequencies(logits, min_p=0.6) == [0, 0.571, 0, 0.429]
+    assert frequencies(logits, min_p=1.0) == [0, 1, 0, 0]
+
+
+def test_several_sequences_differ_and_repeat(model):
+    how = {"temperature": 1.0, "num_return_sequences": 3}
+    found = generate(model, [[1, 2], [3]], 6, **how)
+    assert len(found) == 6 and len({tuple(x) for x in found}) > 3
+    assert generate(model, [[1, 2], [3]], 6, **how) == found
+
+
+def test_stop_strings_end_each_text(model):
+    greedy = generate(model, [[1, 2, 3], [4, 5]], 8)
+    decode = lambda tokens: "".join(chr(65 + t) for t in tokens)  # noqa: E731
+    stop = stop_strings(decode, [decode(greedy[0][2:4])])
+    found = generate(model, [[1, 2, 3], [4, 5]], 8, stop=stop)
+    assert found[0] == greedy[0][:4] and found[1] == greedy[1][: len(found[1])]
+    with pytest.raises(ValueError, match="a list of texts that are not empty, not 'x'"):
+        stop_strings(decode, "x")
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"num_beams": 2, "temperature": 1.0}, "leave the temperature at 0"),
+        ({"num_beams": 2, "num_return_sequences": 3}, "num_return_sequences=3 of num_beams=2 cannot be returned"),
+        ({"num_return_sequences": 2}, "would be the same each time: set a temperature, or num_beams"),
+        ({"min_p": 2.0}, "need 0 <= min_p <= 1, repetition_penalty > 0, not 2.0, 1.0"),
+        ({"num_beams": 2, "on_token": print}, "on_token has no effect with num_beams"),
+    ],
+)
+def test_settings_without_effect(model, settings, message):
+    with pytest.raises(ValueError, match=message):
+        generate(model, [[1]], 2, **settings)

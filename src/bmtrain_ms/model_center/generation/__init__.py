@@ -1,5 +1,6 @@
 """Text generation."""
 
-from .sampling import choose, generate
+from .loop import generate, stop_strings
+from .sampling import choose, penalised
 
-__all__ = ["choose", "generate"]
+__all__ = ["choose", "generate", "penalised", "stop_strings"]
