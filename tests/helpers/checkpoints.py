@@ -12,9 +12,9 @@ from mindspore import Tensor, nn
 
 import bmtrain_ms as bms
 from bmtrain_ms.checkpoint import Checkpointer
-from bmtrain_ms.checkpoint import format as format_module
 from bmtrain_ms.comm import Mesh, World, use_world
 from bmtrain_ms.comm.launch import Launch
+from bmtrain_ms.files import format as format_module
 from bmtrain_ms.lr_scheduler import Linear
 from bmtrain_ms.nn.functional import cross_entropy
 from bmtrain_ms.optim import AdamOffloadOptimizer, AdamOptimizer, OptimManager

@@ -24,9 +24,9 @@ from bmtrain_ms_base.layout import Box
 
 from ..compat.runtime import numpy_dtype
 from .errors import CheckpointError
-from .folder import replace_text, sync_folder
 from .format import Reader, RegularFile, TensorInfo, parsed_json
 from .locking import let_go, lock_temporary, sweep_temporaries
+from .replacing import replace_text, sync_folder
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
