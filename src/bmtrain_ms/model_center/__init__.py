@@ -1,7 +1,9 @@
 """Models: plain ones, and how they are spread over ranks."""
 
 from . import generation, layer, model
+from .auto import from_pretrained
+from .pretrained.differences import PretrainedError
 from .spread import Spread, spread
 from .staged import Stages
 
-__all__ = ["Spread", "Stages", "generation", "layer", "model", "spread"]
+__all__ = ["PretrainedError", "Spread", "Stages", "from_pretrained", "generation", "layer", "model", "spread"]
