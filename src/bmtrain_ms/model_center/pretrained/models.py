@@ -17,9 +17,9 @@ from ...files.entries import Entry, apply_entries, model_entries
 from ...files.errors import agree_or_fail
 from ...files.gathering import Whole
 from .differences import Difference, PretrainedError, table
-from .family import same
+from .family import Piece
 from .folder import CONFIG, config_json, fields_of, read_json, write_beside
-from .reading import Files, Source, choose, compare
+from .reading import Files, Names, Source, choose, compare
 from .writing import Target
 
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -62,35 +62,74 @@ def load_pretrained(model: Any, folder: str | Path, pickles: bool = False) -> No
     """
     current, path, entries = world(), Path(folder).expanduser(), model_entries(model)
     shapes = _shapes_of_all(entries, current)
-    error: BaseException | None = None
     with contextlib.ExitStack() as stack:
-        differences: list[Difference] = []
+        error: BaseException | None = None
         try:
             files = stack.enter_context(Files(path, pickles))
-            chosen, differences = choose(files, model.FAMILY.pieces, shapes)
-            if model.config.tied and files.find(_HEAD):
-                differences = [row for row in differences if row[:2] != ("unexpected", _HEAD)]
-                chosen[_HEAD] = [same(_HEAD, shapes[_EMBEDDING])]
-            wanted = {name: entry.dtype for name, entry in entries.items()}
-            if _HEAD in chosen and _EMBEDDING in entries:
-                wanted[_HEAD] = entries[_EMBEDDING].dtype
-            differences += compare(files, chosen, wanted)
         except Exception as caught:  # whatever it is: the other ranks wait
             error = caught
         agree_or_fail(current.everyone, error, f"{path} cannot be read")
-        _refuse(path, differences, current, model)
-        try:
-            source = Source(files, chosen, {**shapes, _HEAD: shapes[_EMBEDDING]})
-            if model.config.tied and _HEAD in chosen and _EMBEDDING in entries:
-                _check_tie(path, entries[_EMBEDDING], source)
-        except Exception as caught:
-            error = caught
-        agree_or_fail(current.everyone, error, f"{path} cannot be read")
+        source = matched(model, files, model.FAMILY.pieces, shapes, entries, current)
         try:
             apply_entries(entries, source)
         except Exception as caught:
             error = caught
         agree_or_fail(current.everyone, error, f"{path} cannot be read; some parameters have been")
+
+
+def matched(
+    model: Any,
+    files: Files,
+    names: Names,
+    shapes: Mapping[str, tuple[int, ...]],
+    entries: Mapping[str, Entry],
+    current: World,
+) -> Source:
+    """The tensors of a model, in files that have been found to fit. All ranks call it.
+
+    Args:
+        model: a `CausalLM`.
+        files: what is read.
+        names: what tensors are called there.
+        shapes: name -> whole shape of all parameters.
+        entries: this rank's, of which shapes and types are looked at.
+        current: the ranks.
+
+    Raises:
+        PretrainedError, CheckpointError: see `load_pretrained`.
+    """
+    error: BaseException | None = None
+    differences: list[Difference] = []
+    chosen: dict[str, list[Piece]] = {}
+    wanted = {name: entry.dtype for name, entry in entries.items()}
+    try:
+        chosen, differences = choose(files, names, shapes)
+        head = _head_of_tied(model, files, names, shapes)
+        if head is not None:
+            differences = [row for row in differences if row[:2] != ("unexpected", head[0].name)]
+            chosen[_HEAD] = head
+            wanted.update({_HEAD: wanted[_EMBEDDING]} if _EMBEDDING in wanted else {})
+        differences += compare(files, chosen, wanted)
+    except Exception as caught:  # whatever it is: the other ranks wait
+        error = caught
+    agree_or_fail(current.everyone, error, f"{files.path} cannot be read")
+    _refuse(files.path, differences, current, model)
+    source = Source(files, chosen, {**shapes, _HEAD: shapes[_EMBEDDING]})
+    try:
+        if _HEAD in chosen and model.config.tied and _EMBEDDING in entries:
+            _check_tie(files.path, entries[_EMBEDDING], source)
+    except Exception as caught:
+        error = caught
+    agree_or_fail(current.everyone, error, f"{files.path} cannot be read")
+    return source
+
+
+def _head_of_tied(model: Any, files: Files, names: Names, shapes: Mapping[str, tuple[int, ...]]) -> list[Piece] | None:
+    """The projection to the vocabulary, where files have it although it is the embedding's table."""
+    if not model.config.tied:
+        return None
+    pieces = names(_HEAD, shapes[_EMBEDDING])[0]
+    return pieces if files.find(pieces[0].name) else None
 
 
 def _shapes_of_all(entries: Mapping[str, Entry], current: World) -> dict[str, tuple[int, ...]]:

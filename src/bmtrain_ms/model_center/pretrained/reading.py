@@ -168,6 +168,10 @@ class Source:
     def __init__(self, files: Files, chosen: Mapping[str, Sequence[Piece]], shapes: Mapping[str, tuple[int, ...]]):
         self._files, self._chosen, self._shapes = files, chosen, shapes
 
+    def pieces(self, name: str) -> Sequence[Piece]:
+        """Where a tensor is, called as the files call it."""
+        return self._chosen[name]
+
     def read(self, name: str, box: Box, out: np.ndarray) -> None:
         """Write a box of the whole tensor to `out`."""
         for piece, inside, there in parts_in(self._chosen[name], box):
