@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Optional
@@ -20,8 +21,8 @@ from .pretrained.family import Piece, same
 from .pretrained.folder import read_json, write_beside
 from .pretrained.models import matched, read_config
 from .pretrained.names import earlier_port, megatron
-from .pretrained.reading import Files, Names
-from .pretrained.writing import Target
+from .pretrained.reading import Files, Names, Source
+from .pretrained.writing import Described, Target
 
 READABLE, WRITABLE = ("hf", "ms", "bmtrain_mindspore", "megatron"), ("hf", "ms")
 _EARLIER_FILE = "mindspore_model.safetensors"
@@ -72,23 +73,24 @@ def convert(
         type_of = None if dtype is None else getattr(ms, dtype)
         ours = {name: (type_of or _type_in(files, found.pieces(name)[0]), shape) for name, shape in shapes.items()}
         try:
-            target = Target(out, ours, _names(model, write, None), max_shard_size)
+            return _written(found, ours, Target(out, ours, _names(model, write, None), max_shard_size), out, beside, dtype)
         except OSError as error:
-            raise CheckpointError(f"{out} cannot be made: {error}") from error
-        try:
-            for name, (made, shape) in ours.items():
-                count, step = int(np.prod(shape)), max(1, PIECE // numpy_dtype(made).itemsize)
-                for start in range(0, count, step):
-                    values = np.empty(min(step, count - start), numpy_dtype(made))
-                    found.read_flat(name, start, start + values.size, values)
-                    target.write(name, start, values)
-            paths = target.commit()
-            write_beside(out, _config(beside, dtype), beside)
-        except BaseException as error:
-            target.discard()
-            if isinstance(error, OSError):
-                raise CheckpointError(f"{out} cannot be written: {error}") from error
-            raise
+            raise CheckpointError(f"{out} cannot be written: {error}") from error
+
+
+def _written(source: Source, ours: Described, target: Target, out: Path, beside: Path, dtype: Optional[str]) -> list[Path]:
+    try:
+        for name, (made, shape) in ours.items():
+            count, step = math.prod(shape), max(1, PIECE // numpy_dtype(made).itemsize)
+            for start in range(0, count, step):
+                values = np.empty(min(step, count - start), numpy_dtype(made))
+                source.read_flat(name, start, start + values.size, values)
+                target.write(name, start, values)
+        paths = target.commit()
+    except BaseException:
+        target.discard()
+        raise
+    write_beside(out, _config(beside, dtype), beside)
     return paths
 
 
