@@ -166,8 +166,14 @@ def counted_bytes() -> Iterator[dict[str, int]]:
         counts[self.path.name] = counts.get(self.path.name, 0) + count
         return read(self, start, count)
 
-    kind.read = counting  # type: ignore[method-assign]
+    read_into = kind.read_into
+
+    def counting_into(self: Any, start: int, out: np.ndarray) -> None:
+        counts[self.path.name] = counts.get(self.path.name, 0) + out.nbytes
+        read_into(self, start, out)
+
+    kind.read, kind.read_into = counting, counting_into  # type: ignore[method-assign]
     try:
         yield counts
     finally:
-        kind.read = read  # type: ignore[method-assign]
+        kind.read, kind.read_into = read, read_into  # type: ignore[method-assign]

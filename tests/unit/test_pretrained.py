@@ -284,6 +284,19 @@ def test_a_model_that_was_written_wrong_is_found(tmp_path: Path, monkeypatch: py
     model.save_pretrained(tmp_path / "y", proven=False)
 
 
+def test_a_model_that_cannot_be_computed_is_written_and_not_proven(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    model = from_pretrained(make(tmp_path / "x", "llama"))
+
+    def refuse(*_: Any) -> None:
+        raise TypeError("Unsupported data type!\nThe supported data types are ...")
+
+    monkeypatch.setattr(Llama, "construct", refuse)
+    text = r"y was written, and not proven: the model cannot be computed here \(Unsupported data type!\); proven=False leaves that"
+    with pytest.raises(PretrainedError, match=text):
+        model.save_pretrained(tmp_path / "y")
+    assert bits(tmp_path / "y") == bits(tmp_path / "x")
+
+
 def test_a_disk_that_is_full_leaves_the_old_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     folder = make(tmp_path / "x", "llama")
     model, before = from_pretrained(folder), bits(folder)

@@ -6,6 +6,7 @@ cut meanwhile would end it.
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from dataclasses import replace
@@ -81,8 +82,13 @@ class Files:
         """Write a box of a tensor to `out`, whose type it is converted to."""
         reader, info = self._reader(self.where[name]), self.info(name)
         assert isinstance(info, TensorInfo)
-        for inside, run in runs(info.shape, box, _PAGE // numpy_dtype(info.dtype).itemsize):
-            reader.read(name, run, out[inside])
+        dtype = numpy_dtype(info.dtype)
+        for inside, run in runs(info.shape, box, _PAGE // dtype.itemsize):
+            part = out[inside]
+            if part.dtype == dtype and part.flags.c_contiguous and part.size and is_contiguous(info.shape, run):
+                reader.read_into(name, first_of(info.shape, run), part)
+            else:
+                reader.read(name, run, part)
 
     def close(self) -> None:
         """Let go of the files."""
@@ -131,6 +137,16 @@ def runs(shape: Sequence[int], box: Box, least: int = 0) -> Iterator[tuple[Box, 
     for corner in np.ndindex(*outer):
         at = tuple(slice(i + part.start, i + part.start + 1) for i, part in zip(corner, box))
         yield (*(slice(i, i + 1) for i in corner), *inner), (*at, *box[axis:])
+
+
+def is_contiguous(shape: Sequence[int], box: Box) -> bool:
+    """Whether a box of a tensor of that shape is one range of its elements."""
+    return len(list(itertools.islice(runs(shape, box), 2))) == 1
+
+
+def first_of(shape: Sequence[int], box: Box) -> int:
+    """The place of a box's first element in the flattened tensor."""
+    return sum(part.start * math.prod(shape[i + 1 :]) for i, part in enumerate(box))
 
 
 def theirs_of(piece: Piece, common: Box) -> Box:

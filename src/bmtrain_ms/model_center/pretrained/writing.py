@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Any, Mapping
 
@@ -13,7 +12,7 @@ from ...files import boxes
 from ...files.consolidated import Replacement, file_names, size_in_bytes, split, tensor_bytes
 from ...files.format import AtomicFile, TensorInfo, plan
 from .family import Piece
-from .reading import Names, parts_in, runs, their_view
+from .reading import Names, first_of, parts_in, runs, their_view
 
 Described = Mapping[str, tuple[Any, tuple[int, ...]]]  # name -> (MindSpore dtype, whole shape)
 
@@ -80,6 +79,4 @@ class Target:
 def _write(file: AtomicFile, info: TensorInfo, box: tuple[slice, ...], values: np.ndarray) -> None:
     """A contiguous part of a tensor; values are converted to its type."""
     dtype = numpy_dtype(info.dtype)
-    strides = [math.prod(info.shape[i + 1 :]) for i in range(len(info.shape))]
-    first = sum(part.start * stride for part, stride in zip(box, strides))
-    file.write(info.start + first * dtype.itemsize, values.astype(dtype, copy=False))
+    file.write(info.start + first_of(info.shape, box) * dtype.itemsize, values.astype(dtype, copy=False))
