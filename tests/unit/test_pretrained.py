@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 from pathlib import Path
@@ -15,11 +16,13 @@ from mindspore import Tensor
 import bmtrain_ms as bms
 from bmtrain_ms.checkpoint import CheckpointError
 from bmtrain_ms.files.consolidated import ConsolidatedReader
+from bmtrain_ms.files.entries import Entry
 from bmtrain_ms.model_center import PretrainedError, Spread, from_pretrained, spread
 from bmtrain_ms.model_center.model import FAMILIES, Grok1, Grok1Config, Llama, LlamaConfig, MiniCPM, MiniCPMConfig, Mixtral, Qwen2
 from bmtrain_ms.model_center.pretrained import load_pretrained
-from bmtrain_ms.model_center.pretrained.reading import runs
+from bmtrain_ms.model_center.pretrained.reading import Files, Source, choose, runs
 from bmtrain_ms.model_center.pretrained.writing import Target
+from bmtrain_ms_base.layout import Layout, Split
 from tests.helpers.checkpoints import counted_bytes
 from tests.helpers.pretrained import WRITTEN, bits, make, values_of
 
@@ -321,6 +324,39 @@ def test_only_what_is_needed_is_read(tmp_path: Path):
         load_pretrained(model, tmp_path / "x")
     size = (tmp_path / "x" / "model.safetensors").stat().st_size
     assert counts == {"model.safetensors": size}  # header and each tensor once
+
+
+def test_links_as_in_the_cache_of_hugging_face(tmp_path: Path):
+    right = from_pretrained(make(tmp_path / "blobs", "llama"))
+    (tmp_path / "snapshot").mkdir()
+    for path in (tmp_path / "blobs").iterdir():
+        (tmp_path / "snapshot" / path.name).symlink_to(path)
+    model = from_pretrained(tmp_path / "snapshot")
+    np.testing.assert_equal(values(model), values(right))
+    model.save_pretrained(tmp_path / "new")
+    assert not any(path.is_symlink() for path in (tmp_path / "new").iterdir())
+
+
+@pytest.mark.parametrize("family", WRITTEN)
+def test_any_layout_has_its_elements(tmp_path: Path, family: str):
+    """Of every parameter, cut along every dim and in shards: without the ranks."""
+    folder = make(tmp_path, family)
+    model = from_pretrained(folder)
+    shapes = {p.name: tuple(p.layout.whole) for p in model.get_parameters()}
+    with Files(folder) as files:
+        chosen, differences = choose(files, model.FAMILY.pieces, shapes)
+        source = Source(files, chosen, shapes)
+        assert not differences
+        for p in model.get_parameters():
+            whole = p.asnumpy().reshape(shapes[p.name])
+            for dim, parts, ranks in itertools.product(range(whole.ndim), (1, 2, 3), (1, 2, 5)):
+                if parts > whole.shape[dim]:
+                    continue
+                for part, rank in itertools.product(range(parts), range(ranks)):
+                    splits = (Split(dim, part, parts),) if parts > 1 else ()
+                    layout = Layout(shapes[p.name], splits, rank, ranks)
+                    found = Entry(p.dtype, lambda: p, lambda _: None, layout).read_from(source, p.name)  # noqa: B023
+                    np.testing.assert_array_equal(found, layout.cut(whole), err_msg=f"{p.name} {layout}")
 
 
 @pytest.mark.parametrize(
