@@ -5,10 +5,10 @@ from __future__ import annotations
 import sys
 from typing import Sequence
 
-from . import ckpt, demo, launch
+from . import ckpt, convert, demo, launch
 from .options import Parser
 
-_COMMANDS = {"launch": launch, "demo": demo, "ckpt": ckpt}
+_COMMANDS = {"launch": launch, "demo": demo, "ckpt": ckpt, "convert": convert}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -12,9 +12,9 @@ from mindspore import Tensor, nn
 
 import bmtrain_ms as bms
 from bmtrain_ms.checkpoint import Checkpointer
-from bmtrain_ms.checkpoint import format as format_module
 from bmtrain_ms.comm import Mesh, World, use_world
 from bmtrain_ms.comm.launch import Launch
+from bmtrain_ms.files import format as format_module
 from bmtrain_ms.lr_scheduler import Linear
 from bmtrain_ms.nn.functional import cross_entropy
 from bmtrain_ms.optim import AdamOffloadOptimizer, AdamOptimizer, OptimManager
@@ -166,8 +166,14 @@ def counted_bytes() -> Iterator[dict[str, int]]:
         counts[self.path.name] = counts.get(self.path.name, 0) + count
         return read(self, start, count)
 
-    kind.read = counting  # type: ignore[method-assign]
+    read_into = kind.read_into
+
+    def counting_into(self: Any, start: int, out: np.ndarray) -> None:
+        counts[self.path.name] = counts.get(self.path.name, 0) + out.nbytes
+        read_into(self, start, out)
+
+    kind.read, kind.read_into = counting, counting_into  # type: ignore[method-assign]
     try:
         yield counts
     finally:
-        kind.read = read  # type: ignore[method-assign]
+        kind.read, kind.read_into = read, read_into  # type: ignore[method-assign]

@@ -14,10 +14,10 @@ from mindspore import Parameter, Tensor, nn
 
 import bmtrain_ms as bms
 from bmtrain_ms.checkpoint import CheckpointError, load_training
-from bmtrain_ms.checkpoint import format as format_module
-from bmtrain_ms.checkpoint import whole as whole_module
-from bmtrain_ms.checkpoint.format import AtomicFile
 from bmtrain_ms.comm import World, use_world
+from bmtrain_ms.files import format as format_module
+from bmtrain_ms.files import gathering
+from bmtrain_ms.files.format import AtomicFile
 from bmtrain_ms.lr_scheduler import Linear
 from bmtrain_ms.model_center import spread
 from bmtrain_ms.model_center.model import Llama, LlamaConfig
@@ -58,7 +58,7 @@ class Odd(nn.Cell):
 def small_pieces(size: int = 8) -> pytest.MonkeyPatch:
     """So few bytes travel, or are read, at once: every tensor takes several rounds."""
     patch = pytest.MonkeyPatch()
-    for module in (whole_module, format_module):
+    for module in (gathering, format_module):
         patch.setattr(module, "PIECE", size)
     return patch
 

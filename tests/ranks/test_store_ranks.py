@@ -14,8 +14,8 @@ from mindspore import Tensor, nn
 
 import bmtrain_ms as bms
 from bmtrain_ms.checkpoint import CheckpointError, wait_for_saves
-from bmtrain_ms.checkpoint.format import AtomicFile
 from bmtrain_ms.comm import World, use_world
+from bmtrain_ms.files.format import AtomicFile
 from bmtrain_ms.store import allgather_objects, broadcast_object, load_state_dict, state_dict
 from tests.helpers.objects import objects, same
 from tests.ranks.test_checkpoint_ranks import Odd

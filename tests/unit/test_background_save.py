@@ -17,10 +17,11 @@ from mindspore import Parameter, Tensor, nn
 import bmtrain_ms as bms
 from bmtrain_ms.checkpoint import CheckpointError, wait_for_saves
 from bmtrain_ms.checkpoint import whole as whole_module
-from bmtrain_ms.checkpoint.format import AtomicFile
 from bmtrain_ms.checkpoint.writer import DeferredFile
 from bmtrain_ms.comm import CommError
 from bmtrain_ms.compat.runtime import from_host
+from bmtrain_ms.files import gathering
+from bmtrain_ms.files.format import AtomicFile
 
 pytestmark = pytest.mark.usefixtures("single_world")
 
@@ -60,7 +61,7 @@ def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
         write(self, position, data)
 
     monkeypatch.setattr(AtomicFile, "write", wait_and_write)
-    monkeypatch.setattr(whole_module, "PIECE", 1024)
+    monkeypatch.setattr(gathering, "PIECE", 1024)
     yield opened
     opened.set()
     wait_or_error()
@@ -80,7 +81,7 @@ def failing(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
             original(self, *args)
 
         monkeypatch.setattr(AtomicFile, method, fail)
-        monkeypatch.setattr(whole_module, "PIECE", 1024)
+        monkeypatch.setattr(gathering, "PIECE", 1024)
 
     return start
 
@@ -225,13 +226,13 @@ def test_a_file_that_is_too_large_from_the_start(tmp_path: Path):
 def test_an_interrupted_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, non_blocking: bool, error: BaseException):
     """Its thread would keep the process from ending."""
     (tmp_path / "file").write_bytes(b"old")
-    pieces = whole_module._pieces
+    pieces = gathering.pieces_of
 
     def interrupted(*args: Any) -> Iterator[Any]:
         yield next(pieces(*args))
         raise error
 
-    monkeypatch.setattr(whole_module, "_pieces", interrupted)
+    monkeypatch.setattr(gathering, "pieces_of", interrupted)
     with pytest.raises(type(error)):
         bms.save(Model(), tmp_path / "file", non_blocking)
     assert not threads() and not whole_module.pending
@@ -246,7 +247,7 @@ import numpy as np
 from mindspore import nn
 import bmtrain_ms as bms
 from bmtrain_ms.checkpoint import whole
-from bmtrain_ms.checkpoint.format import AtomicFile
+from bmtrain_ms.files.format import AtomicFile
 
 whole.PIECE = 1024  # less than a file buffers
 bms.init_distributed(seed=0)

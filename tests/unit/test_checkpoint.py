@@ -18,11 +18,11 @@ from mindspore import Parameter, Tensor, nn
 
 import bmtrain_ms as bms
 from bmtrain_ms.checkpoint import CheckpointError, load_training
-from bmtrain_ms.checkpoint import format as format_module
-from bmtrain_ms.checkpoint import whole as whole_module
-from bmtrain_ms.checkpoint.format import AtomicFile
 from bmtrain_ms.comm import world
 from bmtrain_ms.compat.runtime import numpy_dtype
+from bmtrain_ms.files import format as format_module
+from bmtrain_ms.files import gathering
+from bmtrain_ms.files.format import AtomicFile
 from bmtrain_ms.lr_scheduler import Cosine
 from bmtrain_ms.model_center import spread
 from bmtrain_ms.model_center.model import Llama, LlamaConfig
@@ -328,7 +328,7 @@ def test_types_that_mindspore_does_not_have(tmp_path):
 @pytest.fixture
 def allocated(monkeypatch) -> Iterator[Any]:
     """The most that NumPy and Python allocated at once, in bytes; pieces are 64 KiB."""
-    for module in (whole_module, format_module):
+    for module in (gathering, format_module):
         monkeypatch.setattr(module, "PIECE", 1 << 16)
 
     def peak(function: Any, *args: Any) -> int:

@@ -28,13 +28,14 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 import bmtrain_ms as bms
-from bmtrain_ms.checkpoint import CheckpointError, consolidated, tools
+from bmtrain_ms.checkpoint import CheckpointError, tools
 from bmtrain_ms.checkpoint import index as index_module
-from bmtrain_ms.checkpoint.consolidated import ConsolidatedReader
-from bmtrain_ms.checkpoint.format import plan
 from bmtrain_ms.checkpoint.index import INDEX, Grid, Index, IndexedTensor, _checksum, file_name
 from bmtrain_ms.checkpoint.sharded import ShardedReader, write_rank_file
 from bmtrain_ms.compat.runtime import numpy_dtype
+from bmtrain_ms.files import consolidated
+from bmtrain_ms.files.consolidated import ConsolidatedReader
+from bmtrain_ms.files.format import plan
 from tests.helpers.checkpoints import Run
 
 pytestmark = pytest.mark.usefixtures("single_world")

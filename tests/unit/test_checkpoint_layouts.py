@@ -19,17 +19,17 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
 from bmtrain_ms.checkpoint import CheckpointError, tools
-from bmtrain_ms.checkpoint import format as format_module
 from bmtrain_ms.checkpoint import index as index_module
-from bmtrain_ms.checkpoint.consolidated import ConsolidatedReader
-from bmtrain_ms.checkpoint.entries import Entry
-from bmtrain_ms.checkpoint.format import DTYPES, RegularFile
 from bmtrain_ms.checkpoint.index import INDEX, Index, Told, _checksum, by_file, file_name, indexed, odd_layouts, read_index
 from bmtrain_ms.checkpoint.pieces import owned
 from bmtrain_ms.checkpoint.places import Place
 from bmtrain_ms.checkpoint.sharded import ShardedReader, write_rank_file
 from bmtrain_ms.checkpoint.whole import save_entries, state_dict
 from bmtrain_ms.compat.runtime import from_host, host_array, numpy_dtype
+from bmtrain_ms.files import format as format_module
+from bmtrain_ms.files.consolidated import ConsolidatedReader
+from bmtrain_ms.files.entries import Entry
+from bmtrain_ms.files.format import DTYPES, RegularFile
 from bmtrain_ms_base.layout import Layout, Split
 
 DATA = Path(__file__).resolve().parents[1] / "data"

@@ -21,13 +21,13 @@ from safetensors.numpy import save_file
 import bmtrain_ms as bms
 from bmtrain_ms.checkpoint import CheckpointError, tools
 from bmtrain_ms.checkpoint import folder as folder_module
-from bmtrain_ms.checkpoint.consolidated import ConsolidatedReader, Replacement
-from bmtrain_ms.checkpoint.errors import printable
 from bmtrain_ms.checkpoint.folder import find_latest, point_to, replace_text
-from bmtrain_ms.checkpoint.format import AtomicFile
 from bmtrain_ms.checkpoint.index import INDEX, Index, IndexedTensor, file_name, read_index
-from bmtrain_ms.checkpoint.locking import let_go, lock_temporary
 from bmtrain_ms.checkpoint.sharded import ShardedReader, write_rank_file
+from bmtrain_ms.files.consolidated import ConsolidatedReader, Replacement
+from bmtrain_ms.files.errors import printable
+from bmtrain_ms.files.format import AtomicFile
+from bmtrain_ms.files.locking import let_go, lock_temporary
 from bmtrain_ms_cli.main import main
 from tests.helpers.checkpoints import Run
 
@@ -224,8 +224,8 @@ import os, sys, signal
 from pathlib import Path
 import numpy as np
 from bmtrain_ms.checkpoint import folder, tools
-from bmtrain_ms.checkpoint.consolidated import Replacement
-from bmtrain_ms.checkpoint.format import AtomicFile
+from bmtrain_ms.files.consolidated import Replacement
+from bmtrain_ms.files.format import AtomicFile
 where = Path(sys.argv[1])
 AtomicFile(where / "m.safetensors", b"header", 100)
 Replacement(where).__enter__()

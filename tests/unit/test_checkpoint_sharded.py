@@ -20,10 +20,10 @@ from hypothesis import strategies as st
 
 from bmtrain_ms.checkpoint import CheckpointError
 from bmtrain_ms.checkpoint import index as index_module
-from bmtrain_ms.checkpoint.format import DTYPES, RegularFile
 from bmtrain_ms.checkpoint.index import INDEX, Index, IndexedTensor, _checksum, file_name, read_index
 from bmtrain_ms.checkpoint.sharded import ShardedReader, write_rank_file
 from bmtrain_ms.compat.runtime import numpy_dtype
+from bmtrain_ms.files.format import DTYPES, RegularFile
 
 BLOCK = 64  # bytes that share a hash, here
 

@@ -19,8 +19,8 @@ from safetensors.numpy import load_file, save_file
 
 import bmtrain_ms as bms
 from bmtrain_ms.checkpoint import CheckpointError, LoadResult, tools
-from bmtrain_ms.checkpoint.consolidated import INDEX, SINGLE, ConsolidatedReader, file_names, size_in_bytes, split
-from bmtrain_ms.checkpoint.format import AtomicFile, RegularFile
+from bmtrain_ms.files.consolidated import INDEX, SINGLE, ConsolidatedReader, file_names, size_in_bytes, split
+from bmtrain_ms.files.format import AtomicFile, RegularFile
 from tests.helpers.training_v1 import save_training
 
 pytestmark = pytest.mark.usefixtures("single_world")

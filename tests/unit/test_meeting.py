@@ -14,11 +14,11 @@ from typing import Any
 
 import pytest
 
-from bmtrain_ms.checkpoint.errors import CheckpointError
 from bmtrain_ms.checkpoint.folder import FolderLock
 from bmtrain_ms.comm import CommError, CommTimeoutError, meeting
 from bmtrain_ms.comm.launch import Launch
 from bmtrain_ms.comm.meeting import BoardMeeting, SocketMeeting
+from bmtrain_ms.files.errors import CheckpointError
 from bmtrain_ms_base import board as boards
 from bmtrain_ms_base import system
 

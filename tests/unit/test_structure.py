@@ -20,7 +20,7 @@ LEVELS = [
     {"ops"},
     {"comm"},
     {"zero", "distributed"},
-    {"parallel"},
+    {"parallel", "files"},
     {"optim", "nn"},
     {"model_center", "lr_scheduler", "wrapper", "loss"},
     {"checkpoint"},

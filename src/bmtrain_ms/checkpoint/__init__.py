@@ -2,9 +2,9 @@
 
 from bmtrain_ms_base.absent import absent
 
+from ..files.entries import LoadResult
+from ..files.errors import CheckpointError
 from .checkpointer import Checkpointer, Resumed, lock_folder
-from .entries import LoadResult
-from .errors import CheckpointError
 from .training import load_training
 from .whole import load, load_state_dict, save, state_dict, wait_for_saves
 

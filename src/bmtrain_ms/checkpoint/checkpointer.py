@@ -18,9 +18,10 @@ from bmtrain_ms_base.checks import whole
 from bmtrain_ms_base.layout import Layout
 
 from ..comm import World, all_ranks, gather_json, world
+from ..files.entries import Entry
+from ..files.errors import CheckpointError, agree_or_fail
+from ..files.replacing import sync_folder, write_text
 from ..optim import OptimManager
-from .entries import Entry
-from .errors import CheckpointError, agree_or_fail
 from .folder import (
     LATEST,
     FolderLock,
@@ -31,8 +32,6 @@ from .folder import (
     point_to,
     prune,
     sweep,
-    sync_folder,
-    write_text,
 )
 from .index import INDEX, Index, Told, by_file, file_name, indexed, odd_layouts
 from .loading import Loader, Resumed

@@ -20,10 +20,11 @@ import weakref
 from pathlib import Path
 from typing import Sequence
 
-from .errors import CheckpointError
-from .format import RegularFile
+from ..files.errors import CheckpointError
+from ..files.format import RegularFile
+from ..files.locking import hold, let_go
+from ..files.replacing import replace_text, sync_folder
 from .index import INDEX
-from .locking import hold, let_go, sweep_temporaries
 
 LATEST = "latest"
 _HERE, _EXCHANGE = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
@@ -92,24 +93,6 @@ def point_to(folder: Path, name: str) -> None:
     replace_text(folder / LATEST, name + "\n")
 
 
-def replace_text(path: Path, text: str) -> None:
-    """Write a file; it appears under its name, complete and on the disk, in one instant."""
-    sweep_temporaries(path.parent, f".{path.name}.", "")
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.unlink(missing_ok=True)
-    write_text(temporary, text)
-    os.replace(temporary, path)
-    sync_folder(path.parent)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file that is not there yet, not even as a link, and bring it to the disk."""
-    with open(path, "x", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-
-
 def exchange(new: Path, old: Path) -> bool:
     """Let two names change places in one instant; False where the system cannot."""
     try:
@@ -156,15 +139,6 @@ class Naming:
                 os.replace(self.replaced, self._final)
         shutil.rmtree(self._new, ignore_errors=True)
         sync_folder(self._final.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Bring names in a folder to the disk."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def prune(folder: Path, keep_last: int | None, keep_every: int | None) -> list[Path]:

@@ -21,9 +21,9 @@ import xxhash
 from bmtrain_ms_base.layout import Box, Layout, Split, part_of
 
 from ..compat.runtime import numpy_dtype
-from .boxes import Piece
-from .errors import CheckpointError
-from .format import DTYPES, LARGEST, TYPE_NAMES, RegularFile, is_count, is_shape, parsed_json
+from ..files.boxes import Piece
+from ..files.errors import CheckpointError
+from ..files.format import DTYPES, LARGEST, TYPE_NAMES, RegularFile, is_count, is_shape, parsed_json
 
 INDEX = "index.json"
 STATE_PREFIXES = ("optimizer.", "gradient.")  # of names of tensors that are not the model's

@@ -11,9 +11,9 @@ from typing import Any, Iterator
 from mindspore import nn
 
 from ..comm import World, gather_json
+from ..files.entries import GRADIENT, LoadResult, apply_entries, compare, state_named_now
+from ..files.errors import CheckpointError, agree_or_fail
 from ..optim import OptimManager
-from .entries import GRADIENT, LoadResult, apply_entries, compare, state_named_now
-from .errors import CheckpointError, agree_or_fail
 from .folder import checkpoint_name, find_latest, state_of, step_of, steps_in
 from .index import INDEX, read_index
 from .places import Place

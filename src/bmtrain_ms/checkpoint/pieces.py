@@ -9,7 +9,7 @@ import xxhash
 
 from ..comm import World, gather_json
 from ..compat.runtime import from_host, host_array
-from .entries import Entry
+from ..files.entries import Entry
 from .places import Place
 
 

@@ -2,20 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
-from typing import Any, Mapping
 
-import numpy as np
-
-from bmtrain_ms_base.layout import Layout
 from bmtrain_ms_base.mesh import Mesh
 
-from ..comm import World, gather_json
-from ..compat.runtime import from_host, host_array, numpy_dtype
-from .entries import Entry
-from .errors import CheckpointError
-from .format import DTYPES, PIECE, TYPE_NAMES
+from ..comm import World
 
 
 @dataclass(frozen=True)
@@ -56,72 +47,3 @@ def _number(mesh: Mesh) -> int:
     if _all_differ(mesh):
         return mesh.rank
     return (mesh.pp_rank * mesh.shard + mesh.coordinate("shard")) * mesh.tp + mesh.tp_rank
-
-
-@dataclass(frozen=True)
-class Scattered:
-    """A tensor of which ranks have parts.
-
-    Attributes:
-        dtype: of MindSpore.
-        shape: of the whole tensor.
-        holders: rank -> its layout, each part once.
-    """
-
-    dtype: Any
-    shape: tuple[int, ...]
-    holders: Mapping[int, Layout]
-
-    def collect(self, entry: Entry | None, world: World, name: str) -> np.ndarray:
-        """The whole tensor, flat, on rank 0; on the others something of its size is not made. All ranks call it.
-
-        Args:
-            entry: what this rank has; None: nothing.
-        """
-        engine, dtype = world.everyone, numpy_dtype(self.dtype)
-        length = max(layout.length for layout in self.holders.values())
-        shard = np.zeros(length, dtype)
-        if entry is not None:
-            mine = host_array(entry.get()).reshape(-1)
-            shard[: mine.size] = mine
-        chief = engine.rank == 0
-        parts = {rank: np.empty(length, dtype) for rank in self.holders} if chief else {}
-        for begin in range(0, length, max(1, PIECE // dtype.itemsize)):
-            piece = shard[begin : begin + max(1, PIECE // dtype.itemsize)]
-            rows = host_array(engine.all_gather([from_host(piece)], label=f"save {name}").wait()[0]).reshape(engine.size, -1)
-            for rank, part in parts.items():
-                part[begin : begin + piece.size] = rows[rank]
-        whole = np.empty(self.shape if chief else 0, dtype)
-        for rank, part in parts.items():
-            self.holders[rank].paste(part, whole)
-        return whole.reshape(-1)
-
-
-def scattered(entries: Mapping[str, Entry], world: World) -> dict[str, Scattered]:
-    """What ranks have only together, by name: parts of tensors that are cut, and what only some ranks have. All ranks call it.
-
-    Raises:
-        CheckpointError: they do not have all of a tensor; on every rank.
-    """
-    mesh = world.mesh
-    if mesh.tp == mesh.pp == mesh.ep == 1:
-        return {}
-    mine = {
-        name: [TYPE_NAMES[e.dtype], list(e.shape), None if e.layout is None else e.layout.to_json()] for name, e in entries.items()
-    }
-    everybody = gather_json(mine, world.everyone, "checkpoint parts")
-    found: dict[str, Scattered] = {}
-    for name in dict.fromkeys(name for of_rank in everybody for name in of_rank):
-        dtype, shape, _ = next(of_rank[name] for of_rank in everybody if name in of_rank)
-        holders: dict[Any, tuple[int, Layout]] = {}
-        for rank, of_rank in enumerate(everybody):
-            if name in of_rank:
-                saved = of_rank[name][2]
-                layout = Layout(tuple(shape)) if saved is None else Layout.from_json(saved)
-                holders.setdefault((tuple(split.index for split in layout.splits), layout.index), (rank, layout))
-        if sum(layout.owned_size for _, layout in holders.values()) != math.prod(shape):
-            raise CheckpointError(
-                f"the ranks have {sum(x.owned_size for _, x in holders.values())} elements of {name}, of shape {shape}"
-            )
-        found[name] = Scattered(DTYPES[dtype], tuple(shape), dict(holders.values()))
-    return found

@@ -14,10 +14,10 @@ import numpy as np
 
 from ..comm import World, gather_json
 from ..compat import versions
+from ..files.errors import CheckpointError
+from ..files.format import is_count
 from ..optim import OptimManager
 from ..zero import context_of
-from .errors import CheckpointError
-from .format import is_count
 from .stages import state_of_all, state_of_rank
 
 _NUMPY_WORDS = 624  # of its generator's state

@@ -32,10 +32,10 @@ import xxhash
 from bmtrain_ms_base.layout import Box
 
 from ..compat.runtime import numpy_dtype
+from ..files.boxes import Piece, extents, fill
+from ..files.errors import CheckpointError
+from ..files.format import RegularFile, TensorInfo, plan, read_header
 from . import index as index_module
-from .boxes import Piece, extents, fill
-from .errors import CheckpointError
-from .format import RegularFile, TensorInfo, plan, read_header
 from .index import IndexedTensor, check_name, file_name, read_index
 
 # Bytes of a `pwrite`: larger ones take larger pages of the page cache, which a virtual machine may have to ask its host for. 2 GB

@@ -16,10 +16,10 @@ from bmtrain_ms_base.layout import Layout
 
 from ..comm import World, gather_json
 from ..compat.runtime import host_array
+from ..files.entries import Described, Entry
+from ..files.errors import CheckpointError
+from ..files.format import DTYPES, TYPE_NAMES
 from ..optim import OptimManager
-from .entries import Described, Entry
-from .errors import CheckpointError
-from .format import DTYPES, TYPE_NAMES
 
 
 def ranks_differ(world: World) -> bool:

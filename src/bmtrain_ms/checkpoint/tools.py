@@ -17,13 +17,14 @@ from tqdm import tqdm
 
 from bmtrain_ms_base.checks import whole
 
-from . import consolidated
+from ..files import consolidated
+from ..files.errors import CheckpointError, printable
+from ..files.format import AtomicFile, plan
+from ..files.locking import let_go, lock_temporary, sweep_temporaries
+from ..files.replacing import sync_folder, write_text
 from . import index as index_module
-from .errors import CheckpointError, printable
-from .folder import checkpoint_name, find_latest, state_of, steps_in, sync_folder, write_text
-from .format import AtomicFile, plan
+from .folder import checkpoint_name, find_latest, state_of, steps_in
 from .index import INDEX, MOST_RANKS, STATE_PREFIXES, Index, IndexedTensor, check_name, file_name
-from .locking import let_go, lock_temporary, sweep_temporaries
 from .sharded import ShardedReader
 
 STEP = 4 << 20  # bytes at a time

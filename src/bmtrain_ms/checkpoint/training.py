@@ -9,10 +9,20 @@ import mindspore as ms
 from mindspore import Parameter, nn
 
 from ..comm import world
+from ..files.entries import (
+    GRADIENT,
+    Described,
+    Entry,
+    LoadResult,
+    companion_entry,
+    compare,
+    model_entries,
+    named_now,
+    state_named_now,
+)
+from ..files.errors import CheckpointError, agree_or_fail
+from ..files.format import is_count, parsed_json
 from ..optim import OptimManager
-from .entries import GRADIENT, Described, Entry, LoadResult, companion_entry, compare, model_entries, named_now, state_named_now
-from .errors import CheckpointError, agree_or_fail
-from .format import is_count, parsed_json
 from .run_state import RunState, checked, checked_keep
 from .whole import load_entries, read_headers
 

@@ -9,20 +9,20 @@ from __future__ import annotations
 import contextlib
 import math
 from pathlib import Path
-from typing import Any, Iterator, Mapping
+from typing import Any, Mapping
 
 import numpy as np
 from mindspore import Tensor, nn
 
 from bmtrain_ms_base.layout import Box
 
-from ..comm import Engine, World, world
-from ..compat.runtime import from_host, host_array, numpy_dtype
-from .consolidated import ConsolidatedReader, Replacement, file_names, size_in_bytes, split, tensor_bytes
-from .entries import Described, Entry, LoadResult, apply_entries, compare, model_entries, named_now
-from .errors import CheckpointError, agree_or_fail
-from .format import PIECE, TYPE_NAMES, AtomicFile, plan
-from .places import scattered
+from ..comm import World, world
+from ..compat.runtime import host_array, numpy_dtype
+from ..files.consolidated import ConsolidatedReader, Replacement, file_names, size_in_bytes, split, tensor_bytes
+from ..files.entries import Described, Entry, LoadResult, apply_entries, compare, model_entries, named_now
+from ..files.errors import CheckpointError, agree_or_fail
+from ..files.format import TYPE_NAMES, AtomicFile, plan
+from ..files.gathering import Whole
 from .stages import everybodys, names_elsewhere
 from .writer import DeferredFile, Writer
 
@@ -114,7 +114,7 @@ def state_dict(model: nn.Cell) -> dict[str, np.ndarray]:
     """
     current = world()
     state: dict[str, np.ndarray] = {}
-    tensors = _Whole(model_entries(model), current)
+    tensors = Whole(model_entries(model), current)
     for name, (dtype, shape) in tensors.described.items():
         full = np.empty(math.prod(shape), numpy_dtype(dtype))
         for first, piece in tensors.pieces(name):
@@ -163,9 +163,9 @@ def save_entries(
     engine = world.engine
     error: BaseException | None = None
     file: AtomicFile | DeferredFile | None = None
-    tensors: _Whole | None = None
+    tensors: Whole | None = None
     try:
-        tensors = _Whole(entries, world)
+        tensors = Whole(entries, world)
         header, infos, size = plan(tensors.described, metadata)
         if engine.rank == 0:
             file = AtomicFile(path, header, size)
@@ -245,58 +245,3 @@ def load_entries(
             error = caught
         agree_or_fail(world.engine, error, f"{path} cannot be loaded")
     return result
-
-
-class _Whole:
-    """Whole tensors on rank 0, one after the other, of what all ranks have together.
-
-    Attributes:
-        described: name -> (MindSpore dtype, shape), in one order on every rank.
-    """
-
-    def __init__(self, entries: Mapping[str, Entry], world: World):
-        self._entries, self._world = entries, world
-        self._scattered = scattered(entries, world)
-        for name, entry in entries.items():
-            if name not in self._scattered:
-                _check_reach(name, entry, world.along("shard"))
-        self.described: dict[str, tuple[Any, tuple[int, ...]]] = {name: (e.dtype, e.shape) for name, e in entries.items()}
-        if self._scattered:
-            self.described = {name: (x.dtype, x.shape) for name, x in self._scattered.items()}
-
-    def pieces(self, name: str) -> Iterator[tuple[int, np.ndarray]]:
-        """(first element, values) of all pieces of a tensor; values are meaningful on rank 0. All ranks go through them."""
-        if name in self._scattered:
-            yield 0, self._scattered[name].collect(self._entries.get(name), self._world, name)
-        else:
-            yield from _pieces(self._entries[name], self._world.along("shard"), name)
-
-
-def _check_reach(name: str, entry: Entry, engine: Engine) -> None:
-    """Whether the ranks that gather have all of it.
-
-    Raises:
-        CheckpointError: they have a part only.
-    """
-    layout = entry.layout
-    if layout is not None and (layout.splits or layout.ranks != engine.size):
-        raise CheckpointError(
-            f"{name} is cut along dims {[split.dim for split in layout.splits]} and in {layout.ranks} shards: not all of it is on "
-            "the ranks that a whole file is gathered from; save with a Checkpointer, and use bmtrain-ms ckpt consolidate"
-        )
-
-
-def _pieces(entry: Entry, engine: Engine, name: str) -> Iterator[tuple[int, np.ndarray]]:
-    """(first element, values) of all pieces of a tensor; values are meaningful on rank 0."""
-    if entry.layout is None:
-        yield 0, host_array(entry.get()).reshape(-1)
-        return
-    shard = host_array(entry.get())
-    owned = [entry.layout.of_rank(rank).owned for rank in range(engine.size)]
-    step = max(1, PIECE // shard.itemsize)
-    for begin in range(0, entry.layout.length, step):
-        piece = from_host(np.ascontiguousarray(shard[begin : begin + step]))
-        rows = host_array(engine.all_gather([piece], label=f"save {name}").wait()[0]).reshape(engine.size, -1)
-        for (start, stop), row in zip(owned, rows):
-            if start + begin < stop:
-                yield start + begin, row[: stop - start - begin]

@@ -12,8 +12,8 @@ from typing import Any, Callable
 
 import numpy as np
 
-from .errors import CheckpointError
-from .format import AtomicFile
+from ..files.errors import CheckpointError
+from ..files.format import AtomicFile
 
 
 class Writer:

@@ -1,8 +1,20 @@
 """Models: plain ones, and how they are spread over ranks."""
 
 from . import generation, layer, model
+from .auto import from_pretrained
 from .counting import parameter_count
+from .pretrained.differences import PretrainedError
 from .spread import Spread, spread
 from .staged import Stages
 
-__all__ = ["Spread", "Stages", "generation", "layer", "model", "parameter_count", "spread"]
+__all__ = [
+    "PretrainedError",
+    "Spread",
+    "Stages",
+    "from_pretrained",
+    "generation",
+    "layer",
+    "model",
+    "parameter_count",
+    "spread",
+]

@@ -89,4 +89,5 @@ def spread(model: Model, how: Spread = Spread(), stages: Union[str, Sequence[int
     model.update_parameters_name()
     if staged is not None:
         staged.attach()
+    model.__dict__["spread_as"] = how, stages  # for who makes another one like it
     return model

@@ -21,7 +21,7 @@ from ..ops.in_place import add_
 from ..parallel import Scheduled, Segment, Stage
 from ..zero import ParamGroup
 from .layer import Encoder, KeyValueCache, Positions
-from .model.causal_lm import targets_that_count
+from .targets import targets_that_count
 
 _COPY = 1 << 20  # added to `Layout.copy` of the tied table on the last stage: the first one's counts
 

@@ -13,8 +13,8 @@ from collections import deque
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint.folder import sync_folder
-from ..checkpoint.locking import hold, let_go, sweep_temporaries
+from ..files.locking import hold, let_go, sweep_temporaries
+from ..files.replacing import sync_folder
 from .errors import TrainingError
 
 _MOST_WAITING = 100_000  # lines, some 25 MB

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Iterable, Optional
+from pathlib import Path
+from typing import Any, ClassVar, Iterable, Optional, Sequence, TypeVar, Union
 
 import mindspore as ms
 from mindspore import Tensor, nn
 
 from ...compat.autograd import recording
-from ...compat.runtime import host_array
 from ...nn import ColumnParallelLinear
 from ...zero import undisturbed
 from ..layer import Embedding, Encoder, KeyValueCache, Linear, Positions
 from ..pretrained.family import Family
+from ..pretrained.models import load_pretrained, prove, read_config, write_pretrained
+from ..spread import Spread, spread
+from ..staged import Stages
+from ..targets import targets_that_count
 from .config import DecoderConfig
+
+Model = TypeVar("Model", bound="CausalLM")
 
 
 class CausalLM(nn.Cell):
@@ -46,10 +52,80 @@ class CausalLM(nn.Cell):
     ):
         super().__init__()
         self.config, self.head_scale = config, head_scale
+        self.loaded_from: Optional[Path] = None  # a folder of Hugging Face's
         settings = {"dtype": getattr(ms, config.dtype), "init_std": config.init_std}
         embed_tokens = Embedding(config.vocab_size, config.dim_model, **settings)
         self.model = Encoder(layers, norm, embed_tokens, embed_positions, embed_scale)
         self.lm_head = None if config.tied else Linear(config.dim_model, config.vocab_size, bias=False, **settings)
+
+    @classmethod
+    def from_pretrained(
+        cls: type[Model],
+        folder: Union[str, Path],
+        how: Optional[Spread] = None,
+        stages: Union[str, Sequence[int], Stages, None] = None,
+        dtype: Optional[str] = None,
+        *,
+        pickles: bool = False,
+        **changes: Any,
+    ) -> Model:
+        """A model of this family, out of a folder of Hugging Face's as it is: `config.json` and safetensors files.
+
+        All ranks call it. Each opens the files, and reads the parts of them, that hold what it stores; they need no other disk in
+        common. Nothing of a model is made where the config says what is not computed here, and no values are taken before all
+        names, shapes and types have been looked at.
+
+        Args:
+            folder: of the model.
+            how: how it is spread over the ranks, see `spread`; None: it stays plain, to be changed and spread, or used as it is.
+            stages: of a pipeline, see `spread`; with them `how` is `Spread()` unless it is given.
+            dtype: of the parameters; default: what the config says. Values are converted.
+            pickles: read `pytorch_model.bin` too, by an interpreter that builds tensors and nothing else.
+            changes: fields of our config that are to be others than the file's, as `tied=True` or `balance="sequence"`.
+
+        Raises:
+            PretrainedError: another family or architecture; settings that are not computed here; tensors that are missing,
+                unexpected, or of another shape or type, in a table.
+            CheckpointError: a file is missing, damaged or truncated. Both on every rank alike.
+        """
+        make: Any = cls  # families take their config alone
+        model = make(read_config(cls, folder, changes if dtype is None else {**changes, "dtype": dtype}))
+        if how is not None or stages is not None:
+            spread(model, how or Spread(), stages)
+        load_pretrained(model, folder, pickles)
+        model.loaded_from = Path(folder).expanduser()
+        return model
+
+    def save_pretrained(
+        self,
+        folder: Union[str, Path],
+        *,
+        source: Union[str, Path, None] = None,
+        max_shard_size: Union[int, str] = "5GB",
+        proven: bool = True,
+    ) -> None:
+        """Write a folder that `transformers` loads: safetensors files, their index, the config, and what belongs beside them.
+
+        All ranks call it, whatever the layout; rank 0 writes, a few MiB at a time. A table that is tied is written once. The new
+        model takes an old one's place when it is complete.
+
+        Args:
+            folder: made if it is not there.
+            source: a folder to copy the generation config, the tokenizer and chat templates from, and fields of the config that
+                are not ours; default: that which the model was loaded from.
+            max_shard_size: of a file, bytes or like `5GB`.
+            proven: read the folder again, as another model on the same ranks, and compare the logits of a prompt. Needs memory for
+                the parameters once more.
+
+        Raises:
+            PretrainedError: the logits differ; on every rank.
+            CheckpointError: it cannot be written; on every rank.
+        """
+        beside = self.loaded_from if source is None else Path(source).expanduser()
+        write_pretrained(self, folder, beside, max_shard_size)
+        if proven:
+            how, stages = vars(self).get("spread_as", (None, None))
+            prove(self, type(self).from_pretrained(folder, how, stages), folder)
 
     def construct(
         self,
@@ -131,8 +207,3 @@ class CausalLM(nn.Cell):
 
     def _scaled(self, hidden: Tensor) -> Tensor:
         return hidden if self.head_scale == 1.0 else hidden * self.head_scale
-
-
-def targets_that_count(targets: Tensor, options: dict[str, Any]) -> int:
-    """How many are not ignored."""
-    return int((host_array(targets) != options.get("ignore_index", -100)).sum())

@@ -84,7 +84,6 @@ class _Family(Family):
             from ..pretrained.family import ConfigError
 
             raise ConfigError(f"topk_method={method!r} is not computed here: greedy and group_limited_greedy are")
-        found.setdefault("dim_head", found.get("dim_rope", 64))
         return found
 
     def write(self, config):  # type: ignore[no-untyped-def]
@@ -117,7 +116,13 @@ class DeepseekV2(CausalLM):
             "norm_topk_prob": "renormalise",
             "routed_scaling_factor": "routed_scale",
         },
-        fixed={"moe_layer_freq": (1,), "scoring_func": ("softmax",), "mlp_bias": (False,), "rope_interleave": (True,)},
+        fixed={
+            "moe_layer_freq": (1,),
+            "scoring_func": ("softmax",),
+            "mlp_bias": (False,),
+            "rope_interleave": (True,),
+            "output_router_logits": (False,),
+        },
         ignored=("aux_loss_alpha", "seq_aux", "ep_size", "head_dim", "num_key_value_heads", "qk_head_dim"),
         rules=tuple(
             experts(

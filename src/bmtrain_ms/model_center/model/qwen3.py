@@ -98,6 +98,7 @@ class Qwen3Moe(Qwen3):
         fields={
             "attention_bias": "attention_bias",
             "num_experts": "num_experts",
+            "num_local_experts": "num_experts",  # 5.x writes both
             "num_experts_per_tok": "top_k",
             "moe_intermediate_size": "dim_expert",
             "norm_topk_prob": "renormalise",

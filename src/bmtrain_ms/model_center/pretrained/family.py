@@ -221,11 +221,16 @@ class Family:
 
     def pieces(self, name: str, shape: tuple[int, ...]) -> list[list[Piece]]:
         """Alternatives of where a parameter of ours, with this whole shape, is in Hugging Face's tensors."""
-        for rule in self.rules:
-            match = re.fullmatch(rule.pattern, name)
-            if match:
-                return rule.pieces(match, shape)
-        return [[same(name, shape)]]
+        return pieces_by(self.rules, name, shape)
+
+
+def pieces_by(rules: Sequence[Rule], name: str, shape: tuple[int, ...]) -> list[list[Piece]]:
+    """What the first rule for this name gives; where there is none the tensor is called so there too."""
+    for rule in rules:
+        match = re.fullmatch(rule.pattern, name)
+        if match:
+            return rule.pieces(match, shape)
+    return [[same(name, shape)]]
 
 
 def same(name: str, shape: tuple[int, ...]) -> Piece:

@@ -166,6 +166,23 @@ class RegularFile:
             missing -= len(piece)
         return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
+    def read_into(self, start: int, out: np.ndarray) -> None:
+        """Fill a contiguous array with the bytes of the file from `start` on; they are copied once, by the system.
+
+        Raises:
+            CheckpointError: as `read`.
+        """
+        view = out.reshape(-1).view(np.uint8).data
+        done = 0
+        while done < len(view):
+            try:
+                count = os.preadv(self._file, [view[done:]], start + done)
+            except OSError as error:
+                raise CheckpointError(f"{self.path} cannot be read: {error.strerror}") from error
+            if not count:
+                raise CheckpointError(f"{self.path} ends before byte {start + len(view)}: it is truncated")
+            done += count
+
     def close(self) -> None:
         """A second call does nothing."""
         if self._file >= 0:
@@ -345,6 +362,11 @@ class Reader:
             end = min(begin + step, stop)
             out[begin - start : end - start] = self._elements(info, begin, end)
         return out
+
+    def read_into(self, name: str, start: int, out: np.ndarray) -> None:
+        """Fill a contiguous array of the tensor's type with its elements from `start` on, without a copy in between."""
+        info = self.tensors[name]
+        self._file.read_into(info.start + start * out.itemsize, out)
 
     def _elements(self, info: TensorInfo, start: int, stop: int) -> np.ndarray:
         dtype = numpy_dtype(info.dtype)

@@ -24,9 +24,9 @@ from bmtrain_ms_base.layout import Box
 
 from ..compat.runtime import numpy_dtype
 from .errors import CheckpointError
-from .folder import replace_text, sync_folder
 from .format import Reader, RegularFile, TensorInfo, parsed_json
 from .locking import let_go, lock_temporary, sweep_temporaries
+from .replacing import replace_text, sync_folder
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -34,7 +34,7 @@ _LARGEST_INDEX = 1 << 28  # bytes
 _UNITS = {"": 1, "B": 1, **{f"{x}B": 10 ** (3 * i + 3) for i, x in enumerate("KMG")}}
 _UNITS.update({f"{x}IB": 1 << (10 * i + 10) for i, x in enumerate("KMG")})
 _ONE_OF_SEVERAL = re.compile(r"model-\d{5}-of-\d{5}\.safetensors", re.ASCII)
-_PLAIN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*\.safetensors")
+_PLAIN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
 def size_in_bytes(size: int | str) -> int:
@@ -132,7 +132,7 @@ class ConsolidatedReader:
         self._of: dict[str, Reader] = {}
         self.foreign: dict[str, str] = {}
         try:
-            for file, names in self._files():
+            for file, names in files_of(self.path):
                 reader = Reader(file)
                 self._readers.append(reader)
                 missing = [name for name in names or () if name not in reader.tensors and name not in reader.foreign]
@@ -180,15 +180,20 @@ class ConsolidatedReader:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _files(self) -> list[tuple[Path, list[str] | None]]:
-        """(file, names to take from it, None: all)."""
-        if self.path.is_dir() and (self.path / INDEX).exists():
-            return _weight_map(self.path / INDEX)
-        if self.path.is_dir() and (self.path / SINGLE).exists():
-            return [(self.path / SINGLE, None)]
-        if self.path.is_dir():
-            raise CheckpointError(f"{self.path} has neither {SINGLE} nor {INDEX}{_what_is_there(self.path)}")
-        return _weight_map(self.path) if self.path.name.endswith(".index.json") else [(self.path, None)]
+
+def files_of(path: Path) -> list[tuple[Path, list[str] | None]]:
+    """The files of a model, and the names to take from each; None: all.
+
+    Raises:
+        CheckpointError: a folder without a model, or the index is damaged.
+    """
+    if path.is_dir() and (path / INDEX).exists():
+        return weight_map(path / INDEX)
+    if path.is_dir() and (path / SINGLE).exists():
+        return [(path / SINGLE, None)]
+    if path.is_dir():
+        raise CheckpointError(f"{path} has neither {SINGLE} nor {INDEX}{_what_is_there(path)}")
+    return weight_map(path) if path.name.endswith(".index.json") else [(path, None)]
 
 
 def _what_is_there(folder: Path) -> str:
@@ -216,7 +221,12 @@ def _first_of(names: Sequence[str]) -> str:
     return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} others"
 
 
-def _weight_map(path: Path) -> list[tuple[Path, list[str] | None]]:
+def weight_map(path: Path, ending: str = ".safetensors") -> list[tuple[Path, list[str] | None]]:
+    """The files that an index names, all in its folder and of this ending, and the names to take from each.
+
+    Raises:
+        CheckpointError: it is missing or damaged, or names files elsewhere.
+    """
     with RegularFile(path, links=True) as opened:
         if opened.size > _LARGEST_INDEX:
             raise CheckpointError(f"{path} is {opened.size} bytes long, which no index is")
@@ -225,7 +235,7 @@ def _weight_map(path: Path) -> list[tuple[Path, list[str] | None]]:
         weights: Any = parsed_json(text)["weight_map"]
         files: dict[str, list[str]] = {}
         for name, file in weights.items():
-            if not isinstance(file, str) or not _PLAIN.fullmatch(file):
+            if not isinstance(file, str) or not (_PLAIN.fullmatch(file) and file.endswith(ending)):
                 raise ValueError(f"tensor {name} is said to be in {file!r}, which is not the name of a file beside the index")
             files.setdefault(file, []).append(name)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:

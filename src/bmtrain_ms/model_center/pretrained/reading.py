@@ -1,0 +1,239 @@
+"""Tensors of ours, read from somebody's files: which parts of which of their tensors, and nothing else of them.
+
+Files are read at positions, not through a memory map: what a map has touched counts as memory of the process, and a file that is
+cut meanwhile would end it.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Callable, Iterator, Mapping, Sequence
+
+import numpy as np
+
+from bmtrain_ms_base.layout import Box
+
+from ...compat.runtime import numpy_dtype
+from ...files import boxes
+from ...files.consolidated import files_of, weight_map
+from ...files.errors import CheckpointError
+from ...files.format import TYPE_NAMES, Reader, TensorInfo
+from .differences import Difference
+from .family import Piece
+from .pickles import PickleReader
+
+Names = Callable[[str, tuple[int, ...]], list[list[Piece]]]  # our name, whole shape -> alternatives of where it is
+
+_FLOATS = ("F16", "BF16", "F32", "F64")
+_PAGE = 4096  # what a system reads at least: parts that lie nearer to each other are read with what is between them
+_PICKLE, _PICKLES = "pytorch_model.bin", "pytorch_model.bin.index.json"
+# Buffers that older releases of transformers wrote; they are computed.
+_NEVER_USED = re.compile(r".*\.rotary_emb\.inv_freq|(transformer\.)?h\.\d+\.attn\.(bias|masked_bias)")
+
+
+class Files:
+    """The tensors of a model's files. A file is opened when it is first asked for one of its tensors.
+
+    Args:
+        path: a folder, an index, or a file.
+        pickles: read `pytorch_model.bin` too, by an interpreter that knows tensors only.
+
+    Attributes:
+        where: name -> its file.
+
+    Raises:
+        CheckpointError: there is no model, or its index, or its only file, is damaged.
+    """
+
+    def __init__(self, path: Path, pickles: bool = False):
+        self.path, self.where = path, {}
+        self._readers: dict[Path, Reader] = {}
+        try:
+            for file, names in _files(path, pickles):
+                found = names if names is not None else [*self._reader(file).tensors, *self._reader(file).foreign]
+                self.where.update(dict.fromkeys(found, file))
+        except BaseException:
+            self.close()
+            raise
+
+    def find(self, name: str) -> str | None:
+        """What a tensor of that name is called in the files, which may leave out its first part (GPT-2's `transformer.`)."""
+        short = name.partition(".")[2]
+        return name if name in self.where else short if "." in short and short in self.where else None
+
+    def info(self, name: str) -> TensorInfo | str:
+        """Type, shape and place; the type's name where MindSpore does not have it.
+
+        Raises:
+            CheckpointError: the file is damaged, or the index says that it has this tensor, and it has not.
+        """
+        reader = self._reader(self.where[name])
+        if name in reader.foreign:
+            return reader.foreign[name]
+        if name not in reader.tensors:
+            raise CheckpointError(f"{reader.path} has no tensor {name}, which its index says it has")
+        return reader.tensors[name]
+
+    def read(self, name: str, box: Box, out: np.ndarray) -> None:
+        """Write a box of a tensor to `out`, whose type it is converted to."""
+        reader, info = self._reader(self.where[name]), self.info(name)
+        assert isinstance(info, TensorInfo)
+        dtype = numpy_dtype(info.dtype)
+        for inside, run in runs(info.shape, box, _PAGE // dtype.itemsize):
+            part = out[inside]
+            if part.dtype == dtype and part.flags.c_contiguous and part.size and is_contiguous(info.shape, run):
+                reader.read_into(name, first_of(info.shape, run), part)
+            else:
+                reader.read(name, run, part)
+
+    def close(self) -> None:
+        """Let go of the files."""
+        for reader in self._readers.values():
+            reader.close()
+        self._readers = {}
+
+    def __enter__(self) -> Files:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _reader(self, file: Path) -> Reader:
+        if file not in self._readers:
+            self._readers[file] = PickleReader(file) if file.suffix == ".bin" else Reader(file)
+        return self._readers[file]
+
+
+def _files(path: Path, pickles: bool) -> list[tuple[Path, list[str] | None]]:
+    if pickles and path.is_dir() and (path / _PICKLES).exists():
+        return weight_map(path / _PICKLES, ".bin")
+    if pickles and path.is_dir() and (path / _PICKLE).exists():
+        return [(path / _PICKLE, None)]
+    if not pickles and path.is_dir() and not any(path.glob("*.safetensors*")) and any(path.glob("pytorch_model*.bin*")):
+        raise CheckpointError(
+            f"{path} has pytorch_model.bin only, pickles, which may run anything where they are read. Pass pickles=True to read "
+            "the tensors in them by an interpreter that knows nothing else, or get the model as safetensors"
+        )
+    return files_of(path)
+
+
+def runs(shape: Sequence[int], box: Box, least: int = 0) -> Iterator[tuple[Box, Box]]:
+    """A box in parts that are contiguous in a tensor of that shape: (where in the box, where in the tensor).
+
+    `least`: where they are shorter than so many elements, the box is one part.
+    """
+    axis = len(box)
+    while axis and (axis == len(box) or boxes.extents(box)[axis] == shape[axis]):
+        axis -= 1
+    outer = boxes.extents(box)[:axis]
+    if math.prod(outer) == 1 or math.prod(boxes.extents(box)[axis:]) < least:
+        yield tuple(slice(0, n) for n in boxes.extents(box)), box
+        return
+    inner = tuple(slice(0, n) for n in boxes.extents(box)[axis:])
+    for corner in np.ndindex(*outer):
+        at = tuple(slice(i + part.start, i + part.start + 1) for i, part in zip(corner, box))
+        yield (*(slice(i, i + 1) for i in corner), *inner), (*at, *box[axis:])
+
+
+def is_contiguous(shape: Sequence[int], box: Box) -> bool:
+    """Whether a box of a tensor of that shape is one range of its elements."""
+    return len(list(itertools.islice(runs(shape, box), 2))) == 1
+
+
+def first_of(shape: Sequence[int], box: Box) -> int:
+    """The place of a box's first element in the flattened tensor."""
+    return sum(part.start * math.prod(shape[i + 1 :]) for i, part in enumerate(box))
+
+
+def theirs_of(piece: Piece, common: Box) -> Box:
+    """Where a box of ours, which lies in a piece, is in their tensor."""
+    inside = [slice(x.start - y.start, x.stop - y.start) for x, y in zip(common, piece.ours)]
+    inside = inside[len(inside) - len(piece.theirs) :]  # one expert's tensor has no dim of experts
+    if piece.transposed:
+        inside[-2:] = inside[:-3:-1]
+    return tuple(slice(x.start + y.start, x.stop + y.start) for x, y in zip(inside, piece.theirs))
+
+
+def their_view(piece: Piece, block: np.ndarray) -> np.ndarray:
+    """The same memory as their tensor has it: without a dim of experts, transposed."""
+    block = block[(0,) * (block.ndim - len(piece.theirs))]
+    return block.swapaxes(-1, -2) if piece.transposed else block
+
+
+def parts_in(pieces: Sequence[Piece], box: Box) -> Iterator[tuple[Piece, Box, Box]]:
+    """The pieces that have something of a box of ours: (piece, where in the box, where in their tensor)."""
+    for piece in pieces:
+        common = boxes.shared(box, piece.ours)
+        if common is not None:
+            yield piece, tuple(slice(x.start - y.start, x.stop - y.start) for x, y in zip(common, box)), theirs_of(piece, common)
+
+
+class Source:
+    """Tensors of ours as their files have them, `Readable`: what `Entry.read_from` asks for.
+
+    Args:
+        files: of theirs.
+        chosen: our name -> its pieces, called as the files call them.
+        shapes: our name -> shape of the whole tensor.
+    """
+
+    def __init__(self, files: Files, chosen: Mapping[str, Sequence[Piece]], shapes: Mapping[str, tuple[int, ...]]):
+        self._files, self._chosen, self._shapes = files, chosen, shapes
+
+    def pieces(self, name: str) -> Sequence[Piece]:
+        """Where a tensor is, called as the files call it."""
+        return self._chosen[name]
+
+    def read(self, name: str, box: Box, out: np.ndarray) -> None:
+        """Write a box of the whole tensor to `out`."""
+        for piece, inside, there in parts_in(self._chosen[name], box):
+            self._files.read(piece.name, there, their_view(piece, out[inside]))
+
+    def read_flat(self, name: str, start: int, stop: int, out: np.ndarray) -> None:
+        """Write elements [start, stop) of the flattened whole tensor to `out`."""
+        for inside, box in boxes.Piece(self._shapes[name], first=start, last=stop).boxes():
+            self.read(name, box, out[inside].reshape(boxes.extents(box)))
+
+
+def choose(files: Files, names: Names, shapes: Mapping[str, tuple[int, ...]]) -> tuple[dict[str, list[Piece]], list[Difference]]:
+    """Where each of our tensors is, by the names that are in the files, and which names are missing or unexpected.
+
+    Of several ways to write a tensor the first counts of which all names are there.
+    """
+    chosen: dict[str, list[Piece]] = {}
+    found: list[Difference] = []
+    known: set[str] = set()
+    for name, shape in shapes.items():
+        ways = names(name, shape)
+        way = next((way for way in ways if all(files.find(piece.name) for piece in way)), None)
+        if way is None:
+            way = max(ways, key=lambda way: sum(files.find(piece.name) is not None for piece in way))
+            absent = {piece.name: piece.shape for piece in way if files.find(piece.name) is None}
+            found += [Difference("missing", absent_name, "", str(tuple(shape))) for absent_name, shape in absent.items()]
+        else:
+            chosen[name] = [replace(piece, name=files.find(piece.name) or piece.name) for piece in way]
+        known |= {files.find(piece.name) or piece.name for piece in way}
+    extra = [name for name in files.where if name not in known and not _NEVER_USED.fullmatch(name)]
+    found += [Difference("unexpected", name, f"in {files.where[name].name}", "") for name in extra]
+    return chosen, found
+
+
+def compare(files: Files, chosen: Mapping[str, Sequence[Piece]], dtypes: Mapping[str, Any]) -> list[Difference]:
+    """Tensors whose shape is another one, or whose values are no floats; opens the files that have them, and no others.
+
+    `dtypes`: of the tensors of ours that are looked at.
+    """
+    found = {}
+    for name, dtype in dtypes.items():
+        for piece in chosen.get(name, ()):
+            info, here = files.info(piece.name), TYPE_NAMES[dtype]
+            kind = info if isinstance(info, str) else TYPE_NAMES[info.dtype]
+            if kind not in _FLOATS:
+                found[piece.name] = Difference("type", piece.name, kind, here)
+            elif isinstance(info, TensorInfo) and info.shape != tuple(piece.shape):
+                found[piece.name] = Difference("shape", piece.name, str(info.shape), str(tuple(piece.shape)))
+    return list(found.values())

@@ -1,0 +1,58 @@
+"""`bmtrain-ms convert`: models' files for who wants files; `from_pretrained` and `save_pretrained` need no conversion."""
+
+from __future__ import annotations
+
+import argparse
+import os
+
+from .options import Commands, path
+
+_TEXTS = {
+    "hf2ms": "write a folder of Hugging Face's as bmtrain_ms.load reads it",
+    "ms2hf": "write files of bmtrain_ms.save, of bmtrain_mindspore or with Megatron's names as transformers reads them",
+    "recast": "write a folder of Hugging Face's with another type, or files of another size",
+}
+
+
+def add(commands: Commands) -> argparse.ArgumentParser:
+    """What the command line of `bmtrain-ms convert` understands."""
+    parser = commands.add_parser("convert", help="rewrite models' files: other names, types and sizes")
+    actions = parser.add_subparsers(dest="action", required=True)
+    for name, text in _TEXTS.items():
+        action = actions.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+        action.add_argument("path", type=path, help="a folder, an index or a safetensors file")
+        action.add_argument("out", type=path, help="folder; files that other names stand for are replaced at the end")
+        action.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), help="of all tensors (default: as they are)")
+        action.add_argument("--max-shard-size", default="5GB", help="largest file, e.g. 200MiB (default 5GB)")
+        if name == "ms2hf":
+            names = ("bmtrain_ms", "bmtrain_mindspore", "megatron")
+            action.add_argument("--names", choices=names, default="bmtrain_ms", help="whose names there are (default bmtrain_ms)")
+            action.add_argument("--config", type=path, help="folder with config.json and tokenizer, if they are not in PATH")
+        else:
+            action.add_argument("--pickles", action="store_true", help="read pytorch_model.bin too: its tensors, nothing else")
+    return parser
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Do what the command line says; returns an exit code.
+
+    Raises:
+        CheckpointError: files are missing, damaged, do not fit their config, or cannot be written.
+    """
+    os.environ.setdefault("GLOG_v", "3")  # MindSpore's C++ log: errors only
+    from bmtrain_ms.checkpoint import CheckpointError
+    from bmtrain_ms.model_center.converting import convert
+
+    options = {"dtype": arguments.dtype, "max_shard_size": arguments.max_shard_size}
+    read, write = ("hf", "ms") if arguments.action == "hf2ms" else ("hf", "hf")
+    if arguments.action == "ms2hf":
+        read = "ms" if arguments.names == "bmtrain_ms" else arguments.names
+        options["config"] = arguments.config
+    else:
+        options["pickles"] = arguments.pickles
+    try:
+        for written in convert(arguments.path, arguments.out, read, write, **options):
+            print(written)
+    except ValueError as error:
+        raise CheckpointError(str(error)) from error
+    return 0
