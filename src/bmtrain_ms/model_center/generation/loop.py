@@ -20,6 +20,8 @@ from ..layer import KeyValueCache
 from .beams import Beams
 from .sampling import choose, penalised
 
+_TOLD = {"most": "max_new_tokens", "beams": "num_beams", "sequences": "num_return_sequences"}
+
 
 @dataclass(frozen=True)
 class _Settings:
@@ -34,11 +36,18 @@ class _Settings:
     beams: int
     length_penalty: float
     sequences: int
-    ends: tuple[int, ...]
+    ends: Any
     stop: Optional[Callable[[list[int]], bool]]
     seed: int
 
     def __post_init__(self) -> None:
+        for name in ("most", "top_k", "beams", "sequences", "seed"):
+            least = 1 if name in ("beams", "sequences") else None
+            object.__setattr__(self, name, whole(_TOLD.get(name, name), getattr(self, name), least))
+        for name in ("temperature", "top_p", "min_p", "repetition_penalty", "length_penalty"):
+            object.__setattr__(self, name, number(name, getattr(self, name)))
+        ends = self.ends if isinstance(self.ends, Sequence) else [] if self.ends is None else [self.ends]
+        object.__setattr__(self, "ends", tuple(whole("eos_id", x) for x in ends))
         if not self.temperature >= 0 or self.top_k < 0 or not 0 < self.top_p <= 1 or self.most < 1:
             raise ValueError(
                 f"need temperature >= 0, top_k >= 0, 0 < top_p <= 1, max_new_tokens >= 1, not {self.temperature}, {self.top_k}, "
@@ -104,21 +113,8 @@ def generate(
         FloatingPointError: the model computes NaN or infinity.
     """
     given = _checked(prompts, getattr(getattr(model, "config", None), "vocab_size", None))
-    ends = () if eos_id is None else tuple(whole("eos_id", x) for x in (eos_id if isinstance(eos_id, Sequence) else [eos_id]))
-    settings = _Settings(
-        whole("max_new_tokens", max_new_tokens),
-        number("temperature", temperature),
-        whole("top_k", top_k),
-        number("top_p", top_p),
-        number("min_p", min_p),
-        number("repetition_penalty", repetition_penalty),
-        whole("num_beams", num_beams, 1),
-        number("length_penalty", length_penalty),
-        whole("num_return_sequences", num_return_sequences, 1),
-        ends,
-        stop,
-        whole("seed", seed),
-    )
+    limits = temperature, top_k, top_p, min_p, repetition_penalty
+    settings = _Settings(max_new_tokens, *limits, num_beams, length_penalty, num_return_sequences, eos_id, stop, seed)
     if on_token is not None and num_beams > 1:
         raise ValueError("on_token has no effect with num_beams: which tokens are kept is known at the end")
     training = model.training
