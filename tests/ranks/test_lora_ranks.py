@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any, Callable
 
 import pytest
+from safetensors.numpy import load_file
 
 import bmtrain_ms as bms
 from bmtrain_ms.comm import World, use_world
-from bmtrain_ms.model_center import spread
+from bmtrain_ms.model_center import save_adapters, spread
 from bmtrain_ms.model_center.model import Llama, LlamaConfig
 from bmtrain_ms.nn import add_lora
 from tests.helpers.layouts import SIZES, Case, batch_of, parts, whole
 from tests.ranks.test_layouts import compare
 
 
-def trained(world: World, case: Case) -> dict[str, Any]:
+def trained(world: World, case: Case, folder: Path) -> dict[str, Any]:
     with use_world(case.world(world)) as here:
         model = Llama(LlamaConfig(**SIZES, num_heads_kv=2))
         add_lora(model, "q_proj|k_proj|v_proj|o_proj|gate_proj|down_proj", rank=3, alpha=6)
@@ -35,13 +38,21 @@ def trained(world: World, case: Case) -> dict[str, Any]:
             norms.append(manager.clip_grad_norm(optimizer.param_groups, 1.0))
             losses.append(bms.sum_loss(value).asnumpy().item())
             manager.step()
+        save_adapters(model, folder)
         last = parts({p.name: (p.layout, p) for p in params})
         return {"first": first, "losses": losses, "norms": norms, "grads": grads, "last": last}
 
 
 @pytest.mark.parametrize("case", [Case(dp=2), Case(tp=2), Case(tp=4), Case(pp=2)], ids=str)
-def test_adapters_are_those_of_one_rank(run_ranks: Callable[..., list[Any]], case: Case):
-    (found,) = run_ranks(1, trained, case=Case())
+def test_adapters_are_those_of_one_rank(run_ranks: Callable[..., list[Any]], tmp_path: Path, case: Case):
+    (found,) = run_ranks(1, trained, case=Case(), folder=tmp_path / "one")
     right = {**found, **{part: whole([found[part]]) for part in ("first", "grads", "last")}}
     assert len(right["grads"]) == 24 and all(".lora_" in name for name in right["grads"])
-    compare(run_ranks(case.ranks, trained, case=case), right, 2e-5)
+    answers = run_ranks(case.ranks, trained, case=case, folder=tmp_path / "many")
+    compare(answers, right, 2e-5)
+    saved, last = load_file(str(tmp_path / "many" / "adapter_model.safetensors")), whole([answer["last"] for answer in answers])
+    assert sorted(saved) == sorted(f"base_model.model.{name}" for name in last)
+    for name, values in last.items():
+        assert (saved[f"base_model.model.{name}"] == values).all()
+    configs = [json.loads((tmp_path / ranks / "adapter_config.json").read_text()) for ranks in ("one", "many")]
+    assert configs[0] == configs[1] and configs[0]["r"] == 3

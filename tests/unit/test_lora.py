@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
+
 import mindspore as ms
 import numpy as np
 import pytest
+import safetensors.numpy
 from mindspore import Tensor
 
 import bmtrain_ms as bms
+from bmtrain_ms.checkpoint import CheckpointError
 from bmtrain_ms.compat.runtime import from_host, host_array
-from bmtrain_ms.model_center import spread
+from bmtrain_ms.model_center import load_adapters, save_adapters, spread
 from bmtrain_ms.nn import add_lora, freeze, merge_lora, thaw
 from tests.golden.models import FOLDER, batches, weight
 from tests.unit.test_families import model_of
@@ -99,3 +103,52 @@ def test_what_is_refused():
     spread(model)
     with pytest.raises(ValueError, match=r"has been spread, .* add adapters first, then spread"):
         add_lora(model, "q_proj")
+
+
+# Files #
+
+
+def test_adapters_come_back_from_pefts_files(tmp_path):
+    model = with_adapters()
+    ids = Tensor(batches()["plain"]["ids"])
+    before = model(ids).asnumpy()
+    save_adapters(model, tmp_path, base="a/model")
+    assert sorted(x.name for x in tmp_path.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
+    names = safetensors.numpy.load_file(str(tmp_path / "adapter_model.safetensors"))
+    assert names["base_model.model.model.layers.1.mlp.down_proj.lora_A.weight"].shape == (3, 24) and len(names) == 12
+    again = model_of("llama")
+    assert len(load_adapters(again, tmp_path)) == 6
+    assert np.array_equal(again(ids).asnumpy(), before)
+    assert [p.name for p in again.trainable_params()] == [p.name for p in model.trainable_params()]
+
+
+@pytest.mark.parametrize(
+    "change, text",
+    [
+        ({"peft_type": "IA3"}, "is not of LoRA adapters"),
+        ({"use_dora": True}, "asks for what is not computed here: use_dora=True"),
+        ({"r": None}, "names no rank"),
+        ({"target_modules": ["q_proj"]}, "has other adapters than its adapter_config.json says: .* and 7 more"),
+    ],
+)
+def test_files_that_are_not_computed_here(tmp_path, change, text):
+    save_adapters(with_adapters(), tmp_path)
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    with pytest.raises(CheckpointError, match=text):
+        load_adapters(model_of("llama"), tmp_path)
+
+
+def test_adapters_of_another_model_are_refused_before_anything_changes(tmp_path):
+    save_adapters(with_adapters(), tmp_path)
+    other = model_of("qwen3")
+    names = [p.name for p in other.get_parameters()]
+    with pytest.raises(
+        CheckpointError, match=r"has an adapter model.layers.0.self_attn.q_proj.lora_B.weight of shape \(16, 3\), and the "
+    ):
+        load_adapters(other, tmp_path)
+    assert [p.name for p in other.get_parameters()] == names
+    with pytest.raises(CheckpointError, match="has no adapters to write: give it some by"):
+        save_adapters(other, tmp_path)
+    with pytest.raises(CheckpointError, match=r"adapter_config.json cannot be read"):
+        load_adapters(other, tmp_path / "nowhere")

@@ -34,7 +34,8 @@ class LoRALinear(Linear):
         dtype = linear.parameter("weight").dtype
         super().__init__(linear.in_features, linear.out_features, linear.has_bias, dtype)
         take_over(linear, self)
-        self.rank, self.scale = rank, alpha / (math.sqrt(rank) if rslora else rank)
+        self.rank, self.alpha, self.dropout, self.rslora = rank, alpha, dropout, rslora
+        self.scale = alpha / (math.sqrt(rank) if rslora else rank)
         self.lora_A: nn.Cell = Linear(self.in_features, rank, False, dtype, 1.0 / math.sqrt(3.0 * self.in_features))
         self.lora_B: nn.Cell = Linear(rank, self.out_features, False, dtype, 0.0)
         self.lora_dropout = Dropout(dropout) if dropout else None
@@ -72,7 +73,8 @@ class _LoRAColumn(ColumnParallelLinear):
         sizes = linear.in_features, linear.out_features
         super().__init__(*sizes, linear.has_bias, dtype, gather_output, parts=parts)
         take_over(linear, self)
-        self.scale, self.lora_A, self.lora_dropout = linear.scale, linear.lora_A, linear.lora_dropout
+        _settings_of(linear, self)
+        self.lora_A, self.lora_dropout = linear.lora_A, linear.lora_dropout
         self.lora_B = ColumnParallelLinear.of(linear.lora_B, gather_output, parts)  # type: ignore[arg-type]
 
     def construct(self, x: Tensor) -> Tensor:
@@ -89,12 +91,18 @@ class _LoRARow(RowParallelLinear):
         take_over(linear, self)
         if linear.lora_dropout is not None:
             raise ValueError("lora dropout in front of a layer whose input tensor-parallel ranks share out: leave it at 0")
-        self.scale, self.lora_B, self.lora_dropout = linear.scale, linear.lora_B, None
+        _settings_of(linear, self)
+        self.lora_B, self.lora_dropout = linear.lora_B, None
         self.lora_A = RowParallelLinear.of(linear.lora_A)  # type: ignore[arg-type]
 
     def construct(self, x: Tensor) -> Tensor:
         """See `RowParallelLinear`."""
         return super().construct(x) + adapted(self, x)
+
+
+def _settings_of(linear: LoRALinear, made: Any) -> None:
+    for name in ("rank", "alpha", "dropout", "rslora", "scale"):
+        setattr(made, name, getattr(linear, name))
 
 
 def adapted(layer: Any, x: Tensor) -> Tensor:

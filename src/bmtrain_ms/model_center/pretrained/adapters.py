@@ -1,0 +1,149 @@
+"""Adapters in the files of PEFT: `adapter_config.json` and `adapter_model.safetensors`."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from mindspore import nn
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save
+
+from ...comm import world
+from ...compat.runtime import from_host, host_array, numpy_dtype
+from ...files.entries import model_entries
+from ...files.errors import CheckpointError, agree_or_fail
+from ...files.gathering import Whole
+from ...nn import add_lora
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_PREFIX = "base_model.model."
+_MARK = ".lora_"
+
+
+def save_adapters(model: nn.Cell, folder: str | Path, base: str = "") -> None:
+    """Write what `add_lora` has added, as PEFT's `PeftModel.from_pretrained` reads it; rank 0 writes, all ranks call it together.
+
+    Args:
+        model: plain, or spread over any ranks.
+        folder: made if it is not there.
+        base: the folder or name of the model that the adapters belong to, for those who read them.
+
+    Raises:
+        CheckpointError: there are no adapters, or they cannot be written; on every rank.
+    """
+    current, path = world(), Path(folder).expanduser()
+    entries = {name: entry for name, entry in model_entries(model).items() if _MARK in name}
+    tensors = Whole(entries, current)
+    if not tensors.described:
+        raise CheckpointError(f"this {type(model).__name__} has no adapters to write: give it some by bmtrain_ms.nn.add_lora")
+    found: dict[str, np.ndarray] = {}
+    for name, (dtype, shape) in tensors.described.items():
+        values = [part for _, part in tensors.pieces(name)]
+        if current.everyone.rank == 0:
+            whole = np.concatenate(values).reshape(shape)
+            found[_PREFIX + name] = whole if numpy_dtype(dtype).isbuiltin == 1 else whole.astype(np.float32)  # bfloat16
+    error: BaseException | None = None
+    if current.everyone.rank == 0:
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            _write(path / WEIGHTS, save(found, {"format": "pt"}))
+            _write(path / CONFIG, json.dumps(_config_of(model, list(tensors.described), base), indent=2).encode() + b"\n")
+        except OSError as caught:
+            error = caught
+    agree_or_fail(current.everyone, error, f"{path} cannot be written")
+
+
+def load_adapters(model: nn.Cell, folder: str | Path) -> list[str]:
+    """Give a plain model the adapters of a folder of PEFT's, and freeze everything else; before it is spread.
+
+    Returns:
+        The paths of the layers.
+
+    Raises:
+        CheckpointError: the folder has no adapters, others than are computed here, or they do not fit the model.
+    """
+    path = Path(folder).expanduser()
+    config = _read_config(path)
+    try:
+        there = {name.removeprefix(_PREFIX): values for name, values in load_file(str(path / WEIGHTS)).items()}
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path / WEIGHTS} cannot be read: {error}") from None
+    targets = config["target_modules"]
+    pattern = targets if isinstance(targets, str) else rf"(^|\.)({'|'.join(map(re.escape, targets))})$"
+    _check_shapes(model, there, path)
+    alpha, dropout = config.get("lora_alpha", 8), config.get("lora_dropout", 0.0)
+    paths = add_lora(model, pattern, config["r"], alpha, dropout=dropout, rslora=bool(config.get("use_rslora")))
+    ours: dict[str, Any] = {p.name: p for p in model.get_parameters() if _MARK in p.name}
+    if set(ours) != set(there):
+        odd = sorted(set(ours) ^ set(there))
+        raise CheckpointError(
+            f"{path} has other adapters than its {CONFIG} says: {odd[0]} and {len(odd) - 1} more are on one side only"
+        )
+    for name, values in there.items():
+        ours[name].copy_full(from_host(values.astype(host_array(ours[name]).dtype)))
+    return paths
+
+
+def _config_of(model: nn.Cell, names: list[str], base: str) -> dict[str, Any]:
+    layers = [cell for _, cell in model.cells_and_names() if hasattr(cell, "lora_A") and hasattr(cell, "alpha")]
+    rank, alpha, rslora, dropout = (getattr(layers[0], name) for name in ("rank", "alpha", "rslora", "dropout"))
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "r": rank,
+        "lora_alpha": alpha,
+        "lora_dropout": dropout,
+        "use_rslora": rslora,
+        "target_modules": sorted({name.split(_MARK)[0].rsplit(".", 1)[-1] for name in names}),
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "modules_to_save": None,
+    }
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        config = json.loads((path / CONFIG).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path / CONFIG} cannot be read: {error}") from None
+    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
+        raise CheckpointError(f"{path / CONFIG} is not of LoRA adapters: they are what is computed here")
+    other = {"bias": "none", "use_dora": False, "fan_in_fan_out": False}
+    wrong = [name for name, value in other.items() if config.get(name, value) not in (value, None)]
+    wrong += [name for name in ("rank_pattern", "alpha_pattern", "modules_to_save", "layers_to_transform") if config.get(name)]
+    if wrong:
+        raise CheckpointError(
+            f"{path / CONFIG} asks for what is not computed here: {', '.join(f'{n}={config[n]!r}' for n in wrong)}"
+        )
+    if not isinstance(config.get("r"), int) or not config.get("target_modules"):
+        raise CheckpointError(f"{path / CONFIG} names no rank (r) or no target_modules")
+    return config
+
+
+def _check_shapes(model: nn.Cell, there: dict[str, np.ndarray], path: Path) -> None:
+    """Before anything is changed."""
+    whole: dict[str, Any] = {p.name: p for p in model.get_parameters()}
+    for name, values in there.items():
+        layer, _, part = name.partition(_MARK)
+        weight = whole.get(f"{layer}.weight")
+        if weight is None or part not in ("A.weight", "B.weight"):
+            raise CheckpointError(f"{path} has an adapter {name}, and this {type(model).__name__} no such layer")
+        out_features, in_features = weight.full_shape
+        size = values.shape[1] if part == "A.weight" else values.shape[0]
+        if size != (in_features if part == "A.weight" else out_features):
+            raise CheckpointError(
+                f"{path} has an adapter {name} of shape {values.shape}, and the layer's weight has {(out_features, in_features)}"
+            )
+
+
+def _write(path: Path, data: bytes) -> None:
+    temporary = path.with_name(f".{path.name}.new")
+    temporary.write_bytes(data)
+    temporary.replace(path)
