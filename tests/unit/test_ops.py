@@ -232,6 +232,33 @@ def test_attention_of_capped_scores_and_narrow_values(kind, dtype):
     check(lambda q, k, v: ops.attention(q, k, v, mask, 0.7, 1.5), reference, *tensors, close=tanh_of_the_device())
 
 
+@pytest.mark.parametrize("keeps", [True, False], ids=["kept", "again"])
+@pytest.mark.parametrize("kind", ["causal", "padded", "documents", "both"])
+def test_attention_of_what_is_seen(monkeypatch, kind, keeps):
+    """In blocks of two queries; weights are kept for the backward pass, or computed again."""
+    monkeypatch.setattr(host_attention, "BLOCK", 2)
+    if not keeps:
+        monkeypatch.setattr(host_attention, "KEPT", 0)
+    random = np.random.default_rng(5)
+    real = np.array([[False, True, True, True, False], [True] * 5]) if kind in ("padded", "both") else None
+    documents = random.integers(0, 2, (2, 5)) if kind in ("documents", "both") else None
+    seen = ops.Seen(5, 5, real, documents)
+    allowed = np.tril(np.ones((5, 5), bool))[None]
+    allowed = allowed if documents is None else allowed & (documents[:, :, None] == documents[:, None, :])
+    allowed = allowed if real is None else allowed & real[:, None]
+    sees = np.tile(np.broadcast_to(allowed, (2, 5, 5)), (1, 3, 1))[:, None]
+    there = sees.any(-1, keepdims=True)  # a query that sees nothing is padding itself, whatever its result is
+
+    def reference(q: np.ndarray, k: np.ndarray, v: np.ndarray) -> np.ndarray:
+        scores = np.where(sees, q @ k.swapaxes(-1, -2) / np.sqrt(3), -1e30)
+        weights = np.exp(scores - scores.max(-1, keepdims=True)) * sees
+        return weights / np.maximum(weights.sum(-1, keepdims=True), 1e-30) @ v
+
+    shown = Tensor(there.astype(np.float32))
+    tensors = (numbers(2, 2, rows, 3, seed=i) for i, rows in enumerate((15, 5, 5)))
+    check(lambda q, k, v: ops.attention(q, k, v, seen) * shown, reference, *tensors)
+
+
 def test_grouped_queries_equal_repeated_keys():
     """4 query heads on 2 key heads: the rows of one group are queries of one product."""
     batch, kv, group, length, dim = 2, 2, 2, 3, 4

@@ -15,7 +15,6 @@ import bmtrain_ms as bms
 from bmtrain_ms.model_center import Spread, spread
 from bmtrain_ms.model_center.layer import KeyValueCache, Positions, RotaryEmbedding, cache
 from bmtrain_ms.model_center.model import Llama, LlamaConfig
-from bmtrain_ms.nn import functional
 from bmtrain_ms.nn.functional import cross_entropy
 
 SIZES = {"vocab_size": 37, "dim_model": 24, "num_heads": 4, "num_heads_kv": 2, "dim_ff": 40, "num_layers": 2}
@@ -25,11 +24,17 @@ pytestmark = pytest.mark.usefixtures("single_world")
 
 def seen(positions: Positions, heads: int = 1, repeats: int = 1) -> np.ndarray:
     """(batch, queries, keys) bool, after it was seen that all heads are alike."""
-    mask = positions.mask(heads, repeats)
     keys = positions.offset + positions.length
-    if mask is None:
+    if positions.seen is None:
         return np.ones((positions.batch, positions.length, keys), bool)
-    every = np.broadcast_to(mask.asnumpy(), (positions.batch, heads, repeats * positions.length, keys))
+    mask = positions.seen.tensor(repeats).asnumpy()
+    for rows in (slice(0, 1), slice(positions.length // 2, positions.length), slice(0, positions.length)):  # a block at a time
+        first, last, allowed = positions.seen.block(rows)
+        whole = np.zeros((mask.shape[0], rows.stop - rows.start, keys), bool)
+        causal = np.tril(np.ones((positions.length, keys), bool), positions.offset)[None, rows, first:last]
+        whole[:, :, first:last] = causal if allowed is None else allowed
+        np.testing.assert_array_equal(whole, mask[:, 0, rows] == 0)
+    every = np.broadcast_to(mask, (positions.batch, heads, repeats * positions.length, keys))
     values = every.reshape(positions.batch, heads * repeats, positions.length, keys)
     assert ((values == 0) | (values <= -1e30)).all() and np.isfinite(values).all()
     assert (values == values[:, :1]).all()
@@ -72,11 +77,11 @@ def test_documents_see_themselves_and_count_from_zero(batch, length, repeats, dr
 def test_what_all_layers_need_is_made_once():
     rotary = RotaryEmbedding(6)
     positions = Positions(2, 5, documents=np.zeros((2, 5), int))
-    assert positions.mask(2, 2) is positions.mask(2, 2) and positions.angles(rotary) is positions.angles(rotary)
+    assert positions.seen is positions.seen and positions.seen.tensor(2) is positions.seen.tensor(2)
+    assert positions.angles(rotary) is positions.angles(rotary)
     assert positions.angles(rotary) is not positions.angles(RotaryEmbedding(6))
-    # who knows causal_mask may take a shorter way
-    assert Positions(2, 5).mask(2, 2) is functional.causal_mask(2, 2, 5, 5, 2)
-    assert Positions(2, 1, 4).mask(2) is None
+    assert Positions(2, 5).seen.causal and not positions.seen.causal
+    assert Positions(2, 1, 4).seen is None
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ..ops import (
     Angles,
+    Seen,
     attention,
     causal_mask,
     check_cross_entropy_options,
@@ -25,6 +26,7 @@ from ..ops import (
 
 __all__ = [
     "Angles",
+    "Seen",
     "attention",
     "causal_mask",
     "check_cross_entropy_options",

@@ -15,9 +15,11 @@ from mindspore import Tensor
 from ..compat.device import on_host
 from . import experts, loss
 from .rules import Angles, LossRule, check_cross_entropy_options
+from .seen import Seen
 
 __all__ = [
     "Angles",
+    "Seen",
     "attention",
     "causal_mask",
     "check_cross_entropy_options",
@@ -125,7 +127,7 @@ def merge_heads(x: Tensor) -> Tensor:
 
 
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None = None, softcap: float | None = None
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | Seen | None, scale: float | None = None, softcap: float | None = None
 ) -> Tensor:
     """softmax(scale * q kᵀ + mask) v, softmax in float32.
 
@@ -135,8 +137,9 @@ def attention(
         q: (batch, kv heads, queries of the group, dim).
         k: (batch, kv heads, keys, dim).
         v: (batch, kv heads, keys, dim of the result).
-        mask: float32, added to the scores: broadcastable to (batch, kv heads, queries, keys). What `causal_mask` has returned,
-            the very tensor, costs less than another one.
+        mask: which keys are seen, a `Seen`, of which memory for all pairs is never taken on the host; or float32, added to the
+            scores: broadcastable to (batch, kv heads, queries, keys), where what `causal_mask` has returned, the very tensor, costs
+            less than another one.
         scale: None: 1 / sqrt(dim).
         softcap: scores become softcap * tanh(score / softcap) before the mask is added; None: they stay.
 

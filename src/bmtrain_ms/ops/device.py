@@ -13,6 +13,7 @@ from ..compat.autograd import custom_vjp
 from .device_experts import choose_experts, dot_rows, grouped_linear, spread_rows, sum_rows, take_rows
 from .device_loss import loss_gradient, loss_sums
 from .rules import GELU, GELU_CUBE, Angles
+from .seen import Seen
 
 __all__ = [
     "attention",
@@ -189,9 +190,10 @@ def _quarter_turn(dim: int) -> Tensor:
     return Tensor(turn)
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None, softcap: float | None) -> Tensor:
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | Seen | None, scale: float | None, softcap: float | None) -> Tensor:
     """See `bmtrain_ms.ops.attention`."""
     scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else scale
+    mask = mask.tensor(q.shape[2] // mask.queries) if isinstance(mask, Seen) else mask
 
     def forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensors, tuple[Tensor, Tensor | None]]:
         scores, bent = _batch_matmul_t(q * scale, k).astype(ms.float32), None
@@ -216,5 +218,4 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float
 @functools.lru_cache(maxsize=8)
 def causal_mask(batch: int, heads: int, queries: int, keys: int, repeats: int = 1) -> Tensor:
     """See `bmtrain_ms.ops.causal_mask`; (1, 1, repeats * queries, keys)."""
-    allowed = np.tril(np.ones((queries, keys), bool), keys - queries)
-    return Tensor(np.where(np.tile(allowed, (repeats, 1)), 0.0, -1e30).astype(np.float32)[None, None])
+    return Seen(queries, keys).tensor(repeats)

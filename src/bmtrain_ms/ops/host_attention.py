@@ -4,69 +4,100 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import Iterator
+from typing import Any
 
 import numpy as np
 from mindspore import Tensor
 
 from ..compat.autograd import custom_vjp
-from ..compat.runtime import from_host, values
+from ..compat.runtime import values
 from . import kernels
-from .host_arrays import Arrays, Tensors, quiet, returned, wide
+from .host_arrays import Tensors, quiet, returned, wide
+from .seen import NOT_SEEN, Seen
 
 BLOCK = 64  # queries: measured from 32 to all of them, at lengths of 128 to 1024
+WORKING = 32 << 20  # bytes of the scores of a block, where fewer queries make them fewer
+KEPT = 32 << 20  # bytes of weights that are kept for the backward pass; more are computed again, a block at a time
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None, softcap: float | None) -> Tensor:
-    """See `bmtrain_ms.ops.attention`. A causal mask is not added: the loops end where it begins."""
-    scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else scale
-    causal = getattr(mask, "causal_queries", 0)
-    length, keys = causal or q.shape[2], k.shape[2]
-    blocks = [(rows, keys - length + rows.stop) for rows in _blocks(length)] if causal else [(slice(0, length), keys)]
+class _Scores:
+    """A call: how its queries are divided, and the weights of a block."""
+
+    def __init__(self, q: Tensor, k: Tensor, mask: Tensor | Seen | None, scale: float, softcap: float | None):
+        self.mask, self.scale, self.softcap = mask, scale, softcap
+        seen = mask if isinstance(mask, Seen) else getattr(mask, "seen", None)
+        self.seen: Seen | None = seen
+        self.length, self.keys = (seen.queries if seen else q.shape[2]), k.shape[2]
+        self.shape = q.shape[:3]
+        row = 4 * self.keys * q.shape[0] * q.shape[1] * (q.shape[2] // self.length)  # bytes of a query's scores
+        rows = min(BLOCK, max(8, WORKING // max(1, row))) if seen else self.length
+        self.blocks = [slice(start, min(start + rows, self.length)) for start in range(0, self.length, rows)]
+        self.keeps = row * self.length <= KEPT
+
+    def range(self, rows: slice) -> slice:
+        """The keys that a block's queries see."""
+        if self.seen is None:
+            return slice(0, self.keys)
+        first, last, _ = self.seen.block(rows)
+        return slice(first, last)
+
+    def weights(self, queries: np.ndarray, known: np.ndarray, rows: slice) -> tuple[np.ndarray, np.ndarray | None, int]:
+        """(batch * kv heads, queries of the group, rows, keys of `range`), the slope of the cap, and how the kernels are told of a
+        causal block."""
+        first, last, allowed = (0, self.keys, None) if self.seen is None else self.seen.block(rows)
+        scores, bend, factor = queries[:, :, rows] @ known[:, :, first:last].swapaxes(-1, -2), None, self.scale
+        if self.softcap is not None:
+            scores *= np.float32(self.scale / self.softcap)
+            np.tanh(scores, out=scores)
+            bend, factor = 1.0 - scores * scores, self.softcap
+        causal = rows.stop - rows.start if self.seen is not None and allowed is None else 0
+        if allowed is not None:
+            scores *= np.float32(factor)
+            batch, heads, _ = self.shape
+            apart = scores.reshape(batch, heads, *scores.shape[1:])
+            np.copyto(apart, NOT_SEEN, where=~allowed[:, None, None])
+            factor = 1.0
+        elif self.seen is None and self.mask is not None:
+            scores *= np.float32(factor)
+            scores.reshape(*self.shape, self.keys)[...] += values(self.mask)
+            factor = 1.0
+        kernels.softmax(_matrices(scores), factor, causal)
+        return scores, bend, causal
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | Seen | None, scale: float | None, softcap: float | None) -> Tensor:
+    """See `bmtrain_ms.ops.attention`. What is not seen is not computed, but for the corners of blocks."""
+    scores = _Scores(q, k, mask, 1.0 / math.sqrt(q.shape[-1]) if scale is None else scale, softcap)
 
     @quiet
-    def forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensors, Arrays]:
-        queries, known, shown = _queries(q, length), _keys(k), _keys(v)
-        out, kept, bends = np.empty((*queries.shape[:3], v.shape[-1]), np.float32), [], []
-        for rows, seen in blocks:
-            weights = queries[:, :, rows] @ known[:, :, :seen].swapaxes(-1, -2)
-            factor = scale
-            if softcap is not None:
-                weights *= np.float32(scale / softcap)
-                np.tanh(weights, out=weights)
-                bends.append(1.0 - weights * weights)
-                factor = softcap
-            if mask is None or causal:
-                kernels.softmax(_matrices(weights), factor, rows.stop - rows.start if causal else 0)
-            else:
-                weights *= np.float32(factor)
-                weights.reshape(*q.shape[:3], keys)[...] += values(mask)
-                kernels.softmax(_matrices(weights), 1.0, 0)
-            out[:, :, rows] = weights @ shown[:, :, :seen]
-            kept.append(weights)
-        return (returned(out, q, (*q.shape[:3], v.shape[-1])),), (*kept, *bends)
+    def forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensors, list[Any]]:
+        queries, known, shown = _queries(q, scores.length), _keys(k), _keys(v)
+        out, kept = np.empty((*queries.shape[:3], v.shape[-1]), np.float32), []
+        for rows in scores.blocks:
+            found = scores.weights(queries, known, rows)
+            out[:, :, rows] = found[0] @ shown[:, :, scores.range(rows)]
+            kept.append(found if scores.keeps else None)
+        return (returned(out, q, (*q.shape[:3], v.shape[-1])),), kept
 
     @quiet
-    def backward(inputs: Tensors, kept: Arrays, grads: Tensors) -> Tensors:
+    def backward(inputs: Tensors, kept: list[Any], grads: Tensors) -> Tensors:
         q, k, v = inputs
-        queries, known, shown, grad = _queries(q, length), _keys(k), _keys(v), _queries(grads[0], length)
+        queries, known, shown = _queries(q, scores.length), _keys(k), _keys(v)
+        grad = _queries(grads[0], scores.length)
         q_grad, k_grad, v_grad = np.empty_like(queries), np.zeros_like(known), np.zeros_like(shown)
-        for i, ((rows, seen), weights) in enumerate(zip(blocks, kept)):
-            v_grad[:, :, :seen] += (weights.swapaxes(-1, -2) @ grad[:, :, rows]).sum(1, keepdims=True)
-            slope = grad[:, :, rows] @ shown[:, :, :seen].swapaxes(-1, -2)
-            kernels.softmax_gradient(_matrices(weights), _matrices(slope), scale, rows.stop - rows.start if causal else 0)
-            if softcap is not None:
-                slope *= kept[len(blocks) + i]
-            q_grad[:, :, rows] = slope @ known[:, :, :seen]
-            k_grad[:, :, :seen] += (slope.swapaxes(-1, -2) @ queries[:, :, rows]).sum(1, keepdims=True)
+        for rows, found in zip(scores.blocks, kept):
+            weights, bend, causal = found or scores.weights(queries, known, rows)
+            seen = scores.range(rows)
+            v_grad[:, :, seen] += (weights.swapaxes(-1, -2) @ grad[:, :, rows]).sum(1, keepdims=True)
+            slope = grad[:, :, rows] @ shown[:, :, seen].swapaxes(-1, -2)
+            kernels.softmax_gradient(_matrices(weights), _matrices(slope), scores.scale, causal)
+            if bend is not None:
+                slope *= bend
+            q_grad[:, :, rows] = slope @ known[:, :, seen]
+            k_grad[:, :, seen] += (slope.swapaxes(-1, -2) @ queries[:, :, rows]).sum(1, keepdims=True)
         return returned(q_grad, q), returned(k_grad, k), returned(v_grad, v)
 
     return custom_vjp(forward, backward, q, k, v)[0]
-
-
-def _blocks(length: int) -> Iterator[slice]:
-    for start in range(0, length, BLOCK):
-        yield slice(start, min(start + BLOCK, length))
 
 
 def _queries(x: Tensor, length: int) -> np.ndarray:
@@ -86,7 +117,7 @@ def _matrices(x: np.ndarray) -> np.ndarray:
 @functools.lru_cache(maxsize=8)
 def causal_mask(batch: int, heads: int, queries: int, keys: int, repeats: int = 1) -> Tensor:
     """See `bmtrain_ms.ops.causal_mask`; (1, 1, repeats * queries, keys)."""
-    allowed = np.tril(np.ones((queries, keys), bool), keys - queries)
-    mask = from_host(np.where(np.tile(allowed, (repeats, 1)), 0.0, -1e30).astype(np.float32)[None, None])
-    mask.causal_queries = queries  # what `attention` knows it by
+    seen = Seen(queries, keys)
+    mask = seen.tensor(repeats)
+    mask.seen = seen  # what `attention` knows it by
     return mask

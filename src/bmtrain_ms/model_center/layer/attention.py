@@ -97,7 +97,7 @@ class Attention(nn.Cell):
             k, v = cache.update(k, v)
         repeats = self.num_heads // self.num_heads_kv
         q = q.reshape(batch, self.num_heads_kv, repeats * length, self.dim_head)
-        mixed = functional.attention(q, k, v, positions.mask(self.num_heads_kv, repeats), self.scale, self.softcap)
+        mixed = functional.attention(q, k, v, positions.seen, self.scale, self.softcap)
         merged = functional.merge_heads(mixed.reshape(batch, self.num_heads, length, self.dim_head))
         return self.o_proj(positions.with_padding(merged))
 

@@ -133,7 +133,7 @@ class LatentAttention(nn.Cell):
         k = functional.split_heads(made[..., : self.dim_nope].reshape(-1, heads * self.dim_nope), batch, heads)
         v = functional.split_heads(made[..., self.dim_nope :].reshape(-1, heads * self.dim_value), batch, heads)
         k = ops.cat((k, k_turned.broadcast_to((batch, heads, length, self.dim_rope))), -1)
-        return functional.attention(ops.cat((q_plain, q_turned), -1), k, v, positions.mask(heads), self.scale)
+        return functional.attention(ops.cat((q_plain, q_turned), -1), k, v, positions.seen, self.scale)
 
     def _absorbed(self, q_plain: Tensor, q_turned: Tensor, latent: Tensor, k_turned: Tensor, positions: Positions) -> Tensor:
         """(batch, heads, length, dim_value): queries in the latent vectors' space, which all heads share as one key and value."""
@@ -142,5 +142,5 @@ class LatentAttention(nn.Cell):
         q = ops.matmul(q_plain, weight[None, :, : self.dim_nope])
         q = ops.cat((q, q_turned), -1).reshape(batch, 1, heads * length, self.kv_rank + self.dim_rope)
         k = ops.cat((latent, k_turned), -1)
-        mixed = functional.attention(q, k, latent, positions.mask(1, heads), self.scale)
+        mixed = functional.attention(q, k, latent, positions.seen, self.scale)
         return ops.matmul(mixed.reshape(batch, heads, length, self.kv_rank), weight[None, :, self.dim_nope :].swapaxes(-1, -2))

@@ -8,15 +8,14 @@ import numpy as np
 from mindspore import Tensor, ops
 
 from ...comm import world
-from ...compat.autograd import no_grad, recording
-from ...compat.runtime import from_host, host_array
+from ...compat.autograd import recording
+from ...compat.runtime import host_array
 from ...nn import Routing, functional
+from ...ops.seen import counts_before
 from .cache import KeyValueCache
 from .rotary import RotaryEmbedding
 
 Marks = Union[Tensor, np.ndarray]  # one for each token
-
-_NOT_SEEN = np.float32(-1e30)  # added to a score
 
 
 class Positions:
@@ -44,20 +43,17 @@ class Positions:
         self.rows, self.ranks = batch * length, 1
         self._routing: Routing | None = None
         self._real: np.ndarray | None = None  # (batch, offset + length) bool: what is no padding
-        self._hidden: np.ndarray | None = None  # (batch, 1 or length, keys) bool: what is not seen besides what comes later
+        self._documents: np.ndarray | None = None  # (batch, length)
         self._places: np.ndarray | None = None  # (batch, length): positions in documents
-        self._masks: dict[tuple[int, int], Tensor | None] = {}
+        self._seen: functional.Seen | None = None
         self._angles: dict[RotaryEmbedding, functional.Angles] = {}
         if padding is not None:
             self._real = _marks("padding", padding, batch, offset + length).astype(bool)
-            self._hidden = ~self._real[:, None]
         if documents is not None:
             if offset:
                 raise ValueError(f"documents behind {offset} tokens of a cache: packed rows are for training, without a cache")
-            numbers = _marks("documents", documents, batch, length)
-            same = numbers[:, :, None] == numbers[:, None, :]
-            self._places = np.tril(same).sum(-1) - 1
-            self._hidden = ~same if self._hidden is None else self._hidden | ~same
+            self._documents = _marks("documents", documents, batch, length)
+            self._places = counts_before(self._documents)
 
     @classmethod
     def of(
@@ -133,29 +129,14 @@ class Positions:
             self._angles[rotary] = cos[:, None], sin[:, None]
         return self._angles[rotary]
 
-    def mask(self, heads: int, repeats: int = 1) -> Tensor | None:
-        """What `functional.attention` adds to the scores of grouped queries, float32; None where every key is seen.
-
-        Args:
-            heads: of keys and values.
-            repeats: heads of queries for each of them.
-
-        Returns:
-            Broadcastable to (batch, heads, repeats * length, offset + length), and of that shape on CPU. Shared: do not write.
-        """
-        if (heads, repeats) not in self._masks:
-            self._masks[heads, repeats] = self._make_mask(heads, repeats)
-        return self._masks[heads, repeats]
-
-    def _make_mask(self, heads: int, repeats: int) -> Tensor | None:
-        if self._hidden is None and self.length == 1:
+    @property
+    def seen(self) -> functional.Seen | None:
+        """What `functional.attention` is told of who sees whom; None where every key is seen. One for the pass."""
+        if self._real is None and self._documents is None and self.length == 1:
             return None  # the last position sees everything
-        causal = functional.causal_mask(self.batch, heads, self.length, self.offset + self.length, repeats)
-        if self._hidden is None:
-            return causal  # itself, so that who knows it may take a shorter way
-        hidden = self._hidden if self._hidden.shape[1] == 1 else np.tile(self._hidden, (1, repeats, 1))
-        with no_grad():
-            return causal + from_host(hidden[:, None] * _NOT_SEEN)
+        if self._seen is None:
+            self._seen = functional.Seen(self.length, self.offset + self.length, self._real, self._documents)
+        return self._seen
 
 
 def _marks(name: str, marks: Marks, batch: int, keys: int) -> np.ndarray:

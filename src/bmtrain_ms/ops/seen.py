@@ -1,0 +1,80 @@
+"""Which keys the queries of attention see, worked out a block at a time: no matrix of all of them is made on the host."""
+
+from __future__ import annotations
+
+import numpy as np
+from mindspore import Tensor
+
+from ..compat.autograd import no_grad
+from ..compat.runtime import from_host
+
+NOT_SEEN = np.float32(-1e30)  # added to a score
+
+
+class Seen:
+    """A query sees itself and the keys before it, but for those that nobody sees, and those of other documents.
+
+    Args:
+        queries: the last ones of the keys.
+        keys: at least as many.
+        real: (batch, keys) bool, False for keys that nobody sees; None: all are.
+        documents: (batch, keys) of int: a query sees keys with its own number only; None: they are all of one.
+    """
+
+    def __init__(self, queries: int, keys: int, real: np.ndarray | None = None, documents: np.ndarray | None = None):
+        self.queries, self.keys, self._real, self._documents = queries, keys, real, documents
+        self._starts = None if documents is None else first_of_each(documents)
+        self._tensors: dict[int, Tensor] = {}
+
+    @property
+    def causal(self) -> bool:
+        """Whether that is all: what comes later is not seen."""
+        return self._real is None and self._documents is None
+
+    def block(self, rows: slice) -> tuple[int, int, np.ndarray | None]:
+        """Of queries from rows.start to rows.stop: the first key that one of them may see, the end of those, and which of these
+        each one sees, (batch, rows, keys between) bool; None where all that are not later are seen."""
+        before = self.keys - self.queries
+        last, first = before + rows.stop, 0
+        if self.causal:
+            return 0, last, None
+        if self._starts is not None:
+            first = int(self._starts[:, before + rows.start : last].min())
+        places = np.arange(before + rows.start, last)
+        allowed = np.arange(first, last)[None, None] <= places[None, :, None]
+        if self._documents is not None:
+            allowed = allowed & (self._documents[:, places, None] == self._documents[:, None, first:last])
+        if self._real is not None:
+            allowed = allowed & self._real[:, None, first:last]
+        return first, last, allowed
+
+    def tensor(self, repeats: int = 1) -> Tensor:
+        """What is added to the scores of groups of `repeats` heads: (1 or batch, 1, repeats * queries, keys) float32; made once."""
+        if repeats not in self._tensors:
+            first, _, allowed = self.block(slice(0, self.queries))
+            if allowed is None:
+                allowed = np.tril(np.ones((self.queries, self.keys), bool), self.keys - self.queries)[None]
+            added = np.full((allowed.shape[0], self.queries, self.keys), NOT_SEEN, np.float32)
+            added[:, :, first:][allowed] = 0.0
+            with no_grad():
+                self._tensors[repeats] = from_host(np.ascontiguousarray(np.tile(added, (1, repeats, 1))[:, None]))
+        return self._tensors[repeats]
+
+
+def first_of_each(numbers: np.ndarray) -> np.ndarray:
+    """(batch, n) of int -> for each element the place of the first one in its row with the same number."""
+    out = np.empty(numbers.shape, np.int64)
+    for row, found in zip(numbers, out):
+        _, first, inverse = np.unique(row, return_index=True, return_inverse=True)
+        found[:] = first[inverse.reshape(-1)]
+    return out
+
+
+def counts_before(numbers: np.ndarray) -> np.ndarray:
+    """(batch, n) of int -> how many elements before each one, in its row, have the same number."""
+    out = np.empty(numbers.shape, np.int64)
+    for row, found in zip(numbers, out):
+        order = np.argsort(row, kind="stable")
+        _, first, inverse = np.unique(row[order], return_index=True, return_inverse=True)
+        found[order] = np.arange(row.size) - first[inverse.reshape(-1)]
+    return out
