@@ -97,14 +97,35 @@ class GatherPipeline:
     def hold(self, groups: Iterable[ParamGroup]) -> Iterator[None]:
         """Inside the `with` statement a copy of these groups stays, once it is gathered, for all passes: what ZeRO-2 is where
         several micro-batches are under way. Nobody may write the parameters."""
-        self._held = dict.fromkeys(groups)
+        added = self._hold(groups)
         try:
             yield
         finally:
-            held, self._held = self._held, {}
-            for gathered in held.values():
-                if gathered is not None:
-                    gathered.release()
+            self._let_go(added)
+
+    def hold_until_end(self, groups: Iterable[ParamGroup], of: Pass) -> None:
+        """As `hold`, until a pass has ended. What it holds already is used again if nobody has written the parameters."""
+        held = list(groups)
+        for group in held:
+            gathered = self._held.get(group)
+            if gathered is not None and self._written_anywhere(gathered):
+                gathered.release()
+                self._held[group] = None
+        added = self._hold(held)
+        if added:
+            of.at_end(lambda: self._let_go(added))
+
+    def _hold(self, groups: Iterable[ParamGroup]) -> list[ParamGroup]:
+        """Those among them that are held from now on."""
+        added = [group for group in dict.fromkeys(groups) if group not in self._held]
+        self._held.update(dict.fromkeys(added))
+        return added
+
+    def _let_go(self, groups: Iterable[ParamGroup]) -> None:
+        for group in groups:
+            gathered = self._held.pop(group)
+            if gathered is not None:
+                gathered.release()
 
     def holds(self, gathered: Gathered) -> bool:
         """Whether the copy stays whatever those do who used it."""
