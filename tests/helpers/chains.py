@@ -19,7 +19,8 @@ VOCAB, WIDTH, LENGTH, ROWS = 13, 6, 4, 12  # rows of all ranks together
 
 @dataclass(frozen=True)
 class Chain:
-    """How many ranks, micro-batches and layers; whether layers compute again; what is frozen: a beginning of names."""
+    """How many ranks, micro-batches and layers; whether layers compute again; what is frozen: beginnings of names; whether layers
+    are tensor-parallel ones, on any number of ranks."""
 
     pp: int = 1
     dp: int = 1
@@ -29,13 +30,15 @@ class Chain:
     replica: int = 1
     frozen: tuple[str, ...] = ()
     drop: float = 0.0
+    tp: int = 1
+    parallel: bool = False
 
     @property
     def ranks(self) -> int:
-        return self.pp * self.dp
+        return self.pp * self.dp * self.tp
 
     def world(self, world: World) -> World:
-        mesh = Mesh(self.ranks, world.mesh.rank, pp=self.pp, replica=self.replica)
+        mesh = Mesh(self.ranks, world.mesh.rank, tp=self.tp, pp=self.pp, replica=self.replica)
         return World(world.everyone, mesh, seed=5, micro_batches=self.micro_batches)
 
 
@@ -60,6 +63,19 @@ class Layer(bms.DistributedModule):
         return getattr(self, name)
 
 
+class Parallel(bms.DistributedModule):
+    """The same with two tensor-parallel layers, between which ranks have parts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = bms.nn.ColumnParallelLinear(WIDTH, 8, gather_input=False)
+        self.down = bms.nn.RowParallelLinear(8, WIDTH, all_reduce_output=True)
+
+    def construct(self, x: Tensor, mask: Tensor, scale: Tensor) -> Tensor:
+        y = self.down(ops.tanh(self.up((x + mask).reshape(-1, WIDTH))))
+        return y.reshape(x.shape) + scale * x
+
+
 class Model(bms.DistributedModule):
     """Embedding, layers, head and loss; returns the mean loss of the rows given."""
 
@@ -71,7 +87,8 @@ class Model(bms.DistributedModule):
             parameter(1),
             parameter(WIDTH),
         )
-        blocks = [bms.Block(Layer(chain.drop), use_checkpoint=chain.recompute, mode="PIPE") for _ in range(chain.layers)]
+        layers = [Parallel() if chain.parallel else Layer(chain.drop) for _ in range(chain.layers)]
+        blocks = [bms.Block(layer, use_checkpoint=chain.recompute, mode="PIPE") for layer in layers]
         self.layers = bms.PipelineTransformerBlockList(blocks)
         self.hidden = hidden
 
@@ -115,7 +132,7 @@ def train(world: World, chain: Chain, steps: int, hidden: bool = False) -> dict[
             batch = rows_of(step, context_of(here).data_rank, context_of(here).data_ranks)
             losses.append(bms.sum_loss(manager.backward(model, *batch)).asnumpy().item())
             if not step:
-                grads = parts({p.name: (p.layout, manager.grad(p)) for p in params})
+                grads = parts({p.name: (p.layout, manager.grad(p) * (1.0 / manager.grads_scale)) for p in params})
             norms.append(manager.clip_grad_norm(optimizer.param_groups, 1.0))
             manager.step()
         return {

@@ -69,6 +69,13 @@ def test_losses_of_all_hidden_states(run_ranks: Run, chain: Chain):
     compare(run_ranks(chain.ranks, train, chain=chain, steps=STEPS, hidden=True), right, 2e-5)
 
 
+@pytest.mark.parametrize("recompute", [True, False])
+def test_layers_that_are_tensor_parallel(run_ranks: Run, recompute: bool):
+    right = one_rank(run_ranks, Chain(micro_batches=1, parallel=True))
+    chain = Chain(pp=2, tp=2, micro_batches=3, recompute=recompute, parallel=True)
+    compare(run_ranks(4, train, chain=chain, steps=STEPS), right, 2e-5)
+
+
 def test_dropout_is_drawn_again_when_layers_are_computed_again(run_ranks: Run):
     kept, again = (run_ranks(2, train, chain=Chain(pp=2, recompute=r, drop=0.3), steps=STEPS) for r in (False, True))
     assert [x["losses"] for x in kept] == [x["losses"] for x in again]
@@ -105,6 +112,10 @@ def held(world: World) -> list[Any]:
             layers()
         with pytest.raises(ValueError, match=r"^a PipelineTransformerBlockList, where ranks .*, do not go together: use one of"):
             model_of(Case(pp=2), {"num_layers": 2})
+        with bms.inspect.inspect_tensor() as seen:
+            pass
+        with pytest.raises(RuntimeError, match=r"^stages of a PipelineTransformerBlockList record other tensors each.*get_tensor"):
+            seen.get_summary()
         where = [layers.get_stage_by_layer_id(i) for i in range(5)]
         parts = [list(layers.get_range_by_stage_id(s)) for s in range(2)]
         stages = layers.num_layers, layers.stages, layers.stage_id, len(layers), layers.get_part_len_by_stage_id(0)

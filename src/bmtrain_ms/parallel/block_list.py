@@ -22,10 +22,11 @@ class PipelineTransformerBlockList(TransformerBlockList):
     """A chain of Blocks over the stages of a pipeline (BMTrain: `PipelineTransformerBlockList`).
 
     Each stage keeps its own layers only: the first `layers % stages` stages have one more. Everything else of the model is on every
-    rank, and each rank passes rows of its own, as many as the others: part `data_rank` of `data_ranks`, or, without tensor
-    parallelism, part `rank()` of `world_size()`. A call takes all of a pipeline's rows through the stages in `num_micro_batches`
-    parts, all forward and later all backward, so that a stage keeps what all of them need (GPipe); `model_center.spread` has
-    schedules that keep less. Layers keep their numbers, and their parameters the names and initial values that one rank gives them.
+    rank, and each rank passes rows of its own, as many as the others: part `mesh.pp_rank * mesh.dp + mesh.dp_rank` of
+    `mesh.pp * mesh.dp`, which is `rank()` of `world_size()` without tensor parallelism. A call takes all of a pipeline's rows
+    through the stages in `num_micro_batches` parts, all forward and later all backward, so that a stage keeps what all of them need
+    (GPipe); `model_center.spread` has schedules that keep less. Layers keep their numbers, and their parameters the names and
+    initial values that one rank gives them.
 
     Args:
         modules: Cells, which are wrapped in `Block(mode="PIPE")`, or such Blocks; any iterable. All layers, on every rank: those of
