@@ -104,21 +104,23 @@ class GatherPipeline:
             self._let_go(added)
 
     def hold_until_end(self, groups: Iterable[ParamGroup], of: Pass) -> None:
-        """As `hold`, until a pass has ended. What it holds already is used again if nobody has written the parameters."""
-        held = list(groups)
-        for group in held:
-            gathered = self._held.get(group)
-            if gathered is not None and self._written_anywhere(gathered):
-                gathered.release()
-                self._held[group] = None
-        added = self._hold(held)
+        """As `hold`, until a pass has ended."""
+        added = self._hold(groups)
         if added:
             of.at_end(lambda: self._let_go(added))
 
     def _hold(self, groups: Iterable[ParamGroup]) -> list[ParamGroup]:
-        """Those among them that are held from now on."""
-        added = [group for group in dict.fromkeys(groups) if group not in self._held]
-        self._held.update(dict.fromkeys(added))
+        """Those among them that are held from now on. Copies that are there already are used again, unless the parameters were
+        written: a pass that an error ended may have left them."""
+        added = []
+        for group in dict.fromkeys(groups):
+            gathered = self._held.get(group)
+            if gathered is not None and self._written_anywhere(gathered):
+                gathered.release()
+                self._held[group] = None
+            elif group not in self._held:
+                self._held[group] = None
+                added.append(group)
         return added
 
     def _let_go(self, groups: Iterable[ParamGroup]) -> None:
