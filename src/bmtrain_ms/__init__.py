@@ -36,6 +36,8 @@ from . import (
 from .checkpoint import load, save
 from .comm import init_distributed, is_initialized, rank, shutdown, synchronize, world_size
 from .global_var import config
+from .parallel import PipelineTransformerBlockList
+from .parallel import block_list as pipe_layer
 from .utils import (
     gather_result,
     grouped_parameters,
@@ -67,8 +69,6 @@ from .zero import param as parameter
 __version__ = "0.1.0"
 
 _ABSENT = {
-    "PipelineTransformerBlockList": "not part of this release; divide a model by model_center.spread(model, stages=...)",
-    "pipe_layer": "not part of this release; divide a model by model_center.spread(model, stages=...)",
     "hook_func": "Blocks are made of differentiable functions, not of hooks; wrap the module in Block",
     "load_nccl_pypi": "there is no NCCL to load: ranks talk over HCCL on Ascend, and over memory or MPI on CPU; delete the call",
     "optim_step": "since BMTrain 1.0 it is OptimManager: manager = bmtrain_ms.optim.OptimManager(...); manager.step()",
@@ -85,6 +85,7 @@ __all__ = [
     "DistributedModule",
     "DistributedParameter",
     "ParameterInitializer",
+    "PipelineTransformerBlockList",
     "TransformerBlockList",
     "benchmark",
     "block_layer",
@@ -117,6 +118,7 @@ __all__ = [
     "parallel",
     "param_init",
     "parameter",
+    "pipe_layer",
     "print_block",
     "print_dict",
     "print_rank",

@@ -10,7 +10,7 @@ from typing import Any, Iterable, Iterator, Sequence
 import numpy as np
 from mindspore import Parameter, Tensor, nn
 
-from .comm import Engine, World, reduce_numbers, world
+from .comm import Engine, World, gather_json, reduce_numbers, world
 from .compat.autograd import hookable, recording
 from .compat.cells import child_table, parameter_table
 from .compat.runtime import host_array
@@ -29,22 +29,25 @@ def inspect_model(model: nn.Cell, param_name: str, prefix: str = "") -> list[dic
         prefix: put before every name, also for matching.
 
     Returns:
-        For each parameter, in the model's order: `name`, `shape` (of the full tensor), `std` (n - 1 in the denominator), `mean`,
-        `max`, `min`, and `grad_std`, `grad_mean` of the gradient that `OptimManager.backward` accumulated, without the loss
-        scale; 0 where there is none or the parameter is frozen.
+        For each parameter, in the model's order, those of later stages of a pipeline last: `name`, `shape` (of the full tensor),
+        `std` (n - 1 in the denominator), `mean`, `max`, `min`, and `grad_std`, `grad_mean` of the gradient that
+        `OptimManager.backward` accumulated, without the loss scale; 0 where there is none or the parameter is frozen.
     """
-    found = [(name, p) for name, p in _named_parameters(model, prefix) if fnmatch.fnmatchcase(name, param_name)]
-    if not found:
-        return []
+    mine = {name: p for name, p in _named_parameters(model, prefix) if fnmatch.fnmatchcase(name, param_name)}
     current = world()
+    shapes = {name: list(p.layout.whole if isinstance(p, DistributedParameter) else p.shape) for name, p in mine.items()}
+    if current.mesh.pp > 1:  # one order on all ranks
+        shapes = {name: x for of_rank in gather_json(shapes, current.everyone, "inspect names") for name, x in of_rank.items()}
+    if not shapes:
+        return []
     values: list[np.ndarray] = []
-    for _, p in found:
-        values += [_own_part(p, x, current) for x in (p, _gradient(current, p))]
+    for name in shapes:
+        p = mine.get(name)
+        values += [np.zeros(0)] * 2 if p is None else [_own_part(p, x, current) for x in (p, _gradient(current, p))]
     numbers = _statistics(values, current.everyone)
     rows = []
-    for i, (name, p) in enumerate(found):
-        own, grad = numbers[2 * i], numbers[2 * i + 1]
-        shape = p.layout.whole if isinstance(p, DistributedParameter) else tuple(p.shape)
+    for i, (name, sizes) in enumerate(shapes.items()):
+        own, grad, shape = numbers[2 * i], numbers[2 * i + 1], tuple(sizes)
         rows.append({"name": name, "shape": shape, **own, "grad_std": grad["std"], "grad_mean": grad["mean"]})
     return rows
 
@@ -97,7 +100,15 @@ class InspectTensor:
         Returns:
             For each record: `name` (with `group.` before it), `shape` (dim 0 times the number of ranks), and the numbers of
             `inspect_model`.
+
+        Raises:
+            RuntimeError: ranks have layers and rows of their own, in a `PipelineTransformerBlockList`.
         """
+        if context_of(world()).rows_differ and world().mesh.pp > 1:
+            raise RuntimeError(
+                "stages of a PipelineTransformerBlockList record other tensors each, of other rows, so there are no numbers over "
+                "all ranks: take this rank's with get_tensor(name)"
+            )
         engine = world().along("dp")
         values: list[np.ndarray] = []
         for record in self.records:

@@ -59,8 +59,8 @@ def main() -> None:
         f"**Result**: {most:.0f} MiB at most.",
         f"{environment()} `python -m tests.benchmarks.long_texts`",
         "A Llama of 2 layers, dim 256, 4 heads, vocabulary 8192, float32, its layers recomputed; one process, one step: peak "
-        "of resident memory above that of a step on 64 tokens. *Packed*: documents of 1000 tokens in the sequence. *All pairs*: what "
-        "float32 scores of one layer would take.",
+        "of resident memory above that of a step on 64 tokens. *Packed*: documents of 1000 tokens in the sequence. *All pairs*: "
+        "what float32 scores of one layer would take.",
         table(["tokens", "documents", "MiB", "all pairs, MiB", "s"], rows),
     )
 

@@ -1,6 +1,6 @@
-"""Tensor parallelism against the same halves without communication, and against PyTorch's: `python -m tests.benchmarks.parallel`.
+"""Tensor parallelism, pipelines and experts against the same work without communication, and against PyTorch's.
 
-PyTorch is measured if the Python given with `--torch` (default: this one) can import it.
+`python -m tests.benchmarks.parallel`; PyTorch is measured if the Python given with `--torch` (default: this one) can import it.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ from tests.benchmarks.harness import (
     table,
     write_page,
 )
+from tests.benchmarks.mixture import EXPERTS, TOP
+from tests.benchmarks.pipelines import micro_batches
 from tests.benchmarks.step_time import free_port, has_torch
 
 
@@ -44,49 +46,148 @@ def run_rank(size: str, checkpoint: str, rounds: int) -> None:
     report(interleaved(steps, rounds, 3, lambda: world.everyone.barrier().wait()))
 
 
-def main(rounds: int, python: str, settings: list[tuple[str, int]]) -> None:
-    """Measure and write the page."""
-    torch_too = has_torch(python)
-    rows: list[list[Any]] = []
+Row = list[Any]
+Section = tuple[str, list[str]]  # what is told of it in a sentence, and its paragraphs
+
+
+def tensor(rounds: int, python: str | None, settings: list[tuple[str, int]]) -> Section:
+    """Tensor parallelism, beside DTensor."""
+    rows: list[Row] = []
     told: list[str] = []
     for size, ranks in settings:
         for checkpoint in ("off", "on"):
-            words = ("tests.benchmarks.parallel", ranks, size, checkpoint, str(rounds))
-            ours = median_over_ranks(launch(*words))
+            ours = median_over_ranks(launch("tests.benchmarks.parallel", ranks, size, checkpoint, str(rounds)))
             parts, whole = ours["parts, no communication"], ours["whole model, alone"]
             parallel = ours["tensor and sequence parallel"]
             for name, seconds in ours.items():
                 ratios = f"{seconds / parts:.2f}", f"{seconds / whole:.2f}"
                 rows.append([size, ranks, checkpoint, f"bmtrain_ms, {name}", f"{1e3 * seconds:.0f}", *ratios])
-            text = (
-                f"{size}, checkpoint {checkpoint}: {parallel / parts:.2f} times the parts alone, {parallel / whole:.2f} times one "
-            )
-            text += "process"
-            if torch_too:
+            text = f"{size}, checkpoint {checkpoint}: {parallel / parts:.2f} times the parts alone"
+            text += f", {parallel / whole:.2f} times one process"
+            if python is not None:
                 words = ("tests.benchmarks.torch_llama", ranks, size, checkpoint, str(rounds), free_port(), "tensor")
                 theirs = {k.split(",")[0]: v for k, v in median_over_ranks(launch(*words, python=python)).items()}
                 for name, seconds in theirs.items():
-                    case = f"PyTorch, {name}"
-                    rows.append(
-                        [size, ranks, checkpoint, case, f"{1e3 * seconds:.0f}", "", f"{seconds / theirs['compute only']:.2f}"]
-                    )
+                    ratio = f"{seconds / theirs['compute only']:.2f}"
+                    rows.append([size, ranks, checkpoint, f"PyTorch, {name}", f"{1e3 * seconds:.0f}", "", ratio])
                 text += f" (DTensor: {theirs['DTensor'] / theirs['compute only']:.2f} times its own), "
                 text += f"{theirs['DTensor'] / parallel:.2f} times DTensor's speed"
             told.append(text)
             print(text, flush=True)
+    return ". ".join(told), [
+        "## Tensor parallelism",
+        "*Whole model, alone*: every process does all of it. *Parts, no communication*: collectives return at once, with copies of "
+        "this rank's own data. PyTorch: the same model, fused AdamW, `parallelize_module` without sequence parallelism, which is "
+        "the faster of the two there, gloo.",
+        table(["model", "ranks", "checkpoint", "case", "step, ms", "/ parts alone", "/ whole model alone"], rows),
+    ]
+
+
+def pipelines(rounds: int, python: str | None, settings: list[tuple[str, int]]) -> Section:
+    """1F1B, beside PyTorch's."""
+    rows: list[Row] = []
+    told: list[str] = []
+    for size, ranks in settings:
+        m = micro_batches(ranks)
+        least = (m + ranks - 1) / m / ranks
+        cases = {"bmtrain_ms": launch("tests.benchmarks.pipelines", ranks, size, str(rounds), f"time:{ranks}")}
+        if python is not None:
+            cases["PyTorch"] = launch("tests.benchmarks.torch_pipeline", ranks, size, str(rounds), free_port(), python=python)
+        speed: dict[str, float] = {}
+        for who, found in cases.items():
+            taken = median_over_ranks(found)
+            for name, seconds in taken.items():
+                ratio = seconds / taken["whole model, alone"]
+                rows.append([size, ranks, m, f"{who}, {name}", f"{1e3 * seconds:.0f}", f"{ratio:.2f}", f"{least:.2f}"])
+            speed[who] = taken["stages, 1F1B"]
+        ratio = speed["bmtrain_ms"] / median_over_ranks(cases["bmtrain_ms"])["whole model, alone"]
+        told.append(f"{size}, {ranks} stages: {ratio:.2f} of one process's time, at least {least:.2f}")
+        if "PyTorch" in speed:
+            told[-1] += f", {speed['PyTorch'] / speed['bmtrain_ms']:.2f} times PyTorch's speed"
+        print(told[-1], flush=True)
+    return ". ".join(told), [
+        "## Pipelines",
+        "No recomputation, four micro-batches of one row for each stage. *Whole model, alone*: every process does the whole batch "
+        "at once, all at the same time. *Least*: (m + p - 1) / (m p) of that, where all stages are equal, messages take no time, "
+        "and each process has a core of its own. They are not: the last stage has the head. Four ranks share two cores, so that "
+        "all they can win is what others are idle. PyTorch: `torch.distributed.pipelining.Schedule1F1B`, fused AdamW, gloo.",
+        table(["model", "stages", "micro-batches", "case", "step, ms", "/ whole model alone", "least"], rows),
+    ]
+
+
+def memory(settings: list[tuple[str, int]]) -> Section:
+    """Peaks of stages against the number of micro-batches whose results they keep."""
+    rows: list[Row] = []
+    for size, ranks in settings:
+        m = micro_batches(ranks)
+        found = launch("tests.benchmarks.pipelines", ranks, size, "0", f"memory:{ranks}")
+        for of_rank in sorted(found, key=lambda x: x["rank"]):
+            kept = min(m, ranks - of_rank["rank"])
+            grown = [f"{of_rank[name]:.1f}" for name in ("one", "1f1b", "gpipe")]
+            rows.append([size, ranks, of_rank["rank"], kept, m, *grown])
+    return "", [
+        "## Memory of stages",
+        "By how much the resident set grows in a step at most, the least of three. What a step takes beside results of "
+        "micro-batches (float32 gradients, one gathered copy of the layers, a layer's own work) is in the first figure "
+        "too, which has one of them.",
+        table(["model", "stages", "stage", "kept, 1F1B", "kept, GPipe", "one, MiB", "1F1B, MiB", "GPipe, MiB"], rows),
+    ]
+
+
+def experts(rounds: int, settings: list[tuple[str, int]]) -> Section:
+    """Experts beside a dense layer, and messages behind a shared one."""
+    rows: list[Row] = []
+    told: list[str] = []
+    for size, ranks in settings:
+        taken = median_over_ranks(launch("tests.benchmarks.mixture", ranks, size, str(rounds)))
+        for name, seconds in taken.items():
+            rows.append([size, name, f"{1e3 * seconds:.1f}", f"{seconds / taken['dense']:.2f}"])
+        (found,) = launch("tests.benchmarks.mixture", 1, size, str(rounds), "link")
+        free, linked, link = found["free"], found["link"], found["messages"]
+        seen = max(0.0, linked - free) / link
+        rows.append([size, "EP 2, shared expert, no link", f"{1e3 * free:.1f}", ""])
+        rows.append([size, f"EP 2, shared expert, messages of {1e3 * link:.1f} ms", f"{1e3 * linked:.1f}", ""])
+        told.append(
+            f"{size}: experts take {taken['EP 1'] / taken['dense']:.2f} times the dense layer's time on one rank, "
+            f"{taken[f'EP {ranks}'] / taken['dense']:.2f} divided over {ranks}; {100 * (1 - seen):.0f} % of the messages' time are "
+            "behind the shared expert"
+        )
+        print(told[-1], flush=True)
+    return ". ".join(told), [
+        "## Experts",
+        f"Forward and backward of one layer, top {TOP} of {EXPERTS}, random tokens, beside a dense layer of the same active size "
+        f"({TOP} times the inner dim), on every rank. Last rows: on a simulated link between two ranks, on which a pass's messages "
+        "take as long as a shared expert computes; those there travel while it does, those back have nothing to hide behind.",
+        table(["model", "case", "pass, ms", "/ dense"], rows),
+    ]
+
+
+def main(rounds: int, python: str, settings: dict[str, list[tuple[str, int]]], remark: str) -> None:
+    """Measure and write the page; `remark`: of the machine meanwhile."""
+    torch = python if has_torch(python) else None
+    sections = [
+        tensor(rounds, torch, settings["tensor"]),
+        pipelines(rounds, torch, settings["pipelines"]),
+        memory(settings["pipelines"]),
+        experts(rounds, settings["experts"]),
+    ]
     write_page(
         "parallel",
-        "Tensor parallelism",
-        "Target: two tensor-parallel ranks (with sequence parallelism) take at most 1.25 times as long as the same two processes "
-        "computing their halves without communication on model M, and are ahead of PyTorch's DTensor.",
-        "**Result**: " + ". ".join(told) + ".",
-        f"{environment()} `python -m tests.benchmarks.parallel --rounds {rounds}`",
+        "Tensor parallelism, pipelines, experts",
+        "Targets: two tensor-parallel ranks (with sequence parallelism) take at most 1.25 times as long as the same two processes "
+        "computing their halves without communication on model M, and are ahead of PyTorch's DTensor; stages come near to what "
+        "idle time leaves of a p-th, and are ahead of PyTorch's; a stage's memory is that of the micro-batches that it keeps.",
+        "**Result**: " + ". ".join(told for told, _ in sections if told) + ".",
+        f"{environment()} `python -m tests.benchmarks.parallel --rounds {rounds}` {remark}".rstrip(),
         f"Median of {rounds} steps after 3 (forward, backward, AdamW), the cases in turn within one process group; mean over the "
-        "ranks. One core per rank. *Whole model, alone*: every process does all of it. *Parts, no communication*: collectives "
-        "return at once, with copies of this rank's own data. PyTorch: the same model, fused AdamW, `parallelize_module` without "
-        "sequence parallelism, which is the faster of the two there, gloo.",
-        table(["model", "ranks", "checkpoint", "case", "step, ms", "/ parts alone", "/ whole model alone"], rows),
+        "ranks. One core per rank, where there are as many.",
+        *(paragraph for _, paragraphs in sections for paragraph in paragraphs),
     )
+
+
+def pairs(texts: list[str]) -> list[tuple[str, int]]:
+    """Of `model:ranks`."""
+    return [(text.split(":")[0], int(text.split(":")[1])) for text in texts]
 
 
 if __name__ == "__main__":
@@ -96,7 +197,10 @@ if __name__ == "__main__":
         parser = argparse.ArgumentParser(description=__doc__)
         parser.add_argument("--rounds", type=int, default=10, help="steps per case")
         parser.add_argument("--torch", default=sys.executable, help="a Python that has torch")
-        parser.add_argument("--settings", nargs="+", default=["S:2", "M:2"], help="model:ranks")
-        arguments = parser.parse_args()
-        pairs = [(text.split(":")[0], int(text.split(":")[1])) for text in arguments.settings]
-        main(arguments.rounds, arguments.torch, pairs)
+        parser.add_argument("--settings", nargs="+", default=["S:2", "M:2"], help="model:ranks of tensor parallelism")
+        parser.add_argument("--pipelines", nargs="+", default=["S:2", "S:4"], help="model:stages")
+        parser.add_argument("--experts", nargs="+", default=["S:2"], help="model:ranks")
+        parser.add_argument("--remark", default="", help="what the page says of the machine")
+        given = parser.parse_args()
+        chosen = {"tensor": pairs(given.settings), "pipelines": pairs(given.pipelines), "experts": pairs(given.experts)}
+        main(given.rounds, given.torch, chosen, given.remark)

@@ -29,6 +29,7 @@ from tests.ranks import (
     test_tensor_parallel,
     test_wrapper_ranks,
 )
+from tests.ranks import test_pipeline_list as pipeline_list
 
 pytestmark = pytest.mark.ranks
 
@@ -92,12 +93,16 @@ test_wrapper = again(test_wrapper_ranks.test_training_equals_the_unwrapped_twin_
 
 COLUMNS, ROWS = [(True, True, True), (False, False, False)], [(True, False), (False, True)]
 test_columns = again(test_tensor_parallel.test_column_parallel, tp=[2], gather_input_gather_output_bias=COLUMNS)
-test_rows = again(test_tensor_parallel.test_row_parallel_adds_its_bias_once, tp=[2], split_input_all_reduce_output=ROWS)
+test_rows = again(test_tensor_parallel.test_trap_8_row_bias_added_tp_times, tp=[2], split_input_all_reduce_output=ROWS)
 test_vocabulary = again(test_tensor_parallel.test_vocabulary_parallel_embedding_and_loss, tp=[2], scatter=[True, False])
 
 test_pipeline = again(test_distributed.test_send_and_recv_are_a_pipeline, ranks=[2])
 STAGED = [case for case in PIPELINES if str(case) in ("pp2-kept-micro_batches=3", "pp2-chunks=2-micro_batches=4")]
 test_stages = again(test_pipeline_ranks.test_training_in_stages_is_that_of_one_rank, case=STAGED)
+test_pipeline_list = again(
+    pipeline_list.test_training_is_that_of_one_rank_over_all_rows,
+    chain=[chain for chain in pipeline_list.CHAINS if chain.pp == 2 and chain.dp == 1],
+)
 test_activations = again(test_distributed.test_activations_of_any_shape_and_type)
 
 test_layouts_of_tensors = again(test_layouts.test_training_is_that_of_one_rank, case=[Case(tp=2, how=KEPT)])

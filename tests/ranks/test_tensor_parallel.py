@@ -148,7 +148,7 @@ def run_row(world: World, **options: Any) -> None:
 
 @pytest.mark.parametrize("tp", [2, 3])
 @pytest.mark.parametrize(("split_input", "all_reduce_output"), list(itertools.product([True, False], repeat=2)))
-def test_row_parallel_adds_its_bias_once(run_ranks: Run, tp: int, split_input: bool, all_reduce_output: bool):
+def test_trap_8_row_bias_added_tp_times(run_ranks: Run, tp: int, split_input: bool, all_reduce_output: bool):
     for chunks, in_size in ((None, 6), (2, 6), (3, 6 if split_input else 8)):
         run_ranks(tp, run_row, in_size=in_size, async_chunks=chunks, split_input=split_input, all_reduce_output=all_reduce_output)
 

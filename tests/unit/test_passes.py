@@ -128,3 +128,22 @@ def test_there_must_be_something_to_differentiate():
     recorded = record(lambda: (Tensor(np.ones(1, np.float32)) * 2,), [])
     with pytest.raises(ValueError, match="neither an input nor a parameter"):
         recorded.pull((Tensor(np.ones(1, np.float32)),))
+
+
+def test_what_a_failed_pass_has_held_is_gathered_again_when_it_was_written():
+    """A list of pipeline Blocks keeps what it gathered until a backward pass, which never comes after an error."""
+    chain = bms.PipelineTransformerBlockList([Layer(i) for i in range(2)])
+    x = Tensor(np.ones((2, 5), np.float32))
+
+    def fail(x: Tensor) -> Tensor:
+        chain(x)
+        raise KeyError("of the user's")
+
+    with pytest.raises(KeyError):
+        ms.value_and_grad(fail, 0, chain.trainable_params())(x)
+    assert context_of(bms.comm.world()).pipeline.meter.current > 0
+    for p in chain.trainable_params():
+        p.copy_full(np.zeros((5, 5), np.float32))
+    assert not chain(x).asnumpy().any()
+    ms.value_and_grad(lambda x: chain(x).sum(), 0, chain.trainable_params())(x)
+    assert context_of(bms.comm.world()).pipeline.meter.current == 0

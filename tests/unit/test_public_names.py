@@ -20,10 +20,13 @@ FUNCTIONS = (
     "init_distributed rank world_size print_block print_dict print_rank see_memory init_parameters grouped_parameters synchronize "
     "sum_loss wait_loader gather_result save load BMTrainModelWrapper"
 )
-CLASSES = "DistributedParameter ParameterInitializer DistributedModule Block CheckpointBlock TransformerBlockList"
+CLASSES = (
+    "DistributedParameter ParameterInitializer DistributedModule Block CheckpointBlock TransformerBlockList "
+    "PipelineTransformerBlockList"
+)
 MODULES = (
     "nccl debug loss distributed nn optim inspect lr_scheduler benchmark utils store global_var init layer parameter block_layer "
-    "zero_context wrapper param_init"
+    "zero_context wrapper param_init pipe_layer"
 )
 
 # Further names that users touch, private ones among them.
@@ -33,6 +36,7 @@ DEEPER = {
     "distributed": "all_gather all_reduce broadcast reduce_scatter send_activations recv_activations",
     "global_var": "config",
     "block_layer": "Block CheckpointBlock TransformerBlockList",
+    "pipe_layer": "PipelineTransformerBlockList",
     "layer": "DistributedModule",
     "parameter": "DistributedParameter",
     "param_init": "ParameterInitializer init_parameters",
@@ -79,8 +83,6 @@ def test_what_is_the_same():
 
 
 ABSENT = {
-    "PipelineTransformerBlockList": "not part of this release; divide a model by model_center.spread(model, stages=...)",
-    "pipe_layer": "not part of this release; divide a model by model_center.spread(model, stages=...)",
     "load_nccl_pypi": "there is no NCCL to load: ranks talk over HCCL on Ascend, and over memory or MPI on CPU; delete the call",
     "hook_func": "Blocks are made of differentiable functions, not of hooks; wrap the module in Block",
     "optim_step": "since BMTrain 1.0 it is OptimManager: manager = bmtrain_ms.optim.OptimManager(...); manager.step()",
@@ -135,11 +137,13 @@ def test_options_of_what_is_not_there_yet_are_taken_at_their_defaults(single_wor
     assert bms.nn.Linear(2, 2, True, None).parameter("weight").asnumpy().dtype == np.float32
     layer = bms.nn.Linear(2, 2)
     bms.Block(layer, True, 3, False, "BLOCK")
-    for options in ({"initialized": True}, {"mode": "PIPE"}):
-        with pytest.raises(
-            ValueError, match=r"Block\(initialized=.*\) is for BMTrain's list of pipeline blocks.*: leave both out, and divide"
-        ):
-            bms.Block(bms.nn.Linear(2, 2), **options)
+    assert bms.Block(bms.nn.Linear(2, 2), mode="PIPE").zero_level == 2
+    with pytest.raises(
+        ValueError, match=r"^Block\(initialized=True\) is what BMTrain's lists.*: leave it out, and put the same module"
+    ):
+        bms.Block(bms.nn.Linear(2, 2), initialized=True)
+    with pytest.raises(ValueError, match=r"^mode must be BLOCK, or PIPE in a PipelineTransformerBlockList, not 'PIPELINE'$"):
+        bms.Block(bms.nn.Linear(2, 2), mode="PIPELINE")
 
 
 def test_other_names_are_unknown_as_in_any_module():

@@ -19,7 +19,7 @@ from ..compat.runtime import from_host, host_array
 from ..nn import Router
 from ..ops.in_place import add_
 from ..parallel import Scheduled, Segment, Stage
-from ..zero import ParamGroup
+from ..zero import ParamGroup, context_of
 from .layer import Encoder, KeyValueCache, Positions
 from .targets import targets_that_count
 
@@ -91,6 +91,7 @@ class StagedModel:
 
     def __init__(self, model: Any, how: Stages, recompute: bool, world: World, hold: bool):
         self.model, self.encoder, self.table, self.world = model, _encoder_of(model), how.table(world), world
+        context_of(world).divide(rows_differ=False)
         self._recompute, self._hold = recompute, hold
         self._pipe = world.along("pp")
         layers = list(self.encoder.layers)

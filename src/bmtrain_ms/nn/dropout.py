@@ -18,9 +18,9 @@ class Dropout(nn.Cell):
     """Zeroes elements with probability `p` in training and scales the rest by 1 / (1 - p) (Srivastava et al., 2014).
 
     The mask is drawn from a counter-based generator keyed by the run's seed, the step (skipped ones do not count), the number of
-    the draw in the step, and the element's position in the batch of all data-parallel ranks, whose parts are to be equally large.
-    So any number of them, a recomputed forward pass, and a resumed run draw the same mask; MindSpore's own dropout does none of
-    that on CPU. Tensor-parallel ranks draw alike: for what each has all of.
+    the draw in the step, and the element's position in the batch of all ranks that read rows of their own, whose parts are to be
+    equally large. So any number of them, a recomputed forward pass, and a resumed run draw the same mask; MindSpore's own dropout
+    does none of that on CPU. Tensor-parallel ranks draw alike: for what each has all of.
 
     Raises:
         ValueError: p is not in [0, 1).
@@ -49,10 +49,10 @@ class ReplayingDropout(nn.Dropout):
 
 
 def _drop(x: Tensor, p: float) -> Tensor:
-    current = world()
-    key = context_of(current).draws.next_key()
+    context = context_of(world())
+    key = context.draws.next_key()
     size = int(np.prod(x.shape))
-    start = current.mesh.dp_rank * size
+    start = context.data_rank * size
     mask = np.empty(size, numpy_dtype(x.dtype))
     for first, words, inside in chunks(key, start, start + size):
         kept, begin = uniform(words)[inside] >= p, first + inside.start - start

@@ -19,11 +19,13 @@ _LARGEST = 1 << 62  # no number of steps reaches it
 
 
 def average_whole(params: Sequence[Parameter], grads: list[Tensor], world: World | None) -> list[Tensor]:
-    """Gradients of parameters that are whole on every rank become means over its stage, as those of sharded ones are."""
+    """Gradients of parameters that are whole on every rank become means over its stage, as those of sharded ones are; over all
+    stages where these have rows of their own."""
     whole = [i for i, p in enumerate(params) if not isinstance(p, DistributedParameter)]
     whole.sort(key=lambda i: params[i].name)  # mindnlp's trainable_params has another order on every rank
-    if whole and world is not None and world.stage.size > 1:
-        reduced = world.stage.all_reduce([grads[i] for i in whole], "mean", "gradients of whole parameters").wait()
+    ranks = world and (world.everyone if context_of(world).rows_differ else world.stage)
+    if whole and ranks is not None and ranks.size > 1:
+        reduced = ranks.all_reduce([grads[i] for i in whole], "mean", "gradients of whole parameters").wait()
         for i, grad in zip(whole, reduced):
             grads[i] = grad
     return grads

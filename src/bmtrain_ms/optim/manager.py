@@ -108,7 +108,7 @@ class OptimManager:
         self._world = in_world or world()
         self.grads_scale = self.loss_scale / self._world.mesh.tp  # of the gradients that are there; `loss_scale` may have moved on
         self._stepped = True  # the gradients that are there have been used
-        self._factor = 1.0 if grad_scale is None else self._world.mesh.dp / grad_scale
+        self._grad_scale = grad_scale
         self._grad_norm: float | None = None
         self._grads: dict[int, Tensor] = {}  # id of parameter -> float32 shard of the scaled gradient
         self._elsewhere: set[int] = set()  # ids of those that another rank counts in norms
@@ -193,10 +193,12 @@ class OptimManager:
             loss, grads = forward.differentiated(params, self.scale_to_accumulate * self._factor, *args, **kwargs)
             self.accumulate(params, grads)
             return loss
-        if self._world.mesh.pp > 1:
+        context = context_of(self._world)
+        if self._world.mesh.pp > 1 and not context.rows_differ:
             raise RuntimeError(
                 f"with pipe_size={self._world.mesh.pp} the loss is made micro-batch by micro-batch: spread the model over "
-                "the stages, and write manager.backward(model.loss, *batch), with its loss and no function that calls it"
+                "the stages, and write manager.backward(model.loss, *batch), with its loss and no function that calls it; or have "
+                "its layers in a PipelineTransformerBlockList"
             )
         returned: list[Any] = []
 
@@ -210,10 +212,16 @@ class OptimManager:
             return self._scaled(loss, scale)
 
         scale = self.scale_to_accumulate
-        _, grads = ms.value_and_grad(loss_of_forward, None, params)()
-        grads = list(grads)
+        anchors = [] if context.anchor is None else [context.anchor]
+        _, grads = ms.value_and_grad(loss_of_forward, None, [*params, *anchors])()
+        grads = list(grads)[: len(params)]
         self.accumulate(params, grads)
         return returned[0]
+
+    @property
+    def _factor(self) -> float:
+        """What means over ranks are multiplied with to be what `grad_scale` asks for."""
+        return 1.0 if self._grad_scale is None else context_of(self._world).data_ranks / self._grad_scale
 
     @property
     def scale_to_accumulate(self) -> float:

@@ -15,7 +15,7 @@ from ..comm import World, reduce_numbers, world
 from ..compat.autograd import no_grad
 from ..compat.runtime import from_host, host_array
 from ..ops.in_place import square_sum
-from ..zero import DistributedParameter
+from ..zero import DistributedParameter, context_of
 from .base import average_whole
 
 
@@ -76,7 +76,9 @@ def checked_order(max_norm: float, norm_type: float | str) -> float:
 
 def counts_here(p: Parameter, world: World) -> bool:
     """Whether a norm over all ranks has to count this rank's gradient of `p`: of ranks that store the same elements one does."""
-    return p.layout.copy == 0 if isinstance(p, DistributedParameter) else world.stage.rank == 0
+    if isinstance(p, DistributedParameter):
+        return p.layout.copy == 0
+    return (world.everyone if context_of(world).rows_differ else world.stage).rank == 0
 
 
 def total_norm(grads: Sequence[Tensor], world: World, p: float) -> float:

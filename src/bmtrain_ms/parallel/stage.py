@@ -18,8 +18,8 @@ from ..zero import ParamGroup, context_of
 from .visit import Segment, Visit
 
 _UNDER_WAY = 2  # sends that nobody has waited for
-_DRAWS = 1 << 20  # of a segment and micro-batch
-_SPAN = 1 << 50  # draws of a step
+DRAWS = 1 << 20  # of a segment and micro-batch
+SPAN = 1 << 50  # draws of a step
 Place = tuple[int, int]  # micro-batch, chunk
 
 
@@ -109,7 +109,7 @@ class Run:
         asked = params or {}
         self._weights = {s: [p for p in s.parameters() if id(p) in asked] for chunk in stage.chunks for s in chunk}
         draws = self._context.draws
-        self._first_draw = (draws.count // _SPAN + 1) * _SPAN
+        self._first_draw = (draws.count // SPAN + 1) * SPAN
 
     def to_end(self, line: Sequence[Action]) -> None:
         """Do what the line says, in order."""
@@ -165,7 +165,7 @@ class Run:
         if self._params is None:
             return segment.run(hidden, batch)
         number = action.micro_batch * self._stage._segments + segment.number
-        visit = Visit(segment, batch, self._weights[segment], self._stage.world, self._first_draw + number * _DRAWS)
+        visit = Visit(segment, batch, self._weights[segment], self._stage.world, self._first_draw + number * DRAWS)
         visits.append(visit)
         return visit.forward(hidden)
 

@@ -21,6 +21,7 @@ from ..checkpoint import Checkpointer, CheckpointError
 from ..comm import any_rank, gather_json, world
 from ..compat.runtime import from_host, host_array
 from ..optim import GradientOverflowError, OptimManager
+from ..zero import context_of
 from .errors import Stopped, TrainingError
 from .evaluate import mean_loss
 from .log import LogFile
@@ -191,8 +192,8 @@ class Trainer:
     def train_step(self) -> dict[str, Any]:
         """One step; returns what the log line holds (the loss is the mean over the ranks)."""
         start = time.perf_counter()
-        mesh = self._world.mesh
-        batch = self.batches.batch(self.done, mesh.dp_rank, mesh.dp)
+        context = context_of(self._world)
+        batch = self.batches.batch(self.done, context.data_rank, context.data_ranks)
         rate = self.manager.rate
         self.manager.zero_grad()
         loss = self._mean(self.manager.backward(self.task.loss, batch))
@@ -208,7 +209,7 @@ class Trainer:
             "loss_scale": self.manager.loss_scale,
             "skipped": not updated,
             "seconds": round(seconds, 4),
-            "tokens_per_second": round(mesh.dp * batch.ids.size / seconds, 1),
+            "tokens_per_second": round(context.data_ranks * batch.ids.size / seconds, 1),
             "memory_mib": memory_mib(),
         }
 

@@ -39,12 +39,14 @@ class Block(nn.Cell):
         inner_module: a Cell all of whose parameters are `DistributedParameter`. One without any is called as it is.
         use_checkpoint: recompute the forward pass in backward instead of keeping its activations.
         zero_level: 3 gathers again for backward; 2 keeps the gathered parameters from forward to backward.
-        initialized, mode: of BMTrain's lists of pipeline blocks; only False and `BLOCK` so far.
+        initialized: only False: BMTrain's lists of Blocks set it themselves.
+        mode: `PIPE` for a Block of a `PipelineTransformerBlockList`, which keeps gathered parameters: `zero_level` is 2 then, as
+            BMTrain has it. `BLOCK` for any other.
 
     Raises:
         TypeError: `inner_module` is not a Cell.
-        ValueError: a parameter is not a `DistributedParameter`, a Block is inside, `zero_level` is not 2 or 3, or an option is one
-            of pipelines.
+        ValueError: a parameter is not a `DistributedParameter`, a Block is inside, `zero_level` is not 2 or 3, `mode` is unknown,
+            or `initialized` is asked for.
     """
 
     def __init__(
@@ -56,11 +58,13 @@ class Block(nn.Cell):
         mode: str = "BLOCK",
     ):
         super().__init__(auto_prefix=False)
-        if initialized or mode != "BLOCK":
+        if initialized:
             raise ValueError(
-                f"Block(initialized={initialized}, mode={mode!r}) is for BMTrain's list of pipeline blocks, which is not part "
-                "of this release: leave both out, and divide a model into stages by model_center.spread"
+                f"Block(initialized={initialized}) is what BMTrain's lists of Blocks say to each other: leave it out, and put the "
+                "same module into the list twice to share its parameters"
             )
+        if mode not in ("BLOCK", "PIPE"):
+            raise ValueError(f"mode must be BLOCK, or PIPE in a PipelineTransformerBlockList, not {mode!r}")
         if not isinstance(inner_module, nn.Cell):
             raise TypeError(f"Block wraps a Cell, not a {type(inner_module).__name__}")
         if zero_level not in (2, 3):
@@ -72,7 +76,8 @@ class Block(nn.Cell):
                 "them"
             )
         own = self.__dict__  # not Cell attributes: the inner module must not appear as a child with a name of its own
-        own["inner"], own["use_checkpoint"], own["zero_level"] = inner_module, bool(use_checkpoint), zero_level
+        own["inner"], own["use_checkpoint"], own["mode"] = inner_module, bool(use_checkpoint), mode
+        own["zero_level"] = 2 if mode == "PIPE" else zero_level
         own["_slots"] = slots = Slots(inner_module)
         share_tables(self, with_cell=inner_module)
         self.training = inner_module.training

@@ -27,9 +27,40 @@ class ZeroContext:
         self.pipeline = GatherPipeline(self.pool, world.prefetch)
         self.reducer = Reducer()
         self.draws = Draws(world.seed)
+        self._mesh = world.mesh
+        self._divided: bool | None = None  # whether models divided over stages have other rows on each; None: there is none yet
+        self.anchor: Parameter | None = None  # what every backward pass has to ask for, so that it comes to all stages
         self._passes = [Pass()]  # the last is the one that calls belong to; the first that of who opens none
         self._gathers: list[list[Any]] = []
         self.managers: weakref.WeakSet[Any] = weakref.WeakSet()  # those with gradients of this world's parameters, for `inspect`
+
+    @property
+    def rows_differ(self) -> bool:
+        """Whether ranks of a pipeline read rows of their own, and what is in no stage is on all of them, see [Note: rows]."""
+        return bool(self._divided)
+
+    @property
+    def data_ranks(self) -> int:
+        """Into how many parts the batch is divided: ranks with rows of their own, over which gradients are averaged."""
+        return self._mesh.dp * (self._mesh.pp if self.rows_differ else 1)
+
+    @property
+    def data_rank(self) -> int:
+        """Which of them this rank reads."""
+        return self._mesh.dp_rank + (self._mesh.pp_rank * self._mesh.dp if self.rows_differ else 0)
+
+    def divide(self, rows_differ: bool) -> None:
+        """A model is divided over the stages of a pipeline.
+
+        Raises:
+            ValueError: another one is, in the other way: a parameter that both have would have two meanings.
+        """
+        if self._divided is not None and self._divided is not rows_differ:
+            raise ValueError(
+                "a PipelineTransformerBlockList, where ranks of a pipeline read rows of their own, and a model that is spread over "
+                "stages, where they read the same ones, do not go together: use one of them for all models"
+            )
+        self._divided = rows_differ
 
     @property
     def current(self) -> Pass:

@@ -31,6 +31,8 @@ class Sharded(Protocol):
     world: World
     along: str
     tp_parts: int
+    in_stage: bool
+    on_all_stages: bool
     full_shape: tuple[int, ...]
     full_size: int
     shard_length: int
@@ -82,23 +84,29 @@ class ParamGroup:
         """Start reducing full gradients of `params[i] for i in indices` to shards of the gradient of the mean loss.
 
         It is the mean over all ranks of the stage: over those that share a parameter it is taken by the collectives, and what only
-        some ranks have (parts of tensors, experts) has gradients from these alone, and from nobody else.
+        some ranks have (parts of tensors, experts) has gradients from these alone, and from nobody else. Where stages have rows of
+        their own ([Note: rows]) it is the mean over all of them too.
         """
         with no_grad():
             padded = [self._pad(self.params[i], self._shared(i, g)) for i, g in zip(indices, grads)]
         work = self.engine.reduce_scatter(padded, "mean", self._label_of(indices))
-        for hop in range(2):
-            engines = [self._hops[i][hop] for i in indices]
+        for hop in range(3):
+            engines = [self._hop(i, hop) for i in indices]
             for engine in dict.fromkeys(x for x in engines if x.size > 1):
                 places = [place for place, x in enumerate(engines) if x is engine]
                 work = Across(work, engine, places, self._label_of([indices[place] for place in places]))
         return work
 
+    def _hop(self, index: int, hop: int) -> Engine:
+        if hop < 2:
+            return self._hops[index][hop]
+        return self.world.along("pp") if self.params[index].on_all_stages else SingleEngine(self.engine.clock)
+
     def _label_of(self, indices: Sequence[int]) -> Label:
         return self.label if len(indices) == len(self.params) else Label(self.label, [self._details[i] for i in indices])
 
     def _shared(self, index: int, grad: Tensor) -> Tensor:
-        share = self._shares[index]
+        share = self._shares[index] / (self.world.mesh.pp if self.params[index].in_stage else 1)
         return grad if share == 1.0 else ops.mul(grad, share)
 
     def _pad(self, p: Sharded, grad: Tensor) -> Buffer:

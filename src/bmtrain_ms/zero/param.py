@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Callable, NamedTuple, Sequence
 
 import mindspore as ms
@@ -66,9 +66,10 @@ class DistributedParameter(Parameter):
         ep_split: dim 0 is of experts, of which each rank along `ep` has a part; it is sharded along `edp` then.
 
     Attributes:
-        layout: where the shard lies in the whole tensor; `size` and `numel()` are the shard's.
+        layout: see there; `size` and `numel()` are the shard's.
         tp_parts: into how many parts tensor-parallel ranks have cut it; 1: each has all of it.
         replaced: how often `set_data` gave it other memory.
+        in_stage: it is of one stage of a `PipelineTransformerBlockList`, and other stages do not have it.
 
     Raises:
         RuntimeError: `init_distributed` has not been called.
@@ -115,7 +116,10 @@ class DistributedParameter(Parameter):
         super().__init__(self, name=name, requires_grad=requires_grad)
         self.world, self.along = in_world or world(), "edp" if ep_split else along
         cut = _Cut.of(data.shape, self.world, tp_mode, tp_split_dim, tp_parts)
-        self.layout, self.tp_parts = _layout_of(data.shape, self.world, along, cut, ep_split), cut.parts
+        self._layout, self.tp_parts = _layout_of(data.shape, self.world, along, cut, ep_split), cut.parts
+        mesh = self.world.mesh
+        self._everywhere = replace(self._layout, copy=self._layout.copy + mesh.pp_rank * mesh.replica * mesh.tp)
+        self.in_stage = False
         self.world.sharing(self.world.mesh.tp // cut.parts)
         if not self.full_size:
             raise ValueError(f"a parameter of shape {self.full_shape} has no elements; leave it out of the model")
@@ -126,6 +130,20 @@ class DistributedParameter(Parameter):
         self._alone: ParamGroup | None = None
         if not isinstance(data, Empty):
             self.copy_full(data)
+
+    @property
+    def layout(self) -> Layout:
+        """Where the shard lies in the whole tensor."""
+        return self._everywhere if self.on_all_stages else self._layout
+
+    @layout.setter
+    def layout(self, layout: Layout) -> None:
+        self._layout = layout
+
+    @property
+    def on_all_stages(self) -> bool:
+        """Whether every stage of a pipeline has it, for rows of its own: see [Note: rows]."""
+        return self.world.mesh.pp > 1 and not self.in_stage and context_of(self.world).rows_differ
 
     @property
     def full_shape(self) -> tuple[int, ...]:

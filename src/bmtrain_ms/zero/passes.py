@@ -8,6 +8,8 @@ ended with is let go of; what belongs to others must stay, as their recorded gra
 
 from __future__ import annotations
 
+from typing import Callable
+
 from .group import Gathered, ParamGroup
 
 
@@ -16,6 +18,7 @@ class Pass:
 
     def __init__(self) -> None:
         self._kept: list[Gathered] = []
+        self._ends: list[Callable[[], None]] = []
 
     def keep(self, gathered: Gathered) -> None:
         """Let go of this copy when the pass has ended, if nobody does so before."""
@@ -34,4 +37,10 @@ class Pass:
         """Let go of everything: the backward pass has ended, or there will be none."""
         for gathered in self._kept:
             gathered.release()
-        self._kept = []
+        ends, self._kept, self._ends = self._ends, [], []
+        for end in ends:
+            end()
+
+    def at_end(self, end: Callable[[], None]) -> None:
+        """Call `end` when the pass has ended."""
+        self._ends.append(end)

@@ -97,14 +97,37 @@ class GatherPipeline:
     def hold(self, groups: Iterable[ParamGroup]) -> Iterator[None]:
         """Inside the `with` statement a copy of these groups stays, once it is gathered, for all passes: what ZeRO-2 is where
         several micro-batches are under way. Nobody may write the parameters."""
-        self._held = dict.fromkeys(groups)
+        added = self._hold(groups)
         try:
             yield
         finally:
-            held, self._held = self._held, {}
-            for gathered in held.values():
-                if gathered is not None:
-                    gathered.release()
+            self._let_go(added)
+
+    def hold_until_end(self, groups: Iterable[ParamGroup], of: Pass) -> None:
+        """As `hold`, until a pass has ended."""
+        added = self._hold(groups)
+        if added:
+            of.at_end(lambda: self._let_go(added))
+
+    def _hold(self, groups: Iterable[ParamGroup]) -> list[ParamGroup]:
+        """Those among them that are held from now on. Copies that are there already are used again, unless the parameters were
+        written: a pass that an error ended may have left them."""
+        added = []
+        for group in dict.fromkeys(groups):
+            gathered = self._held.get(group)
+            if gathered is not None and self._written_anywhere(gathered):
+                gathered.release()
+                self._held[group] = None
+            elif group not in self._held:
+                self._held[group] = None
+                added.append(group)
+        return added
+
+    def _let_go(self, groups: Iterable[ParamGroup]) -> None:
+        for group in groups:
+            gathered = self._held.pop(group)
+            if gathered is not None:
+                gathered.release()
 
     def holds(self, gathered: Gathered) -> bool:
         """Whether the copy stays whatever those do who used it."""

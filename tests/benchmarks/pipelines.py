@@ -1,0 +1,89 @@
+"""One rank of a pipeline for `tests.benchmarks.parallel`: steps, and memory of stages."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any, Callable
+
+from tests.benchmarks.harness import SIZES, Size, alone, interleaved, report
+
+
+def micro_batches(stages: int) -> int:
+    """Of a step; each of one row."""
+    return 4 * stages
+
+
+class Piped:
+    """A model without recomputation, AdamW and random rows, in the current world; `number` of them in a step."""
+
+    def __init__(self, size: Size, number: int, schedule: str | None = None):
+        import numpy as np
+
+        import bmtrain_ms as bms
+        from bmtrain_ms.comm.world import world
+        from bmtrain_ms.compat.runtime import from_host
+        from bmtrain_ms.model_center import Spread, Stages, spread
+        from bmtrain_ms.model_center.model import Llama, LlamaConfig
+
+        config = LlamaConfig(
+            vocab_size=size.vocab, dim_model=size.dim, num_heads=size.heads, dim_ff=size.ff, num_layers=size.layers
+        )
+        self.world = world()
+        stages = Stages(schedule=schedule, micro_batches=number) if self.world.mesh.pp > 1 else None
+        self.model = spread(Llama(config), Spread(False, 2), stages)
+        bms.init_parameters(self.model)
+        self.model.set_train(True)
+        self.manager = bms.optim.OptimManager()
+        self.manager.add_optimizer(bms.optim.AdamOptimizer(self.model.trainable_params(), lr=1e-4, weight_decay=0.1))
+        tokens = np.random.default_rng(1).integers(0, size.vocab, (2, number, size.length)).astype(np.int32)
+        self.rows = [from_host(x) for x in tokens]
+
+    def step(self) -> None:
+        """Forward, backward, update."""
+        from bmtrain_ms.comm import use_world
+
+        with use_world(self.world):
+            self.manager.zero_grad()
+            self.manager.backward(self.model.loss, *self.rows)
+            self.manager.step()
+
+
+def growth(step: Callable[[], None]) -> float:
+    """MiB by which the resident set grows in a step, at most."""
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    before = _resident("VmRSS")
+    step()
+    return (_resident("VmHWM") - before) / 1024
+
+
+def _resident(name: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))
+
+
+def run_rank(size: str, rounds: int, what: str) -> None:
+    """`time`: steps of the whole model on each rank, and of its stages; `memory`: of one micro-batch, and of all by a schedule."""
+    import bmtrain_ms as bms
+    from bmtrain_ms.comm import use_world
+
+    stages = int(what.split(":")[1])
+    world, m = bms.init_distributed(pipe_size=stages), micro_batches(stages)
+    if what.startswith("time"):
+        with use_world(alone()):
+            whole = Piped(SIZES[size], m)
+        cases = {"whole model, alone": whole.step, "stages, 1F1B": Piped(SIZES[size], m).step}
+        report(interleaved(cases, rounds, 3, lambda: world.everyone.barrier().wait()))
+        return
+    found: dict[str, Any] = {"rank": world.mesh.rank}
+    for name, number, schedule in (("one", 1, "1f1b"), ("1f1b", m, "1f1b"), ("gpipe", m, "gpipe")):
+        piped = Piped(SIZES[size], number, schedule)
+        for _ in range(2):
+            piped.step()
+        found[name] = min(growth(piped.step) for _ in range(3))
+        del piped
+    report(found)
+
+
+if __name__ == "__main__":
+    run_rank(sys.argv[2], int(sys.argv[3]), sys.argv[4])
