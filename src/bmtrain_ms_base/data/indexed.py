@@ -15,6 +15,8 @@ from typing import Any, Callable, Iterable, Iterator, Optional, Sequence
 
 import numpy as np
 
+from .extras import DataError
+
 MAGIC = b"MMIDIDX\x00\x00"
 _HEADER = struct.Struct("<9sQBQQ")
 _CODES = {1: "u1", 2: "i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}
@@ -24,7 +26,7 @@ _CHUNK = 1 << 20  # entries of an index that are looked at, or written, at a tim
 Chunks = Callable[[], Iterable[np.ndarray]]  # the same arrays each time it is called
 
 
-class IndexedError(ValueError):
+class IndexedError(DataError):
     """A pair of `.bin` and `.idx` that is none, is damaged, or cannot hold what it is given."""
 
 
@@ -291,31 +293,27 @@ class IndexedWriter:
             file.close()
         try:
             if kind is None:
-                finish(self.name, self._parts[:1], self._parts[1:2], self._parts[2:], self.dtype)
+                finish(self.name, self._parts[0], self._parts[1:2], self._parts[2:], self.dtype)
         finally:
             for part in self._parts:
                 with contextlib.suppress(FileNotFoundError):
                     os.remove(part)
 
 
-def finish(name: str, tokens: Sequence[str], lengths: Sequence[str], documents: Sequence[str], dtype: np.dtype) -> None:
-    """Make a pair of what lies in files, piece behind piece: the tokens first, and the index, without which it is none, last.
+def finish(name: str, tokens: str, lengths: Sequence[str], documents: Sequence[str], dtype: np.dtype) -> None:
+    """Make a pair of what lies in files: the tokens first, and the index, without which it is none, last.
 
     Args:
         name: the pair's, without an ending; what is there already is replaced.
-        tokens: files of token ids; one alone is not copied but becomes the `.bin`.
+        tokens: the file that becomes the `.bin`.
         lengths: files of int32, tokens of each sequence.
         documents: files of int32, sequences of each document.
         dtype: of the token ids.
     """
     with contextlib.suppress(FileNotFoundError):
         os.remove(name + ".idx")  # an old index must not stand beside new tokens
-    whole = tokens[0]
-    if len(tokens) > 1:
-        whole = name + ".bin.partial"
-        join(tokens, whole)
     write_index(name + ".idx.partial", dtype, read_chunks(lengths, "<i4"), read_chunks(documents, "<i4"))
-    os.replace(whole, name + ".bin")
+    os.replace(tokens, name + ".bin")
     os.replace(name + ".idx.partial", name + ".idx")
     sync_folder(Path(name).parent)
 
