@@ -5,10 +5,10 @@ from __future__ import annotations
 import sys
 from typing import Sequence
 
-from . import ckpt, demo, launch, prepare
+from . import ckpt, data, demo, launch, prepare
 from .options import Parser
 
-_COMMANDS = {"launch": launch, "demo": demo, "ckpt": ckpt, "prepare": prepare}
+_COMMANDS = {"launch": launch, "demo": demo, "ckpt": ckpt, "prepare": prepare, "data": data}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -15,9 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bmtrain_ms_base.data import gpt, gpt_batches, gpt_cache
+from bmtrain_ms_base.data.batch import changes
 from bmtrain_ms_base.data.extras import DataError
 from bmtrain_ms_base.data.gpt import Blend, GPTData, blend_sizes, gpt_data
-from bmtrain_ms_base.data.gpt_batches import EndOfDataError, GPTBatches, RampUp, changes
+from bmtrain_ms_base.data.gpt_batches import EndOfDataError, GPTBatches, RampUp
 from bmtrain_ms_base.data.gpt_index import SplitError, blend_indices, build_indices, epochs_for, split_ranges
 from bmtrain_ms_base.data.indexed import IndexedWriter
 from tests.helpers.tokens import golden_c
@@ -404,15 +405,18 @@ def test_what_would_change_the_order_is_named(golden, tmp_path):
 
     before = described()
     assert changes(before, described(samples=9)) == []  # one epoch: more of the same
-    assert changes(before, described(seed=1)) == ["seed: 1234 then, 1 now"]
-    assert changes(before, described(split="18,1,1")) == ["sequences[1]: 16 then, 18 now"]
+    assert changes(before, described(seed=1)) == ["samples.seed: 1234 then, 1 now"]
+    assert changes(before, described(split="18,1,1")) == ["samples.sequences[1]: 16 then, 18 now"]
     assert changes(before, described(batch=4)) == ["global_batch: 2 then, 4 now"]
-    assert changes(before, described(length=9))[0] == "length: 8 then, 9 now"
-    assert changes(before, described(samples=30)) == ["epochs: 1 then, 3 now", "last_epoch_apart: False then, True now"]
+    assert changes(before, described(length=9))[0] == "samples.length: 8 then, 9 now"
+    assert changes(before, described(samples=30)) == [
+        "samples.epochs: 1 then, 3 now",
+        "samples.last_epoch_apart: False then, True now",
+    ]
     changed = golden_c()
     changed[3][0] += 1
     (name,) = (text.split(":")[0] for text in changes(before, described(path=write(tmp_path / "d", changed))))
-    assert name == "file"
+    assert name == "samples.file"
     assert changes({"a": {"b": [1, 2]}}, {"a": {"b": [1, 3]}, "c": 0}) == ["a.b[1]: 2 then, 3 now", "c: None then, 0 now"]
 
 

@@ -84,7 +84,7 @@ class GPTBatches:
     def described(self) -> dict[str, Any]:
         """What decides which row is at which step, and what is in it; JSON can hold it."""
         ramp = None if self._ramp is None else dataclasses.asdict(self._ramp)
-        return {**self.data.described, "global_batch": self.global_batch, "packed": self._packed, "ramp_up": ramp}
+        return {"samples": self.data.described, "global_batch": self.global_batch, "packed": self._packed, "ramp_up": ramp}
 
     def _phase(self, step: int) -> _Phase:
         return self._phases[bisect.bisect_right([phase.step for phase in self._phases], step) - 1]
@@ -148,14 +148,3 @@ def _phases(target: int, ramp: Optional[RampUp]) -> list[_Phase]:
             step, consumed = step + steps, consumed + steps * rows
         phases.append(_Phase(step, consumed, size(consumed)))
     return phases
-
-
-def changes(before: Any, now: Any, name: str = "") -> list[str]:
-    """What differs between two descriptions of data, each with both values: what would change which sample comes when."""
-    if isinstance(before, dict) and isinstance(now, dict):
-        return [
-            text for key in {**before, **now} for text in changes(before.get(key), now.get(key), f"{name}.{key}" if name else key)
-        ]
-    if isinstance(before, list) and isinstance(now, list) and len(before) == len(now):
-        return [text for i, (x, y) in enumerate(zip(before, now)) for text in changes(x, y, f"{name}[{i}]")]
-    return [] if before == now else [f"{name}: {before} then, {now} now"]
