@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import time
 from typing import Any, Callable
@@ -19,11 +20,16 @@ _KINDS = {  # by the names that others use
     "GPT2BPETokenizer": "gpt2",
     "NullTokenizer": "null",
 }
+_HANDLERS = {
+    "GeneralPretrainHandler": None,
+    "AlpacaStyleInstructionHandler": "alpaca",
+    "SharegptStyleInstructionHandler": "sharegpt",
+    "OpenAIStyleInstructionHandler": "openai",
+}
 _NOT_HERE = {
     "--partitions": "all workers write at the same time anyway; leave it out",
     "--n-subs": "all workers write at the same time anyway; leave it out",
     "--split-sentences": "a column that holds a list of texts becomes a document of that many sequences; split it before",
-    "--handler-name": "columns are named by --json-keys",
     "--keep-sequential-samples": "the order is always kept; leave it out",
     "--streaming": "files are always read a piece at a time; leave it out",
     "--overwrite-cache": "nothing is cached; --restart throws away what an interrupted run has left",
@@ -65,8 +71,14 @@ def add(commands: Commands) -> argparse.ArgumentParser:
     say("--eod-token", default=None, metavar="TOKEN", help="which it is, where the tokenizer does not say")
     say("--parse-special-tokens", action="store_true", help="special tokens that a text spells are special; else they are text")
     say("--workers", type=positive, default=1, metavar="N", help="processes (default 1)")
-    say("--skip", nargs="+", default=["empty"], metavar="KIND", help="rows to leave out and count: broken, missing, not-text, "
-        "invalid, empty; or all; or none (default empty); others are errors")  # fmt: skip
+    say("--skip", nargs="+", default=["empty", "long"], metavar="KIND", help="rows to leave out and count: broken, missing, "
+        "not-text, invalid, empty, long; or all; or none (default empty long); others are errors")  # fmt: skip
+    say("--handler-name", choices=_HANDLERS, default="GeneralPretrainHandler", help="rows are texts (default), or conversations")
+    say("--prompt-type", default=None, metavar="NAME", help="chatml, alpaca, or a file (default: the tokenizer's chat template)")
+    say("--map-keys", type=json.loads, default={}, metavar="JSON", help="columns of conversations, "
+        'e.g. {"prompt": "instruction", "query": "input", "response": "output"}; {"turns": "messages"}')  # fmt: skip
+    say("--seq-length", type=positive, default=None, metavar="N", help="longest conversation, and a row's length with --pack")
+    say("--pack", action="store_true", help="several conversations in a row, which do not see each other")
     say("--log-interval", type=positive, default=None, metavar="N", help="a line every N documents, instead of a progress bar")
     say("--overwrite", action="store_true", help="replace files that are there")
     say("--restart", action="store_true", help="throw away what an interrupted run has left")
@@ -93,6 +105,7 @@ def run(arguments: argparse.Namespace) -> int:
         prefix=arguments.output_prefix,
         tokenizer=_tokenizer(arguments),
         keys=arguments.json_keys,
+        instructions=_instructions(arguments),
         append_eod=arguments.append_eod,
         workers=arguments.workers,
         skip=skip,
@@ -129,6 +142,28 @@ def _tokenizer(arguments: argparse.Namespace) -> dict[str, Any]:
         "pattern": arguments.tiktoken_pattern,
         "end": arguments.eod_token,
     }
+
+
+def _instructions(arguments: argparse.Namespace) -> dict[str, Any] | None:
+    from bmtrain_ms_base.data.extras import DataError
+
+    kind = _HANDLERS[arguments.handler_name]
+    if kind is None:
+        given = {"--pack": arguments.pack, "--seq-length": arguments.seq_length, "--prompt-type": arguments.prompt_type}
+        asked = [name for name, value in {**given, "--map-keys": arguments.map_keys}.items() if value]
+        if asked:
+            raise DataError(f"{', '.join(asked)} is for conversations: name their --handler-name, {', '.join(list(_HANDLERS)[1:])}")
+        return None
+    if arguments.seq_length is None:
+        raise DataError("conversations need --seq-length, the longest that is kept")
+    if arguments.append_eod:
+        raise DataError("a conversation ends as its chat template says; leave --append-eod out")
+    keys = arguments.map_keys if isinstance(arguments.map_keys, dict) else {}
+    known = ["prompt", "query", "response", "system", "history"] if kind == "alpaca" else ["turns"]
+    if any(name not in known or not isinstance(value, str) for name, value in keys.items()) or keys != arguments.map_keys:
+        raise DataError(f"--map-keys is an object of JSON with some of {', '.join(known)}, and columns for them")
+    length = arguments.seq_length
+    return {"kind": kind, "keys": keys, "template": arguments.prompt_type, "length": length, "pack": arguments.pack}
 
 
 class _Shown:

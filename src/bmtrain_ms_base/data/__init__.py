@@ -5,6 +5,7 @@ from .extras import DataError
 from .gpt import Blend, GPTData, gpt_data
 from .gpt_batches import EndOfDataError, GPTBatches, RampUp
 from .indexed import IndexedFile, IndexedWriter
+from .instruction_batches import InstructionBatches
 from .sampling import TokenSampler, unigram_entropy
 from .text import encode, python_documentation, read_text, split_held_out, train_tokenizer
 
@@ -18,6 +19,7 @@ __all__ = [
     "GPTData",
     "IndexedFile",
     "IndexedWriter",
+    "InstructionBatches",
     "RampUp",
     "TokenSampler",
     "changes",

@@ -9,16 +9,16 @@ import os
 import sys
 import time
 from pathlib import Path
-from typing import Any, Callable, Iterator, Sequence
+from typing import Any, Callable, Iterator, Protocol, Sequence, Union
 
 import numpy as np
 
 from . import rows
 from .extras import DataError
+from .instructions import InstructionRecipe
 from .sources import Piece, Source
 from .tokenizing import TextTokenizer, TokenizerError, load_tokenizer
 
-_CHARACTERS, _DOCUMENTS = 1 << 18, 512  # that are tokenized together
 _NAMED = 3  # places of wrong rows of a kind that are remembered for each piece
 _TELL = 0.3  # seconds between two reports
 
@@ -34,6 +34,64 @@ def piece_file(folder: Path, number: int, part: str) -> Path:
     return folder / f"{number:08}.{part}"
 
 
+Document = list[list[list[int]]]  # for each result the ids of each sequence
+
+
+class Recipe(Protocol):
+    """How rows become documents.
+
+    `characters`, `documents`: how much is made at a time.
+    """
+
+    characters: int
+    documents: int
+
+    def rows(self, piece: Piece) -> Iterator[tuple[str, Any, int]]:
+        """(where it is, what `encode` takes or a `Problem`, how many characters it has) of each row of a piece."""
+        ...
+
+    def encode(self, held: Sequence[tuple[str, Any]]) -> tuple[list[Document], list[tuple[str, rows.Problem]]]:
+        """The documents of some rows, and the rows that have none."""
+        ...
+
+
+class TextRecipe:
+    """Rows of texts, of which each is a document: one result for each key.
+
+    Args:
+        tokenizer: that makes ids.
+        keys: columns.
+        end: what is put behind each document.
+    """
+
+    characters, documents = 1 << 18, 512
+
+    def __init__(self, tokenizer: TextTokenizer, keys: Sequence[str], end: Sequence[int]):
+        self._tokenizer, self._keys, self._end = tokenizer, keys, list(end)
+
+    def rows(self, piece: Piece) -> Iterator[tuple[str, Union[rows.Texts, rows.Problem], int]]:
+        """See `Recipe`."""
+        for place, found in rows.documents(piece, self._keys):
+            yield place, found, 0 if isinstance(found, rows.Problem) else sum(len(text) for texts in found for text in texts)
+
+    def encode(self, held: Sequence[tuple[str, rows.Texts]]) -> tuple[list[Document], list[tuple[str, rows.Problem]]]:
+        """See `Recipe`."""
+        encoded = iter(self._tokenizer.encode([text for _, document in held for texts in document for text in texts]))
+        kept, wrong = [], []
+        for place, document in held:
+            # as Megatron does it: a sentence that has no tokens is none
+            ids = [[found for found in itertools.islice(encoded, len(texts)) if found] for texts in document]
+            empty = [key for key, sentences in zip(self._keys, ids) if not sentences]
+            if empty:
+                wrong.append((place, rows.Problem("empty", f"{empty[0]} has no tokens")))
+                continue
+            if self._end:
+                for sentences in ids:
+                    sentences[-1] = sentences[-1] + self._end
+            kept.append(ids)
+        return kept, wrong
+
+
 class Worker:
     """Does pieces of a plan.
 
@@ -46,14 +104,18 @@ class Worker:
     """
 
     def __init__(self, folder: Path, plan: dict[str, Any]):
-        self._folder, self._keys, self._skip = folder, plan["keys"], set(plan["skip"])
+        self._folder, self._skip, self._outputs = folder, set(plan["skip"]), len(plan["outputs"])
         sources = [Source(*source[:4]) for source in plan["sources"]]
         self._pieces = [Piece(sources[source], *rest) for source, *rest in plan["pieces"]]
-        self._tokenizer: TextTokenizer = load_tokenizer(**plan["tokenizer"]["arguments"])
-        if self._tokenizer.digest != plan["tokenizer"]["digest"]:
+        tokenizer = load_tokenizer(**plan["tokenizer"]["arguments"])
+        if tokenizer.digest != plan["tokenizer"]["digest"]:
             raise TokenizerError(f"{plan['tokenizer']['arguments']['path']} is another tokenizer than when this began: start anew")
         self._dtype = np.dtype(plan["dtype"])
-        self._end = [plan["tokenizer"]["end"]] if plan["append_eod"] else []
+        if plan["instructions"] is None:
+            end = [plan["tokenizer"]["end"]] if plan["append_eod"] else []
+            self._recipe: Recipe = TextRecipe(tokenizer, plan["keys"], end)
+        else:
+            self._recipe = InstructionRecipe(plan["tokenizer"]["arguments"], plan["instructions"])
 
     def do(self, number: int, tell: Tell) -> dict[str, Any]:
         """Make the files of a piece; returns its counts.
@@ -66,13 +128,13 @@ class Worker:
             PrepareError: a row is wrong in a way that is not to be skipped.
             SourceError: the file cannot be read.
         """
-        counts: dict[str, Any] = {"piece": number, "documents": 0, "tokens": [0] * len(self._keys), "wrong": {}}
-        names = [f"{key}.{part}" for key in range(len(self._keys)) for part in ("bin", "lengths", "documents")]
+        counts: dict[str, Any] = {"piece": number, "documents": 0, "tokens": [0] * self._outputs, "wrong": {}}
+        names = [f"{key}.{part}" for key in range(self._outputs) for part in ("bin", "lengths", "documents")]
         told = time.monotonic()
         with contextlib.ExitStack() as stack:
             files = [stack.enter_context(open(piece_file(self._folder, number, name), "wb")) for name in names]
             for batch in self._batches(number, counts):
-                for key in range(len(self._keys)):
+                for key in range(self._outputs):
                     self._write(files[3 * key : 3 * key + 3], [texts[key] for texts in batch], counts, key)
                 counts["documents"] += len(batch)
                 if time.monotonic() - told > _TELL:
@@ -86,38 +148,28 @@ class Worker:
         os.replace(done.with_suffix(".new"), done)
         return counts
 
-    def _batches(self, number: int, counts: dict[str, Any]) -> Iterator[list[list[list[list[int]]]]]:
-        """The ids of some documents at a time: for each document and key those of each sentence."""
-        held: list[tuple[str, rows.Texts]] = []
+    def _batches(self, number: int, counts: dict[str, Any]) -> Iterator[list[Document]]:
+        """The documents of a piece, some at a time."""
+        held: list[tuple[str, Any]] = []
         size = 0
-        for place, found in rows.documents(self._pieces[number], self._keys):
+        for place, found, characters in self._recipe.rows(self._pieces[number]):
             if isinstance(found, rows.Problem):
                 self._wrong(number, place, found, counts)
                 continue
             held.append((place, found))
-            size += sum(len(text) for texts in found for text in texts)
-            if size >= _CHARACTERS or len(held) >= _DOCUMENTS:
+            size += characters
+            if size >= self._recipe.characters or len(held) >= self._recipe.documents:
                 yield self._encoded(number, held, counts)
                 held, size = [], 0
         yield self._encoded(number, held, counts)
 
-    def _encoded(self, number: int, held: list[tuple[str, rows.Texts]], counts: dict[str, Any]) -> list[list[list[list[int]]]]:
-        encoded = iter(self._tokenizer.encode([text for _, document in held for texts in document for text in texts]))
-        kept = []
-        for place, document in held:
-            # as Megatron does it: a sentence that has no tokens is none
-            ids = [[found for found in itertools.islice(encoded, len(texts)) if found] for texts in document]
-            empty = [key for key, sentences in zip(self._keys, ids) if not sentences]
-            if empty:
-                self._wrong(number, place, rows.Problem("empty", f"{empty[0]} has no tokens"), counts)
-            else:
-                kept.append(ids)
-        return kept
+    def _encoded(self, number: int, held: list[tuple[str, Any]], counts: dict[str, Any]) -> list[Document]:
+        made, wrong = self._recipe.encode(held)
+        for place, problem in wrong:
+            self._wrong(number, place, problem, counts)
+        return made
 
     def _write(self, files: Sequence[Any], batch: list[list[list[int]]], counts: dict[str, Any], key: int) -> None:
-        if self._end:
-            for sentences in batch:
-                sentences[-1] = sentences[-1] + self._end
         lengths = np.array([len(ids) for sentences in batch for ids in sentences], "<i4")
         total = int(lengths.sum(dtype=np.int64))
         flat = (x for sentences in batch for ids in sentences for x in ids)

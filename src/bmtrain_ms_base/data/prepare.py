@@ -23,6 +23,7 @@ import numpy as np
 
 from . import indexed, rows, sources
 from .extras import MissingLibraryError
+from .instructions import OUTPUTS, InstructionRecipe
 from .pieces import PrepareError, Worker, command, piece_file
 from .tokenizing import TokenizerError, load_tokenizer
 
@@ -36,6 +37,7 @@ class PrepareOptions:
         prefix: of the result: `prefix_KEY_document.bin` and `.idx`.
         tokenizer: arguments of `load_tokenizer`.
         keys: columns; each has a result of its own, and document i of all of them is the same row.
+        instructions: settings of `InstructionRecipe`: rows are conversations and results `OUTPUTS`; `keys` do not count then.
         append_eod: put the tokenizer's end of document behind each document.
         workers: processes; 1: none but this one.
         skip: kinds of wrong rows that are left out and counted, of `rows.PROBLEMS`; all others end the run.
@@ -47,9 +49,10 @@ class PrepareOptions:
     prefix: str
     tokenizer: dict[str, Any]
     keys: Sequence[str] = ("text",)
+    instructions: Optional[dict[str, Any]] = None
     append_eod: bool = False
     workers: int = 1
-    skip: Sequence[str] = ("empty",)
+    skip: Sequence[str] = ("empty", "long")
     overwrite: bool = False
     restart: bool = False
 
@@ -96,7 +99,7 @@ def prepare(options: PrepareOptions, report: Callable[[Progress], None] = lambda
     """
     plan, left_out = _plan(options)
     prefix = os.path.abspath(os.path.expanduser(options.prefix))
-    names = [f"{prefix}_{key}_document" for key in options.keys]
+    names = [f"{prefix}_{output}_document" for output in plan["outputs"]]
     folder = Path(prefix + ".partial")
     resumed = not options.restart and (folder / "plan.json").is_file()
     if not (options.overwrite or resumed):
@@ -139,17 +142,22 @@ def _plan(options: PrepareOptions) -> tuple[dict[str, Any], list[str]]:
     if options.append_eod and tokenizer.end is None:
         raise PrepareError(f"{options.tokenizer['path']} does not say which token ends a document; name it: --eod-token")
     found, left_out = sources.find_sources(options.inputs)
-    pieces = sources.cut(found, options.keys)
+    talks = options.instructions is not None
+    if options.instructions is not None:
+        InstructionRecipe(options.tokenizer, options.instructions)  # or it says what is wrong
+    pieces = sources.cut(found, [] if talks else options.keys)
     numbers = {source.path: number for number, source in enumerate(found)}
     return {
         "version": 1,
         "sources": [[*dataclasses.astuple(source), os.stat(source.path).st_mtime_ns] for source in found],
         "pieces": [[numbers[piece.source.path], piece.start, piece.stop, piece.size] for piece in pieces],
         "keys": list(options.keys),
+        "instructions": options.instructions,
+        "outputs": list(OUTPUTS if talks else options.keys),
         "tokenizer": {"arguments": options.tokenizer, "digest": tokenizer.digest, "end": tokenizer.end},
         "vocab_size": tokenizer.vocab_size,
         "append_eod": options.append_eod,
-        "dtype": indexed.token_type(tokenizer.vocab_size).str,
+        "dtype": "<i4" if talks else indexed.token_type(tokenizer.vocab_size).str,  # labels may be -100
         "skip": sorted(options.skip),
     }, left_out
 
@@ -319,10 +327,10 @@ def _finish(folder: Path, plan: dict[str, Any], key: int, name: str, result: Pre
     known = {
         "documents": result.documents,
         "tokens": result.tokens[key],
-        "vocab_size": plan["vocab_size"],
+        "vocab_size": plan["vocab_size"] if plan["instructions"] is None else None,  # labels may be -100
         "tokenizer": plan["tokenizer"],
         "append_eod": plan["append_eod"],
-        "key": plan["keys"][key],
+        "key": plan["outputs"][key],
         "sources": [source[:4] for source in plan["sources"]],
         "wrong": result.wrong,
     }

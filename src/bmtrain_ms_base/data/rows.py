@@ -20,6 +20,7 @@ PROBLEMS = {
     "not-text": "what it has is no text",
     "invalid": "its text is not UTF-8",
     "empty": "there is nothing in it",
+    "long": "it does not fit into a row",
 }
 _READ = 1 << 20
 _BETWEEN = re.compile(r"[\s,]*")  # elements of an array; matches nothing too
@@ -49,8 +50,13 @@ def documents(piece: Piece, keys: Sequence[str]) -> Iterator[tuple[str, Union[Te
         yield place, row if isinstance(row, Problem) else _texts(row, keys)
 
 
-def values(piece: Piece, keys: Sequence[str]) -> Iterator[tuple[str, Union[list[Any], Problem]]]:
+def values(piece: Piece, keys: Sequence[str], absent_ok: bool = False) -> Iterator[tuple[str, Union[list[Any], Problem]]]:
     """(where it is, its values or what is wrong with it) of each row of a piece; what it lacks is `MISSING`.
+
+    Args:
+        piece: of a file.
+        keys: which columns.
+        absent_ok: a table may lack some of them.
 
     Raises:
         SourceError: the file is not what its name says, or damaged.
@@ -59,12 +65,12 @@ def values(piece: Piece, keys: Sequence[str]) -> Iterator[tuple[str, Union[list[
     if kind in ("parquet", "arrow"):
         from . import tables
 
-        yield from tables.rows(piece, keys)
+        yield from tables.rows(piece, keys, MISSING if absent_ok else None)
         return
     with _opened(piece) as file:
         try:
             if kind in ("csv", "tsv"):
-                yield from _table(piece, file, keys)
+                yield from _table(piece, file, keys, absent_ok)
             elif kind == "json" and piece.stop < 0 and _begins_array(file):
                 yield from _array(piece, file, keys)
             else:
@@ -139,16 +145,16 @@ def _lines(piece: Piece, file: BinaryIO) -> Iterator[tuple[str, Union[str, bytes
         place += len(line)
 
 
-def _table(piece: Piece, file: BinaryIO, keys: Sequence[str]) -> Iterator[tuple[str, Union[list[Any], Problem]]]:
+def _table(piece: Piece, file: BinaryIO, keys: Sequence[str], absent_ok: bool) -> Iterator[tuple[str, Union[list[Any], Problem]]]:
     csv.field_size_limit(1 << 30)
     with _decoded(file) as text:
         reader = csv.reader(text, "excel-tab" if piece.source.kind == "tsv" else "excel", strict=True)
         try:
             header = next(reader, [])
             absent = [key for key in keys if key not in header]
-            if absent:
+            if absent and not absent_ok:
                 raise SourceError(f"{piece.source.path} has no column {', '.join(absent)}; it has {', '.join(header)[:200]}")
-            columns = [header.index(key) for key in keys]
+            columns = [header.index(key) if key in header else len(header) for key in keys]
             for row in reader:
                 if len(row) > len(header):
                     yield f"line {reader.line_num}", Problem("broken", f"{len(row)} fields, where there are {len(header)} columns")

@@ -28,16 +28,18 @@ def pieces(source: Source, columns: Sequence[str], size: int) -> Iterator[Piece]
                 start, held = part + 1, 0
 
 
-def rows(piece: Piece, columns: Sequence[str]) -> Iterator[tuple[str, list[Any]]]:
-    """(where it is, values of the columns) of each row of a piece.
+def rows(piece: Piece, columns: Sequence[str], absent: Any = None) -> Iterator[tuple[str, list[Any]]]:
+    """(where it is, values of the columns) of each row of a piece; a column that the file lacks is `absent`.
 
     Raises:
         SourceError: the file is damaged.
     """
     with _Table(piece.source) as table:
         number = table.first_row(piece.start)
-        for batch in table.batches(piece.start, piece.stop, list(columns)):
-            values = [_values(batch.column(batch.schema.get_field_index(name))) for name in columns]
+        there = [name for name in columns if name in table.names]
+        for batch in table.batches(piece.start, piece.stop, there):
+            found = {name: _values(batch.column(batch.schema.get_field_index(name))) for name in there}
+            values = [found.get(name, [absent] * batch.num_rows) for name in columns]
             for row in zip(*values):
                 number += 1
                 yield f"row {number}", list(row)

@@ -80,13 +80,13 @@ def load_tokenizer(
     if not os.path.exists(folder):
         raise TokenizerError(f"there is no tokenizer {path}; a name on a hub is written hf:owner/name")
     file, kind = _chosen(folder, kind)
-    config = _config(os.path.dirname(file))
+    config = read_config(os.path.dirname(file))
     if kind == "sentencepiece":
         made: _Known = _SentencePiece(file, config, special)
     elif kind == "tiktoken":
         made = _TikToken(file, config, special, pattern)
     else:
-        made = _HuggingFace(file, config, special, merges)
+        made = HuggingFace(file, config, special, merges)
     made.end = made.find_end(end or config.get("eos_token"), given=end is not None)
     return made
 
@@ -122,7 +122,7 @@ def _is_tiktoken(path: str) -> bool:
     return len(parts) == 2 and parts[1].isdigit()
 
 
-def _config(folder: str) -> dict[str, Any]:
+def read_config(folder: str) -> dict[str, Any]:
     """What the files beside a tokenizer say of it; tokens as their text."""
     found: dict[str, Any] = {}
     for name in reversed(_CONFIG_FILES):
@@ -177,7 +177,7 @@ class _Known:
         return made.hexdigest()
 
 
-class _HuggingFace(_Known):
+class HuggingFace(_Known):
     """A `tokenizer.json`, or GPT-2's two files, by `tokenizers`."""
 
     def __init__(self, path: str, config: dict[str, Any], special: bool, merges: str | None):
@@ -216,6 +216,10 @@ class _HuggingFace(_Known):
         """See `TextTokenizer`."""
         found = [encoding.ids for encoding in self._encode(list(texts), add_special_tokens=False)]
         return [[*self._front, *ids, *self._behind] for ids in found] if self._front or self._behind else found
+
+    def encode_with_offsets(self, texts: Sequence[str]) -> list[tuple[list[int], list[tuple[int, int]]]]:
+        """Ids and the characters that each is made of, without tokens around the text."""
+        return [(found.ids, found.offsets) for found in self._tokenizer.encode_batch(list(texts), add_special_tokens=False)]
 
     def id_of(self, token: str) -> Optional[int]:
         """See `_Known`."""

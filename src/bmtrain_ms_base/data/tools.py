@@ -34,7 +34,7 @@ def inspect(name: str, documents: int = 0) -> str:
             lines.append(f"empty sequences: {int((lengths == 0).sum()):,}")
         known = _known(file.name)
         if known:
-            lines.append(f"tokenizer {known['tokenizer']['arguments']['path']}, {known['vocab_size']:,} ids")
+            lines.append(f"tokenizer {known['tokenizer']['arguments']['path']}, {known['vocab_size'] or 'labels, not'} ids")
             lines.append(f"end of each document: {known['tokenizer']['end'] if known['append_eod'] else 'none'}")
         lines += [f"{i}: {' '.join(map(str, file.read(i).tolist()))}" for i in range(min(documents, len(file)))]
         return "\n".join(lines)
