@@ -115,7 +115,7 @@ def test_wrong_rows_are_fatal_or_counted(tmp_path, small_pieces):
             kinds, 200
         )
         assert result.wrong["missing"]["first"][0] == f"{path}, line 2: no text"
-    with pytest.raises(PrepareError, match="rows are wrong in these ways: broken, missing, not-text, invalid, empty; not odd"):
+    with pytest.raises(PrepareError, match="in these ways: broken, missing, not-text, invalid, empty, long; not odd"):
         prepare(PrepareOptions([path], str(tmp_path / "b"), NULL, skip=["odd"]))
 
 
@@ -171,6 +171,21 @@ def test_what_an_interrupted_run_left_is_of_its_own_settings(tmp_path):
     with pytest.raises(PrepareError, match="its sources, pieces differ"):
         prepare(PrepareOptions([path], str(tmp_path / "x"), NULL))
     assert prepare(PrepareOptions([path], str(tmp_path / "x"), NULL, restart=True)).documents == 11
+
+
+def test_a_wrong_row_late_in_a_text(tmp_path, small_pieces, monkeypatch):
+    """Whoever then skips its kind does not begin anew."""
+    path = numbers(tmp_path / "x.jsonl", many(400))
+    with open(path, "a") as file:
+        file.write('{"other": 1}\n')
+    with pytest.raises(PrepareError, match="no text; --skip missing"):
+        prepare(PrepareOptions([path], str(tmp_path / "x"), NULL))
+    with pytest.raises(PrepareError, match="its skip differ"):
+        prepare(PrepareOptions([path], str(tmp_path / "x"), NULL, skip=["missing"]))
+    seen: list[int] = []
+    options = PrepareOptions([path], str(tmp_path / "x"), NULL, skip=["missing", "empty", "long"])
+    result = prepare(options, lambda progress: seen.append(progress.documents))
+    assert seen[0] > 300 and (result.documents, result.wrong["missing"]["rows"]) == (400, 1)
 
 
 def test_only_one_at_a_time(tmp_path):

@@ -180,6 +180,9 @@ def _begin(folder: Path, plan: dict[str, Any], restart: bool) -> None:
         other = [name for name in plan if before.get(name) != plan[name]]
         if not other:
             return
+        if other == ["skip"] and set(before["skip"]) <= set(plan["skip"]):  # what is done had no row of the kinds that are new
+            _write_plan(file, plan)
+            return
         raise PrepareError(
             f"{folder} is what an interrupted run has left, and its {', '.join(other)} differ from those of this one: "
             "give it the same to go on, or --restart to throw that away"
@@ -187,7 +190,11 @@ def _begin(folder: Path, plan: dict[str, Any], restart: bool) -> None:
     for old in folder.iterdir():
         if old.name != "lock":
             old.unlink()
-    new = folder / "plan.new"
+    _write_plan(file, plan)
+
+
+def _write_plan(file: Path, plan: dict[str, Any]) -> None:
+    new = file.with_suffix(".new")
     new.write_text(json.dumps(plan))
     os.replace(new, file)
 
