@@ -5,10 +5,10 @@ from __future__ import annotations
 import sys
 from typing import Sequence
 
-from . import ckpt, convert, demo, launch
+from . import ckpt, convert, data, demo, launch, prepare
 from .options import Parser
 
-_COMMANDS = {"launch": launch, "demo": demo, "ckpt": ckpt, "convert": convert}
+_COMMANDS = {"launch": launch, "demo": demo, "ckpt": ckpt, "convert": convert, "prepare": prepare, "data": data}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -26,5 +26,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _user_errors() -> tuple[type[BaseException], ...]:
-    checkpoint = sys.modules.get("bmtrain_ms.checkpoint")  # only what has been imported can have raised
-    return (launch.LaunchError, *([checkpoint.CheckpointError] if checkpoint is not None else []))
+    homes = {"bmtrain_ms.checkpoint": "CheckpointError", "bmtrain_ms_base.data.extras": "DataError"}
+    loaded = {name: sys.modules.get(name) for name in homes}  # only what has been imported can have raised
+    return (launch.LaunchError, *(getattr(module, homes[name]) for name, module in loaded.items() if module is not None))

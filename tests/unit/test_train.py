@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import signal
@@ -17,7 +18,7 @@ from mindspore import Tensor, nn
 import bmtrain_ms as bms
 from bmtrain_ms.checkpoint import CheckpointError
 from bmtrain_ms.checkpoint import checkpointer as checkpointer_module
-from bmtrain_ms.data import Batch, TokenSampler
+from bmtrain_ms.data import Batch, EndOfDataError, GPTBatches, GPTData, IndexedWriter, TokenSampler
 from bmtrain_ms.model_center import Spread, spread
 from bmtrain_ms.model_center.model import Llama, LlamaConfig
 from bmtrain_ms.optim import AdamOptimizer, GradientOverflowError, OptimManager
@@ -366,7 +367,7 @@ def test_resume_with_other_data(tmp_path):
     ):
         other = trainer(folder=tmp_path)
         other.batches = TokenSampler(TOKENS, **options)
-        with pytest.raises(ValueError, match=r"was saved by a run on the data \{.*\}, this one has .*: step 2 would be at another"):
+        with pytest.raises(ValueError, match=r"was saved by a run on other data \(.* then, .* now\): step 2 would be at another"):
             other.resume()
         assert other.done == 0 and other.resume(other_data=True) and other.done == 2
 
@@ -381,7 +382,7 @@ def test_resume_with_another_text_of_the_same_size(tmp_path):
         other = trainer(folder=tmp_path)
         other.batches = TokenSampler(tokens, 6, 4, tokenizer=tokenizer)
         if not same:
-            with pytest.raises(ValueError, match=r"was saved by a run on the data \{.*'digest': '\w{16}'.*step 2 would be"):
+            with pytest.raises(ValueError, match=r"other data \(digest: \w{16} then, \w{16} now\): step 2 would be"):
                 other.resume()
         assert other.resume(other_data=not same) and other.done == 2
     t.checkpoints.save(3, {"step": 3, "data": {"tokens": len(TOKENS), "length": 6, "global_batch": 4, "seed": 0}})
@@ -389,7 +390,7 @@ def test_resume_with_another_text_of_the_same_size(tmp_path):
     assert trainer(folder=tmp_path).resume()
     t.checkpoints.save(4, {"step": 4, "data": {"samples": 12}})
     t.close()
-    with pytest.raises(ValueError, match="was saved by a run on the data"):
+    with pytest.raises(ValueError, match="was saved by a run on other data"):
         trainer(folder=tmp_path).resume()
 
 
@@ -517,3 +518,42 @@ def test_a_log_that_was_cut(tmp_path):
         read_log(log)
     log.write_text("")
     assert read_log(log) == []
+
+
+# Files of tokens #
+
+
+def test_training_on_files_of_tokens(tmp_path):
+    """Documents packed into rows by their index: the loss is that of each alone. What would change their order is named."""
+    with IndexedWriter(tmp_path / "x", "uint16") as out:
+        for i in range(60):
+            out.add((np.arange(9 + i % 5) * 3 + i) % VOCAB)
+    data = GPTData(tmp_path / "x", 24, 12)
+    t = trainer(folder=tmp_path / "run")
+    t.batches = GPTBatches(data, 4)
+    batch = t.batches.batch(0)
+    alone, count = 0.0, 0
+    for ids, targets, documents in zip(batch.ids, batch.targets, batch.documents):
+        for number in range(documents.max() + 1):
+            chosen = documents == number
+            if (targets[chosen] != -100).any():
+                kept = Batch(ids[None, chosen], targets[None, chosen])
+                learnt = int((kept.targets != -100).sum())
+                alone, count = alone + float(t.task.loss(kept).asnumpy()) * learnt, count + learnt
+    assert count < batch.ids.size and float(t.task.loss(batch).asnumpy()) == pytest.approx(alone / count, rel=1e-5)
+    t.fit(until=2)
+    t.save()
+    t.close()
+    other = trainer(folder=tmp_path / "run")
+    other.batches = GPTBatches(GPTData(tmp_path / "x", 24, 12, seed=1), 4)
+    with pytest.raises(ValueError, match=r"on other data \(samples\.seed: 1234 then, 1 now\): step 2 would be at another place"):
+        other.resume()
+    other.batches = TokenSampler(TOKENS, length=6, global_batch=4)
+    with pytest.raises(ValueError, match="on other data"):
+        other.resume()
+    other.batches = GPTBatches(GPTData(tmp_path / "x", 25, 12), 4)  # more of the same
+    assert other.resume() and other.done == 2
+    other.settings = dataclasses.replace(other.settings, steps=20)
+    with pytest.raises(EndOfDataError, match="step 6 needs samples up to 28, there are 25, for 6 steps"):
+        other.fit()
+    other.close()

@@ -14,7 +14,7 @@ from mindspore import Tensor, nn
 from tqdm import tqdm
 
 from bmtrain_ms_base.checks import number, whole
-from bmtrain_ms_base.data import Batches
+from bmtrain_ms_base.data import Batches, changes
 from bmtrain_ms_base.memory import resident_memory
 
 from ..checkpoint import Checkpointer, CheckpointError
@@ -293,9 +293,10 @@ class Trainer:
         if resumed is None:
             return False
         before, now = resumed.extra.get("data"), self.batches.described
-        if not other_data and before is not None and not _same_data(before, now):
+        differing = [] if other_data or before is None else _differing(before, now)
+        if differing:
             raise ValueError(
-                f"{resumed.path} was saved by a run on the data {before}, this one has {now}: step {resumed.step} would be at "
+                f"{resumed.path} was saved by a run on other data ({'; '.join(differing)}): step {resumed.step} would be at "
                 "another place in them. Use the same, or resume(other_data=True)"
             )
         self.done = resumed.step
@@ -378,10 +379,12 @@ def _check_parts(task: Any, batches: Any, manager: Any, settings: Any) -> None:
         raise ValueError("the manager has no optimizer yet: call manager.add_optimizer(optimizer, schedule) first")
 
 
-def _same_data(before: Any, now: dict[str, Any]) -> bool:
-    """Whether both are the same, by what both know: the first versions had no digests, and not everybody knows the tokenizer."""
-    known = [name for name in now if name in before] if isinstance(before, dict) else []
-    return bool(known) and all(before[name] == now[name] for name in known)
+def _differing(before: Any, now: dict[str, Any]) -> list[str]:
+    """What differs, in words. The first versions had no digests, and not everybody knows the tokenizer."""
+    if not isinstance(before, dict) or not set(before) & set(now):
+        return changes(before, now, "data")
+    known = {name: now[name] for name in now if name in before}
+    return changes({name: value for name, value in before.items() if name in now or name != "tokenizer"}, known)
 
 
 def memory_mib() -> int:

@@ -43,3 +43,14 @@ class Batches(Protocol):
     def batch(self, step: int, rank: int = 0, ranks: int = 1) -> Batch:
         """The `rank`-th of `ranks` equal parts of a step, counted from 0; the step itself does not depend on their number."""
         ...
+
+
+def changes(before: Any, now: Any, name: str = "") -> list[str]:
+    """What differs between two descriptions of data, each with both values: what would change which sample comes when."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        return [
+            text for key in {**before, **now} for text in changes(before.get(key), now.get(key), f"{name}.{key}" if name else key)
+        ]
+    if isinstance(before, list) and isinstance(now, list) and len(before) == len(now):
+        return [text for i, (x, y) in enumerate(zip(before, now)) for text in changes(x, y, f"{name}[{i}]")]
+    return [] if before == now else [f"{name}: {before} then, {now} now"]

@@ -81,11 +81,12 @@ class TokenSampler:
 
     def _window(self, sample: int) -> int:
         epoch, place = divmod(sample, self.windows)
-        return int(_order(self._seed, epoch, self.windows)[place])
+        return int(epoch_order(self._seed, epoch, self.windows)[place])
 
 
 @functools.lru_cache(maxsize=4)
-def _order(seed: int, epoch: int, windows: int) -> np.ndarray:
+def epoch_order(seed: int, epoch: int, windows: int) -> np.ndarray:
+    """The order of an epoch's windows, by its number."""
     return np.random.Generator(np.random.Philox(key=[seed, epoch])).permutation(windows)
 
 

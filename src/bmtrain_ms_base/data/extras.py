@@ -1,0 +1,32 @@
+"""What goes wrong with data, and libraries that only the data side needs."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+
+class DataError(ValueError):
+    """Something about data that whoever gave it can put right; commands say it in one line."""
+
+
+class MissingLibraryError(DataError, ImportError):
+    """A library of the extra `data` that is not installed."""
+
+
+def needed(module: str, what: str) -> Any:
+    """Import a library of the extra `data`.
+
+    Args:
+        module: its name.
+        what: that needs it, for the message.
+
+    Raises:
+        MissingLibraryError: it is not installed; the message says how to install it.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        package = module.split(".")[0]
+        text = f"{what} needs {package}, which cannot be imported ({error}): pip install 'bmtrain-ms[data]'"
+        raise MissingLibraryError(text) from error

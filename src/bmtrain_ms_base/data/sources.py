@@ -1,0 +1,188 @@
+"""Which files a text is in, and the pieces that they are read in.
+
+Pieces depend on the files alone, never on how many workers there are, so neither does what is made of them.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Iterator, Sequence
+
+from .extras import DataError, needed
+
+KINDS = {
+    **dict.fromkeys((".jsonl", ".ndjson", ".json"), "json"),
+    **dict.fromkeys((".txt", ".text"), "txt"),
+    ".csv": "csv",
+    ".tsv": "tsv",
+    ".parquet": "parquet",
+    ".arrow": "arrow",
+}
+PACKED = {".gz": "gz", ".zst": "zst", ".zstd": "zst"}
+COLUMNS = ("csv", "tsv", "parquet", "arrow")  # kinds whose files say which columns they have
+_METADATA = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}  # of Hugging Face's datasets
+_HUB = re.compile(r"hf:(?P<name>[\w.-]+/[\w.-]+)(?:@(?P<revision>[^:]+))?(?::(?P<pattern>.+))?")
+_LEAST, _MOST, _PIECES = 8 << 20, 256 << 20, 2048  # bytes of a piece, and about how many there are to be
+
+
+class SourceError(DataError):
+    """Files of text that are not there, or cannot be read as what they are."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """A file of rows.
+
+    Attributes:
+        path: where it is.
+        kind: of file, one of `KINDS`' values.
+        packed: how it is compressed, "gz", "zst", or "": not at all.
+        size: in bytes.
+    """
+
+    path: str
+    kind: str
+    packed: str
+    size: int
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A part of a file that is read by itself: bytes, row groups or batches from `start` to `stop`; `stop` of -1: all of it.
+
+    `size`: about how many bytes of the file it is.
+    """
+
+    source: Source
+    start: int
+    stop: int
+    size: int
+
+
+def source_of(path: str | Path) -> Source | None:
+    """The file as a source, by its ending; None if that is none that is known."""
+    path = str(path)
+    base, end = os.path.splitext(path)
+    packed = PACKED.get(end.lower(), "")
+    kind = KINDS.get((os.path.splitext(base)[1] if packed else end).lower())
+    if kind is None or (packed and kind in ("parquet", "arrow")):
+        return None
+    return Source(path, kind, packed, os.path.getsize(path))
+
+
+def find_sources(inputs: Sequence[str]) -> tuple[list[Source], list[str]]:
+    """The files that are meant, and those of folders that are left out, because they are of no kind that can be read.
+
+    Args:
+        inputs: files, folders (all that is below them, by name) and names on a hub, `hf:owner/name`, `hf:owner/name@revision` or
+            `hf:owner/name:pattern`.
+
+    Raises:
+        SourceError: one is not there or of no kind that can be read, or is given twice, or a folder has none that can.
+    """
+    found: list[Source] = []
+    left: list[str] = []
+    for given in inputs:
+        path = download(given) if given.startswith("hf:") else os.path.expanduser(given)
+        if os.path.isdir(path):
+            inside = [_file(file) for file in _walk(path)]
+            sources = [source for source, _ in inside if source is not None]
+            left += [file for source, file in inside if source is None]
+            if not sources:
+                raise SourceError(f"{given} has no file that can be read; kinds are {_kinds()}")
+            found += sources
+        elif os.path.isfile(path):
+            source = source_of(path)
+            if source is None:
+                raise SourceError(f"{given} is of no kind that can be read, by its ending; kinds are {_kinds()}")
+            found.append(source)
+        else:
+            raise SourceError(f"{given} does not exist; a name on a hub is written hf:owner/name")
+    paths = [os.path.realpath(source.path) for source in found]
+    twice = next((path for path in paths if paths.count(path) > 1), None) if len(set(paths)) < len(paths) else None
+    if twice:
+        raise SourceError(f"{twice} is given twice; its text would be there twice")
+    return found, left
+
+
+def _file(path: str) -> tuple[Source | None, str]:
+    return (None if os.path.basename(path) in _METADATA else source_of(path)), path
+
+
+def _walk(folder: str) -> Iterator[str]:
+    for base, folders, files in os.walk(folder):
+        folders.sort()
+        for name in sorted(files):
+            yield os.path.join(base, name)
+
+
+def _kinds() -> str:
+    return f"{', '.join(KINDS)}; lines and tables also {', '.join(PACKED)}"
+
+
+def download(given: str, repo_type: str = "dataset", patterns: Sequence[str] | None = None) -> str:
+    """Fetch `hf:owner/name` from a hub, that of `HF_ENDPOINT` or Hugging Face's; returns its folder.
+
+    Args:
+        given: the name, with `@revision` and `:pattern` behind it if these are not to be the hub's main one and all files of rows.
+        repo_type: "dataset" or "model".
+        patterns: of files, instead of those of rows.
+
+    Raises:
+        SourceError: the name is none, or cannot be fetched.
+        MissingLibraryError: `huggingface_hub` is not installed.
+    """
+    match = _HUB.fullmatch(given)
+    if match is None:
+        raise SourceError(f"{given} is no name on a hub; write hf:owner/name, hf:owner/name@revision or hf:owner/name:pattern")
+    hub = needed("huggingface_hub", f"a name on a hub, {given},")
+    if match["pattern"] is not None:
+        patterns = [match["pattern"]]
+    wanted = [f"*{end}{packed}" for end in KINDS for packed in ("", *PACKED)] if patterns is None else list(patterns)
+    endpoint = os.environ.get("HF_ENDPOINT") or None
+    try:
+        return hub.snapshot_download(
+            match["name"], repo_type=repo_type, revision=match["revision"], allow_patterns=wanted, endpoint=endpoint
+        )
+    except Exception as error:  # whatever its HTTP library raises; releases use different ones
+        where = endpoint or "Hugging Face's hub"
+        raise SourceError(f"{given} cannot be fetched from {where}: {str(error).strip().splitlines()[0]}") from error
+
+
+def cut(sources: Sequence[Source], columns: Sequence[str]) -> list[Piece]:
+    """The pieces of all files, in order.
+
+    Args:
+        sources: the files.
+        columns: that are wanted; files that say which they have must have them.
+
+    Raises:
+        SourceError: a file does not have them, or cannot be read.
+    """
+    size = min(max(sum(source.size for source in sources) // _PIECES, _LEAST), _MOST)
+    return [piece for source in sources for piece in _pieces(source, columns, size)]
+
+
+def _pieces(source: Source, columns: Sequence[str], size: int) -> Iterator[Piece]:
+    if source.kind == "txt" and list(columns) != ["text"]:
+        raise SourceError(f"{source.path}: lines of text have one column, text, not {', '.join(columns)}")
+    if source.kind in ("parquet", "arrow"):
+        from . import tables
+
+        yield from tables.pieces(source, columns, size)
+    elif source.packed or source.kind in ("csv", "tsv") or _is_array(source):
+        yield Piece(source, 0, -1, source.size)
+    else:
+        for start in range(0, source.size, size):
+            yield Piece(source, start, min(start + size, source.size), min(size, source.size - start))
+
+
+def _is_array(source: Source) -> bool:
+    """Whether a file that is not compressed is one array of JSON, which cannot be cut at lines."""
+    if source.kind != "json":
+        return False
+    with open(source.path, "rb") as file:
+        return file.read(1 << 12).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"[")
