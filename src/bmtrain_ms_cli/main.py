@@ -5,10 +5,18 @@ from __future__ import annotations
 import sys
 from typing import Sequence
 
-from . import ckpt, convert, data, demo, launch, prepare
+from . import ckpt, convert, data, demo, generate, launch, prepare
 from .options import Parser
 
-_COMMANDS = {"launch": launch, "demo": demo, "ckpt": ckpt, "convert": convert, "prepare": prepare, "data": data}
+_COMMANDS = {
+    "launch": launch,
+    "demo": demo,
+    "ckpt": ckpt,
+    "convert": convert,
+    "prepare": prepare,
+    "data": data,
+    "generate": generate,
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -48,6 +48,10 @@ class TextTokenizer(Protocol):
         """The ids of each text, in order; with those tokens around them that the tokenizer's files ask for."""
         ...
 
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text that ids stand for, without special tokens; what is no whole character yet becomes U+FFFD."""
+        ...
+
 
 def load_tokenizer(
     path: str,
@@ -155,6 +159,10 @@ class _Known:
         """See `TextTokenizer`."""
         raise NotImplementedError
 
+    def decode(self, ids: Sequence[int]) -> str:
+        """See `TextTokenizer`."""
+        raise NotImplementedError
+
     def id_of(self, token: str) -> Optional[int]:
         """The id of a special token, or None."""
         raise NotImplementedError
@@ -217,6 +225,10 @@ class HuggingFace(_Known):
         found = [encoding.ids for encoding in self._encode(list(texts), add_special_tokens=False)]
         return [[*self._front, *ids, *self._behind] for ids in found] if self._front or self._behind else found
 
+    def decode(self, ids: Sequence[int]) -> str:
+        """See `TextTokenizer`."""
+        return self._tokenizer.decode(list(ids), skip_special_tokens=True)
+
     def encode_with_offsets(self, texts: Sequence[str]) -> list[tuple[list[int], list[tuple[int, int]]]]:
         """Ids and the characters that each is made of, without tokens around the text."""
         return [(found.ids, found.offsets) for found in self._tokenizer.encode_batch(list(texts), add_special_tokens=False)]
@@ -247,6 +259,10 @@ class _SentencePiece(_Known):
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """See `TextTokenizer`."""
         return self._model.encode(list(texts), add_bos=self._bos, add_eos=self._eos, num_threads=1)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """See `TextTokenizer`."""
+        return self._model.decode([int(x) for x in ids])
 
     def id_of(self, token: str) -> Optional[int]:
         """See `_Known`."""
@@ -287,6 +303,11 @@ class _TikToken(_Known):
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """See `TextTokenizer`."""
         return [self._encoding.encode(text, allowed_special=self._allowed, disallowed_special=()) for text in texts]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """See `TextTokenizer`."""
+        special = set(self._special.values())
+        return self._encoding.decode([int(x) for x in ids if int(x) not in special])
 
     def id_of(self, token: str) -> Optional[int]:
         """See `_Known`."""
@@ -335,3 +356,7 @@ class NullTokenizer:
         if any(not 0 <= x < self.vocab_size - 1 for ids in found for x in ids):
             raise TokenizerError(f"the null tokenizer reads numbers below {self.vocab_size - 1} only")
         return found
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """See `TextTokenizer`."""
+        return " ".join(map(str, ids))
