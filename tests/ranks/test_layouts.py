@@ -131,7 +131,7 @@ def halves(world: World, case: Case) -> tuple[list[bool], list[float]]:
 def test_the_same_steps_are_skipped_in_float16(run_ranks: Run):
     right = halves(World(SingleEngine(), Mesh(1, 0)), Case())
     assert True in right[0] and False in right[0]
-    for case in (Case(tp=2), Case(tp=2, dp=2), Case(tp=4)):
+    for case in (Case(tp=2), Case(tp=2, dp=2), Case(tp=4), Case(pp=2)):
         assert run_ranks(case.ranks, halves, case=case) == [right] * case.ranks
 
 

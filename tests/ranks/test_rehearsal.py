@@ -39,6 +39,12 @@ def run_ranks(rehearsing_ranks: Callable[..., list[Any]]) -> Callable[..., list[
     return rehearsing_ranks
 
 
+@pytest.fixture(autouse=True)
+def fewer_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a training that other files follow for longer: ranks that rehearse take their time."""
+    monkeypatch.setattr(test_layouts, "STEPS", 3)
+
+
 @pytest.fixture
 def single_world(rehearsed_world: World) -> World:
     return rehearsed_world
