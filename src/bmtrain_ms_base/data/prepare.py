@@ -14,6 +14,7 @@ import os
 import queue
 import shutil
 import subprocess
+import sys
 import threading
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -167,8 +168,10 @@ def _locked(folder: Path) -> Iterator[None]:
     with open(folder / "lock", "w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        except BlockingIOError as error:
             raise PrepareError(f"another process is preparing {folder.with_suffix('')} at this time: wait for it") from error
+        except OSError:  # some clusters' disks have no locks
+            sys.stderr.write(f"{folder} is on a disk without locks: nothing keeps a second run away from it\n")
         yield
 
 
