@@ -27,6 +27,8 @@ QUICK = {
         "test_cross_entropy",
         "test_data",
         "test_generation",
+        "test_gpt_data",
+        "test_indexed",
         "test_layout",
         "test_llama",
         "test_lr_scheduler",

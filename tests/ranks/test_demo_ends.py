@@ -107,7 +107,7 @@ def test_another_text_is_refused(out, text, tmp_path):
     before = contents(out)
     done = demo(out, "--resume", "--steps", 6, "--text", other, ranks=2)
     assert done.returncode == 2 and contents(out) == before
-    assert "was saved by a run on the data" in told(done) and "'digest'" in told(done)
+    assert "was saved by a run on other data (" in told(done) and "digest: " in told(done)
 
 
 def test_from_an_older_checkpoint(out, text):

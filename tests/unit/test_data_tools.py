@@ -73,6 +73,9 @@ def test_verify_knows_what_was_prepared(tmp_path):
     (tmp_path / "p_text_document.bin").write_bytes(data[:-2] + b"\xff\xff")
     with pytest.raises(IndexedError, match="has 65535 in sequence 1"):
         tools.verify(path)
+    (tmp_path / "p_text_document.bin").write_bytes(b"\x05" + data[1:])
+    with pytest.raises(IndexedError, match=r"p_text_document\.bin has other tokens than were prepared: it is damaged"):
+        tools.verify(path)
     for end in ("bin", "idx"):
         os.remove(f"{path}.{end}")
     write(Path(path), [[1]])

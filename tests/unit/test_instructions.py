@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bmtrain_ms_base.data import train_tokenizer
+from bmtrain_ms_base.data import tools, train_tokenizer
 from bmtrain_ms_base.data.chat import ALPACA_KEYS, TEMPLATES, ChatTemplate, load_template, of_alpaca, of_messages
 from bmtrain_ms_base.data.extras import DataError
 from bmtrain_ms_base.data.indexed import IndexedError, IndexedFile, IndexedWriter
@@ -199,6 +199,9 @@ def test_packing_does_not_change_a_conversation(tmp_path, tokenizer, capsys):
             found.append([[ids[i] for i in chosen], [labels[i] for i in chosen]])
         assert all(label == -100 for label, number in zip(labels, mask) if number == 0)
     assert sorted(found) == sorted(alone) and len(rows_of_files) < 40
+    for output, known in zip(OUTPUTS, ("all below", "not known", "not known")):
+        assert known in tools.verify(f"{tmp_path}/x_{output}_document")
+    assert "no ids but masks or labels" in tools.inspect(f"{tmp_path}/x_{OUTPUTS[2]}_document")
 
 
 @given(lengths=st.lists(st.integers(1, 20), max_size=40))

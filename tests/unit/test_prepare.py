@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -15,7 +17,7 @@ from typing import Any, Sequence
 import numpy as np
 import pytest
 
-from bmtrain_ms_base.data import pieces, sources, train_tokenizer
+from bmtrain_ms_base.data import GPTData, pieces, sources, train_tokenizer
 from bmtrain_ms_base.data.indexed import IndexedFile
 from bmtrain_ms_base.data.pieces import PrepareError
 from bmtrain_ms_base.data.prepare import PrepareOptions, Progress, prepare
@@ -197,6 +199,19 @@ def test_only_one_at_a_time(tmp_path):
             prepare(options)
 
     prepare(options, again)
+
+
+def test_a_disk_without_locks(tmp_path, monkeypatch, capsys):
+    """Some clusters have them."""
+
+    def flock(*_: Any) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    path = numbers(tmp_path / "x.jsonl", many(10))
+    name = prepare(PrepareOptions([path], str(tmp_path / "x"), NULL)).names[0]
+    assert "x.partial is on a disk without locks: nothing keeps a second run away from it" in capsys.readouterr().err
+    assert len(GPTData(name, 4, 8)) >= 4
 
 
 @pytest.mark.parametrize("when", ["work", "finish"])

@@ -66,7 +66,8 @@ def _writable(home: Path) -> bool:
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[None]:
     with open(path, "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        with contextlib.suppress(OSError):  # some clusters' disks have no locks; then two may build, and both write the same
+            fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 

@@ -181,7 +181,7 @@ class IndexedFile:
     def digest(self) -> str:
         """Of the content: all lengths and documents, and of the tokens the size, and blocks from everywhere; a second for some GB.
 
-        Files that differ in a few tokens only may have the same; `bmtrain-ms data verify` reads all.
+        Files that differ in a few tokens only may have the same; `bmtrain-ms data verify` reads all tokens.
         """
         found = xxhash.xxh3_128(f"{self.dtype.str} {self.tokens} {len(self)} {self.documents}".encode())
         for array in (self.lengths, self.ends):
@@ -336,15 +336,18 @@ def finish(name: str, tokens: str, lengths: Sequence[str], documents: Sequence[s
     sync_folder(Path(name).parent)
 
 
-def join(paths: Sequence[str | Path], out: str | Path) -> None:
-    """Write files one behind the other, and to disk."""
+def join(paths: Sequence[str | Path], out: str | Path) -> str:
+    """Write files one behind the other, and to disk; returns a hash of all bytes, as `verify` compares it."""
+    found = xxhash.xxh3_128()
     with open(out, "wb") as file:
         for path in paths:
             with open(path, "rb") as piece:
                 while data := piece.read(1 << 24):
                     file.write(data)
+                    found.update(data)
         file.flush()
         os.fsync(file.fileno())
+    return found.hexdigest()
 
 
 def sync_folder(folder: Path) -> None:

@@ -14,6 +14,7 @@ import os
 import queue
 import shutil
 import subprocess
+import sys
 import threading
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -167,8 +168,10 @@ def _locked(folder: Path) -> Iterator[None]:
     with open(folder / "lock", "w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        except BlockingIOError as error:
             raise PrepareError(f"another process is preparing {folder.with_suffix('')} at this time: wait for it") from error
+        except OSError:  # some clusters' disks have no locks
+            sys.stderr.write(f"{folder} is on a disk without locks: nothing keeps a second run away from it\n")
         yield
 
 
@@ -331,18 +334,20 @@ def _finish(folder: Path, plan: dict[str, Any], key: int, name: str, result: Pre
     def parts(part: str) -> list[str]:
         return [str(piece_file(folder, number, f"{key}.{part}")) for number in range(len(plan["pieces"]))]
 
+    with contextlib.suppress(FileNotFoundError):
+        os.remove(name + ".idx")
+    digest = indexed.join(parts("bin"), name + ".bin.partial")
+    labels_only = plan["instructions"] is not None and key > 0  # masks and labels are no ids
     known = {
+        "hash": digest,
         "documents": result.documents,
         "tokens": result.tokens[key],
-        "vocab_size": plan["vocab_size"] if plan["instructions"] is None else None,  # labels may be -100
+        "vocab_size": None if labels_only else plan["vocab_size"],
         "tokenizer": plan["tokenizer"],
         "append_eod": plan["append_eod"],
         "key": plan["outputs"][key],
         "sources": [source[:4] for source in plan["sources"]],
         "wrong": result.wrong,
     }
-    with contextlib.suppress(FileNotFoundError):
-        os.remove(name + ".idx")
-    indexed.join(parts("bin"), name + ".bin.partial")
     Path(name + ".json").write_text(json.dumps(known, indent=1) + "\n")
     indexed.finish(name, name + ".bin.partial", parts("lengths"), parts("documents"), np.dtype(plan["dtype"]))

@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any, Iterator, Sequence
 
 import numpy as np
+import xxhash
 
 from .indexed import IndexedError, IndexedFile, finish, stem
+from .instructions import IGNORED, OUTPUTS
 from .pieces import PrepareError
 
 _TOKENS = 1 << 22  # that are read at a time
@@ -34,14 +36,17 @@ def inspect(name: str, documents: int = 0) -> str:
             lines.append(f"empty sequences: {int((lengths == 0).sum()):,}")
         known = _known(file.name)
         if known:
-            lines.append(f"tokenizer {known['tokenizer']['arguments']['path']}, {known['vocab_size'] or 'labels, not'} ids")
+            ids = f"{known['vocab_size']:,} ids" if known["vocab_size"] else "no ids but masks or labels"
+            lines.append(f"tokenizer {known['tokenizer']['arguments']['path']}, {ids}")
             lines.append(f"end of each document: {known['tokenizer']['end'] if known['append_eod'] else 'none'}")
         lines += [f"{i}: {' '.join(map(str, file.read(i).tolist()))}" for i in range(min(documents, len(file)))]
         return "\n".join(lines)
 
 
 def verify(name: str, vocab_size: int | None = None) -> str:
-    """Read all of a pair, and check that each id is one of the vocabulary; returns what was found, in words.
+    """Read all of a pair, and check that each id is one of the vocabulary, and all bytes those that were prepared.
+
+    Returns what was found, in words.
 
     Args:
         name: of the pair.
@@ -56,9 +61,13 @@ def verify(name: str, vocab_size: int | None = None) -> str:
         for kind, found in (("tokens", file.tokens), ("documents", file.documents)):
             if known.get(kind, found) != found:
                 raise IndexedError(f"{file.name} has {found:,} {kind}, and was made with {known[kind]:,}: it is another one")
-        largest = -1
+        largest, hashed = -1, xxhash.xxh3_128()
+        ignored = file.name.endswith(f"_{OUTPUTS[2]}_document")
         for start in range(0, file.tokens, _TOKENS):
             ids = file.span(start, min(_TOKENS, file.tokens - start))
+            hashed.update(ids.tobytes())
+            if ignored:
+                ids = np.where(ids == IGNORED, 0, ids)
             largest = max(largest, int(ids.max()))
             bad = np.flatnonzero((ids < 0) | (ids >= limit)) if limit is not None else np.flatnonzero(ids < 0)
             if len(bad):
@@ -66,6 +75,8 @@ def verify(name: str, vocab_size: int | None = None) -> str:
                 sequence = int(np.searchsorted(file.offsets, place * file.dtype.itemsize, side="right")) - 1
                 below = "no id" if limit is None else f"not below {limit:,}, the size of the vocabulary"
                 raise IndexedError(f"{file.name} has {int(ids[bad[0]])} in sequence {sequence}, which is {below}")
+        if known.get("hash", hashed.hexdigest()) != hashed.hexdigest():
+            raise IndexedError(f"{file.name}.bin has other tokens than were prepared: it is damaged; prepare or copy it anew")
         checked = "its vocabulary is not known" if limit is None else f"all below {limit:,}"
         return f"{file.name} is whole: {file.documents:,} documents, {file.tokens:,} tokens, ids up to {largest:,}, {checked}"
 
@@ -102,7 +113,7 @@ def merge(names: Sequence[str], out: str) -> str:
                 raise IndexedError(f"pairs of different {what} cannot be merged: {', '.join(sorted(set(values)))}")
         made = _write(out, [(file, range(file.documents)) for file in files])
     if all(known):
-        entries = {"documents": made[0], "tokens": made[1], "key": known[0]["key"]}
+        entries = {"hash": made[2], "documents": made[0], "tokens": made[1], "key": known[0]["key"]}
         same = {name: known[0][name] for name in ("vocab_size", "tokenizer", "append_eod")}
         sources = [source for entry in known for source in entry["sources"]]
         Path(stem(out) + ".json").write_text(json.dumps({**entries, **same, "sources": sources, "wrong": {}}, indent=1) + "\n")
@@ -141,22 +152,22 @@ def split(name: str, out: str, parts: Sequence[float]) -> list[str]:
             raise IndexedError(f"{file.name} has {file.documents:,} documents, too few or too long to be divided like this")
         made = []
         for i, chosen in enumerate(ranges):
-            documents, tokens = _write(f"{out}_{i}", [(file, chosen)])
+            documents, tokens, digest = _write(f"{out}_{i}", [(file, chosen)])
             known = _known(file.name)
             if known:
-                entries = {**known, "documents": documents, "tokens": tokens}
+                entries = {**known, "hash": digest, "documents": documents, "tokens": tokens}
                 Path(f"{out}_{i}.json").write_text(json.dumps(entries, indent=1) + "\n")
             made.append(f"{out}_{i}: {documents:,} documents, {tokens:,} tokens")
         return made
 
 
-def _write(out: str, chosen: Sequence[tuple[IndexedFile, range]]) -> tuple[int, int]:
-    """Make a pair of documents of others; returns how many documents and tokens it has. Memory does not grow with them."""
+def _write(out: str, chosen: Sequence[tuple[IndexedFile, range]]) -> tuple[int, int, str]:
+    """Make a pair of documents of others; returns its documents, tokens and hash. Memory does not grow with them."""
     name = stem(out)
     if any(os.path.exists(name + end) for end in (".bin", ".idx")):
         raise IndexedError(f"there is a pair {name} already: delete it, or choose another name")
     parts = [f"{name}.{part}.partial" for part in ("bin", "lengths", "documents")]
-    documents = tokens = 0
+    documents, tokens, hashed = 0, 0, xxhash.xxh3_128()
     try:
         with contextlib.ExitStack() as stack:
             files = [stack.enter_context(open(part, "wb")) for part in parts]
@@ -164,6 +175,7 @@ def _write(out: str, chosen: Sequence[tuple[IndexedFile, range]]) -> tuple[int, 
                 first, last = int(file.ends[numbers.start]), int(file.ends[numbers.stop])
                 for piece in _spans(file, first, last):
                     files[0].write(piece.tobytes())
+                    hashed.update(piece.tobytes())
                     tokens += len(piece)
                 for start in range(first, last, _TOKENS):
                     files[1].write(file.lengths[start : min(start + _TOKENS, last)].tobytes())
@@ -180,7 +192,7 @@ def _write(out: str, chosen: Sequence[tuple[IndexedFile, range]]) -> tuple[int, 
         for part in parts:
             with contextlib.suppress(FileNotFoundError):
                 os.remove(part)
-    return documents, tokens
+    return documents, tokens, hashed.hexdigest()
 
 
 def _spans(file: IndexedFile, first: int, last: int) -> Iterator[np.ndarray]:
