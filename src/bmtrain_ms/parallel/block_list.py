@@ -107,15 +107,15 @@ class PipelineTransformerBlockList(TransformerBlockList):
             states, results = [], []
             for b in range(number):
                 token, x = (token, entered[b]) if self.stage_id == 0 else route.receive(b, token)
-                mine = {key: x_[slice(*route.parts[b])] if key in related else x_ for key, x_ in others.items()}
+                mine = {key: y[slice(*route.parts[b])] if key in related else y for key, y in others.items()}
                 x, seen = self._through(x, mine, first_draw + b * self.num_layers * DRAWS)
-                states += seen
+                states += seen if return_hidden_states else []
                 if self.stage_id == self.stages - 1:
                     results += x
                 else:
                     token = route.send(b, token, x)
             context.draws.count = first_draw + SPAN
-            found = route.leave(token, results, states if return_hidden_states else [], self._plan)
+            found = route.leave(token, results, states, self._plan)
         return found[0] if len(found) == 1 else found
 
     def _through(self, hidden: Tensors, others: dict[Any, Any], first_draw: int) -> tuple[Tensors, list[Tensor]]:
