@@ -131,3 +131,21 @@ def test_views(tmp_path: Path):
     refused(saved(path, program((3, 2), (1, 3)), **{"data/0": data}), r"a in it is a view of another tensor, transposed")
     refused(saved(path, program((2, 3), (3, 1), 1), **{"data/0": data}), r"a in it has more elements than its storage")
     refused(saved(path, program((2, 3), (3, 1))), r"cannot be read as tensors: 'data/0'")
+
+
+def test_damaged_bytes_are_refused_or_read(tmp_path: Path):
+    """Whatever they are, nothing else happens."""
+    random, whole, path = np.random.default_rng(0), BIN.read_bytes(), tmp_path / "x.bin"
+    refusals = 0
+    for number in range(500):
+        data = bytearray(whole)
+        for _ in range(random.integers(1, 6)):
+            data[random.integers(len(data))] = random.integers(256)
+        path.write_bytes(data if number % 5 else data[: random.integers(len(data))])
+        try:
+            with PickleReader(path) as reader:
+                for name, info in reader.tensors.items():
+                    reader.read_flat(name, 0, info.count)
+        except CheckpointError:
+            refusals += 1
+    assert 250 < refusals < 500
