@@ -231,9 +231,9 @@ def prove(model: Any, again: Any, folder: str | Path) -> None:
     try:
         a, b = _logits(model), _logits(again)
     except Exception as caught:  # MindSpore's, of an operation that does not take the type, for example
+        said = next((line.strip() for line in str(caught).splitlines() if any(map(str.isalpha, line))), type(caught).__name__)
         error = PretrainedError(
-            f"{folder} was written, and not proven: the model cannot be computed here ({str(caught).strip().splitlines()[0]}); "
-            "proven=False leaves that out"
+            f"{folder} was written, and not proven: the model cannot be computed here ({said}); proven=False leaves that out"
         )
     agree_or_fail(world().everyone, error, f"{folder} was written, and not proven")
     close = _CLOSE.get(model.config.dtype, 2e-2) * float(np.abs(a).max(initial=0.0))
