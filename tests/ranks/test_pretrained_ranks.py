@@ -44,6 +44,8 @@ CASES = [
     (Case(pp=2), "qwen2"),  # tied, on both stages
     (Case(pp=2), "mixtral"),
     (Case(dp=2, ep=2), "qwen3_moe"),
+    (Case(tp=2, dp=2), "llama"),
+    (Case(pp=2, dp=2, ep=2), "mixtral"),
 ]
 
 
