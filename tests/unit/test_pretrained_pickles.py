@@ -36,6 +36,11 @@ def test_what_torch_has_saved(tmp_path: Path):
     assert sums["model.norm.weight"] == 8.0
     np.testing.assert_allclose(sums["model.embed_tokens.weight"], 0.3190031051635742, rtol=1e-5)  # torch's own sums
     np.testing.assert_allclose(sums["model.layers.0.self_attn.o_proj.weight"], -0.3895988464355469, rtol=1e-5)
+    model.save_pretrained(tmp_path, proven=False)
+    (tmp_path / "pytorch_model.bin").write_bytes(b"")  # safetensors come first
+    load_pretrained(model, tmp_path, pickles=True)
+    (tmp_path / "model.safetensors").unlink()
+    shutil.copy(BIN, tmp_path / "pytorch_model.bin")
     (tmp_path / "pytorch_model.bin").rename(tmp_path / "pytorch_model-1.bin")
     index = '{"weight_map": {' + ", ".join(f'"{name}": "pytorch_model-1.bin"' for name in sums) + "}}"
     (tmp_path / "pytorch_model.bin.index.json").write_text(index)

@@ -50,7 +50,7 @@ def convert(
         config: a folder with a `config.json` of Hugging Face's, and what else belongs beside the weights; default: `source`.
         dtype: float32, float16 or bfloat16; default: each tensor stays what it is.
         max_shard_size: of a file, bytes or like `5GB`.
-        pickles: read `pytorch_model.bin` too: see `PickleReader`.
+        pickles: read `pytorch_model.bin` where there are no safetensors files: see `PickleReader`.
 
     Returns:
         The files that were written.

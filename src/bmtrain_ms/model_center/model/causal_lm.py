@@ -80,7 +80,8 @@ class CausalLM(nn.Cell):
             how: how it is spread over the ranks, see `spread`; None: it stays plain, to be changed and spread, or used as it is.
             stages: of a pipeline, see `spread`; with them `how` is `Spread()` unless it is given.
             dtype: of the parameters; default: what the config says. Values are converted.
-            pickles: read `pytorch_model.bin` too, by an interpreter that builds tensors and nothing else.
+            pickles: read `pytorch_model.bin` where there are no safetensors files, by an interpreter that builds tensors and
+                nothing else.
             changes: fields of our config that are to be others than the file's, as `tied=True` or `balance="sequence"`.
 
         Raises:

@@ -54,7 +54,7 @@ def load_pretrained(model: Any, folder: str | Path, pickles: bool = False) -> No
     Args:
         model: a `CausalLM`.
         folder: with `model.safetensors`, or several and their index.
-        pickles: read `pytorch_model.bin` too: see `PickleReader`.
+        pickles: read `pytorch_model.bin` where there are no safetensors files: see `PickleReader`.
 
     Raises:
         PretrainedError: tensors are missing, unexpected, or have another shape or type; its lines say which.

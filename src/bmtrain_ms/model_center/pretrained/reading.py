@@ -18,7 +18,7 @@ from bmtrain_ms_base.layout import Box
 
 from ...compat.runtime import numpy_dtype
 from ...files import boxes
-from ...files.consolidated import files_of, weight_map
+from ...files.consolidated import INDEX, SINGLE, files_of, weight_map
 from ...files.errors import CheckpointError
 from ...files.format import PIECE, TYPE_NAMES, Reader, TensorInfo
 from .differences import Difference
@@ -39,7 +39,7 @@ class Files:
 
     Args:
         path: a folder, an index, or a file.
-        pickles: read `pytorch_model.bin` too, by an interpreter that knows tensors only.
+        pickles: read `pytorch_model.bin`, where there are no safetensors files, by an interpreter that knows tensors only.
 
     Attributes:
         where: name -> its file.
@@ -109,16 +109,15 @@ class Files:
 
 
 def _files(path: Path, pickles: bool) -> list[tuple[Path, list[str] | None]]:
-    if pickles and path.is_dir() and (path / _PICKLES).exists():
-        return weight_map(path / _PICKLES, ".bin")
-    if pickles and path.is_dir() and (path / _PICKLE).exists():
-        return [(path / _PICKLE, None)]
-    if not pickles and path.is_dir() and not any(path.glob("*.safetensors*")) and any(path.glob("pytorch_model*.bin*")):
+    there = {name for name in (INDEX, SINGLE, _PICKLES, _PICKLE) if (path / name).exists()}
+    if there & {INDEX, SINGLE} or not there:
+        return files_of(path)
+    if not pickles:
         raise CheckpointError(
             f"{path} has pytorch_model.bin only, pickles, which may run anything where they are read. Pass pickles=True to read "
             "the tensors in them by an interpreter that knows nothing else, or get the model as safetensors"
         )
-    return files_of(path)
+    return weight_map(path / _PICKLES, ".bin") if _PICKLES in there else [(path / _PICKLE, None)]
 
 
 def _fill(reader: Reader, name: str, box: Box, out: np.ndarray) -> None:
