@@ -29,7 +29,7 @@ def add(commands: Commands) -> argparse.ArgumentParser:
             action.add_argument("--names", choices=names, default="bmtrain_ms", help="whose names there are (default bmtrain_ms)")
             action.add_argument("--config", type=path, help="folder with config.json and tokenizer, if they are not in PATH")
         else:
-            action.add_argument("--pickles", action="store_true", help="read pytorch_model.bin too: its tensors, nothing else")
+            action.add_argument("--pickles", action="store_true", help="read pytorch_model.bin if that is all there is")
     return parser
 
 

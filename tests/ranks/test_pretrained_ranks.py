@@ -10,7 +10,7 @@ import pytest
 from mindspore import Tensor
 
 from bmtrain_ms.checkpoint import CheckpointError
-from bmtrain_ms.comm import Mesh, SingleEngine, World, use_world
+from bmtrain_ms.comm import World, use_world
 from bmtrain_ms.model_center import Spread, from_pretrained
 from bmtrain_ms.model_center.pretrained import load_pretrained
 from tests.helpers.checkpoints import counted_bytes
@@ -32,9 +32,8 @@ def there_and_back(world: World, case: Case, folder: Path, out: Path) -> dict[st
 
 
 def alone(folder: Path) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    with use_world(World(SingleEngine(), Mesh(1, 0))):
-        model = from_pretrained(folder)
-        return whole([parts({p.name: (p.layout, p) for p in model.get_parameters()})]), model(Tensor(IDS)).asnumpy()
+    model = from_pretrained(folder)
+    return whole([parts({p.name: (p.layout, p) for p in model.get_parameters()})]), model(Tensor(IDS)).asnumpy()
 
 
 CASES = [
@@ -45,11 +44,15 @@ CASES = [
     (Case(pp=2), "qwen2"),  # tied, on both stages
     (Case(pp=2), "mixtral"),
     (Case(dp=2, ep=2), "qwen3_moe"),
+    (Case(tp=2, dp=2), "llama"),
+    (Case(pp=2, dp=2, ep=2), "mixtral"),
 ]
 
 
 @pytest.mark.parametrize(("case", "family"), CASES, ids=str)
-def test_any_layout_reads_and_writes_what_one_rank_does(run_ranks: Run, tmp_path: Path, case: Case, family: str):
+def test_any_layout_reads_and_writes_what_one_rank_does(
+    run_ranks: Run, single_world: World, tmp_path: Path, case: Case, family: str
+):
     folder = make(tmp_path / "theirs", family)
     right, logits = alone(folder)
     answers = run_ranks(case.ranks, there_and_back, case=case, folder=folder, out=tmp_path)
@@ -68,11 +71,10 @@ def read_apart(world: World, case: Case, folder: Path) -> dict[str, int]:
 
 
 @pytest.mark.parametrize("case", [Case(dp=2), Case(tp=2), Case(pp=2)], ids=str)
-def test_each_rank_reads_its_part(run_ranks: Run, tmp_path: Path, case: Case):
+def test_each_rank_reads_its_part(run_ranks: Run, single_world: World, tmp_path: Path, case: Case):
     """Of files of some layers each: in stages those of other stages are not opened; in shards half of each is read."""
-    with use_world(World(SingleEngine(), Mesh(1, 0))):
-        model = from_pretrained(make(tmp_path / "theirs", "llama"))
-        model.save_pretrained(tmp_path / "several", max_shard_size=700)
+    model = from_pretrained(make(tmp_path / "theirs", "llama"))
+    model.save_pretrained(tmp_path / "several", max_shard_size=700)
     folder = tmp_path / "several"
     tensors = sum(len(data) for _, _, data in bits(folder).values())
     headers = sum(path.stat().st_size for path in folder.glob("*.safetensors")) - tensors

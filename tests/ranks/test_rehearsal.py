@@ -26,6 +26,7 @@ from tests.ranks import (
     test_optim_ranks,
     test_parity,
     test_pipeline_ranks,
+    test_pretrained_ranks,
     test_tensor_parallel,
     test_wrapper_ranks,
 )
@@ -91,6 +92,9 @@ test_offload_deltas = again(test_optim_offload_ranks.test_deltas_are_those_of_al
 RESUMED = [(Layout(), {}), (Layout(half=True, offload=True), {"overflow_at": 2})]
 test_sharded_checkpoints = again(test_checkpointer_ranks.test_resumed_training_is_bit_equal, ranks=[1, 2], layout_options=RESUMED)
 test_whole_files = again(test_checkpoint_ranks.test_the_file_does_not_depend_on_the_ranks, most=[2], pieces=[True])
+
+FOLDERS = [test_pretrained_ranks.CASES[1], test_pretrained_ranks.CASES[4]]  # ZeRO and GPT-2; stages and tied
+test_folders = again(test_pretrained_ranks.test_any_layout_reads_and_writes_what_one_rank_does, case_family=FOLDERS)
 
 test_llama_and_generation = again(test_llama_ranks.test_two_ranks_train_as_one, options=[{}, {"tied": True}])
 

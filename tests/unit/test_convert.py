@@ -206,3 +206,5 @@ def test_what_cannot_be_converted(tmp_path: Path, capsys: pytest.CaptureFixture[
     says("file cannot be written", "recast", folder, tmp_path / "file")
     with pytest.raises(ValueError, match="read one of hf, ms, bmtrain_mindspore, megatron, and write hf or ms, not 'hf' and 'x'"):
         convert(folder, tmp_path / "out", "hf", "x")
+    with pytest.raises(ValueError, match="dtype must be one of float32, float16, bfloat16, not 'int8'"):
+        convert(folder, tmp_path / "out", "hf", "hf", dtype="int8")

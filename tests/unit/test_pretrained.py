@@ -20,7 +20,7 @@ from bmtrain_ms.files.entries import Entry
 from bmtrain_ms.model_center import PretrainedError, Spread, from_pretrained, spread
 from bmtrain_ms.model_center.model import FAMILIES, Grok1, Grok1Config, Llama, LlamaConfig, MiniCPM, MiniCPMConfig, Mixtral, Qwen2
 from bmtrain_ms.model_center.pretrained import load_pretrained
-from bmtrain_ms.model_center.pretrained.reading import Files, Source, choose, runs
+from bmtrain_ms.model_center.pretrained.reading import Files, Source, blocks, choose, runs
 from bmtrain_ms.model_center.pretrained.writing import Target
 from bmtrain_ms_base.layout import Layout, Split
 from tests.helpers.checkpoints import counted_bytes
@@ -369,7 +369,7 @@ def test_any_layout_has_its_elements(tmp_path: Path, family: str):
     ],
 )
 def test_runs_are_contiguous_and_all_of_the_box(shape: tuple[int, ...], box: list[tuple[int, int]], count: int):
-    whole = np.arange(np.prod(shape)).reshape(shape)
+    whole = np.arange(1, np.prod(shape) + 1).reshape(shape)
     there = tuple(slice(*part) for part in box)
     out = np.zeros_like(whole[there])
     parts = list(runs(shape, there))
@@ -378,4 +378,9 @@ def test_runs_are_contiguous_and_all_of_the_box(shape: tuple[int, ...], box: lis
         assert (np.diff(flat) == 1).all()
         out[inside] = whole[run]
     assert len(parts) == count and np.array_equal(out, whole[there])
-    assert len(list(runs(shape, there, 100))) == 1
+    for most in (1, 2, 5, 100):
+        again = np.zeros_like(out)
+        for inside, block in blocks(there, most):
+            assert 0 < whole[block].size <= most and not again[inside].any()
+            again[inside] = whole[block]
+        assert np.array_equal(again, out)

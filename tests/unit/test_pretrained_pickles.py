@@ -36,6 +36,11 @@ def test_what_torch_has_saved(tmp_path: Path):
     assert sums["model.norm.weight"] == 8.0
     np.testing.assert_allclose(sums["model.embed_tokens.weight"], 0.3190031051635742, rtol=1e-5)  # torch's own sums
     np.testing.assert_allclose(sums["model.layers.0.self_attn.o_proj.weight"], -0.3895988464355469, rtol=1e-5)
+    model.save_pretrained(tmp_path, proven=False)
+    (tmp_path / "pytorch_model.bin").write_bytes(b"")  # safetensors come first
+    load_pretrained(model, tmp_path, pickles=True)
+    (tmp_path / "model.safetensors").unlink()
+    shutil.copy(BIN, tmp_path / "pytorch_model.bin")
     (tmp_path / "pytorch_model.bin").rename(tmp_path / "pytorch_model-1.bin")
     index = '{"weight_map": {' + ", ".join(f'"{name}": "pytorch_model-1.bin"' for name in sums) + "}}"
     (tmp_path / "pytorch_model.bin.index.json").write_text(index)
@@ -131,3 +136,21 @@ def test_views(tmp_path: Path):
     refused(saved(path, program((3, 2), (1, 3)), **{"data/0": data}), r"a in it is a view of another tensor, transposed")
     refused(saved(path, program((2, 3), (3, 1), 1), **{"data/0": data}), r"a in it has more elements than its storage")
     refused(saved(path, program((2, 3), (3, 1))), r"cannot be read as tensors: 'data/0'")
+
+
+def test_damaged_bytes_are_refused_or_read(tmp_path: Path):
+    """Whatever they are, nothing else happens."""
+    random, whole, path = np.random.default_rng(0), BIN.read_bytes(), tmp_path / "x.bin"
+    refusals = 0
+    for number in range(500):
+        data = bytearray(whole)
+        for _ in range(random.integers(1, 6)):
+            data[random.integers(len(data))] = random.integers(256)
+        path.write_bytes(data if number % 5 else data[: random.integers(len(data))])
+        try:
+            with PickleReader(path) as reader:
+                for name, info in reader.tensors.items():
+                    reader.read_flat(name, 0, info.count)
+        except CheckpointError:
+            refusals += 1
+    assert 250 < refusals < 500

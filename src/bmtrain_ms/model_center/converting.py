@@ -25,6 +25,7 @@ from .pretrained.reading import Files, Names, Source
 from .pretrained.writing import Described, Target
 
 READABLE, WRITABLE = ("hf", "ms", "bmtrain_mindspore", "megatron"), ("hf", "ms")
+_DTYPES = ("float32", "float16", "bfloat16")
 _EARLIER_FILE = "mindspore_model.safetensors"
 
 
@@ -49,17 +50,19 @@ def convert(
         config: a folder with a `config.json` of Hugging Face's, and what else belongs beside the weights; default: `source`.
         dtype: float32, float16 or bfloat16; default: each tensor stays what it is.
         max_shard_size: of a file, bytes or like `5GB`.
-        pickles: read `pytorch_model.bin` too: see `PickleReader`.
+        pickles: read `pytorch_model.bin` where there are no safetensors files: see `PickleReader`.
 
     Returns:
         The files that were written.
 
     Raises:
         CheckpointError: files or config are missing or damaged, do not fit each other, or cannot be written.
-        ValueError: no such names, or they are not known of this family; no such size.
+        ValueError: no such names, or they are not known of this family; no such type or size.
     """
     if read not in READABLE or write not in WRITABLE:
         raise ValueError(f"read one of {', '.join(READABLE)}, and write {' or '.join(WRITABLE)}, not {read!r} and {write!r}")
+    if dtype not in (None, *_DTYPES):
+        raise ValueError(f"dtype must be one of {', '.join(_DTYPES)}, not {dtype!r}")
     path, out = Path(source).expanduser(), Path(folder).expanduser()
     beside = Path(config).expanduser() if config is not None else path if path.is_dir() else path.parent
     if read == "bmtrain_mindspore" and path.is_dir():

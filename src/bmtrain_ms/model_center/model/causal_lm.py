@@ -80,7 +80,8 @@ class CausalLM(nn.Cell):
             how: how it is spread over the ranks, see `spread`; None: it stays plain, to be changed and spread, or used as it is.
             stages: of a pipeline, see `spread`; with them `how` is `Spread()` unless it is given.
             dtype: of the parameters; default: what the config says. Values are converted.
-            pickles: read `pytorch_model.bin` too, by an interpreter that builds tensors and nothing else.
+            pickles: read `pytorch_model.bin` where there are no safetensors files, by an interpreter that builds tensors and
+                nothing else.
             changes: fields of our config that are to be others than the file's, as `tied=True` or `balance="sequence"`.
 
         Raises:
@@ -114,11 +115,11 @@ class CausalLM(nn.Cell):
             source: a folder to copy the generation config, the tokenizer and chat templates from, and fields of the config that
                 are not ours; default: that which the model was loaded from.
             max_shard_size: of a file, bytes or like `5GB`.
-            proven: read the folder again, as another model on the same ranks, and compare the logits of a prompt. Needs memory for
-                the parameters once more.
+            proven: read the folder again, as another model on the same ranks, which all have to see it, and compare the logits of
+                a prompt. Needs memory for the parameters once more.
 
         Raises:
-            PretrainedError: the logits differ; on every rank.
+            PretrainedError: it is written, and the logits differ or cannot be computed here; on every rank.
             CheckpointError: it cannot be written; on every rank.
         """
         beside = self.loaded_from if source is None else Path(source).expanduser()

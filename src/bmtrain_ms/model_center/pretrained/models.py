@@ -54,7 +54,7 @@ def load_pretrained(model: Any, folder: str | Path, pickles: bool = False) -> No
     Args:
         model: a `CausalLM`.
         folder: with `model.safetensors`, or several and their index.
-        pickles: read `pytorch_model.bin` too: see `PickleReader`.
+        pickles: read `pytorch_model.bin` where there are no safetensors files: see `PickleReader`.
 
     Raises:
         PretrainedError: tensors are missing, unexpected, or have another shape or type; its lines say which.
@@ -231,9 +231,9 @@ def prove(model: Any, again: Any, folder: str | Path) -> None:
     try:
         a, b = _logits(model), _logits(again)
     except Exception as caught:  # MindSpore's, of an operation that does not take the type, for example
+        said = next((line.strip() for line in str(caught).splitlines() if any(map(str.isalpha, line))), type(caught).__name__)
         error = PretrainedError(
-            f"{folder} was written, and not proven: the model cannot be computed here ({str(caught).strip().splitlines()[0]}); "
-            "proven=False leaves that out"
+            f"{folder} was written, and not proven: the model cannot be computed here ({said}); proven=False leaves that out"
         )
     agree_or_fail(world().everyone, error, f"{folder} was written, and not proven")
     close = _CLOSE.get(model.config.dtype, 2e-2) * float(np.abs(a).max(initial=0.0))

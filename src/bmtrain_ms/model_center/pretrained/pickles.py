@@ -64,7 +64,9 @@ def _tensors(file: RegularFile) -> dict[str, TensorInfo]:
         if not isinstance(found, dict):
             raise ValueError("it does not hold a dictionary of tensors")
         return {str(name): _place(file, members, str(name), value) for name, value in found.items()}
-    except (zipfile.BadZipFile, ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError, OSError) as error:
+    except CheckpointError:
+        raise
+    except Exception as error:  # whatever damaged bytes make of zip files and pickles
         if isinstance(error, zipfile.BadZipFile):
             error = ValueError("it is no zip file: torch before 1.6 wrote others, which are not read here")
         raise CheckpointError(f"{file.path} cannot be read as tensors: {error}") from error

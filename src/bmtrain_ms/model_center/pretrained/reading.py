@@ -6,7 +6,6 @@ cut meanwhile would end it.
 
 from __future__ import annotations
 
-import itertools
 import math
 import re
 from dataclasses import replace
@@ -19,9 +18,9 @@ from bmtrain_ms_base.layout import Box
 
 from ...compat.runtime import numpy_dtype
 from ...files import boxes
-from ...files.consolidated import files_of, weight_map
+from ...files.consolidated import INDEX, SINGLE, files_of, weight_map
 from ...files.errors import CheckpointError
-from ...files.format import TYPE_NAMES, Reader, TensorInfo
+from ...files.format import PIECE, TYPE_NAMES, Reader, TensorInfo
 from .differences import Difference
 from .family import Piece
 from .pickles import PickleReader
@@ -40,7 +39,7 @@ class Files:
 
     Args:
         path: a folder, an index, or a file.
-        pickles: read `pytorch_model.bin` too, by an interpreter that knows tensors only.
+        pickles: read `pytorch_model.bin`, where there are no safetensors files, by an interpreter that knows tensors only.
 
     Attributes:
         where: name -> its file.
@@ -83,12 +82,13 @@ class Files:
         reader, info = self._reader(self.where[name]), self.info(name)
         assert isinstance(info, TensorInfo)
         dtype = numpy_dtype(info.dtype)
-        for inside, run in runs(info.shape, box, _PAGE // dtype.itemsize):
-            part = out[inside]
-            if part.dtype == dtype and part.flags.c_contiguous and part.size and is_contiguous(info.shape, run):
-                reader.read_into(name, first_of(info.shape, run), part)
-            else:
-                reader.read(name, run, part)
+        if out.dtype == dtype and out.flags.c_contiguous:
+            _fill(reader, name, box, out)
+            return
+        for inside, block in blocks(box, PIECE // dtype.itemsize):
+            values = np.empty(boxes.extents(block), dtype)
+            _fill(reader, name, block, values)
+            out[inside] = values
 
     def close(self) -> None:
         """Let go of the files."""
@@ -109,39 +109,58 @@ class Files:
 
 
 def _files(path: Path, pickles: bool) -> list[tuple[Path, list[str] | None]]:
-    if pickles and path.is_dir() and (path / _PICKLES).exists():
-        return weight_map(path / _PICKLES, ".bin")
-    if pickles and path.is_dir() and (path / _PICKLE).exists():
-        return [(path / _PICKLE, None)]
-    if not pickles and path.is_dir() and not any(path.glob("*.safetensors*")) and any(path.glob("pytorch_model*.bin*")):
+    there = {name for name in (INDEX, SINGLE, _PICKLES, _PICKLE) if (path / name).exists()}
+    if there & {INDEX, SINGLE} or not there:
+        return files_of(path)
+    if not pickles:
         raise CheckpointError(
             f"{path} has pytorch_model.bin only, pickles, which may run anything where they are read. Pass pickles=True to read "
             "the tensors in them by an interpreter that knows nothing else, or get the model as safetensors"
         )
-    return files_of(path)
+    return weight_map(path / _PICKLES, ".bin") if _PICKLES in there else [(path / _PICKLE, None)]
 
 
-def runs(shape: Sequence[int], box: Box, least: int = 0) -> Iterator[tuple[Box, Box]]:
-    """A box in parts that are contiguous in a tensor of that shape: (where in the box, where in the tensor).
-
-    `least`: where they are shorter than so many elements, the box is one part.
-    """
-    axis = len(box)
-    while axis and (axis == len(box) or boxes.extents(box)[axis] == shape[axis]):
-        axis -= 1
-    outer = boxes.extents(box)[:axis]
-    if math.prod(outer) == 1 or math.prod(boxes.extents(box)[axis:]) < least:
-        yield tuple(slice(0, n) for n in boxes.extents(box)), box
+def _fill(reader: Reader, name: str, box: Box, out: np.ndarray) -> None:
+    """Write a box of a tensor to a contiguous array of its type."""
+    shape = reader.tensors[name].shape
+    run = math.prod(boxes.extents(box)[_run_axis(shape, box) :])
+    if run < out.size and run * out.itemsize < _PAGE:
+        reader.read(name, box, out)
         return
+    for inside, there in runs(shape, box):
+        reader.read_into(name, first_of(shape, there), out[inside])
+
+
+def _run_axis(shape: Sequence[int], box: Box) -> int:
+    """The first of the last dims over which a box is contiguous in a tensor of that shape."""
+    axis = max(len(box) - 1, 0)
+    while axis and boxes.extents(box)[axis] == shape[axis]:
+        axis -= 1
+    return axis
+
+
+def runs(shape: Sequence[int], box: Box) -> Iterator[tuple[Box, Box]]:
+    """A box in parts that are contiguous in a tensor of that shape: (where in the box, where in the tensor)."""
+    axis = _run_axis(shape, box)
     inner = tuple(slice(0, n) for n in boxes.extents(box)[axis:])
-    for corner in np.ndindex(*outer):
+    for corner in np.ndindex(*boxes.extents(box)[:axis]):
         at = tuple(slice(i + part.start, i + part.start + 1) for i, part in zip(corner, box))
         yield (*(slice(i, i + 1) for i in corner), *inner), (*at, *box[axis:])
 
 
-def is_contiguous(shape: Sequence[int], box: Box) -> bool:
-    """Whether a box of a tensor of that shape is one range of its elements."""
-    return len(list(itertools.islice(runs(shape, box), 2))) == 1
+def blocks(box: Box, most: int) -> Iterator[tuple[Box, Box]]:
+    """A box in parts of at most so many elements: (where in the box, where in the tensor)."""
+    sizes = boxes.extents(box)
+    axis = next((i for i, n in enumerate(sizes) if n > 1), len(sizes))
+    if math.prod(sizes) <= most or axis == len(sizes):
+        yield tuple(slice(0, n) for n in sizes), box
+        return
+    step = max(1, most // math.prod(sizes[axis + 1 :]))
+    for start in range(0, sizes[axis], step):
+        stop, first = min(start + step, sizes[axis]), box[axis].start
+        part = (*box[:axis], slice(first + start, first + stop), *box[axis + 1 :])
+        for inside, block in blocks(part, most):
+            yield (*inside[:axis], slice(start + inside[axis].start, start + inside[axis].stop), *inside[axis + 1 :]), block
 
 
 def first_of(shape: Sequence[int], box: Box) -> int:

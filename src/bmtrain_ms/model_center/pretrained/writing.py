@@ -1,11 +1,15 @@
-"""Tensors of ours, written as somebody else's files have them, piece by piece: no more than a piece is held."""
+"""Tensors of ours, written as somebody else's files have them, piece by piece: no more than a piece is held, and of what lies the
+other way round there, a tensor."""
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any, Mapping
 
 import numpy as np
+
+from bmtrain_ms_base.layout import Box
 
 from ...compat.runtime import numpy_dtype
 from ...files import boxes
@@ -37,6 +41,10 @@ class Target:
         theirs = {piece.name: (ours[name][0], piece.shape) for name, pieces in self._pieces.items() for piece in pieces}
         sizes = {name: tensor_bytes(*described) for name, described in theirs.items()}
         self._groups, self._total = split(sizes, size_in_bytes(largest)), sum(sizes.values())
+        # Of a transposed one each piece is a few bytes of every row: it is put together first. Its pieces come one after the other.
+        self._apart = {piece.name for pieces in self._pieces.values() for piece in pieces if piece.transposed}
+        self._together: dict[str, np.ndarray] = {}
+        self._missing = {name: math.prod(theirs[name][1]) for name in self._apart}
         self._files: list[AtomicFile] = []
         self._places: dict[str, tuple[AtomicFile, TensorInfo]] = {}
         self._new = Replacement(folder)
@@ -58,8 +66,20 @@ class Target:
             for piece, part, there in parts_in(self._pieces[name], box):
                 file, info = self._places[piece.name]
                 view = their_view(piece, block[part])
+                if piece.name in self._apart:
+                    self._put_together(piece.name, there, view)
+                    continue
                 for piece_of_view, run in runs(info.shape, there):
                     _write(file, info, run, view[piece_of_view])
+
+    def _put_together(self, name: str, box: Box, values: np.ndarray) -> None:
+        file, info = self._places[name]
+        if name not in self._together:
+            self._together[name] = np.empty(info.shape, numpy_dtype(info.dtype))
+        self._together[name][box] = values
+        self._missing[name] -= values.size
+        if not self._missing[name]:
+            file.write(info.start, self._together.pop(name))
 
     def commit(self) -> list[Path]:
         """Have them be the model; returns the files."""
@@ -76,7 +96,7 @@ class Target:
         self._new.__exit__()
 
 
-def _write(file: AtomicFile, info: TensorInfo, box: tuple[slice, ...], values: np.ndarray) -> None:
+def _write(file: AtomicFile, info: TensorInfo, box: Box, values: np.ndarray) -> None:
     """A contiguous part of a tensor; values are converted to its type."""
     dtype = numpy_dtype(info.dtype)
     file.write(info.start + first_of(info.shape, box) * dtype.itemsize, values.astype(dtype, copy=False))
