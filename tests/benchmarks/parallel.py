@@ -116,21 +116,23 @@ def pipelines(rounds: int, python: str | None, settings: list[tuple[str, int]]) 
 
 
 def memory(settings: list[tuple[str, int]]) -> Section:
-    """Peaks of stages against the number of micro-batches whose results they keep."""
+    """What stages keep of micro-batches, against the formula."""
     rows: list[Row] = []
     for size, ranks in settings:
-        m = micro_batches(ranks)
+        m, one = micro_batches(ranks), 4 * SIZES[size].length * SIZES[size].dim / 1024
         found = launch("tests.benchmarks.pipelines", ranks, size, "0", f"memory:{ranks}")
         for of_rank in sorted(found, key=lambda x: x["rank"]):
-            kept = min(m, ranks - of_rank["rank"])
-            grown = [f"{of_rank[name]:.1f}" for name in ("one", "1f1b", "gpipe")]
-            rows.append([size, ranks, of_rank["rank"], kept, m, *grown])
-    return "", [
+            rank, layers = of_rank["rank"], of_rank["layers"]
+            inputs = layers + (rank == ranks - 1)  # the head has one, too
+            for schedule, kept in (("1f1b", min(m, ranks - rank)), ("gpipe", m)):
+                sizes = f"{of_rank[schedule] / 1024:.0f}", f"{kept * inputs * one:.0f}"
+                rows.append([size, f"{rank} of {ranks}", schedule, kept, layers, *sizes])
+    same = all(row[-1] == row[-2] for row in rows)
+    return f"Stages keep {'exactly' if same else 'not'} what the formula says", [
         "## Memory of stages",
-        "By how much the resident set grows in a step at most, the least of three. What a step takes beside results of "
-        "micro-batches (float32 gradients, one gathered copy of the layers, a layer's own work) is in the first figure "
-        "too, which has one of them.",
-        table(["model", "stages", "stage", "kept, 1F1B", "kept, GPipe", "one, MiB", "1F1B, MiB", "GPipe, MiB"], rows),
+        "With recomputation: bytes of layers' inputs (and the head's, on the last stage) that a stage keeps for backward passes, "
+        "at most. *Formula*: 1F1B keeps them of min(m, p - rank) micro-batches, GPipe of all m, each tokens * dim * 4 bytes.",
+        table(["model", "stage", "schedule", "micro-batches kept", "layers", "kept, KiB", "formula, KiB"], rows),
     ]
 
 
@@ -144,13 +146,12 @@ def experts(rounds: int, settings: list[tuple[str, int]]) -> Section:
             rows.append([size, name, f"{1e3 * seconds:.1f}", f"{seconds / taken['dense']:.2f}"])
         (found,) = launch("tests.benchmarks.mixture", 1, size, str(rounds), "link")
         free, linked, link = found["free"], found["link"], found["messages"]
-        seen = max(0.0, linked - free) / link
         rows.append([size, "EP 2, shared expert, no link", f"{1e3 * free:.1f}", ""])
         rows.append([size, f"EP 2, shared expert, messages of {1e3 * link:.1f} ms", f"{1e3 * linked:.1f}", ""])
         told.append(
             f"{size}: experts take {taken['EP 1'] / taken['dense']:.2f} times the dense layer's time on one rank, "
-            f"{taken[f'EP {ranks}'] / taken['dense']:.2f} divided over {ranks}; {100 * (1 - seen):.0f} % of the messages' time are "
-            "behind the shared expert"
+            f"{taken[f'EP {ranks}'] / taken['dense']:.2f} divided over {ranks}; a link on which a pass's messages take "
+            f"{1e3 * link:.0f} ms makes it {1e3 * (linked - free):.0f} ms longer"
         )
         print(told[-1], flush=True)
     return ". ".join(told), [

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
-from pathlib import Path
-from typing import Any, Callable
+from typing import Any, Iterator
 
 from tests.benchmarks.harness import SIZES, Size, alone, interleaved, report
 
@@ -15,9 +15,9 @@ def micro_batches(stages: int) -> int:
 
 
 class Piped:
-    """A model without recomputation, AdamW and random rows, in the current world; `number` of them in a step."""
+    """A model, AdamW and random rows, in the current world; `number` of them in a step."""
 
-    def __init__(self, size: Size, number: int, schedule: str | None = None):
+    def __init__(self, size: Size, number: int, schedule: str | None = None, recompute: bool = False):
         import numpy as np
 
         import bmtrain_ms as bms
@@ -31,7 +31,7 @@ class Piped:
         )
         self.world = world()
         stages = Stages(schedule=schedule, micro_batches=number) if self.world.mesh.pp > 1 else None
-        self.model = spread(Llama(config), Spread(False, 2), stages)
+        self.model = spread(Llama(config), Spread(recompute, 2), stages)
         bms.init_parameters(self.model)
         self.model.set_train(True)
         self.manager = bms.optim.OptimManager()
@@ -49,21 +49,27 @@ class Piped:
             self.manager.step()
 
 
-def growth(step: Callable[[], None]) -> float:
-    """MiB by which the resident set grows in a step, at most."""
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
-    before = _resident("VmRSS")
-    step()
-    return (_resident("VmHWM") - before) / 1024
+@contextlib.contextmanager
+def noted(most: list[int]) -> Iterator[None]:
+    """Inside the `with` statement `most[0]` becomes the largest number of bytes that segments keep of micro-batches at once."""
+    from bmtrain_ms.parallel.stage import Run
 
+    original = Run.step
 
-def _resident(name: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))
+    def step(run: Any, action: Any) -> None:
+        original(run, action)
+        kept = [x.nbytes for visits in run.visits.values() for visit in visits for x in visit._inputs]
+        most[0] = max(most[0], sum(kept))
+
+    Run.step = step
+    try:
+        yield
+    finally:
+        Run.step = original
 
 
 def run_rank(size: str, rounds: int, what: str) -> None:
-    """`time`: steps of the whole model on each rank, and of its stages; `memory`: of one micro-batch, and of all by a schedule."""
+    """`time`: steps of the whole model on each rank, and of its stages; `memory`: what stages keep, by schedule."""
     import bmtrain_ms as bms
     from bmtrain_ms.comm import use_world
 
@@ -76,12 +82,11 @@ def run_rank(size: str, rounds: int, what: str) -> None:
         report(interleaved(cases, rounds, 3, lambda: world.everyone.barrier().wait()))
         return
     found: dict[str, Any] = {"rank": world.mesh.rank}
-    for name, number, schedule in (("one", 1, "1f1b"), ("1f1b", m, "1f1b"), ("gpipe", m, "gpipe")):
-        piped = Piped(SIZES[size], number, schedule)
-        for _ in range(2):
+    for schedule in ("1f1b", "gpipe"):
+        piped, most = Piped(SIZES[size], m, schedule, recompute=True), [0]
+        with noted(most):
             piped.step()
-        found[name] = min(growth(piped.step) for _ in range(3))
-        del piped
+        found[schedule], found["layers"] = most[0], len(piped.model.model.layers)
     report(found)
 
 
