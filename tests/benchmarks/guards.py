@@ -32,12 +32,15 @@ def blind() -> Iterator[None]:
     def no_replay(self: Any, draws: Any, looks: bool) -> None:
         self._draws, self._looks, self._start, self._generators = draws, False, (draws.count, draws.records), None
 
+    def not_kept(self: Any, outputs: Any, flags: list[bool]) -> None:
+        self._flags = flags
+
     with contextlib.ExitStack() as stack:
         stack.enter_context(mock.patch.object(Gathered, "verify", lambda self: None))
         stack.enter_context(mock.patch.object(Gathered, "verify_again", lambda self, before: None))
         stack.enter_context(mock.patch.object(GatherPipeline, "_written_anywhere", staticmethod(lambda gathered: False)))
         stack.enter_context(mock.patch.object(replay.Replay, "__init__", no_replay))
-        stack.enter_context(mock.patch.object(replay.Replay, "ended", lambda self, outputs: None))
+        stack.enter_context(mock.patch.object(replay.Replay, "ended", not_kept))
         yield
 
 

@@ -10,14 +10,11 @@ from tests.benchmarks.harness import PAGES, ROOT, SIZES, Training, environment, 
 RANKS, ROUNDS = 8, 10
 FACTORS = (0.5, 1.0, 2.0)
 LIMIT = 1.08
-RESULT = (
-    "**Result**: without prefetch a step is the sum. With two blocks gathered ahead it meets the target on S where "
-    "communication is as long as computation (1.03; with checkpointing 1.08) or twice as long (0.83, 0.80); on M it takes "
-    "1.10. One block ahead, the default, takes 1.10 to 1.13 at equal length. Where communication is half of computation "
-    "(1.16 to 1.18) the bound, computation alone, cannot be reached: the first gather and the last reduce stay; the step is "
-    "the least possible to 1 %. What is left beside them has one cause: the output projection, as large as 2.7 blocks. Its "
-    "gather takes longer than the blocks before it compute, and its reduce goes out before the gathers of the backward "
-    "pass, over one link, first in, first out."
+CAUSE = (
+    "Where communication is half of computation the bound, computation alone, cannot be reached: the first gather and the last "
+    "reduce stay. What is left beside them has one cause: the output projection, as large as 2.7 blocks. Its gather takes longer "
+    "than the blocks before it compute, and its reduce goes out before the gathers of the backward pass, over one link, first in, "
+    "first out."
 )
 
 
@@ -88,6 +85,21 @@ def measure(size: str, use_checkpoint: bool, factors: Sequence[float] = FACTORS)
     return rows
 
 
+def result(rows: list[list[Any]]) -> str:
+    """What the rows say, in a sentence."""
+
+    def span(factor: float, column: int) -> str:
+        found = sorted(float(row[column]) for row in rows if row[2] == factor)
+        return f"{found[0]:.2f} to {found[-1]:.2f}"
+
+    said = [f"{span(f, 10)} ({span(f, 11)}) where communication takes {f} times as long as computation" for f in FACTORS]
+    whole = sorted(float(row[9]) for row in rows)
+    return (
+        f"**Result**: of the target's bound a step takes, with one block gathered ahead, the default (with two), "
+        f"{'; '.join(said)}. Without prefetch it takes {whole[0]:.2f} to {whole[-1]:.2f} of the sum. {CAUSE}"
+    )
+
+
 def timeline(trace: Any) -> None:
     """A picture of the last step of a trace."""
     import matplotlib
@@ -119,7 +131,7 @@ def main() -> None:
         "Overlap on a simulated fabric",
         f"Target: a step takes at most {LIMIT} max(computation, communication + the first gather and the last reduce), which "
         "nothing can hide; without prefetch it takes their sum.",
-        RESULT,
+        result(rows),
         f"{environment()} `taskset -c 0 python -m tests.benchmarks.overlap`",
         f"One rank of a simulated world of {RANKS} (`comm.SimulatedEngine`), whose link delays completion without using the CPU "
         f"(`comm.FabricEngine`), so that communication takes a given multiple of computation. Median of {ROUNDS} steps after 3, "
