@@ -6,8 +6,8 @@ the order of calls, which is the same on every rank, so all ranks issue the same
 
 [Note: sequences]
 A sequence starts at the first call after a backward pass, whenever evaluation and training alternate, when an evaluation comes to a
-group again, and after an optimizer of ours stepped. The first group of a sequence is never gathered ahead: parameters often change
-between sequences, and the gather would be for nothing.
+group again or a model's evaluation is over, and after an optimizer of ours stepped. The first group of a sequence is never gathered
+ahead: parameters often change between sequences, and the gather would be for nothing.
 
 [Note: written in between]
 Between two visits code of the user's may run, and write the parameters that were gathered ahead; nobody announces that. So before
@@ -63,7 +63,7 @@ class GatherPipeline:
             raise ValueError(f"prefetch must be 0 (off) or more, not {prefetch}")
         self.pool, self.prefetch, self.meter = pool, prefetch, Meter()
         self._largest = 0  # bytes of a group
-        self._seen: set[tuple[Phase, int]] = set()  # what an evaluation has visited
+        self._seen: weakref.WeakSet[ParamGroup] = weakref.WeakSet()  # what an evaluation has visited
         self._last: Visit | None = None
         self._pass = Pass()  # of the last visit
         self._ahead: list[tuple[Visit, Gathered, object]] = []  # with the undisturbed stretch in which it was issued
@@ -142,6 +142,10 @@ class GatherPipeline:
             yield
         finally:
             self._stretch = before
+            # What comes next may be another model, and gone by the next time: when it is, each rank's garbage collector decides,
+            # and ranks would not gather the same ahead.
+            if before is None and self._last is not None and self._last[0] is Phase.EVAL:
+                self.parameters_changed()
 
     def leave(self, gathered: Gathered) -> None:
         """The call is over, and nobody needs the copy."""
@@ -168,7 +172,7 @@ class GatherPipeline:
 
     def _learn(self, visit: Visit) -> None:
         phase, group = visit
-        again = phase is Phase.EVAL and (phase, id(group)) in self._seen
+        again = phase is Phase.EVAL and group in self._seen
         if again or (self._last is not None and (self._last[0] is Phase.EVAL) != (phase is Phase.EVAL)):
             self.parameters_changed()
         if self._last is None:
@@ -177,7 +181,8 @@ class GatherPipeline:
         else:
             before, last = self._last
             self._order(last).followers[before] = (phase, weakref.ref(group))
-        self._seen.add((phase, id(group)))
+        if phase is Phase.EVAL:
+            self._seen.add(group)
         self._last = visit
 
     def _take_ahead(self, visit: Visit, parked: Gathered | None) -> Gathered:
