@@ -91,6 +91,25 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             "routed_scaling_factor": 16.0,
         },
     ),
+    "deepseek_v2-yarn": (  # scores are scaled by the stretch, too
+        "deepseek_v2",
+        {
+            **_LATENT,
+            "q_lora_rank": None,
+            "topk_method": "greedy",
+            "routed_scaling_factor": 1.0,
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 100.0,
+                "factor": 4.0,
+                "original_max_position_embeddings": 8,
+                "mscale": 0.707,
+                "mscale_all_dim": 0.707,
+                "beta_fast": 32,
+                "beta_slow": 1,
+            },
+        },
+    ),
     "gpt2": (
         "gpt2",
         {"vocab_size": VOCAB, "n_embd": 16, "n_head": 4, "n_layer": 2, "n_inner": 24, "n_positions": 32, "n_ctx": 32},
