@@ -101,10 +101,12 @@ def test_dropout_draws_the_mask_of_one_rank(run_ranks: Run):
 def generated(world: World, case: Case) -> list[list[int]]:
     with use_world(case.world(world)):
         model = model_of(case, {"num_heads_kv": 2})
-        return generate(model, [[1, 2, 3], [4], [5, 6, 7, 8, 9]], 6, temperature=0.7, top_k=5, seed=3)
+        prompts = [[1, 2, 3], [4], [5, 6, 7, 8, 9]]
+        beams = generate(model, prompts, 6, num_beams=3, eos_id=7)
+        return generate(model, prompts, 6, temperature=0.7, top_k=5, seed=3) + beams
 
 
-@pytest.mark.parametrize("case", [Case(tp=2), Case(tp=4), Case(tp=2, dp=2)], ids=str)
+@pytest.mark.parametrize("case", [Case(tp=2), Case(tp=4), Case(tp=2, dp=2), Case(pp=2)], ids=str)
 def test_generation_is_that_of_one_rank(run_ranks: Run, case: Case):
     right = generated(World(SingleEngine(), Mesh(1, 0)), Case())
     assert run_ranks(case.ranks, generated, case=case) == [right] * case.ranks
