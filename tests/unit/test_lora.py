@@ -105,6 +105,15 @@ def test_what_is_refused():
         add_lora(model, "q_proj")
 
 
+def test_dropout_is_for_one_tensor_parallel_rank():
+    model = model_of("llama")
+    add_lora(model, "q_proj|o_proj", rank=2, dropout=0.1)
+    attention = model.model.layers[0].self_attn
+    for divided in (lambda: attention.q_proj.as_column(False, None), attention.o_proj.as_row):
+        with pytest.raises(ValueError, match=r"_proj.weight has an adapter with dropout=0.1, .* use dropout=0"):
+            divided()
+
+
 # Files #
 
 

@@ -74,7 +74,7 @@ class _LoRAColumn(ColumnParallelLinear):
         super().__init__(*sizes, linear.has_bias, dtype, gather_output, parts=parts)
         take_over(linear, self)
         _settings_of(linear, self)
-        self.lora_A, self.lora_dropout = linear.lora_A, linear.lora_dropout
+        self.lora_A, self.lora_dropout = linear.lora_A, None
         self.lora_B = ColumnParallelLinear.of(linear.lora_B, gather_output, parts)  # type: ignore[arg-type]
 
     def construct(self, x: Tensor) -> Tensor:
@@ -89,8 +89,6 @@ class _LoRARow(RowParallelLinear):
         dtype = linear.parameter("weight").dtype
         super().__init__(linear.in_features, linear.out_features, linear.has_bias, dtype)
         take_over(linear, self)
-        if linear.lora_dropout is not None:
-            raise ValueError("lora dropout in front of a layer whose input tensor-parallel ranks share out: leave it at 0")
         _settings_of(linear, self)
         self.lora_B, self.lora_dropout = linear.lora_B, None
         self.lora_A = RowParallelLinear.of(linear.lora_A)  # type: ignore[arg-type]
@@ -101,6 +99,11 @@ class _LoRARow(RowParallelLinear):
 
 
 def _settings_of(linear: LoRALinear, made: Any) -> None:
+    if linear.lora_dropout is not None:  # it draws for all rows or columns, of which a rank has a part
+        name = linear.parameter("weight").name
+        raise ValueError(
+            f"{name} has an adapter with dropout={linear.dropout}, which tensor-parallel ranks cannot draw: use dropout=0"
+        )
     for name in ("rank", "alpha", "dropout", "rslora", "scale"):
         setattr(made, name, getattr(linear, name))
 
@@ -120,7 +123,7 @@ def add_lora(
     Args:
         model: any Cell with `Linear` layers in it.
         pattern: a regular expression, to be found in the path of a layer: `q_proj|v_proj`.
-        rank, alpha, dropout, rslora: see `LoRALinear`.
+        rank, alpha, dropout, rslora: see `LoRALinear`. With dropout the model is for one tensor-parallel rank.
 
     Returns:
         The paths of the layers.
