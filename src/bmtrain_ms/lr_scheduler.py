@@ -144,25 +144,44 @@ class Noam(WarmupLRScheduler):
         return self.start_lr / math.sqrt(max(1, num_iter))
 
 
-class Linear(WarmupLRScheduler):
-    """s * (e - n) / (e - w), 0 from e on."""
+class _Falling(WarmupLRScheduler):
+    """A rate that falls to one of its own at the end.
+
+    Args:
+        end_lr: the rate from e on (Megatron-LM: `min_lr`).
+    """
 
     _has_end = True
+
+    def __init__(self, optimizer: Any, start_lr: float, warmup_iter: int, end_iter: int, num_iter: int = 0, *, end_lr: float = 0.0):
+        self.end_lr = number("end_lr", end_lr)
+        if not 0 <= self.end_lr <= number("start_lr", start_lr):
+            raise ValueError(f"need 0 <= end_lr <= start_lr, not end_lr={end_lr}, start_lr={start_lr}")
+        super().__init__(optimizer, start_lr, warmup_iter, end_iter, num_iter)
+
+    def check_state_dict(self, state: Any) -> dict[str, Any]:
+        """See `WarmupLRScheduler`. In states of earlier releases rates fall to 0."""
+        if isinstance(state, dict) and {*state, "end_lr"} == set(self.state_dict()):
+            state = {"end_lr": 0.0, **state}
+        return super().check_state_dict(state)
+
+
+class Linear(_Falling):
+    """(s - end_lr) * (e - n) / (e - w) + end_lr, and end_lr from e on."""
 
     def get_lr_decay(self, num_iter: int) -> float:
-        return max(0.0, self.start_lr * (self.end_iter - num_iter) / max(1, self.end_iter - self.warmup_iter))
+        left = max(0.0, self.end_iter - num_iter)
+        return self.end_lr + (self.start_lr - self.end_lr) * left / max(1, self.end_iter - self.warmup_iter)
 
 
-class Cosine(WarmupLRScheduler):
-    """s * (1 + cos(pi * (n - w) / (e - w))) / 2, 0 from e on."""
-
-    _has_end = True
+class Cosine(_Falling):
+    """(s - end_lr) * (1 + cos(pi * (n - w) / (e - w))) / 2 + end_lr, and end_lr from e on."""
 
     def get_lr_decay(self, num_iter: int) -> float:
         if num_iter >= self.end_iter:
-            return 0.0
+            return self.end_lr
         progress = (num_iter - self.warmup_iter) / (self.end_iter - self.warmup_iter)
-        return self.start_lr * 0.5 * (1.0 + math.cos(math.pi * progress))
+        return self.end_lr + (self.start_lr - self.end_lr) * 0.5 * (1.0 + math.cos(math.pi * progress))
 
 
 class Exponential(WarmupLRScheduler):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from typing import Sequence
 
-from . import ckpt, convert, data, demo, generate, launch, prepare
+from . import ckpt, convert, data, demo, finetune, generate, launch, prepare, pretrain, tokenizer
 from .options import Parser
 
 _COMMANDS = {
@@ -13,6 +13,9 @@ _COMMANDS = {
     "demo": demo,
     "ckpt": ckpt,
     "convert": convert,
+    "pretrain": pretrain,
+    "finetune": finetune,
+    "tokenizer": tokenizer,
     "prepare": prepare,
     "data": data,
     "generate": generate,

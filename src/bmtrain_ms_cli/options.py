@@ -23,13 +23,16 @@ class Parser(argparse.ArgumentParser):
 
     _words: Sequence[str] = ()
 
-    def __init__(self, *args: Any, **kwargs: Any):
+    def __init__(self, *args: Any, allow_unknown: bool = False, **kwargs: Any):
         super().__init__(*args, **{"allow_abbrev": False, **kwargs})
+        self._allow_unknown = allow_unknown
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """Parse as argparse does, but leave nothing unknown over: that is an error."""
+        """Parse as argparse does, but leave nothing unknown over: that is an error, or for who asks for it in `unknown`."""
         self._words = sys.argv[1:] if args is None else list(args)
         parsed, unknown = super().parse_known_args(args, namespace)
+        if self._allow_unknown:
+            parsed.unknown, unknown = unknown, []
         if unknown:
             self.error(f"unrecognized arguments: {' '.join(unknown)}")
         return parsed, unknown

@@ -112,7 +112,7 @@ def run(arguments: argparse.Namespace) -> int:
         overwrite=arguments.overwrite,
         restart=arguments.restart,
     )
-    with _Shown(arguments.log_interval) as shown:
+    with Shown(arguments.log_interval) as shown:
         try:
             result = prepare(options, shown.show)
         except OSError as error:
@@ -166,14 +166,14 @@ def _instructions(arguments: argparse.Namespace) -> dict[str, Any] | None:
     return {"kind": kind, "keys": keys, "template": arguments.prompt_type, "length": length, "pack": arguments.pack}
 
 
-class _Shown:
+class Shown:
     """A progress bar, or lines of a log."""
 
     def __init__(self, every: int | None):
         self._every, self._next, self._began = every, every or 0, time.monotonic()
         self._bar: Any = None
 
-    def __enter__(self) -> _Shown:
+    def __enter__(self) -> Shown:
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -132,7 +132,7 @@ def test_state_round_trip(make, settings):
         "warmup_iter": 3,
         "end_iter": 9,
         "num_iter": 4,
-        **({"gamma": 0.95} if make is Exponential else {}),
+        **({"gamma": 0.95} if make is Exponential else {"end_lr": 0.0} if make in (Linear, Cosine) else {}),
         **settings,
     }
     others = {"decay_iter": 2, "end_lr": 0.0} if make is WSD else {}
@@ -150,7 +150,7 @@ def test_state_round_trip(make, settings):
 def test_state_of_another_class():
     state = Exponential(optimizer(), 1.0, 0, 1).state_dict()
     with pytest.raises(
-        ValueError, match=r"not the state of a Cosine: it has \['end_iter', 'gamma', .*expected \['end_iter', 'num_iter'"
+        ValueError, match=r"not the state of a Cosine: it has \['end_iter', 'gamma', .*expected \['end_iter', 'end_lr', 'num_iter'"
     ):
         Cosine(optimizer(), 1.0, 0, 1).load_state_dict(state)
     with pytest.raises(ValueError, match=r"not the state of a WSD"):
@@ -217,7 +217,7 @@ def test_own_schedule():
 
 def test_every_schedule_is_tested():
     defined = {c for c in vars(lr_scheduler).values() if WarmupLRScheduler in getattr(c, "__mro__", ())}
-    assert defined == {make for make, _ in ALL} | {WarmupLRScheduler}
+    assert {c for c in defined if not c.__name__.startswith("_")} == {make for make, _ in ALL} | {WarmupLRScheduler}
 
 
 # A group's own rate #
@@ -312,3 +312,26 @@ def test_states_hold_every_setting():
     for make, settings in ALL:
         taken = set(inspect.signature(make.__init__).parameters) - {"self", "optimizer"}
         assert set(make(optimizer(), 1.0, 2, 8, **settings).state_dict()) == taken, make
+
+
+@pytest.mark.parametrize("make", [Linear, Cosine])
+def test_rates_fall_to_the_one_that_is_wanted(make):
+    """As Megatron's `--min-lr`: at both ends and, for the half way, by the formulas."""
+    schedule = make(optimizer(), 1.0, 2, 10, end_lr=0.2)
+    rates = []
+    for _ in range(14):
+        rates.append(schedule.current_lr)
+        schedule.step()
+    assert rates[:3] == [0.0, 0.5, 1.0]
+    assert rates[6] == pytest.approx(0.6)
+    assert rates[10:] == [0.2] * 4
+    with pytest.raises(ValueError, match="0 <= end_lr <= start_lr"):
+        make(optimizer(), 1.0, 2, 10, end_lr=1.5)
+
+
+@pytest.mark.parametrize("make", [Linear, Cosine])
+def test_states_of_before_there_was_an_end_lr_are_read(make):
+    schedule = make(optimizer(), 1.0, 2, 10, end_lr=0.2)
+    state = {"start_lr": 1.0, "warmup_iter": 2, "end_iter": 10, "num_iter": 10}
+    schedule.load_state_dict(state)
+    assert (schedule.end_lr, schedule.current_lr) == (0.0, 0.0)

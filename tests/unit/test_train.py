@@ -222,7 +222,7 @@ def test_a_loss_that_is_not_finite_ends_training(bad, tmp_path):
     values[0] = bad
     p.copy_full(values)
     before = weights(t)
-    text = r"loss nan, gradient norm nan at step 5, and not finite for 3 step\(s\) in a row, which were skipped\. Lower the"
+    text = r"loss nan, gradient norm nan, not finite, at step 5: 3 bad step\(s\) in a row, which were skipped\. Lower the"
     with pytest.raises(TrainingError, match=text):
         t.fit()
     assert weights(t) == before and t.done == 4
@@ -234,7 +234,7 @@ def test_a_gradient_that_is_not_finite_ends_training(monkeypatch):
     t = trainer(bad_steps=1)
     before = weights(t)
     monkeypatch.setattr(t.manager, "clip_grad_norm", lambda *args: math.inf)
-    with pytest.raises(TrainingError, match=r"loss 2\.5\d+, gradient norm inf at step 1, and not finite for 1"):
+    with pytest.raises(TrainingError, match=r"loss 2\.5\d+, gradient norm inf, not finite, at step 1: 1 bad"):
         t.train_step()
     assert weights(t) == before
 

@@ -7,7 +7,7 @@ from typing import Callable
 import numpy as np
 from mindspore import Tensor
 
-from bmtrain_ms_base.data import Batch
+from bmtrain_ms_base.data import Batch, Batches
 
 from ..comm import Engine, reduce_numbers
 from ..compat.autograd import no_grad
@@ -48,3 +48,28 @@ def mean_loss(
                 total += host_array(value).item() * len(inputs[part])
             each_round()
     return reduce_numbers(engine, [total], "evaluate").item() / windows
+
+
+def mean_loss_of(
+    loss: Callable[[Batch], Tensor], batches: Batches, count: int, rows: int, place: tuple[int, int], engine: Engine
+) -> float:
+    """The mean loss of the first batches of some, in nats per target that counts; the same on every rank, for any number of ranks.
+
+    Args:
+        loss: of a batch, the mean over its targets; all ranks call it equally often.
+        batches: what is evaluated on.
+        count: how many of them.
+        rows: of a call.
+        place: which part of a batch is this rank's, of how many.
+        engine: the data-parallel ranks.
+    """
+    total, counted = 0.0, 0.0
+    with no_grad():
+        for step in range(count):
+            for piece in batches.batch(step, *place).pieces(rows):
+                targets = float(np.count_nonzero(piece.targets != -100))
+                value = host_array(loss(piece)).item()  # also where nothing counts: the gathers are collective
+                total += value * targets if targets else 0.0
+                counted += targets
+    total, counted = reduce_numbers(engine, [total, counted], "evaluate", np.float64)
+    return float(total / max(counted, 1.0))

@@ -216,14 +216,14 @@ def _step_of(line: bytes) -> int | None:
     return step if isinstance(step, int) else None
 
 
-def plot_log(log: str | Path, picture: str | Path, held_out: dict[int, float], unigram: float) -> bool:
+def plot_log(log: str | Path, picture: str | Path, held_out: dict[int, float], unigram: float | None = None) -> bool:
     """Draw the loss curve as PNG; False, with a note on stderr, where that fails, e.g. as matplotlib is not installed.
 
     Args:
         log: JSONL log.
         picture: PNG to write.
         held_out: step -> loss on held-out text.
-        unigram: entropy to compare with.
+        unigram: entropy of that text to compare with.
     """
     try:
         import matplotlib
@@ -237,8 +237,10 @@ def plot_log(log: str | Path, picture: str | Path, held_out: dict[int, float], u
         records = read_log(log)
         figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
         axes.plot([r["step"] for r in records], [r["loss"] for r in records], linewidth=1, label="training")
-        axes.plot(list(held_out), list(held_out.values()), "o-", label="held out")
-        axes.axhline(unigram, color="grey", linestyle=":", label="unigram entropy of the held-out text")
+        if held_out:
+            axes.plot(list(held_out), list(held_out.values()), "o-", label="held out")
+        if unigram is not None:
+            axes.axhline(unigram, color="grey", linestyle=":", label="unigram entropy of the held-out text")
         axes.set(xlabel="step", ylabel="loss (nats per token)")
         axes.legend()
         figure.savefig(picture, dpi=120)

@@ -7,14 +7,14 @@ import time
 import weakref
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any, Callable, Sequence
 
 import numpy as np
 from mindspore import Tensor, nn
 from tqdm import tqdm
 
 from bmtrain_ms_base.checks import number, whole
-from bmtrain_ms_base.data import Batches, changes
+from bmtrain_ms_base.data import Batch, Batches, changes
 from bmtrain_ms_base.memory import resident_memory
 
 from ..checkpoint import Checkpointer, CheckpointError
@@ -24,13 +24,14 @@ from ..optim import GradientOverflowError, OptimManager
 from ..zero import context_of
 from .errors import Stopped, TrainingError
 from .evaluate import mean_loss
+from .faults import Faults, keep_batch
 from .log import LogFile
 from .signals import StopSignals
 from .tasks import Task
 
 _KINDS = {
-    **dict.fromkeys(("steps", "bad_steps", "save_every", "keep_last", "keep_every"), whole),
-    **dict.fromkeys(("clip", "save_minutes"), number),
+    **dict.fromkeys(("steps", "rows", "bad_steps", "save_every", "keep_last", "keep_every"), whole),
+    **dict.fromkeys(("clip", "save_minutes", "spike"), number),
 }
 
 
@@ -38,8 +39,10 @@ _KINDS = {
 class TrainSettings:
     """How long a run is, when it ends, and what it leaves behind; how it learns is the manager's.
 
-    `steps`: in all, resumed ones included.  `clip`: largest gradient norm.  `log`: JSONL file, one line per step, or None.
+    `steps`: in all, resumed ones included.  `clip`: largest gradient norm.  `rows`: of a rank's batch that go through the model at
+    a time, whose gradients are added up; None: all.  `log`: JSONL file, one line per step, or None.
     `bad_steps`: without loss scaling, a step whose loss or gradient is not finite is skipped; after so many in a row training ends.
+    `spike`: a step whose loss is more than so many times the median of the last 64 is a bad one too; None: none is.
     `save_every` steps, `save_minutes`: how often to save, in the background; None: only when asked.  `keep_last`, `keep_every`,
     `shared_storage`: see `checkpoint.Checkpointer`.
     """
@@ -47,7 +50,9 @@ class TrainSettings:
     steps: int
     clip: float = 1.0
     log: Path | None = None
+    rows: int | None = None
     bad_steps: int = 3
+    spike: float | None = None
     save_every: int | None = None
     save_minutes: float | None = None
     keep_last: int | None = 3
@@ -79,6 +84,8 @@ class Trainer:
         settings: how long, and what is left behind.
         folder: of its checkpoints, or None.
         signals: what watches for signals, if it is to go on when the trainer is closed, as for the next trainer.
+        watchers: called on every rank after each step with what its log line will hold, to which they may add.
+        kept: JSON-serialisable; is in each checkpoint, as the settings of the run.
     """
 
     def __init__(
@@ -90,6 +97,8 @@ class Trainer:
         folder: str | Path | None = None,
         *,
         signals: StopSignals | None = None,
+        watchers: Sequence[Callable[[dict[str, Any]], None]] = (),
+        kept: dict[str, Any] | None = None,
     ):
         _check_parts(task, batches, manager, settings)
         self.task, self.batches, self.manager, self.settings = task, batches, manager, settings
@@ -108,7 +117,8 @@ class Trainer:
             )
         elif settings.save_every or settings.save_minutes:
             raise ValueError("save_every and save_minutes need a folder for the checkpoints")
-        self._bad, self._saved_at = 0, time.monotonic()
+        self.watchers, self._kept = list(watchers), kept
+        self._faults, self._saved_at = Faults(settings.bad_steps, settings.spike), time.monotonic()
         self._log_file: LogFile | None = None  # rank 0's
         self._stop, self._owns_stop = signals or StopSignals(), signals is None
         if self._owns_stop:
@@ -142,6 +152,8 @@ class Trainer:
                 self._end_if_told()  # since the last call
                 while self.done < until:
                     record = self.train_step()
+                    for watcher in self.watchers:
+                        watcher(record)
                     if chief:
                         self._log(record)
                         bar.update()
@@ -196,9 +208,11 @@ class Trainer:
         batch = self.batches.batch(self.done, context.data_rank, context.data_ranks)
         rate = self.manager.rate
         self.manager.zero_grad()
+        if len(batch.pieces(self.settings.rows or len(batch.ids))) > 1:
+            raise ValueError("rows of a batch are not divided yet")
         loss = self._mean(self.manager.backward(self.task.loss, batch))
         grad_norm = self.manager.clip_grad_norm(self.manager.parameters, self.settings.clip)
-        updated = self._update(loss, grad_norm)
+        updated = self._update(loss, grad_norm, batch)
         self.done += 1
         seconds = time.perf_counter() - start
         return {
@@ -299,30 +313,56 @@ class Trainer:
                 f"{resumed.path} was saved by a run on other data ({'; '.join(differing)}): step {resumed.step} would be at "
                 "another place in them. Use the same, or resume(other_data=True)"
             )
+        self._check_position(resumed)
         self.done = resumed.step
+        self._faults.recent = list(resumed.extra.get("recent_losses", []))
         if has_log:
             self._as_chief(self._trim_log)
         self._stop.watch()
         return True
 
     def _extra(self) -> dict[str, Any]:
-        return {"step": self.done, "data": self.batches.described}
+        position = {"position": self.batches.position(self.done)} if hasattr(self.batches, "position") else {}
+        kept = {} if self._kept is None else {"settings": self._kept}
+        recent = {"recent_losses": self._faults.recent} if self.settings.spike else {}
+        return {"step": self.done, "data": self.batches.described, **position, **recent, **kept}
 
-    def _update(self, loss: float, grad_norm: float) -> bool:
+    def _check_position(self, resumed: Any) -> None:
+        before = resumed.extra.get("position")
+        now = self.batches.position(resumed.step) if hasattr(self.batches, "position") else None
+        if before is not None and now is not None and before != now:
+            raise ValueError(
+                f"{resumed.path} was saved after batch {before['next_batch'] - 1}, with {before['left_out'] or 'none'} left out; "
+                f"with those that are to be left out now {resumed.step} steps end at batch {now['next_batch'] - 1}: leave out "
+                "only batches that are still to come, and all that were left out before"
+            )
+
+    def _update(self, loss: float, grad_norm: float, batch: Batch) -> bool:
         """Whether the parameters were updated."""
-        if self.manager.loss_scale_enabled or (math.isfinite(loss) and math.isfinite(grad_norm)):
-            self._bad = 0
+        finite = self.manager.loss_scale_enabled or (math.isfinite(loss) and math.isfinite(grad_norm))
+        why = self._faults.wrong(loss, grad_norm, finite)
+        if why is None:
             return self.manager.step().updated
-        self._bad += 1
-        if self._bad >= self.settings.bad_steps:
+        kept = self._keep(batch)
+        if self._faults.in_a_row >= self.settings.bad_steps:
             where = "" if self.checkpoints is None else f" The last good checkpoint is in {self.checkpoints.folder}."
             raise TrainingError(
-                f"loss {loss}, gradient norm {grad_norm} at step {self.done + 1}, and not finite for {self._bad} step(s) in a row, "
-                f"which were skipped.{where} Lower the learning rate, look at the data, or set a loss scale if the model is in "
-                "float16"
+                f"{why} at step {self.done + 1}: {self._faults.in_a_row} bad step(s) in a row, which were skipped.{where}{kept} "
+                "Lower the learning rate, look at the data, or set a loss scale if the model is in float16"
             )
         self.manager.discard_step()
         return False
+
+    def _keep(self, batch: Batch) -> str:
+        """Write down what a bad step was computed from, where there is a folder; says where."""
+        if self.checkpoints is None:
+            return ""
+        number = self.batches.number(self.done) if hasattr(self.batches, "number") else self.done
+        folder = self.checkpoints.folder.parent / "bad-batches"
+        mesh, context = self._world.mesh, context_of(self._world)
+        if mesh.tp_rank == 0 and mesh.pp_rank == 0:
+            keep_batch(folder / f"batch-{number:08}-part-{context.data_rank}.npz", batch, self.done + 1)
+        return f" Its batch, number {number}, is kept in {folder}."
 
     def _folder(self) -> Checkpointer:
         if self.checkpoints is None:

@@ -31,6 +31,28 @@ class Batch:
             if array is not None and array.shape != self.ids.shape:
                 raise ValueError(f"{name} of a batch have the shape {array.shape}, its ids {self.ids.shape}: make them alike")
 
+    def pieces(self, rows: int) -> list[Batch]:
+        """The batch in parts of so many rows.
+
+        Raises:
+            ValueError: they are not a whole number.
+        """
+        if rows < 1 or len(self.ids) % rows:
+            raise ValueError(f"a batch of {len(self.ids)} rows cannot be divided into parts of {rows}")
+        if rows == len(self.ids):
+            return [self]
+        parts = [slice(start, start + rows) for start in range(0, len(self.ids), rows)]
+        weights, documents = self.weights, self.documents
+        return [
+            Batch(
+                self.ids[part],
+                self.targets[part],
+                None if weights is None else weights[part],
+                None if documents is None else documents[part],
+            )
+            for part in parts
+        ]
+
 
 class Batches(Protocol):
     """Where batches come from: `TokenSampler` is one. A step is a pure function of its number, so there is no state to save."""

@@ -14,12 +14,13 @@ class MissingLibraryError(DataError, ImportError):
     """A library of the extra `data` that is not installed."""
 
 
-def needed(module: str, what: str) -> Any:
-    """Import a library of the extra `data`.
+def needed(module: str, what: str, extra: str = "data") -> Any:
+    """Import a library of an extra.
 
     Args:
         module: its name.
         what: that needs it, for the message.
+        extra: the extra.
 
     Raises:
         MissingLibraryError: it is not installed; the message says how to install it.
@@ -28,5 +29,5 @@ def needed(module: str, what: str) -> Any:
         return importlib.import_module(module)
     except ImportError as error:
         package = module.split(".")[0]
-        text = f"{what} needs {package}, which cannot be imported ({error}): pip install 'bmtrain-ms[data]'"
+        text = f"{what} needs {package}, which cannot be imported ({error}): pip install 'bmtrain-ms[{extra}]'"
         raise MissingLibraryError(text) from error

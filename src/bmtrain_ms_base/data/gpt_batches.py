@@ -127,6 +127,17 @@ class GPTBatches:
         return tokens[:-1].astype(np.int32), targets, documents[:-1]
 
 
+def samples_for(steps: int, global_batch: int, ramp_up: Optional[RampUp] = None) -> int:
+    """How many samples a number of steps consumes.
+
+    Raises:
+        DataError: the ramp does not lead to the batch.
+    """
+    phases = _phases(global_batch, ramp_up)
+    last = next(phase for phase in reversed(phases) if phase.step <= steps)
+    return last.consumed + (steps - last.step) * last.size
+
+
 def _phases(target: int, ramp: Optional[RampUp]) -> list[_Phase]:
     if ramp is None:
         return [_Phase(0, 0, target)]

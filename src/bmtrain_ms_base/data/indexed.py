@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import json
 import os
 import struct
 from pathlib import Path
@@ -176,6 +177,21 @@ class IndexedFile:
                 raise IndexedError(f"{self.name}.bin ends before token {start + count}: was it cut since it was opened?")
             data += piece
         return np.frombuffer(data, self.dtype)
+
+    @functools.cached_property
+    def prepared(self) -> dict[str, Any]:
+        """What `bmtrain-ms prepare` has written beside it: `vocab_size`, `tokenizer` ...; empty where another program made it.
+
+        Raises:
+            IndexedError: that is damaged.
+        """
+        try:
+            with open(self.name + ".json", encoding="utf-8") as file:
+                return dict(json.load(file))
+        except FileNotFoundError:
+            return {}
+        except (ValueError, TypeError) as error:
+            raise IndexedError(f"{self.name}.json is damaged ({error}): delete it, or prepare the files again") from error
 
     @functools.cached_property
     def digest(self) -> str:

@@ -7,7 +7,7 @@ import contextlib
 import hashlib
 import os
 from pathlib import Path
-from typing import Any, Iterator, Sequence
+from typing import Any, Iterable, Iterator, Sequence
 
 import numpy as np
 
@@ -82,8 +82,11 @@ def split_held_out(documents: Sequence[str], fraction: float = 0.1) -> tuple[lis
     return training, [document for i, document in enumerate(documents) if i in chosen]
 
 
-def train_tokenizer(documents: Sequence[str], vocab_size: int) -> Any:
-    """A byte-level BPE tokenizer, `tokenizers.Tokenizer`, with `<|endoftext|>` as token 0 and no token above 32 characters."""
+def train_tokenizer(documents: Iterable[str], vocab_size: int, special: Sequence[str] = ()) -> Any:
+    """A byte-level BPE tokenizer, `tokenizers.Tokenizer`, with `<|endoftext|>` as token 0 and no token above 32 characters.
+
+    `special`: more special tokens, from 1 on.
+    """
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
@@ -92,7 +95,7 @@ def train_tokenizer(documents: Sequence[str], vocab_size: int) -> Any:
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
-        special_tokens=[END_OF_TEXT],
+        special_tokens=[END_OF_TEXT, *special],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )

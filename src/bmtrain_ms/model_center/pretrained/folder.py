@@ -98,11 +98,17 @@ def config_json(family: Family, config: Any, source: Path | None) -> dict[str, A
 
 def write_beside(folder: Path, config: Mapping[str, Any], source: Path | None) -> None:
     """Write the config, and copy from `source` what belongs beside a model's weights. A file appears complete or not at all."""
-    for pattern in _BESIDE if source is not None and source.resolve() != folder.resolve() else ():
-        for path in sorted(source.glob(pattern)):  # type: ignore[union-attr]
-            target = folder / path.relative_to(source)  # type: ignore[arg-type]
+    if source is not None:
+        copy_beside(folder, source)
+    replace_text(folder / CONFIG, json.dumps(dict(config), indent=2) + "\n")
+
+
+def copy_beside(folder: Path, source: Path) -> None:
+    """Copy what belongs beside a model's weights, but its config. A file appears complete or not at all."""
+    for pattern in _BESIDE if source.resolve() != folder.resolve() else ():
+        for path in sorted(source.glob(pattern)):
+            target = folder / path.relative_to(source)
             target.parent.mkdir(exist_ok=True)
             new = target.with_name(f".{target.name}.new")
             shutil.copyfile(path, new)
             new.replace(target)
-    replace_text(folder / CONFIG, json.dumps(dict(config), indent=2) + "\n")

@@ -1,0 +1,233 @@
+"""A run from its settings to its model: what `bmtrain-ms pretrain` and `finetune` do on each rank."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import time
+import warnings
+from pathlib import Path
+from typing import Any, Callable, Iterator
+
+from bmtrain_ms_base.config import ConfigError, Settings, passes_of, to_toml
+from bmtrain_ms_base.data import DataError
+
+from ..checkpoint import Checkpointer, CheckpointError, lock_folder
+from ..comm import World, write_trace
+from ..files.errors import agree_or_fail
+from ..model_center import PretrainedError, parameter_count, save_adapters
+from ..model_center.model import CausalLM
+from ..model_center.pretrained.folder import copy_beside
+from ..optim import GradientOverflowError
+from .errors import Stopped, TrainingError
+from .log import plot_log, read_log
+from .loop import Trainer, TrainSettings
+from .parts import RunBatches, join, make_batches, make_manager, make_model
+from .signals import EXIT_STOPPED, StopSignals
+from .tasks import Pretrain
+from .watchers import Evaluation, RankNorms, TensorBoard, Utilisation, WandB, attention_numbers
+
+_MENDED_BY_USER = (ConfigError, DataError, CheckpointError, PretrainedError)
+_FAILED = (TrainingError, GradientOverflowError)
+
+
+def run_job(settings: Settings, tokenizer: str | None, other_data: bool = False) -> int:
+    """Train as the settings say, go on where an earlier run in the same folder ended, and write the model. All ranks call it.
+
+    Args:
+        settings: with `data.files` or `data.rows`; text has become that.
+        tokenizer: a folder or file that is put beside the model.
+        other_data: go on although the data are others than those of the run that saved.
+
+    Returns:
+        What the process ends with: 0; 75, told to stop and saved; 1, training failed; 2, a setting or a file is wrong. What that is
+        has been written on one rank.
+    """
+    world = None
+    try:
+        world = join(settings)
+        with warnings.catch_warnings():
+            if world.everyone.rank:
+                warnings.simplefilter("ignore", UserWarning)  # rank 0 says it
+            _Job(settings, tokenizer, world).run(other_data)
+    except Stopped as stopped:
+        if world is not None and world.everyone.rank == 0:
+            sys.stdout.write(f"{stopped}; the same command goes on\n")
+        return EXIT_STOPPED
+    except (*_MENDED_BY_USER, *_FAILED) as error:
+        if world is None or world.everyone.rank == getattr(error, "speaker", 0):
+            sys.stderr.write("".join(f"bmtrain-ms: {line}\n" for line in str(error).splitlines()))
+        if world is not None:
+            world.everyone.barrier("the end").wait()  # the first rank that ends with an error ends the others
+        return 1 if isinstance(error, _FAILED) else 2
+    return 0
+
+
+class _Job:
+    """A run on one rank."""
+
+    def __init__(self, settings: Settings, tokenizer: str | None, world: World):
+        self.settings, self.tokenizer, self.world = settings, tokenizer, world
+        self.out = Path(settings.out).expanduser()
+        self.chief = world.everyone.rank == 0
+        self.started = time.monotonic()
+
+    def run(self, other_data: bool) -> None:
+        """All of it."""
+        stop = StopSignals()
+        lock = lock_folder(self.out)
+        if self.chief:
+            (self.out / "config.toml").write_text(to_toml(self.settings), encoding="utf-8")
+        batches = self._together(lambda: make_batches(self.settings), "the data cannot be used")
+        model = make_model(self.settings, batches.vocab_size)
+        manager = make_manager(self.settings, model)
+        task = Pretrain(model)
+        self._describe(model, batches)
+        evaluation = self._evaluation(task, manager, batches)
+        with contextlib.ExitStack() as stack:
+            watchers = [*self._figures(model, manager), *([] if evaluation is None else [evaluation]), *self._writers(stack)]
+            trainer = self._trainer(task, manager, batches, stop, watchers)
+            with trainer:
+                self._resume(trainer, other_data, evaluation)
+                trainer.fit()
+                self._finish(trainer, evaluation)
+        stop.release()
+        if lock is not None:
+            lock.release()
+
+    def _together(self, make: Callable[[], Any], what: str) -> Any:
+        """What each rank makes by itself; what goes wrong on one is raised on all."""
+        made, error = None, None
+        try:
+            made = make()
+        except (ConfigError, DataError) as caught:
+            error = caught
+        except Exception as caught:  # whatever it is: the other ranks wait
+            error = caught
+        agree_or_fail(self.world.everyone, error, what)
+        return made
+
+    def _describe(self, model: CausalLM, batches: RunBatches) -> None:
+        """Say what is trained on how many ranks."""
+        mesh, settings = self.world.mesh, self.settings
+        kind: Any = type(model)
+        self.parameters = parameter_count(kind, model.config)
+        self.active = parameter_count(kind, model.config, active=True)
+        used = f", {self.active:,} of them for a token" if self.active != self.parameters else ""
+        rows, micro = passes_of(settings, self.world.everyone.size)
+        self._say(
+            f"{kind.__name__} with {self.parameters:,} parameters{used}; {self.world.everyone.size} rank(s): tp {mesh.tp}, "
+            f"pp {mesh.pp}, dp {mesh.dp}, ep {settings.layout.ep}, ZeRO-{settings.layout.zero_level}; "
+            f"{settings.train.steps:,} steps of "
+            f"{settings.batch.size} rows of {settings.data.length} tokens, {rows // micro} of them at a time; folder {self.out}"
+        )
+
+    def _evaluation(self, task: Pretrain, manager: Any, batches: RunBatches) -> Evaluation | None:
+        settings, world = self.settings, self.world
+        if batches.valid is None:
+            if settings.train.eval_every is not None:
+                raise ConfigError("train.eval_every: there are no validation data: data.split has none, or data are conversations")
+            return None
+        best = None
+        if settings.save.best:
+            shared = settings.data.shared_storage is not False
+            best = Checkpointer(self.out / "best", task.model, manager, keep_last=1, shared_storage=shared)
+        rows, _ = passes_of(settings, world.everyone.size)
+        return Evaluation(task, batches.valid, settings.train.eval_every, settings.train.eval_batches, rows, world, best)
+
+    def _figures(self, model: CausalLM, manager: Any) -> list[Any]:
+        log, ranks = self.settings.log, self.world.everyone.size
+        utilisation = Utilisation(self.active, attention_numbers(model), self.settings.data.length, ranks, log.peak_tflops)
+        return [utilisation, *([RankNorms(manager, self.world)] if log.rank_norms else [])]
+
+    def _writers(self, stack: contextlib.ExitStack) -> list[Any]:
+        log, made = self.settings.log, []
+        if self.chief:
+            if log.tensorboard:
+                made.append(stack.enter_context(contextlib.closing(TensorBoard(self.out / "tensorboard"))))
+            if log.wandb is not None:
+                settings = self.settings.model_dump(mode="json")
+                made.append(stack.enter_context(contextlib.closing(WandB(log.wandb, self.out, settings))))
+        return made
+
+    def _trainer(self, task: Pretrain, manager: Any, batches: RunBatches, stop: StopSignals, watchers: list[Any]) -> Trainer:
+        settings = self.settings
+        rows, _ = passes_of(settings, self.world.everyone.size)
+        how = TrainSettings(
+            steps=settings.train.steps,
+            clip=settings.optimizer.clip,
+            log=self.out / "log.jsonl",
+            rows=rows,
+            bad_steps=settings.faults.bad_steps,
+            spike=settings.faults.spike,
+            save_every=settings.save.every,
+            save_minutes=settings.save.minutes,
+            keep_last=settings.save.keep_last,
+            keep_every=settings.save.keep_every,
+            shared_storage=settings.data.shared_storage is not False,
+        )
+        kept = settings.model_dump(mode="json")
+        folder = self.out / "checkpoints"
+        return Trainer(task, batches.train, manager, how, folder, signals=stop, watchers=watchers, kept=kept)
+
+    def _resume(self, trainer: Trainer, other_data: bool, evaluation: Evaluation | None) -> None:
+        log = self.out / "log.jsonl"
+        with _told_in_one_line():
+            resumed = trainer.resume(other_data=other_data)
+        if not resumed:
+            if self.chief:
+                log.unlink(missing_ok=True)  # of a run that saved nothing
+            return
+        self._say(f"going on after step {trainer.done}, saved in {trainer.checkpoints and trainer.checkpoints.folder}")
+        if trainer.done > self.settings.train.steps:
+            raise ConfigError(
+                f"train.steps: {trainer.done} steps are done already in {self.out}, {self.settings.train.steps} are asked for"
+            )
+        if evaluation is not None:
+            evaluation.resume(self._together(lambda: read_log(log) if log.exists() else [], f"{log} cannot be read"))
+
+    def _finish(self, trainer: Trainer, evaluation: Evaluation | None) -> None:
+        """Evaluate, save, and write the model."""
+        final = None
+        if evaluation is not None:
+            final = evaluation.losses.get(trainer.done)
+            final = evaluation.now(trainer.done) if final is None else final
+        trainer.save()
+        if final is not None:
+            self._say(f"validation loss {final:.4f}")
+        model: Any = trainer.model
+        if self.settings.lora is not None:
+            save_adapters(model, self.out / "adapters", str(self.settings.model.pretrained))
+            self._say(f"adapters are in {self.out / 'adapters'}")
+        elif self.settings.save.export:
+            model.save_pretrained(self.out / "model")
+            beside = self._beside()
+            if beside is not None and self.chief:
+                copy_beside(self.out / "model", beside)
+            self._say(f"the model is in {self.out / 'model'}")
+        if self.settings.log.trace is not None and self.world.trace is not None:
+            write_trace(self.settings.log.trace, self.world.trace, self.world.everyone)
+        if self.chief:
+            plot_log(self.out / "log.jsonl", self.out / "loss.png", {} if evaluation is None else evaluation.losses)
+        self._say(f"{trainer.done} steps, {time.monotonic() - self.started:.0f} s")
+
+    def _beside(self) -> Path | None:
+        """Where tokenizer files for the model's folder are, if not where the model was."""
+        if self.tokenizer is None or self.settings.model.pretrained is not None:
+            return None
+        path = Path(self.tokenizer).expanduser()
+        return path if path.is_dir() else path.parent
+
+    def _say(self, text: str) -> None:
+        if self.chief:
+            sys.stdout.write(f"{text}\n")
+            sys.stdout.flush()
+
+
+@contextlib.contextmanager
+def _told_in_one_line() -> Iterator[None]:
+    """Turn a ValueError about what a run goes on from into one that the user can mend."""
+    try:
+        yield
+    except ValueError as error:
+        raise error if isinstance(error, _MENDED_BY_USER) else ConfigError(str(error)) from error

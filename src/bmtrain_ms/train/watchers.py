@@ -1,0 +1,177 @@
+"""What looks at each step of a run: evaluation, TensorBoard, Weights & Biases, figures of the ranks."""
+
+from __future__ import annotations
+
+import math
+import time
+from pathlib import Path
+from typing import Any, Callable
+
+import numpy as np
+from mindspore import nn
+
+from bmtrain_ms_base.data import Batches
+from bmtrain_ms_base.data.extras import needed
+
+from ..checkpoint import Checkpointer
+from ..comm import World, gather_json
+from ..ops.in_place import square_sum
+from ..optim import OptimManager
+from ..zero import context_of
+from .evaluate import mean_loss_of
+from .tasks import Task
+
+Record = dict[str, Any]
+
+
+class Evaluation:
+    """Evaluates every so many steps, and keeps the best model.
+
+    Args:
+        task: the loss of a batch.
+        batches: what is evaluated on: always the first ones.
+        every: steps; None: only when it is called by `now`.
+        count: batches.
+        rows: of a call of the model.
+        world: the ranks.
+        best: where the model with the lowest loss is kept, if it is to be; its state is that of the run.
+
+    Attributes:
+        losses: step -> loss.
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        batches: Batches,
+        every: int | None,
+        count: int,
+        rows: int,
+        world: World,
+        best: Checkpointer | None = None,
+    ):
+        self._task, self._batches, self._every, self._count, self._rows = task, batches, every, count, rows
+        self._world, self._best = world, best
+        self.losses: dict[int, float] = {}
+
+    def __call__(self, record: Record) -> None:
+        """Evaluate, if it is the step for it; adds `valid_loss` to what is logged."""
+        if self._every is not None and record["step"] % self._every == 0:
+            record["valid_loss"] = self.now(record["step"])
+
+    def now(self, step: int) -> float:
+        """Evaluate; all ranks call it."""
+        context, model = context_of(self._world), self._task.model
+        place = context.data_rank, context.data_ranks
+        model.set_train(False)
+        try:
+            loss = mean_loss_of(self._task.loss, self._batches, self._count, self._rows, place, self._world.along("dp"))
+        finally:
+            model.set_train(True)
+        if self._best is not None and math.isfinite(loss) and loss < min(self.losses.values(), default=math.inf):
+            self._best.save(step, {"step": step, "valid_loss": loss})
+        self.losses[step] = loss
+        return loss
+
+    def resume(self, records: list[Record]) -> None:
+        """Know what a log says about the steps that are done."""
+        self.losses.update({r["step"]: r["valid_loss"] for r in records if "valid_loss" in r})
+
+
+class RankNorms:
+    """Adds the norm of each rank's part of the gradients to what is logged."""
+
+    def __init__(self, manager: OptimManager, world: World):
+        self._manager, self._world = manager, world
+
+    def __call__(self, record: Record) -> None:
+        """Gather the norms; all ranks call it."""
+        grads = [g for g in (self._manager.grad(p) for p in self._manager.parameters) if g is not None]
+        own = math.sqrt(sum(square_sum(g) for g in grads)) / self._manager.grads_scale
+        record["rank_norms"] = [float(f"{x:.6g}") for x in gather_json(own, self._world.everyone, "norms of ranks")]
+
+
+class Utilisation:
+    """Adds `tflops`, of a rank, to what is logged: those that the model itself needs (6 for a parameter and a token, and those of
+    attention), without what is computed again; and `mfu`, which part of the rank's peak that is (Chowdhery et al., 2022).
+
+    Args:
+        active: parameters that a token uses.
+        attention: numbers that go into a token's scores for each token that it sees: layers * heads * dim_head.
+        length: tokens of a row.
+        ranks: how many share the work.
+        peak: TFLOP/s of a rank, or None.
+    """
+
+    def __init__(self, active: int, attention: int, length: int, ranks: int, peak: float | None):
+        self._each = (6 * active + 6 * attention * length) / ranks / 1e12  # half of all pairs, of 12
+        self._peak = peak
+
+    def __call__(self, record: Record) -> None:
+        """Work it out from the tokens per second."""
+        rate = self._each * record["tokens_per_second"]
+        record["tflops"] = float(f"{rate:.4g}")
+        if self._peak is not None:
+            record["mfu"] = round(rate / self._peak, 4)
+
+
+class TensorBoard:
+    """Writes each step's numbers for TensorBoard; rank 0 has one.
+
+    Raises:
+        MissingLibraryError: it is not installed.
+    """
+
+    def __init__(self, folder: Path):
+        writer: Callable[..., Any] = needed("tensorboard.summary", "log.tensorboard", "log").Writer
+        self._writer = writer(str(folder))
+
+    def __call__(self, record: Record) -> None:
+        """Write what is a number."""
+        for name, value in _numbers(record):
+            self._writer.add_scalar(name, np.float32(value), record["step"])
+
+    def close(self) -> None:
+        """Write what waits."""
+        self._writer.close()
+
+
+class WandB:
+    """Sends each step's numbers to Weights & Biases, or, with `WANDB_MODE=offline`, keeps them in the folder; rank 0 has one.
+
+    Raises:
+        MissingLibraryError: it is not installed.
+    """
+
+    def __init__(self, project: str, folder: Path, settings: dict[str, Any]):
+        folder.mkdir(parents=True, exist_ok=True)
+        wandb = needed("wandb", "log.wandb", "log")
+        self._run = wandb.init(project=project, dir=str(folder), config=settings, id=_run_id(folder), resume="allow")
+
+    def __call__(self, record: Record) -> None:
+        """Send what is a number."""
+        self._run.log(dict(_numbers(record)), step=record["step"])
+
+    def close(self) -> None:
+        """Send what waits."""
+        self._run.finish()
+
+
+def _run_id(folder: Path) -> str:
+    """The same when a run goes on."""
+    file = folder / "wandb-run-id"
+    if not file.exists():
+        file.write_text(f"{time.time_ns():x}")
+    return file.read_text()
+
+
+def _numbers(record: Record) -> list[tuple[str, float]]:
+    found = [(name, float(value)) for name, value in record.items() if isinstance(value, (int, float)) and name != "step"]
+    return found + [(f"rank_norms/{rank}", value) for rank, value in enumerate(record.get("rank_norms", ()))]
+
+
+def attention_numbers(model: nn.Cell) -> int:
+    """See `Utilisation`."""
+    config: Any = getattr(model, "config", None)
+    heads = getattr(config, "num_heads", 0) * (getattr(config, "dim_head", 0) or 0)
+    return getattr(config, "num_layers", 0) * heads

@@ -1,0 +1,130 @@
+"""`bmtrain-ms pretrain` and `finetune`: a run as its settings say, from text to a model in Hugging Face's files."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from .launch import LaunchError, launch
+from .options import REHEARSE_HELP, Commands, positive
+
+_RANK = "BMTRAIN_MS_RUN"  # what the launcher tells its ranks: settings and tokenizer, as JSON
+
+
+def add(commands: Commands, name: str = "pretrain") -> argparse.ArgumentParser:
+    """What the command line of `bmtrain-ms pretrain` understands."""
+    what = "a model from random values" if name == "pretrain" else "a model of Hugging Face's on, or adapters of it"
+    parser = commands.add_parser(
+        name,
+        help=f"train {what}, as a file of settings says",
+        description=f"Train {what}. The same command goes on where a run in the same folder ended. Settings are in sections; what "
+        "is said here counts more than the file. docs/training.md lists them.",
+        allow_unknown=True,
+    )
+    parser.add_argument("config", nargs="?", help="a TOML or YAML file")
+    parser.add_argument("--ranks", type=positive, help="as --layout.ranks: processes on this host (under a launcher: its own)")
+    parser.add_argument("--hosts", type=lambda text: text.split(","), default=[], help="run on these, as bmtrain-ms launch does")
+    parser.add_argument("--other-data", action="store_true", help="go on although the data are others than before")
+    parser.add_argument("--rehearse", action="store_true", help=REHEARSE_HELP)
+    parser.add_argument("--print", dest="shown", action="store_true", help="only check the settings, and print all of them")
+    parser.add_argument("--schema", action="store_true", help="only print a JSON Schema of the file, for editors")
+    parser.add_argument("--section.key=value", dest="none", nargs="?", metavar="", help="any setting, as --train.steps=1000")
+    return parser
+
+
+def run(arguments: argparse.Namespace, tuning: bool = False) -> int:
+    """Do what the command line says; returns an exit code.
+
+    Raises:
+        LaunchError: settings are wrong, or ranks cannot be started.
+        DataError: data cannot be made of text.
+    """
+    os.environ.setdefault("GLOG_v", "3")  # MindSpore's C++ log: errors only
+    if _RANK in os.environ:
+        return _be_a_rank()
+    try:
+        from bmtrain_ms_base.config import ConfigError, read_settings, schema, to_toml
+    except ImportError as error:
+        raise LaunchError(f"settings need {error.name}: pip install 'bmtrain-ms[train]'") from error
+    from bmtrain_ms_base.launchers import detect
+
+    if arguments.schema:
+        from bmtrain_ms.train.parts import size_schemas
+
+        print(json.dumps(schema(size_schemas()), indent=2))
+        return 0
+    launched = detect()
+    started = launched.size if launched.kind != "none" else 0
+    try:
+        settings = read_settings(arguments.config, _overrides(arguments), started, tuning)
+        _check_model(settings)
+    except ConfigError as error:
+        lines = str(error).splitlines()
+        raise LaunchError("\n  ".join(lines if len(lines) == 1 else [f"{len(lines)} settings are wrong:", *lines])) from error
+    if arguments.shown:
+        print(to_toml(settings), end="")
+        return 0
+    settings, tokenizer = _with_data(settings, launched.rank if started else 0, bool(arguments.hosts))
+    told = {"settings": settings.model_dump(mode="json"), "tokenizer": tokenizer, "other_data": arguments.other_data}
+    if started:
+        os.environ[_RANK] = json.dumps(told)
+        return _be_a_rank()
+    sys.stdout.flush()
+    variables = {_RANK: json.dumps(told)}
+    script = [str(Path(__file__).with_name("__main__.py")), "pretrain"]
+    return launch(script, settings.layout.ranks or 1, variables=variables, hosts=arguments.hosts, rehearse=arguments.rehearse)
+
+
+def _overrides(arguments: argparse.Namespace) -> list[str]:
+    found = [] if arguments.ranks is None else [f"layout.ranks={arguments.ranks}"]
+    for word in arguments.unknown:
+        if not word.startswith("--") or "=" not in word:
+            raise LaunchError(f"{word}: settings are written --section.key=value, as --train.steps=1000")
+        found.append(word[2:])
+    return found
+
+
+def _check_model(settings: Any) -> None:
+    """Sizes of a family, which MindSpore's side knows."""
+    from bmtrain_ms.train.parts import model_problems
+    from bmtrain_ms_base.config import ConfigError
+
+    found = model_problems(settings)
+    if found:
+        raise ConfigError("\n".join(found))
+
+
+def _with_data(settings: Any, rank: int, several_hosts: bool) -> tuple[Any, str | None]:
+    """Settings whose text has become files of tokens, and the tokenizer."""
+    data, tokenizer = settings.data, settings.tokenizer.path or settings.model.pretrained
+    if not data.text:
+        return settings, tokenizer
+    if several_hosts or rank:
+        raise LaunchError(
+            "data.text is prepared on this host alone: prepare it on each host with bmtrain-ms prepare, and name data.files"
+        )
+    from bmtrain_ms_base.data.extras import DataError
+    from bmtrain_ms_base.data.run_data import RunText, run_data
+
+    from .prepare import Shown
+
+    text = RunText(data.text, data.key, data.handler, data.template, tokenizer, settings.tokenizer.train, data.length, data.workers)
+    try:
+        with Shown(None) as shown:
+            tokenizer, prefix = run_data(Path(settings.out).expanduser(), text, print, shown.show)
+    except OSError as error:
+        raise DataError(str(error)) from error
+    ready = {"text": [], "handler": None, "template": None, **({"rows": prefix} if data.handler else {"files": [prefix]})}
+    return settings.model_copy(update={"data": data.model_copy(update=ready)}), tokenizer
+
+
+def _be_a_rank() -> int:
+    from bmtrain_ms.train.job import run_job
+    from bmtrain_ms_base.config import Settings
+
+    told = json.loads(os.environ.pop(_RANK))
+    return run_job(Settings.model_validate(told["settings"]), told["tokenizer"], told["other_data"])
