@@ -11,7 +11,7 @@ import copy
 import math
 import reprlib
 from abc import ABC, abstractmethod
-from typing import Any
+from typing import Any, Callable, ClassVar
 
 from bmtrain_ms_base.checks import number
 
@@ -196,14 +196,25 @@ class Exponential(WarmupLRScheduler):
 
 
 class WSD(WarmupLRScheduler):
-    """Warm-up, stable, decay (Hu et al., "MiniCPM", 2024): s until `decay_iter`, then linear to `end_lr` at e.
+    """Warm-up, stable, decay (Hu et al., "MiniCPM", 2024): s until `decay_iter`, then down to `end_lr` at e.
 
     Args:
         decay_iter: first step of the decay, between w and e.
         end_lr: rate from e on.
+        shape: of the decay, where r is how much of it is done (Megatron-LM's names and formulas): `linear`: 1 - r;
+            `exponential`: 2 * 0.5^r - 1; `minus_sqrt`: 1 - sqrt(r); `cosine`: (1 + cos(pi * r)) / 2.
+
+    Raises:
+        ValueError: there is no such shape, or the steps do not follow each other.
     """
 
     _has_end = True
+    _SHAPES: ClassVar[dict[str, Callable[[float], float]]] = {
+        "linear": lambda r: 1.0 - r,
+        "exponential": lambda r: 2.0 * 0.5**r - 1.0,
+        "minus_sqrt": lambda r: 1.0 - math.sqrt(r),
+        "cosine": lambda r: 0.5 * (1.0 + math.cos(math.pi * r)),
+    }
 
     def __init__(
         self,
@@ -215,14 +226,25 @@ class WSD(WarmupLRScheduler):
         *,
         decay_iter: int,
         end_lr: float = 0.0,
+        shape: str = "linear",
     ):
+        if shape not in self._SHAPES:
+            raise ValueError(f"shape must be one of {', '.join(self._SHAPES)}, not {shape!r}")
         if not number("warmup_iter", warmup_iter) <= number("decay_iter", decay_iter) <= number("end_iter", end_iter):
             raise ValueError(f"need warmup_iter <= decay_iter <= end_iter, not {warmup_iter}, {decay_iter}, {end_iter}")
-        self.decay_iter, self.end_lr = decay_iter, number("end_lr", end_lr)
+        self.decay_iter, self.end_lr, self.shape = decay_iter, number("end_lr", end_lr), shape
         super().__init__(optimizer, start_lr, warmup_iter, end_iter, num_iter)
 
     def get_lr_decay(self, num_iter: int) -> float:
         if num_iter < self.decay_iter:
             return self.start_lr
         left = max(0.0, (self.end_iter - num_iter) / max(1, self.end_iter - self.decay_iter))
-        return self.end_lr + (self.start_lr - self.end_lr) * min(1.0, left)
+        return self.end_lr + (self.start_lr - self.end_lr) * self._SHAPES[self.shape](1.0 - min(1.0, left))
+
+    def check_state_dict(self, state: Any) -> dict[str, Any]:
+        """See `WarmupLRScheduler`. In states of earlier releases the decay is linear."""
+        if isinstance(state, dict) and {*state, "shape"} == set(self.state_dict()):
+            state = {"shape": "linear", **state}
+        if isinstance(state, dict) and state.get("shape", "linear") not in self._SHAPES:
+            raise ValueError(f"this is not the state of a WSD: shape is {state['shape']!r}")
+        return super().check_state_dict(state)

@@ -43,7 +43,7 @@ def test_config_files_of_earlier_releases_are_read(half):
     before = {**LlamaConfig(**SIZES).to_dict(), "half": half, "use_checkpoint": False, "zero_level": 2}
     del before["dtype"]
     assert LlamaConfig.from_dict(before) == LlamaConfig(**SIZES, dtype="float16" if half else "float32")
-    assert len(before) == 17  # the caller's dict stays as it was
+    assert len(before) == 18  # the caller's dict stays as it was
 
 
 @pytest.mark.parametrize(
@@ -231,10 +231,10 @@ def test_config_sizes():
 
 def test_config_of_all_fields_survives_a_dict():
     scaling = RopeScaling("longrope", original=8, longest=32, short_factor=(1.0,) * 4, long_factor=(2.0,) * 4)
-    config = LlamaConfig(5, 4, 2, 1, 8, 3, 2, 1e-3, 50.0, 0.1, "bfloat16", True, scaling, True, True)
+    config = LlamaConfig(5, 4, 2, 1, 8, 3, 2, 1e-3, 50.0, 0.1, "bfloat16", True, scaling, 0.3, True, True)
     assert LlamaConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == copy.deepcopy(config) == config
     values = list(config.to_dict().values())
-    assert values == [5, 4, 2, 1, 8, 3, 2, 1e-3, 50.0, 0.1, "bfloat16", True, dataclasses.asdict(scaling), True, True]
+    assert values == [5, 4, 2, 1, 8, 3, 2, 1e-3, 50.0, 0.1, "bfloat16", True, dataclasses.asdict(scaling), 0.3, True, True]
     assert dataclasses.replace(config, tied=False).tied is False
 
 

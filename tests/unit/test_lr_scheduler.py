@@ -133,6 +133,7 @@ def test_state_round_trip(make, settings):
         "end_iter": 9,
         "num_iter": 4,
         **({"gamma": 0.95} if make is Exponential else {"end_lr": 0.0} if make in (Linear, Cosine) else {}),
+        **({"shape": "linear"} if make is WSD else {}),
         **settings,
     }
     others = {"decay_iter": 2, "end_lr": 0.0} if make is WSD else {}
@@ -335,3 +336,28 @@ def test_states_of_before_there_was_an_end_lr_are_read(make):
     state = {"start_lr": 1.0, "warmup_iter": 2, "end_iter": 10, "num_iter": 10}
     schedule.load_state_dict(state)
     assert (schedule.end_lr, schedule.current_lr) == (0.0, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("shape", "quarter", "half", "three"),
+    [
+        ("linear", 0.75, 0.5, 0.25),
+        ("exponential", 0.681793, 0.414214, 0.189207),
+        ("minus_sqrt", 0.5, 0.292893, 0.133975),
+        ("cosine", 0.853553, 0.5, 0.146447),
+    ],
+)
+def test_shapes_of_the_decay_are_megatrons(shape, quarter, half, three):
+    schedule = WSD(optimizer(), 1.0, 0, 12, decay_iter=4, shape=shape)
+    assert [schedule.get_lr_decay(n) for n in (3, 4, 6, 8, 10, 12)] == pytest.approx([1, 1, quarter, half, three, 0], abs=1e-6)
+
+
+def test_a_shape_that_is_none_and_states_without_one():
+    with pytest.raises(ValueError, match="shape must be one of linear, exponential, minus_sqrt, cosine, not 'round'"):
+        WSD(optimizer(), 1.0, 0, 9, decay_iter=3, shape="round")
+    schedule = WSD(optimizer(), 1.0, 0, 9, decay_iter=3, shape="cosine")
+    state = {name: value for name, value in schedule.state_dict().items() if name != "shape"}
+    schedule.load_state_dict(state)
+    assert schedule.shape == "linear"
+    with pytest.raises(ValueError, match="not the state of a WSD: shape is 'round'"):
+        schedule.load_state_dict({**state, "shape": "round"})

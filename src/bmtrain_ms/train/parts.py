@@ -168,7 +168,8 @@ def make_schedule(settings: Settings, optimizer: Any) -> lr_scheduler.WarmupLRSc
     end = chosen.end or settings.train.steps
     given = optimizer, rate, chosen.warmup, end
     if chosen.name == "wsd":
-        return lr_scheduler.WSD(*given, decay_iter=end - (chosen.decay or max(1, end // 10)), end_lr=chosen.min_lr)
+        first = end - (chosen.decay or max(1, end // 10))
+        return lr_scheduler.WSD(*given, decay_iter=first, end_lr=chosen.min_lr, shape=chosen.shape)
     if chosen.name == "exponential":
         return lr_scheduler.Exponential(*given, gamma=chosen.gamma)
     if chosen.name in ("linear", "cosine"):

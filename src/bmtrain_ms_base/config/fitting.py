@@ -113,6 +113,8 @@ def _of_steps(settings: Settings) -> Iterator[str]:
         yield f"schedule.decay: with a warm-up of {schedule.warmup} it does not fit into {end} steps"
     if schedule.decay is not None and schedule.name != "wsd":
         yield f"schedule.decay: only wsd has one; {schedule.name} falls from the warm-up on"
+    if schedule.shape != "linear" and schedule.name != "wsd":
+        yield f"schedule.shape: only wsd has one, {schedule.name} has not"
     if schedule.min_lr and schedule.name not in ("linear", "cosine", "wsd"):
         yield f"schedule.min_lr: linear, cosine and wsd have one, {schedule.name} has not"
     if schedule.gamma != type(schedule)().gamma and schedule.name != "exponential":

@@ -126,6 +126,7 @@ class ScheduleSection(_Section):
     end: Optional[Positive] = _doc("the step that has the smallest rate (default: train.steps)")
     decay: Optional[Positive] = _doc("wsd: how many steps before the end the rate begins to fall (default: a tenth of them)")
     min_lr: Number = _doc("linear, cosine, wsd: the rate at the end", 0.0, ge=0)
+    shape: Literal["linear", "exponential", "minus_sqrt", "cosine"] = _doc("wsd: of the decay, as Megatron's", "linear")
     gamma: Number = _doc("exponential: the factor of each step", 0.95, gt=0, le=1)
 
 

@@ -53,7 +53,7 @@ class CausalLM(nn.Cell):
         super().__init__()
         self.config, self.head_scale = config, head_scale
         self.loaded_from: Optional[Path] = None  # a folder of Hugging Face's
-        settings = {"dtype": getattr(ms, config.dtype), "init_std": config.init_std}
+        settings = {"dtype": getattr(ms, config.dtype), "init_std": config.embed_std or config.init_std}
         embed_tokens = Embedding(config.vocab_size, config.dim_model, **settings)
         self.model = Encoder(layers, norm, embed_tokens, embed_positions, embed_scale)
         self.lm_head = None if config.tied else Linear(config.dim_model, config.vocab_size, bias=False, **settings)

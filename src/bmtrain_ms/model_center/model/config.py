@@ -43,7 +43,8 @@ class DecoderConfig:
 
     `num_heads_kv=0`: as many as `num_heads`.  `dim_head=0`: dim_model / num_heads.  `rope_scaling`: a `RopeScaling`, or its fields
     as a dict.  `dtype`: of the parameters, "float32", "float16" or "bfloat16".  `tied`: the output projection is the embedding's
-    table.
+    table.  `init_std`: of the normal distribution that matrices begin with; `embed_std`: that of the embedding and the output
+    projection, 0: the same.
 
     Raises:
         ValueError: sizes that do not fit together, or another dtype.
@@ -63,6 +64,7 @@ class DecoderConfig:
     dtype: str = "float32"
     tied: bool = False
     rope_scaling: RopeScaling | None = None
+    embed_std: float = 0.0
 
     def __post_init__(self) -> None:
         set_field = object.__setattr__
