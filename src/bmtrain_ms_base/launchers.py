@@ -8,6 +8,7 @@ from typing import Mapping, MutableMapping, Optional
 
 from . import board as boards
 
+FOLDERS = "BMTRAIN_MS_FOLDERS"  # ranks of one host as if they were on several: the working folder of each, separated by colons
 REHEARSE = "BMTRAIN_MS_REHEARSE"  # asks every rank to rehearse on CPU what a device would run: see `init_distributed`
 
 
@@ -98,6 +99,7 @@ _SAYS_WHO = (
     "SLURM_STEP", "SLURM_NTASKS", "SLURM_NPROCS", "SLURM_TASK_PID", "SLURM_GTIDS", "SLURM_SRUN_", "PBS_TASKNUM", "PBS_NODENUM",
     "PBS_VNODENUM", "MS_ROLE", "MS_WORKER_NUM", "MS_SERVER_NUM", "MS_NODE_ID", "MS_SCHED_", "MS_TOPO_TIMEOUT",
     "BMTRAIN_MS_BOARD", "BMTRAIN_MS_RANK", "BMTRAIN_MS_SIZE", "BMTRAIN_MS_KIND", "BMTRAIN_MS_LOCAL_SIZE",
+    "BMTRAIN_MS_FOLDERS",
 )
 # fmt: on
 # fmt: off
@@ -151,7 +153,8 @@ def detect(env: Mapping[str, str] = os.environ) -> Launch:
         raise RuntimeError(_inherited(env))  # unless another launcher started this process below a rank
     if env.get(boards.KIND) == "launch" and boards.own_board(env) is not None:
         rank, size = int(env[boards.RANK]), int(env[boards.SIZE])
-        return Launch("launch", rank, size, rank, size, f"{boards.RANK}={rank}, {boards.SIZE}={size}")
+        local = size // len(folders_of(env))
+        return Launch("launch", rank, size, rank % local, local, f"{boards.RANK}={rank}, {boards.SIZE}={size}")
     several = [claim for claim in several if not _is_outermost(claim)] or several
     for claim in several[1:]:
         if (claim.rank, claim.size) != (several[0].rank, several[0].size):
@@ -162,6 +165,11 @@ def detect(env: Mapping[str, str] = os.environ) -> Launch:
     chosen = (several or claims or [Launch()])[0]
     _check(chosen, env)
     return chosen
+
+
+def folders_of(env: Mapping[str, str]) -> list[str]:
+    """The working folders of the hosts that ranks are to be on as if there were several; one of no name where there are none."""
+    return env.get(FOLDERS, "").split(":")
 
 
 def _claims(env: Mapping[str, str]) -> list[Launch]:

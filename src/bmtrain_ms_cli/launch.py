@@ -18,11 +18,11 @@ from types import FrameType
 from typing import Any, Mapping, Sequence
 
 from bmtrain_ms_base import system
-from bmtrain_ms_base.launchers import REHEARSE, forget_launchers
+from bmtrain_ms_base.launchers import FOLDERS, REHEARSE, forget_launchers
 from bmtrain_ms_base.system import has_ascend
 
 from . import hosts as several
-from .options import REHEARSE_HELP, Commands, positive
+from .options import FOLDERS_HELP, REHEARSE_HELP, Commands, folders, positive
 from .supervise import PASSED_ON
 
 
@@ -62,6 +62,7 @@ def add(commands: Commands) -> argparse.ArgumentParser:
         default=[],
         help="run on these, e.g. node1,node2, the same number of ranks on each: by mpiexec and ssh",
     )
+    parser.add_argument("--folders", type=folders, default=[], help=FOLDERS_HELP)
     parser.add_argument("--rehearse", action="store_true", help=REHEARSE_HELP)
     parser.add_argument("-m", "--module", action="store_true", help="the script is a module's name, as for python -m")
     parser.add_argument("script", help="a Python script")
@@ -77,7 +78,8 @@ def run(arguments: argparse.Namespace) -> int:
     """
     module = ["-m"] if arguments.module else []
     script = [*module, arguments.script, *arguments.arguments]
-    return launch(script, arguments.ranks, arguments.launcher, hosts=arguments.hosts, rehearse=arguments.rehearse)
+    told = {"hosts": arguments.hosts, "folders": arguments.folders, "rehearse": arguments.rehearse}
+    return launch(script, arguments.ranks, arguments.launcher, **told)
 
 
 def launch(
@@ -87,6 +89,7 @@ def launch(
     variables: Mapping[str, str] | None = None,
     *,
     hosts: Sequence[str] = (),
+    folders: Sequence[str] = (),
     rehearse: bool = False,
 ) -> int:
     """Run a Python script with its arguments on `ranks` processes, of this host unless there are others, and wait for them.
@@ -102,6 +105,8 @@ def launch(
             and elsewhere neither: ranks of one host need no MPI.
         variables: more environment variables for the ranks.
         hosts: where to run, by `mpiexec` and ssh; the same number of ranks on each.
+        folders: ranks are divided among these as if each were the working folder of a host of its own, with a disk that others do
+            not see: a rehearsal of several hosts on this one.
         rehearse: on CPU, but as on Ascend devices: see `init_distributed`.
 
     Returns:
@@ -121,10 +126,25 @@ def launch(
             f"{ranks} {' '.join(script)}"
         )
     more = {**(variables or {}), **({REHEARSE: "1"} if rehearse else {})}
+    if folders:
+        more[FOLDERS] = _checked_folders(folders, ranks, launcher, hosts)
+        script = script if script[0] == "-m" else [str(Path(script[0]).absolute()), *script[1:]]
+        launcher = "launch"
     if launcher == "auto":
         on_devices = has_ascend() and more.get(REHEARSE, os.environ.get(REHEARSE)) != "1"
         launcher = "mpi" if hosts else "msrun" if on_devices else "launch"
     return _attend(_plan(launcher, script, ranks, hosts), _environment(launcher, ranks, more, hosts))
+
+
+def _checked_folders(folders: Sequence[str], ranks: int, launcher: str, hosts: Sequence[str]) -> str:
+    missing = [folder for folder in folders if not Path(folder).is_dir() or ":" in folder]
+    if missing:
+        raise LaunchError(f"--folders: {missing[0]} is not a folder; make one for each host that is rehearsed")
+    if len(folders) < 2 or ranks % len(folders):
+        raise LaunchError(f"--folders: {ranks} ranks cannot be divided among {len(folders)}: name 2 or more, which divide them")
+    if hosts or launcher != "auto":
+        raise LaunchError("--folders rehearses several hosts on this one: leave --hosts and --with out")
+    return ":".join(os.path.abspath(folder) for folder in folders)
 
 
 def _environment(launcher: str, ranks: int, variables: Mapping[str, str], hosts: Sequence[str]) -> dict[str, str]:

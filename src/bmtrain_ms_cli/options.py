@@ -18,6 +18,9 @@ else:
 REHEARSE_HELP = "run on CPU what Ascend devices would run, as far as that is possible without one: slower, for finding faults"
 
 
+FOLDERS_HELP = "rehearse several hosts on this one: ranks are divided among these folders, each as if it were a host's, e.g. a,b"
+
+
 class Parser(argparse.ArgumentParser):
     """Takes whole names of options only, and asks whether another was meant; complaints are one line, without the usage."""
 
@@ -51,6 +54,11 @@ class Parser(argparse.ArgumentParser):
             if near:
                 return f"; {name}: did you mean {' or '.join(near)}?"
         return ""
+
+
+def folders(text: str) -> list[str]:
+    """Paths between commas."""
+    return [str(path(part)) for part in text.split(",")]
 
 
 def positive(text: str) -> int:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, Iterator
 
 from .launch import LaunchError, launch
-from .options import REHEARSE_HELP, Commands, positive
+from .options import FOLDERS_HELP, REHEARSE_HELP, Commands, folders, positive
 
 _RANK = "BMTRAIN_MS_RUN"  # what the launcher tells its ranks: settings and tokenizer, as JSON
 
@@ -28,6 +29,7 @@ def add(commands: Commands, name: str = "pretrain") -> argparse.ArgumentParser:
     parser.add_argument("config", nargs="?", help="a TOML or YAML file")
     parser.add_argument("--ranks", type=positive, help="as --layout.ranks: processes on this host (under a launcher: its own)")
     parser.add_argument("--hosts", type=lambda text: text.split(","), default=[], help="run on these, as bmtrain-ms launch does")
+    parser.add_argument("--folders", type=folders, default=[], help=FOLDERS_HELP)
     parser.add_argument("--other-data", action="store_true", help="go on although the data are others than before")
     parser.add_argument("--rehearse", action="store_true", help=REHEARSE_HELP)
     parser.add_argument("--print", dest="shown", action="store_true", help="only check the settings, and print all of them")
@@ -60,7 +62,9 @@ def run(arguments: argparse.Namespace, tuning: bool = False) -> int:
     launched = detect()
     started = launched.size if launched.kind != "none" else 0
     try:
-        settings = read_settings(arguments.config, _overrides(arguments), started, tuning)
+        config = None if arguments.config is None else os.path.abspath(arguments.config)
+        with _in_folder(arguments.folders):
+            settings = read_settings(config, _overrides(arguments), started, tuning)
         _check_model(settings)
     except ConfigError as error:
         lines = str(error).splitlines()
@@ -68,7 +72,7 @@ def run(arguments: argparse.Namespace, tuning: bool = False) -> int:
     if arguments.shown:
         print(to_toml(settings), end="")
         return 0
-    settings, tokenizer = _with_data(settings, launched.rank if started else 0, bool(arguments.hosts))
+    settings, tokenizer = _with_data(settings, launched.rank if started else 0, bool(arguments.hosts or arguments.folders))
     told = {"settings": settings.model_dump(mode="json"), "tokenizer": tokenizer, "other_data": arguments.other_data}
     if started:
         os.environ[_RANK] = json.dumps(told)
@@ -76,7 +80,20 @@ def run(arguments: argparse.Namespace, tuning: bool = False) -> int:
     sys.stdout.flush()
     variables = {_RANK: json.dumps(told)}
     script = [str(Path(__file__).with_name("__main__.py")), "pretrain"]
-    return launch(script, settings.layout.ranks or 1, variables=variables, hosts=arguments.hosts, rehearse=arguments.rehearse)
+    where = {"hosts": arguments.hosts, "folders": arguments.folders, "rehearse": arguments.rehearse}
+    return launch(script, settings.layout.ranks or 1, variables=variables, **where)
+
+
+@contextlib.contextmanager
+def _in_folder(folders: list[str]) -> Iterator[None]:
+    """Look for files where the first host does."""
+    here = os.getcwd()
+    try:
+        if folders and os.path.isdir(folders[0]):
+            os.chdir(folders[0])
+        yield
+    finally:
+        os.chdir(here)
 
 
 def _overrides(arguments: argparse.Namespace) -> list[str]:

@@ -25,7 +25,7 @@ from typing import Any
 
 from bmtrain_ms_base import board as boards
 from bmtrain_ms_base import system
-from bmtrain_ms_base.launchers import forget_board
+from bmtrain_ms_base.launchers import folders_of, forget_board
 from bmtrain_ms_base.mpi import finalise_in_ranks_only
 
 _OWN_FILES = (__file__, runpy.__file__)
@@ -39,6 +39,7 @@ def main() -> None:
         faulthandler.enable()
         faulthandler.register(system.DUMP, all_threads=True)
     rank = os.environ.get(boards.RANK, "0")
+    _go_to_folder(rank)
     sys.excepthook = lambda kind, error, where: _print_error(rank, kind, error, where)
     del sys.argv[0]
     try:
@@ -49,6 +50,13 @@ def main() -> None:
         raise
     if row is not None:
         row.end(0)
+
+
+def _go_to_folder(rank: str) -> None:
+    """Be where this rank's host is, if ranks are as if on several."""
+    folders = folders_of(os.environ)
+    if len(folders) > 1:
+        os.chdir(folders[int(rank) * len(folders) // int(os.environ[boards.SIZE])])
 
 
 def _take_row() -> boards.Row | None:
