@@ -80,8 +80,8 @@ class Storage:
             if local.count(0) != 1:
                 ranks = [rank for rank, other in enumerate(self._hosts) if other == host]
                 raise StorageError(
-                    f"ranks {', '.join(map(str, ranks))} share a host and say that they are {', '.join(map(str, local))} of it; one "
-                    "of them has to be 0: give each host neighbouring ranks"
+                    f"ranks {_listed(ranks)} share a host and say that they are {_listed(local)} of it; one of them has to be 0: "
+                    "give each host neighbouring ranks"
                 )
         self._refuse_unlike("shared storage, and folders that may be shared", {rank: fact[3:] for rank, fact in enumerate(facts)})
         if shared is None and folders:
@@ -195,7 +195,7 @@ class Storage:
         hosts: dict[int, list[int]] = {}
         for rank in ranks:
             hosts.setdefault(self._hosts[rank], []).append(rank)
-        named = [f"{self._names[some[0]]} (rank {', '.join(map(str, some))})" for some in list(hosts.values())[:_NAMED]]
+        named = [f"{self._names[some[0]]} (rank {_listed(some)})" for some in list(hosts.values())[:_NAMED]]
         return ", ".join(named) + (f" and {len(hosts) - _NAMED:,} more hosts" if len(hosts) > _NAMED else "")
 
     def _answered(self, what: str, make: Callable[[], Made]) -> Made:
@@ -238,6 +238,10 @@ class _Work:
 
     def result(self) -> Any:
         return self._made
+
+
+def _listed(numbers: Sequence[int]) -> str:
+    return ", ".join(map(str, numbers))
 
 
 def _written(folders: Sequence[Optional[Path]], name: str) -> Iterator[Path]:
