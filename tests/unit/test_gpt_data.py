@@ -251,7 +251,12 @@ def test_indices_are_made_once_and_by_content(golden, tmp_path, monkeypatch):
 def test_a_damaged_cache_is_made_anew(golden, tmp_path):
     cache = tmp_path / "cache"
     before = [x.copy() for x in indices(GPTData(golden, 8, 8))]
-    for name, content in (("shuffle_index.npy", b"x"), ("sizes.json", b"{}"), ("sample_index.npy", None)):
+    for name, content in (
+        ("shuffle_index.npy", b"x"),
+        ("contents.json", b"{}"),
+        ("contents.json", b"[1]"),
+        ("sample_index.npy", None),
+    ):
         (file,) = cache.glob(f"*/{name}")
         os.remove(file) if content is None else file.write_bytes(content)
         assert all(np.array_equal(x, y) for x, y in zip(indices(GPTData(golden, 8, 8)), before)), name

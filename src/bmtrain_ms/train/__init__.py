@@ -1,5 +1,6 @@
 """The training loop: steps, log, evaluation, checkpoints, and ending in good order."""
 
+from .data import load_gpt_data, load_instructions
 from .errors import Stopped, TrainingError
 from .log import plot_log, read_log
 from .loop import Trainer, TrainSettings, memory_mib
@@ -15,6 +16,8 @@ __all__ = [
     "TrainSettings",
     "Trainer",
     "TrainingError",
+    "load_gpt_data",
+    "load_instructions",
     "memory_mib",
     "plot_log",
     "read_log",

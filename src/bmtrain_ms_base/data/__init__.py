@@ -7,6 +7,7 @@ from .gpt_batches import EndOfDataError, GPTBatches, RampUp
 from .indexed import IndexedFile, IndexedWriter
 from .instruction_batches import InstructionBatches
 from .sampling import TokenSampler, unigram_entropy
+from .storage import StorageError
 from .text import encode, python_documentation, read_text, split_held_out, train_tokenizer
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "IndexedWriter",
     "InstructionBatches",
     "RampUp",
+    "StorageError",
     "TokenSampler",
     "changes",
     "encode",

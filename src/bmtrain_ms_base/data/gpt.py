@@ -29,6 +29,7 @@ class GPTData:
         seed: of the shuffling; Megatron's default is 1234.
         chosen: which sequences, see `split_ranges`; None: all.
         cache: folder for indices, see `gpt_cache.cached`.
+        build: make indices that are missing; False: another rank has made them.
 
     Attributes:
         file: the indexed file.
@@ -50,6 +51,7 @@ class GPTData:
         seed: int = 1234,
         chosen: Optional[range] = None,
         cache: Optional[Path] = None,
+        build: bool = True,
     ):
         self.file = path if isinstance(path, IndexedFile) else IndexedFile(path)
         self.samples, self.length = whole("samples", samples, 1), whole("length", length, 1)
@@ -67,7 +69,7 @@ class GPTData:
                 f"{self.file.name}, {tokens:,} tokens, {self.epochs.count:,} times",
                 stacklevel=2,
             )
-        made = cached(cache, self.file.name, {"kind": "gpt", "version": 1, **self._order}, self._build)
+        made = cached(cache, self.file.name, {"kind": "gpt", "version": 1, **self._order}, self._build if build else None)
         self._documents, self._begins, self._shuffle = (made[f"{kind}_index"] for kind in ("document", "sample", "shuffle"))
 
     @property
@@ -115,19 +117,22 @@ class Blend:
         weights: positive numbers of any sum.
         samples: how many are needed.
         cache: folder for indices, see `gpt_cache.cached`.
+        build: make an index that is missing; False: another rank has made it.
 
     Raises:
         DataError: weights that do not fit, or a part that has too few samples.
     """
 
-    def __init__(self, parts: Sequence[Any], weights: Sequence[float], samples: int, cache: Optional[Path] = None):
+    def __init__(
+        self, parts: Sequence[Any], weights: Sequence[float], samples: int, cache: Optional[Path] = None, build: bool = True
+    ):
         if len(parts) != len(weights) or len({part.length for part in parts}) != 1:
             raise DataError(f"a blend has a weight for each part, and parts of one length; not {len(parts)} and {len(weights)}")
         self._parts, self._weights = list(parts), [float(x) for x in weights]
         self.samples, self.length = whole("samples", samples, 1), parts[0].length
         known = {"kind": "blend", "version": 1, "weights": self._weights, "samples": self.samples}
         beside = next((part.file.name for part in parts if isinstance(part, GPTData)), "blend")
-        made = cached(cache, beside, known, lambda: blend_indices(self._weights, self.samples))
+        made = cached(cache, beside, known, (lambda: blend_indices(self._weights, self.samples)) if build else None)
         self._which, self._numbers = made["dataset_index"], made["dataset_sample_index"]
         counts = np.bincount(self._which, minlength=len(parts))
         for place, (part, count) in enumerate(zip(parts, counts)):
@@ -161,28 +166,29 @@ def blend_sizes(weights: Sequence[float], samples: int) -> list[int]:
 
 
 def gpt_data(
-    paths: Sequence[str],
+    paths: Sequence[str | IndexedFile],
     samples: Sequence[int],
     length: int,
     split: str = "969,30,1",
     seed: int = 1234,
     cache: Optional[Path] = None,
+    build: bool = True,
 ) -> list[Any]:
     """Training, validation and test samples of a `--data-path`: a `GPTData` or a `Blend` each, None where there are none.
 
     Args:
-        paths: names of pairs; or weights and names in turn.
+        paths: names of pairs, or such that are open; or weights and names in turn.
         samples: how many are needed of training, validation and test; 0: none.
         length: tokens of a sample.
         split: how sequences are divided among the three.
         seed: of the shuffling.
         cache: folder for indices, see `gpt_cache.cached`.
+        build: make indices that are missing; False: another rank has made them.
 
     Raises:
         DataError: paths that are none, files that are damaged, or a split that leaves nothing where samples are needed.
     """
-    weights, names = _weighted(paths)
-    files = [IndexedFile(name) for name in names]
+    weights, files = open_files(paths)
     ranges = [split_ranges(split, len(file)) for file in files]
     made: list[Any] = []
     for place, (kind, count) in enumerate(zip(("training", "validation", "test"), samples)):
@@ -192,22 +198,33 @@ def gpt_data(
         if any(chosen[place] is None for chosen in ranges):
             raise SplitError(f"the split {split} has nothing for {kind}, of which {count:,} samples are needed")
         sizes = blend_sizes(weights, count) if len(files) > 1 else [count]
-        parts = [GPTData(file, size, length, seed, chosen[place], cache) for file, size, chosen in zip(files, sizes, ranges)]
-        made.append(parts[0] if len(parts) == 1 else Blend(parts, weights, count, cache))
+        parts = [GPTData(file, size, length, seed, chosen[place], cache, build) for file, size, chosen in zip(files, sizes, ranges)]
+        made.append(parts[0] if len(parts) == 1 else Blend(parts, weights, count, cache, build))
     return made
 
 
-def _weighted(paths: Sequence[str]) -> tuple[list[float], list[str]]:
+def open_files(paths: Sequence[str | IndexedFile]) -> tuple[list[float], list[IndexedFile]]:
+    """The weights and the files of a data path as `gpt_data` takes it, all of them opened and checked.
+
+    Raises:
+        DataError: paths that are none, or files that are missing or damaged.
+    """
+    weights, files = _weighted(paths)
+    return weights, [file if isinstance(file, IndexedFile) else IndexedFile(file) for file in files]
+
+
+def _weighted(paths: Sequence[str | IndexedFile]) -> tuple[list[float], list[str | IndexedFile]]:
+    words = " ".join(path.name if isinstance(path, IndexedFile) else path for path in paths)
     try:
-        float(paths[0])
-    except (ValueError, IndexError):
+        float(paths[0])  # type: ignore[arg-type]
+    except (ValueError, TypeError, IndexError):
         if len(paths) == 1:
             return [1.0], list(paths)
-        raise DataError(f"a data path is one name, or weights and names in turn; not {' '.join(paths) or 'nothing'}") from None
+        raise DataError(f"a data path is one name, or weights and names in turn; not {words or 'nothing'}") from None
     try:
-        weights = [float(x) for x in paths[::2]]
-    except ValueError as error:
-        raise DataError(f"weights and names have to take turns: {' '.join(paths)} ({error})") from error
+        weights = [float(x) for x in paths[::2]]  # type: ignore[arg-type]
+    except (ValueError, TypeError) as error:
+        raise DataError(f"weights and names have to take turns: {words} ({error})") from error
     if len(paths) % 2:
         raise DataError(f"the weight {paths[-1]} has no name behind it")
     return weights, list(paths[1::2])

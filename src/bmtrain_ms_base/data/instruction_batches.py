@@ -27,6 +27,7 @@ class InstructionBatches:
 
     Attributes:
         rows: how many there are.
+        files: the three, open.
 
     Raises:
         IndexedError: a file is damaged, the three do not fit together, or a row is longer.
@@ -36,23 +37,23 @@ class InstructionBatches:
     def __init__(self, prefix: str | Path, length: int, global_batch: int, seed: int = 0):
         self._length, self.global_batch = whole("length", length, 1), whole("global_batch", global_batch, 1)
         self._seed = whole("seed", seed, 0)
-        self._files = [IndexedFile(f"{prefix}_{output}_document") for output in OUTPUTS]
-        self.rows = len(self._files[0])
-        for file in self._files[1:]:
-            if not np.array_equal(file.lengths, self._files[0].lengths):
-                raise IndexedError(f"{file.name} has other rows than {self._files[0].name}: prepare them together")
-        longest = int(self._files[0].lengths.max(initial=0))
+        self.files = [IndexedFile(f"{prefix}_{output}_document") for output in OUTPUTS]
+        self.rows = len(self.files[0])
+        for file in self.files[1:]:
+            if not np.array_equal(file.lengths, self.files[0].lengths):
+                raise IndexedError(f"{file.name} has other rows than {self.files[0].name}: prepare them together")
+        longest = int(self.files[0].lengths.max(initial=0))
         if longest > self._length:
             raise IndexedError(
-                f"{self._files[0].name} has a row of {longest} tokens, longer than {self._length}: give a larger length"
+                f"{self.files[0].name} has a row of {longest} tokens, longer than {self._length}: give a larger length"
             )
         if self.rows < self.global_batch:
-            raise ValueError(f"{self._files[0].name} has {self.rows} rows, a step needs {self.global_batch}: use a smaller batch")
+            raise ValueError(f"{self.files[0].name} has {self.rows} rows, a step needs {self.global_batch}: use a smaller batch")
 
     @property
     def described(self) -> dict[str, Any]:
         """What decides which row is at which step, and what is in it; JSON can hold it."""
-        files = [file.digest for file in self._files]
+        files = [file.digest for file in self.files]
         return {"conversations": files, "length": self._length, "global_batch": self.global_batch, "seed": self._seed}
 
     def batch(self, step: int, rank: int = 0, ranks: int = 1) -> Batch:
@@ -71,7 +72,7 @@ class InstructionBatches:
     def _row(self, sample: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         epoch, place = divmod(sample, self.rows)
         row = int(epoch_order(self._seed, epoch, self.rows)[place])
-        ids, documents, labels = (file.read(row).astype(np.int32) for file in self._files)
+        ids, documents, labels = (file.read(row).astype(np.int32) for file in self.files)
         rest = self._length - len(ids)
         ids, documents = np.pad(ids, (0, rest)), np.pad(documents, (0, rest))
         targets = np.full(self._length, IGNORED, np.int32)
