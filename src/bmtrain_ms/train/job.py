@@ -11,6 +11,7 @@ from typing import Any, Callable, Iterator
 
 from bmtrain_ms_base.config import ConfigError, Settings, passes_of, to_toml
 from bmtrain_ms_base.data import DataError
+from bmtrain_ms_base.data.storage import Storage
 
 from ..checkpoint import Checkpointer, CheckpointError, lock_folder
 from ..comm import World, write_trace
@@ -19,6 +20,7 @@ from ..model_center import PretrainedError, parameter_count, save_adapters
 from ..model_center.model import CausalLM
 from ..model_center.pretrained.folder import copy_beside
 from ..optim import GradientOverflowError
+from .data import place_of
 from .errors import Stopped, TrainingError
 from .log import plot_log, read_log
 from .loop import Trainer, TrainSettings
@@ -78,7 +80,9 @@ class _Job:
         lock = lock_folder(self.out)
         if self.chief:
             (self.out / "config.toml").write_text(to_toml(self.settings), encoding="utf-8")
-        batches = self._together(lambda: make_batches(self.settings), "the data cannot be used")
+        storage = Storage(place_of(self.world), [self.out], self.settings.data.shared_storage)
+        self.shared = len(storage.builders) == 1
+        batches = make_batches(self.settings)
         model = make_model(self.settings, batches.vocab_size)
         manager = make_manager(self.settings, model)
         task = Pretrain(model)
@@ -130,8 +134,7 @@ class _Job:
             return None
         best = None
         if settings.save.best:
-            shared = settings.data.shared_storage is not False
-            best = Checkpointer(self.out / "best", task.model, manager, keep_last=1, shared_storage=shared)
+            best = Checkpointer(self.out / "best", task.model, manager, keep_last=1, shared_storage=self.shared)
         rows, _ = passes_of(settings, world.everyone.size)
         return Evaluation(task, batches.valid, settings.train.eval_every, settings.train.eval_batches, rows, world, best)
 
@@ -164,7 +167,7 @@ class _Job:
             save_minutes=settings.save.minutes,
             keep_last=settings.save.keep_last,
             keep_every=settings.save.keep_every,
-            shared_storage=settings.data.shared_storage is not False,
+            shared_storage=self.shared,
         )
         kept = settings.model_dump(mode="json")
         folder = self.out / "checkpoints"
@@ -200,7 +203,7 @@ class _Job:
             save_adapters(model, self.out / "adapters", str(self.settings.model.pretrained))
             self._say(f"adapters are in {self.out / 'adapters'}")
         elif self.settings.save.export:
-            model.save_pretrained(self.out / "model")
+            model.save_pretrained(self.out / "model", proven=self.shared)  # other hosts would not see it
             beside = self._beside()
             if beside is not None and self.chief:
                 copy_beside(self.out / "model", beside)

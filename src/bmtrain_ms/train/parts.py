@@ -12,7 +12,7 @@ from mindspore import Parameter
 
 from bmtrain_ms_base.config import ConfigError, Settings, passes_of
 from bmtrain_ms_base.config.fitting import skipped
-from bmtrain_ms_base.data import Batches, GPTBatches, InstructionBatches, RampUp, gpt_data
+from bmtrain_ms_base.data import Batches, GPTBatches, RampUp
 from bmtrain_ms_base.data.gpt_batches import samples_for
 from bmtrain_ms_base.data.indexed import IndexedFile
 from bmtrain_ms_base.data.skipping import Skipping
@@ -26,6 +26,7 @@ from ..model_center.pretrained.models import load_pretrained, read_config
 from ..nn import add_lora
 from ..optim import AdamOffloadOptimizer, AdamOptimizer, OptimManager
 from ..zero import init_parameters
+from .data import load_gpt_data, load_instructions
 
 _OUTER = re.compile(r"(^|\.)(embed_tokens|lm_head|wte|wpe|embed_positions)\.")
 _SIZES_OF_TABLES = 128  # a vocabulary becomes a multiple of it, as Megatron's
@@ -192,7 +193,7 @@ class RunBatches:
 
 
 def make_batches(settings: Settings) -> RunBatches:
-    """The batches; `settings.data` has `files` or `rows`, not `text` any more.
+    """The batches; `settings.data` has `files` or `rows`, not `text` any more. All ranks call it.
 
     Raises:
         DataError: files are damaged, or there are not enough samples; on every rank alike.
@@ -201,7 +202,7 @@ def make_batches(settings: Settings) -> RunBatches:
     steps = settings.train.steps + len(left_out)
     if data.rows is not None:
         try:
-            rows = InstructionBatches(data.rows, data.length, batch.size, settings.seed)
+            rows = load_instructions(data.rows, data.length, batch.size, settings.seed)
         except ValueError as error:
             raise ConfigError(f"data.rows: {error}") from error
         known = IndexedFile(f"{data.rows}_packed_input_ids_document").prepared
@@ -211,7 +212,8 @@ def make_batches(settings: Settings) -> RunBatches:
     has_valid = int(data.split.split(",")[1]) > 0 if data.split.count(",") else False
     samples = [samples_for(steps, batch.size, ramp), settings.train.eval_batches * batch.size if has_valid else 0, 0]
     cache = None if data.cache is None else Path(data.cache).expanduser()
-    train, valid, _ = gpt_data(names, samples, data.length, data.split, settings.seed, cache)
+    told = {"cache": cache, "shared_storage": data.shared_storage}
+    train, valid, _ = load_gpt_data(names, samples, data.length, data.split, settings.seed, **told)
     sizes = [IndexedFile(name).prepared.get("vocab_size") for name in names if Path(f"{name}.idx").expanduser().is_file()]
     return RunBatches(
         Skipping(GPTBatches(train, batch.size, data.packed, ramp), left_out),
