@@ -34,8 +34,8 @@ wait "$job" && { echo "the job did not notice" >&2; exit 1; }
 tail -1 first.log
 
 say "what both hosts have saved comes together, and 8 ranks of another layout go on"
-step="$(readlink "$saved/latest")"
-cp -r --update=none "host1/${saved#*/}/$step/." "$saved/$step/" 2> /dev/null || cp -rn "host1/${saved#*/}/$step/." "$saved/$step/"
+step="$(cat "$saved/latest")"
+cp -n "host1/${saved#*/}/$step"/* "$saved/$step/"
 (cd host0 && bmtrain-ms pretrain "$recipes/grok1_40b/small.toml" --ranks 8 --layout.tp=2 --layout.pp=2 --layout.ep=2 \
   --data.shared_storage=true) 2>&1 | tail -4
 

@@ -27,7 +27,7 @@ from .evaluate import mean_loss
 from .faults import Faults, keep_batch
 from .log import LogFile
 from .signals import StopSignals
-from .tasks import Task
+from .tasks import Task, share_step
 
 _KINDS = {
     **dict.fromkeys(("steps", "rows", "bad_steps", "save_every", "keep_last", "keep_every"), whole),
@@ -206,11 +206,11 @@ class Trainer:
         start = time.perf_counter()
         context = context_of(self._world)
         batch = self.batches.batch(self.done, context.data_rank, context.data_ranks)
+        pieces = share_step(batch.pieces(self.settings.rows or len(batch.ids)), self._world)
         rate = self.manager.rate
         self.manager.zero_grad()
-        if len(batch.pieces(self.settings.rows or len(batch.ids))) > 1:
-            raise ValueError("rows of a batch are not divided yet")
-        loss = self._mean(self.manager.backward(self.task.loss, batch))
+        losses = [self.manager.backward(self.task.loss, piece) for piece in pieces]
+        loss = self._mean(losses[0] if len(losses) == 1 else sum(losses[1:], losses[0]))
         grad_norm = self.manager.clip_grad_norm(self.manager.parameters, self.settings.clip)
         updated = self._update(loss, grad_norm, batch)
         self.done += 1
