@@ -288,7 +288,15 @@ class StagedLoss(Scheduled):
     def __init__(self, staged: StagedModel):
         self._staged = staged
 
-    def __call__(self, input_ids: Tensor, targets: Tensor, padding: Any = None, documents: Any = None, **options: Any) -> Tensor:
+    def __call__(
+        self,
+        input_ids: Tensor,
+        targets: Tensor,
+        padding: Any = None,
+        documents: Any = None,
+        weight: float = 1.0,
+        **options: Any,
+    ) -> Tensor:
         """The loss alone; see the class. Not where gradients are recorded.
 
         Raises:
@@ -305,8 +313,8 @@ class StagedLoss(Scheduled):
         batches = self._staged.batches(number, input_ids, targets, padding, documents, per_token)
         found = self._staged.evaluated(batches)
         if reduction == "none":
-            return self._staged.all_from_last(found, input_ids.shape[0] * input_ids.shape[1])
-        share = _share(reduction, targets, rest)
+            return self._staged.all_from_last(found, input_ids.shape[0] * input_ids.shape[1]) * weight
+        share = weight * _share(reduction, targets, rest)
         loss = self._staged.from_last(found, share)
         return loss + self._staged.of_routers(batches) * _routers_share(reduction, targets, rest)
 
@@ -326,6 +334,7 @@ class StagedLoss(Scheduled):
         targets: Tensor,
         padding: Any = None,
         documents: Any = None,
+        weight: float = 1.0,
         reduction: str = "mean",
         **options: Any,
     ) -> tuple[Tensor, list[Tensor]]:
@@ -335,7 +344,7 @@ class StagedLoss(Scheduled):
                 f"a batch of {rows} row{'s' * (rows > 1)} cannot be divided into {number} micro-batches: give each rank at least "
                 f"{number} rows, or set num_micro_batches={rows} or less"
             )
-        share = _share(reduction, targets, options)
+        share = weight * _share(reduction, targets, options)
         per_token = {**options, "reduction": "sum"}
         batches = self._staged.batches(number, input_ids, targets, padding, documents, per_token)
         of_routers = _routers_share(reduction, targets, options)

@@ -5,7 +5,7 @@ from .errors import Stopped, TrainingError
 from .log import plot_log, read_log
 from .loop import Trainer, TrainSettings, memory_mib
 from .signals import EXIT_STOPPED, StopSignals
-from .tasks import Pretrain, Task
+from .tasks import Pretrain, Task, share_step
 
 __all__ = [
     "EXIT_STOPPED",
@@ -21,4 +21,5 @@ __all__ = [
     "memory_mib",
     "plot_log",
     "read_log",
+    "share_step",
 ]

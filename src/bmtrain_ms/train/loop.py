@@ -26,7 +26,7 @@ from .errors import Stopped, TrainingError
 from .evaluate import mean_loss
 from .log import LogFile
 from .signals import StopSignals
-from .tasks import Task
+from .tasks import Task, share_step
 
 _KINDS = {
     **dict.fromkeys(("steps", "bad_steps", "save_every", "keep_last", "keep_every"), whole),
@@ -193,7 +193,7 @@ class Trainer:
         """One step; returns what the log line holds (the loss is the mean over the ranks)."""
         start = time.perf_counter()
         context = context_of(self._world)
-        batch = self.batches.batch(self.done, context.data_rank, context.data_ranks)
+        (batch,) = share_step([self.batches.batch(self.done, context.data_rank, context.data_ranks)], self._world)
         rate = self.manager.rate
         self.manager.zero_grad()
         loss = self._mean(self.manager.backward(self.task.loss, batch))

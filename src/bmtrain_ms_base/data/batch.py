@@ -7,6 +7,8 @@ from typing import Any, Optional, Protocol
 
 import numpy as np
 
+IGNORED = -100  # a target that is not to be learnt
+
 
 @dataclass(frozen=True, eq=False)
 class Batch:
@@ -15,6 +17,9 @@ class Batch:
     `ids`: int32, the tokens.  `targets`: int32, for each of them the one to come; -100 where none is to be learnt.
     `weights`: float32, what each target counts, or None: all the same.
     `documents`: int32, which document of its row a token belongs to, where rows hold several that do not see each other, or None.
+    `count`: what all targets of the step count, on average of the ranks: what the sum of the losses is divided by, so that the mean
+    over ranks is that over all targets. None: what those here count. `train.share_step` says it.
+    `part`: of this rank's rows of the step, where they come in several batches whose gradients are added; 1: this is all of them.
 
     Raises:
         ValueError: two of them have different shapes.
@@ -24,12 +29,20 @@ class Batch:
     targets: np.ndarray
     weights: Optional[np.ndarray] = None
     documents: Optional[np.ndarray] = None
+    count: Optional[float] = None
+    part: float = 1.0
 
     def __post_init__(self) -> None:
         for name in ("targets", "weights", "documents"):
             array = getattr(self, name)
             if array is not None and array.shape != self.ids.shape:
                 raise ValueError(f"{name} of a batch have the shape {array.shape}, its ids {self.ids.shape}: make them alike")
+
+    @property
+    def counted(self) -> float:
+        """What the targets count, together: their number, without those of -100, or the sum of their weights."""
+        counts = self.targets != IGNORED
+        return float(counts.sum() if self.weights is None else (self.weights * counts).sum(dtype=np.float64))
 
 
 class Batches(Protocol):

@@ -155,6 +155,7 @@ class CausalLM(nn.Cell):
         targets: Tensor,
         padding: Optional[Tensor] = None,
         documents: Optional[Tensor] = None,
+        weight: float = 1.0,
         **options: Any,
     ) -> Tensor:
         """Cross entropy of the logits, which are never there for all tokens and the whole vocabulary, and the routers' losses.
@@ -162,6 +163,8 @@ class CausalLM(nn.Cell):
         Args:
             input_ids, padding, documents: as when the model is called.
             targets: (batch, length) of int32 or int64, for each token the one to come; -100 where none is to be learnt.
+            weight: what the cross entropy, and not what routers add, is multiplied with: where batches have other numbers of
+                targets than others', this one's over the mean of all, so that all targets count alike.
             options: of `nn.functional.linear_cross_entropy`.
 
         Returns:
@@ -174,6 +177,7 @@ class CausalLM(nn.Cell):
         positions = Positions.of(input_ids, padding, None, documents)
         with undisturbed():
             loss = self.loss_of(self.model(input_ids.reshape(-1), positions), targets, **options)
+            loss = loss if weight == 1.0 else loss * weight
             if positions.routed is None:
                 return loss
             reduction = options.get("reduction", "mean")
