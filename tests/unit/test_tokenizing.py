@@ -82,6 +82,18 @@ def test_tokens_around_each_text(tmp_path):
             assert found[-1] == load_tokenizer(str(tmp_path), end="</s>").end
 
 
+def test_a_token_that_a_config_says_is_null_is_not_the_word_none(tmp_path):
+    """Which most vocabularies have."""
+    names = ("None", "<s>", "</s>")
+    bare = load_tokenizer(hugging_face(tmp_path, None, names)).encode(["the cat"])[0]
+    for given in ({"bos_token": None, "eos_token": None}, {}):
+        config = {**given, "tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "add_eos_token": True}
+        assert load_tokenizer(hugging_face(tmp_path, config, names)).encode(["the cat"])[0] == bare
+        assert len(load_tokenizer(hugging_face(tmp_path, config, names, "<s> $A")).encode(["the cat"])[0]) == len(bare) + 1
+        config = {**config, "add_bos_token": False}
+        assert load_tokenizer(hugging_face(tmp_path, config, names, "<s> $A")).encode(["the cat"])[0] == bare
+
+
 def test_special_tokens_in_a_text(tmp_path):
     path = hugging_face(tmp_path)
     assert 0 not in load_tokenizer(path).encode(["a<|endoftext|>b"])[0]

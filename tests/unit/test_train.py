@@ -21,7 +21,7 @@ from bmtrain_ms.checkpoint import CheckpointError
 from bmtrain_ms.checkpoint import checkpointer as checkpointer_module
 from bmtrain_ms.data import Batch, EndOfDataError, GPTBatches, GPTData, IndexedWriter, TokenSampler
 from bmtrain_ms.model_center import Spread, spread
-from bmtrain_ms.model_center.model import Llama, LlamaConfig
+from bmtrain_ms.model_center.model import Llama, LlamaConfig, Qwen3Moe, Qwen3MoeConfig
 from bmtrain_ms.optim import AdamOptimizer, GradientOverflowError, OptimManager
 from bmtrain_ms.train import (
     Pretrain,
@@ -33,6 +33,7 @@ from bmtrain_ms.train import (
     memory_mib,
     plot_log,
     read_log,
+    share_step,
 )
 from bmtrain_ms.train import signals as signals_module
 from tests.helpers.trainers import pretrainer
@@ -179,6 +180,60 @@ def test_what_a_batch_says_counts(plain):
     mean = (rows * weights * counts).sum() / (weights * counts).sum()
     assert loss(Batch(ids, targets, weights, documents)).asnumpy() == pytest.approx(mean, rel=1e-6)
     assert loss(Batch(ids, targets, 0 * weights)).asnumpy() == 0.0
+
+
+@pytest.mark.parametrize("plain", [False, True])
+def test_a_batch_that_is_one_of_several(plain):
+    """Its loss is its share of the mean over all targets of the step, of which each rank has `count` on average."""
+    model = trainer().model
+    loss = Pretrain(Wrapped(model) if plain else model).loss
+    ids, targets = np.random.default_rng(0).integers(0, VOCAB, (2, 3, 5)).astype(np.int32)
+    targets[0, 2] = -100
+    alone = loss(Batch(ids, targets)).asnumpy().item()
+    assert Batch(ids, targets).counted == 14
+    for part in (1.0, 0.25):
+        found = loss(Batch(ids, targets, count=35.0, part=part)).asnumpy().item()
+        assert found == pytest.approx(alone * 14 / 35, rel=1e-6)
+    weights = np.random.default_rng(1).random((3, 5)).astype(np.float32)
+    batch = Batch(ids, targets, weights)
+    assert batch.counted == pytest.approx((weights * (targets != -100)).sum())
+    found = loss(dataclasses.replace(batch, count=35.0, part=0.25)).asnumpy().item()
+    assert found == pytest.approx(loss(batch).asnumpy().item() * batch.counted / 35, rel=1e-6)
+    nothing = Batch(ids, np.full_like(targets, -100))
+    for batch in (nothing, dataclasses.replace(nothing, count=35.0), dataclasses.replace(nothing, count=0.0)):
+        assert loss(batch).asnumpy() == 0.0
+
+
+def test_the_batches_of_a_step_share_its_targets():
+    """On one rank nobody is asked."""
+    ids = np.zeros((4, 5), np.int32)
+    targets = np.where(np.arange(20).reshape(4, 5) < 7, 1, -100).astype(np.int32)
+    found = share_step([Batch(ids[:1], targets[:1]), Batch(ids[1:], targets[1:])])
+    assert [(batch.count, batch.part) for batch in found] == [(7.0, 0.25), (7.0, 0.75)]
+
+
+def test_what_routers_add_is_learnt_by_any_task_of_a_language_model():
+    """Of a family that is no Llama too: by its logits alone their loss would be left out without a word."""
+    sizes: dict[str, Any] = {
+        "dense_layers": (),
+        "num_experts": 4,
+        "top_k": 2,
+        "dim_expert": 8,
+        "balance": "sequence",
+        "balance_coef": 0.5,
+    }
+    model = Qwen3Moe(Qwen3MoeConfig(VOCAB, 16, 2, dim_ff=12, num_layers=1, **sizes))
+    bms.init_parameters(model)
+    spread(model, Spread(recompute=False))
+    ids, targets = np.random.default_rng(0).integers(0, VOCAB, (2, 3, 5)).astype(np.int32)
+    targets[0] = -100
+    whole = Pretrain(model).loss(Batch(ids, targets)).asnumpy().item()
+    cross_entropy = Pretrain(Wrapped(model)).loss(Batch(ids, targets)).asnumpy().item()
+    routers = whole - cross_entropy
+    assert routers > 0.4  # one for each layer where tokens are even, times the coefficient
+    assert whole == pytest.approx(model.loss(Tensor(ids), Tensor(targets)).asnumpy().item(), rel=1e-6)
+    found = Pretrain(model).loss(Batch(ids, targets, count=20.0, part=0.5)).asnumpy().item()
+    assert found == pytest.approx(cross_entropy * 10 / 20 + routers * 0.5, rel=1e-5)
 
 
 # Evaluation #

@@ -43,8 +43,7 @@ class InstructionRecipe:
         config = read_config(folder)
         self._template = load_template(settings["template"], folder, config)
         self._length, self._pack = settings["length"], settings["pack"]
-        pad = made.id_of(str(config.get("pad_token")))
-        self._pad = next((x for x in (pad, made.end) if x is not None), 0)
+        self._pad = next((x for x in (made.named(config.get("pad_token")), made.end) if x is not None), 0)
         if settings["kind"] == "alpaca":
             self._names = list(ALPACA_KEYS)
             self._columns = [settings["keys"].get(name, default) for name, default in ALPACA_KEYS.items()]

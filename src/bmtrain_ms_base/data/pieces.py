@@ -172,7 +172,7 @@ class Worker:
     def _write(self, files: Sequence[Any], batch: list[list[list[int]]], counts: dict[str, Any], key: int) -> None:
         lengths = np.array([len(ids) for sentences in batch for ids in sentences], "<i4")
         total = int(lengths.sum(dtype=np.int64))
-        flat = (x for sentences in batch for ids in sentences for x in ids)
+        flat = itertools.chain.from_iterable(itertools.chain.from_iterable(batch))
         files[0].write(np.fromiter(flat, self._dtype, total).tobytes())
         files[1].write(lengths.tobytes())
         files[2].write(np.array([len(sentences) for sentences in batch], "<i4").tobytes())

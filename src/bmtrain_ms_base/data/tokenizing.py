@@ -167,9 +167,13 @@ class _Known:
         """The id of a special token, or None."""
         raise NotImplementedError
 
+    def named(self, token: Any) -> Optional[int]:
+        """The id of a token as a config names it, which may be null; None: there is none. "None" is a word."""
+        return self.id_of(token) if isinstance(token, str) else None
+
     def find_end(self, name: Any, given: bool) -> Optional[int]:
         """The token that ends documents."""
-        found = self.id_of(name) if isinstance(name, str) else None
+        found = self.named(name)
         if found is None and given:
             raise TokenizerError(f"{self.path} has no token {name}, which is to end documents")
         for other in END_NAMES:
@@ -215,8 +219,8 @@ class HuggingFace(_Known):
         front, behind = with_them[:place], with_them[place + len(bare) :]
         if str(config.get("tokenizer_class", "")).startswith(_ADDS_BY_CONFIG):
             for name, old in (("bos", front), ("eos", behind)):
-                wanted, token = config.get(f"add_{name}_token"), self.id_of(str(config.get(f"{name}_token")))
-                if wanted is not None and token is not None:
+                wanted, token = config.get(f"add_{name}_token"), self.named(config.get(f"{name}_token"))
+                if wanted is not None and (token is not None or not wanted):
                     old[:] = [token] if wanted else []
         return front, behind
 
