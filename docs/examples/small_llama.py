@@ -1,11 +1,15 @@
-"""Train a small Llama on a text file, look at its held-out loss, and let it write.
+"""Train a small Llama on text, look at its held-out loss, and let it write.
 
 What `examples/train-small-llama/pretrain.py` of bmtrain_mindspore does; docs/migration.md goes through it line by line.
 
     bmtrain-ms launch -n 2 docs/examples/small_llama.py --text stories.txt --steps 200
+    bmtrain-ms launch -n 2 docs/examples/small_llama.py --text hf:roneneldan/TinyStories:TinyStoriesV2-GPT4-valid.txt
+
+A name on a hub is fetched from where HF_ENDPOINT says, and needs `pip install bmtrain-ms[data]`.
 """
 
 import argparse
+import sys
 import time
 from pathlib import Path
 
@@ -14,12 +18,12 @@ from mindspore import Tensor
 
 import bmtrain_ms as bms
 from bmtrain_ms.data import TokenSampler, encode, read_text, split_held_out, train_tokenizer
-from bmtrain_ms.model_center import spread
-from bmtrain_ms.model_center.generation import generate
+from bmtrain_ms.model_center import generation, spread
 from bmtrain_ms.model_center.model import Llama, LlamaConfig
+from bmtrain_ms_base.data.sources import find_sources
 
 parser = argparse.ArgumentParser()
-parser.add_argument("--text", type=Path, required=True, help="UTF-8; documents are separated by blank lines")
+parser.add_argument("--text", required=True, help="a file or a folder of .txt files, UTF-8, or hf:owner/name:file on a hub")
 parser.add_argument("--steps", type=int, default=200)
 parser.add_argument("--batch", type=int, default=8, help="sequences per step, over all ranks")
 parser.add_argument("--length", type=int, default=128)
@@ -28,9 +32,15 @@ parser.add_argument("--save", type=Path, default=Path("model.safetensors"))
 options = parser.parse_args()
 
 bms.init_distributed(seed=0)
-training, held_out = split_held_out(read_text(options.text))
-tokenizer = train_tokenizer(training, 2048)  # every rank trains the same one
-sampler = TokenSampler(encode(tokenizer, training), options.length, options.batch, seed=0)
+try:
+    parts = [part for source in find_sources([options.text])[0] for part in read_text(source.path)]
+    training, held_out = split_held_out([story for part in parts for story in part.split("<|endoftext|>") if story.strip()])
+    tokenizer = train_tokenizer(training, 2048)  # every rank trains the same one
+    sampler = TokenSampler(encode(tokenizer, training), options.length, options.batch, seed=0)
+    sampler.batch(0, bms.rank(), bms.world_size())  # which says what does not fit the ranks
+except (OSError, ValueError) as error:
+    bms.print_rank(f"small_llama.py: {error}", file=sys.stderr)
+    sys.exit(2)
 
 config = LlamaConfig(
     vocab_size=tokenizer.get_vocab_size(),
@@ -86,13 +96,13 @@ def valid() -> None:
     bms.print_rank(f"held-out loss: {float(forward(Tensor(inputs), Tensor(labels)).asnumpy()):.3f}")
 
 
-def write() -> None:
+def generate() -> None:
     """On any number of ranks: the weights stay sharded."""
-    written = generate(model, [tokenizer.encode("The ").ids], 40, temperature=0.7)
+    written = generation.generate(model, [tokenizer.encode("The ").ids], 40, temperature=0.7)
     bms.print_rank("The " + tokenizer.decode(written[0]))
 
 
 train()
 valid()
-write()
+generate()
 bms.see_memory("memory")

@@ -5,6 +5,7 @@ The files beside this one are of transformers 5.24.0 and PyTorch 2.14.1, on CPU,
 
 from __future__ import annotations
 
+import sys
 from typing import Any, Iterator
 
 import numpy as np
@@ -44,8 +45,8 @@ def model_of(kind: str, fields: dict[str, Any]) -> Any:
     return model
 
 
-def inputs_of(batch: dict[str, np.ndarray]) -> dict[str, Any]:
-    """Arguments of the model: documents as positions and a mask of (batch, 1, length, length)."""
+def inputs_of(batch: dict[str, np.ndarray], config: Any) -> dict[str, Any]:
+    """Arguments of the model: documents as positions and a mask of (batch, 1, length, length), of each kind of layer."""
     given: dict[str, Any] = {"input_ids": torch.from_numpy(batch["ids"].astype(np.int64))}
     if "padding" in batch:
         real = batch["padding"]
@@ -54,19 +55,25 @@ def inputs_of(batch: dict[str, np.ndarray]) -> dict[str, Any]:
     if "documents" in batch:
         numbers = batch["documents"]
         seen = np.tril(numbers[:, :, None] == numbers[:, None, :])
-        given["attention_mask"] = torch.from_numpy(np.where(seen, 0.0, -1e30).astype(np.float32)[:, None])
+        window = getattr(config, "sliding_window", None)
+        near = seen if window is None else seen & np.triu(np.ones(seen.shape, bool), 1 - window)
+        whole, close = (torch.from_numpy(np.where(x, 0.0, -1e30).astype(np.float32)[:, None]) for x in (seen, near))
+        mixed = {"full_attention": whole, "sliding_attention": close}
+        given["attention_mask"] = close if window is None or not hasattr(config, "layer_types") else mixed
         given["position_ids"] = torch.from_numpy(seen.sum(-1) - 1)
     return given
 
 
 def main() -> None:
-    """All cases."""
+    """The cases that are named; without a name all of them."""
     print(transformers.__version__, torch.__version__)
     for case, (kind, fields) in CASES.items():
+        if sys.argv[1:] and case not in sys.argv[1:]:
+            continue
         model, found = model_of(kind, fields), {}
         for name, batch in batches().items():
             with torch.no_grad():
-                found[f"logits:{name}"] = model(**inputs_of(batch)).logits.numpy()
+                found[f"logits:{name}"] = model(**inputs_of(batch, model.config)).logits.numpy()
         batch = batches()["plain"]
         ids = torch.from_numpy(batch["ids"].astype(np.int64))
         logits = model(input_ids=ids).logits[:, :-1]
@@ -83,7 +90,7 @@ def main() -> None:
 def generation() -> None:
     """New tokens of each prompt alone, -1 behind the last one."""
     found = {}
-    for case in ("llama", "qwen3_moe", "gpt2"):
+    for case in ("llama", "qwen3_moe", "gpt2", "mistral", "qwen3-window"):
         model = model_of(*CASES[case])
         for name, settings in SEARCHES.items():
             told = {**settings, "eos_token_id": settings.get("eos_id"), "do_sample": False, "max_new_tokens": NEW_TOKENS}
@@ -124,4 +131,5 @@ def adapters() -> None:
 if __name__ == "__main__":
     main()
     generation()
-    adapters()
+    if not sys.argv[1:]:
+        adapters()

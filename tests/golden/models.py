@@ -37,6 +37,19 @@ _LATENT = {
     "first_k_dense_replace": 1,
 }
 
+_SCALED = {  # MiniCPM3's
+    **_LLAMA,
+    **{
+        name: _LATENT[name]
+        for name in ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "num_key_value_heads")
+    },
+    "rms_norm_eps": 1e-2,  # not that of the latent vectors' norms
+    "tie_word_embeddings": True,
+    "scale_emb": 12,
+    "scale_depth": 1.4,
+    "dim_model_base": 8,
+}
+
 
 def _rope(kind: str, **more: Any) -> dict[str, Any]:
     return {**_LLAMA, "rope_parameters": {"rope_type": kind, "rope_theta": 100.0, **more}}
@@ -71,7 +84,28 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             "attention_multiplier": 0.5,
         },
     ),
+    "mistral": ("mistral", {**_LLAMA, "sliding_window": 4}),
+    "mistral-full": ("mistral", {**_LLAMA, "sliding_window": None}),
     "qwen2": ("qwen2", _LLAMA),
+    "qwen2-window": (
+        "qwen2",
+        {**_LLAMA, "num_hidden_layers": 3, "use_sliding_window": True, "sliding_window": 3, "max_window_layers": 1},
+    ),
+    "qwen3-window": (
+        "qwen3",
+        {
+            **_LLAMA,
+            "head_dim": 6,
+            "use_sliding_window": True,
+            "sliding_window": 5,
+            "layer_types": ["sliding_attention", "full_attention"],
+        },
+    ),
+    "qwen3_moe-window": (
+        "qwen3_moe",
+        {**_LLAMA, **_EXPERTS, "head_dim": 6, "num_experts": 4, "use_sliding_window": True, "sliding_window": 3},
+    ),
+    "mixtral-window": ("mixtral", {**_LLAMA, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 4}),
     "qwen3": ("qwen3", {**_LLAMA, "head_dim": 6}),
     "qwen3_moe": (
         "qwen3_moe",
@@ -79,7 +113,10 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "qwen3_moe-raw": ("qwen3_moe", {**_LLAMA, **_EXPERTS, "head_dim": 6, "num_experts": 4, "norm_topk_prob": False}),
     "mixtral": ("mixtral", {**_LLAMA, "num_local_experts": 4, "num_experts_per_tok": 2}),
-    "deepseek_v2-lite": ("deepseek_v2", {**_LATENT, "q_lora_rank": None, "topk_method": "greedy", "routed_scaling_factor": 1.0}),
+    "deepseek_v2-lite": (
+        "deepseek_v2",
+        {**_LATENT, "rms_norm_eps": 1e-2, "q_lora_rank": None, "topk_method": "greedy", "routed_scaling_factor": 1.0},
+    ),
     "deepseek_v2": (
         "deepseek_v2",
         {
@@ -110,6 +147,22 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             },
         },
     ),
+    "minicpm3": (
+        "minicpm3",
+        {
+            **_SCALED,
+            "q_lora_rank": 6,
+            "rope_parameters": {
+                "rope_type": "longrope",
+                "rope_theta": 100.0,
+                "short_factor": [1.0, 1.5],
+                "long_factor": [2.0, 5.0],
+                "original_max_position_embeddings": 16,
+            },
+            "original_max_position_embeddings": 16,
+        },
+    ),
+    "minicpm3-plain": ("minicpm3", {**_SCALED, "q_lora_rank": None, "attention_bias": True, "tie_word_embeddings": False}),
     "gpt2": (
         "gpt2",
         {"vocab_size": VOCAB, "n_embd": 16, "n_head": 4, "n_layer": 2, "n_inner": 24, "n_positions": 32, "n_ctx": 32},

@@ -13,8 +13,8 @@ from mindspore import Tensor
 from bmtrain_ms.compat.runtime import host_array
 from bmtrain_ms.model_center import parameter_count
 from bmtrain_ms.model_center.layer import KeyValueCache
-from bmtrain_ms.model_center.model import FAMILIES, CausalLM
-from tests.golden.models import CASES, FOLDER, batches, counted, weight
+from bmtrain_ms.model_center.model import FAMILIES, CausalLM, MiniCPM3
+from tests.golden.models import _LLAMA, CASES, FOLDER, batches, counted, weight
 
 pytestmark = pytest.mark.usefixtures("single_world")
 
@@ -102,6 +102,84 @@ def test_decoding_with_a_cache_is_the_whole_row(case: str):
     np.testing.assert_allclose(np.concatenate([x.asnumpy() for x in parts], 1), whole, rtol=0, atol=2e-5 * np.abs(whole).max())
 
 
+def read(model: str, **fields: Any) -> Any:
+    family = next(f for f in FAMILIES if f.__name__ == model)
+    return family.CONFIG(**family.FAMILY.read({**_LLAMA, "model_type": family.FAMILY.model_types[0], **fields}))
+
+
+@pytest.mark.parametrize(
+    "model, fields, window, full",
+    [
+        ("Mistral", {"sliding_window": 7}, 7, ()),
+        ("Mistral", {"sliding_window": None}, 0, ()),
+        ("Mistral", {}, 4096, ()),  # what transformers takes where nothing is said
+        ("Mixtral", {}, 0, ()),
+        ("Mixtral", {"sliding_window": 7}, 7, ()),
+        ("Qwen2", {"sliding_window": 7, "max_window_layers": 1, "use_sliding_window": False}, 0, ()),
+        ("Qwen2", {"sliding_window": 7, "max_window_layers": 1}, 0, ()),
+        ("Qwen2", {"sliding_window": 7, "max_window_layers": 1, "use_sliding_window": True}, 7, (0,)),
+        ("Qwen2", {"sliding_window": 7, "max_window_layers": 9, "use_sliding_window": True}, 7, (0, 1)),
+        ("Qwen2", {"use_sliding_window": True, "max_window_layers": 0}, 4096, ()),
+        ("Qwen3", {"sliding_window": None, "layer_types": ["full_attention"] * 2}, 0, ()),
+        (
+            "Qwen3",
+            {"use_sliding_window": True, "sliding_window": 7, "layer_types": ["sliding_attention", "full_attention"]},
+            7,
+            (1,),
+        ),
+        ("Qwen3Moe", {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1}, 7, ()),
+    ],
+)
+def test_windows_of_configs(model: str, fields: dict[str, Any], window: int, full: tuple[int, ...]):
+    config = read(model, **fields)
+    assert (config.window, config.full_layers) == (window, full)
+    family = next(f for f in FAMILIES if f.__name__ == model)
+    assert family.CONFIG(**family.FAMILY.read(family.FAMILY.write(config))) == config
+    assert [config.window_of(n) for n in range(2)] == [None if not window or n in full else window for n in range(2)]
+
+
+@pytest.mark.parametrize(
+    "model, fields, text",
+    [
+        ("Llama", {"sliding_window": 7}, r"sliding_window=7 \(not known here\)"),
+        ("Qwen2", {"layer_types": ["sliding_attention"] * 2}, "layer_types has 'sliding_attention', and sliding_window, or use_sl"),
+        (
+            "Qwen2",
+            {"use_sliding_window": True, "layer_types": ["full_attention"]},
+            "layer_types has 1 entries, and there are 2 layers",
+        ),
+        (
+            "Mistral",
+            {"sliding_window": 7, "layer_types": ["full_attention", "sliding_attention"]},
+            "which all layers of",
+        ),
+        (
+            "Qwen3",
+            {"layer_types": ["chunked_attention"] * 2},
+            r"layer_types=\['chunked_attention'\] \(computed here: 'full_attention'",
+        ),
+        ("Mistral", {"sliding_window": -1}, "window must be at least 0, not -1"),
+    ],
+)
+def test_windows_that_are_not_computed(model: str, fields: dict[str, Any], text: str):
+    with pytest.raises(ValueError, match=text):
+        read(model, **fields)
+
+
+def test_windows_that_a_config_cannot_say():
+    mistral = next(f for f in FAMILIES if f.__name__ == "Mistral")
+    with pytest.raises(ValueError, match=r"full_layers=\(1,\) cannot be said in this family's config.json"):
+        mistral.FAMILY.write(mistral.CONFIG(num_layers=2, full_layers=(1,)))
+    with pytest.raises(ValueError, match=r"full_layers=\(2,\) names a layer that there is not: num_layers=2"):
+        mistral.CONFIG(num_layers=2, full_layers=(2,))
+
+
+def test_what_null_means_in_minicpm3():
+    config = read("MiniCPM3", q_lora_rank=None, scale_depth=None, dim_model_base=None, v_head_dim=None, num_key_value_heads=4)
+    assert (config.q_rank, config.scale_depth, config.dim_model_base, config.dim_value) == (None, 2**0.5, 16, 4)
+    assert read("MiniCPM3").q_rank == 768 and MiniCPM3.FAMILY.write(config)["num_key_value_heads"] == 4
+
+
 def test_a_config_that_cannot_be_computed_is_named():
     llama = next(f for f in FAMILIES if f.__name__ == "Llama").FAMILY
     config = {**config_of(*CASES["llama"]), "hidden_act": "relu", "sparse_attention": {"block": 4}, "eos_token_id": 2}
@@ -155,6 +233,7 @@ SIZES = [  # family, config, all parameters, those that a token uses
     ("MiniCPM", {**_MINICPM, "dim_model": 1024, "num_heads": 16, "dim_ff": 4096, "num_layers": 24}, 433_873_920, None),
     ("MiniCPM", {**_MINICPM, "dim_model": 4096, "dim_ff": 16384}, 7_884_410_880, None),
     ("MiniCPM", {**_MINICPM, "dim_model": 4096, "dim_ff": 16384, "tied": False}, 8_185_253_888, None),
+    ("MiniCPM3", {}, 4_073_875_968, None),
     (
         "Qwen2",
         {

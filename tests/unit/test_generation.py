@@ -257,7 +257,7 @@ def test_tokens_may_be_ruled_out_by_minus_infinity(single_world):
 
 
 @pytest.mark.parametrize("how", SEARCHES)
-@pytest.mark.parametrize("case", ["llama", "qwen3_moe", "gpt2"])
+@pytest.mark.parametrize("case", ["llama", "qwen3_moe", "gpt2", "mistral", "qwen3-window"])
 def test_tokens_are_those_of_transformers(single_world, case, how):
     """Greedy and beam search; prompts of different lengths at once, which there were alone."""
     right = np.load(FOLDER / "generation.npz")[f"{case}:{how}"]

@@ -59,6 +59,21 @@ def test_adapters_start_with_nothing_and_are_all_that_is_trained():
     assert [p.name for p in model.trainable_params()] == [p.name for p in adapters] and len(adapters) == 4
 
 
+def test_adapters_of_a_model_that_has_its_values_learn_at_once():
+    """As when a model was loaded, which nobody initialises again; and their values are those that `init_parameters` draws."""
+    model = model_of("llama")
+    add_lora(model, "q_proj|down_proj", rank=2)
+    values = {p.name: host_array(p).copy() for p in model.trainable_params()}
+    assert all(found.any() == (".lora_A." in name) for name, found in values.items())
+    spread(model)
+    ids = Tensor(batches()["plain"]["ids"])
+    params = model.trainable_params()
+    _, grads = ms.value_and_grad(model.loss, None, params)(ids, ids)
+    assert all(host_array(grad).any() == (".lora_B." in p.name) for p, grad in zip(params, grads))
+    bms.init_parameters(model)
+    assert all(np.array_equal(host_array(p), values[p.name]) for p in params)
+
+
 def test_merged_it_is_a_plain_model():
     model = with_adapters()
     ids = Tensor(batches()["plain"]["ids"])

@@ -233,17 +233,19 @@ def test_attention_of_capped_scores_and_narrow_values(kind, dtype):
 
 
 @pytest.mark.parametrize("keeps", [True, False], ids=["kept", "again"])
-@pytest.mark.parametrize("kind", ["causal", "padded", "documents", "both"])
+@pytest.mark.parametrize("kind", ["causal", "padded", "documents", "both", "window", "all"])
 def test_attention_of_what_is_seen(monkeypatch, kind, keeps):
     """In blocks of two queries; weights are kept for the backward pass, or computed again."""
     monkeypatch.setattr(host_attention, "BLOCK", 2)
     if not keeps:
         monkeypatch.setattr(host_attention, "KEPT", 0)
     random = np.random.default_rng(5)
-    real = np.array([[False, True, True, True, False], [True] * 5]) if kind in ("padded", "both") else None
-    documents = random.integers(0, 2, (2, 5)) if kind in ("documents", "both") else None
-    seen = ops.Seen(5, 5, real, documents)
+    real = np.array([[False, True, True, True, False], [True] * 5]) if kind in ("padded", "both", "all") else None
+    documents = random.integers(0, 2, (2, 5)) if kind in ("documents", "both", "all") else None
+    window = 2 if kind in ("window", "all") else None
+    seen = ops.Seen(5, 5, real, documents, window)
     allowed = np.tril(np.ones((5, 5), bool))[None]
+    allowed = allowed if window is None else allowed & np.triu(allowed, 1 - window)
     allowed = allowed if documents is None else allowed & (documents[:, :, None] == documents[:, None, :])
     allowed = allowed if real is None else allowed & real[:, None]
     sees = np.tile(np.broadcast_to(allowed, (2, 5, 5)), (1, 3, 1))[:, None]
@@ -257,6 +259,16 @@ def test_attention_of_what_is_seen(monkeypatch, kind, keeps):
     shown = Tensor(there.astype(np.float32))
     tensors = (numbers(2, 2, rows, 3, seed=i) for i, rows in enumerate((15, 5, 5)))
     check(lambda q, k, v: ops.attention(q, k, v, seen) * shown, reference, *tensors)
+
+
+def test_what_is_outside_of_a_window_is_not_looked_at():
+    """On the host a block of a long text has the keys of its window, and no more."""
+    seen = ops.Seen(4096, 4096, window=100)
+    for rows in (slice(0, 64), slice(2048, 2112), slice(4032, 4096)):
+        first, last, allowed = seen.block(rows)
+        assert last == rows.stop and first == max(0, rows.start - 99)
+        assert allowed is not None and allowed.shape == (1, 64, last - first)
+    assert not seen.causal and ops.Seen(5, 5, window=5).causal and ops.Seen(5, 5, window=5).window is None
 
 
 def test_grouped_queries_equal_repeated_keys():

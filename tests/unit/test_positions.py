@@ -22,14 +22,16 @@ SIZES = {"vocab_size": 37, "dim_model": 24, "num_heads": 4, "num_heads_kv": 2, "
 pytestmark = pytest.mark.usefixtures("single_world")
 
 
-def seen(positions: Positions, heads: int = 1, repeats: int = 1) -> np.ndarray:
+def seen(positions: Positions, heads: int = 1, repeats: int = 1, window: Any = None) -> np.ndarray:
     """(batch, queries, keys) bool, after it was seen that all heads are alike."""
-    keys = positions.offset + positions.length
-    if positions.seen is None:
+    keys, told = positions.offset + positions.length, positions.within(window)
+    if told is None:
         return np.ones((positions.batch, positions.length, keys), bool)
-    mask = positions.seen.tensor(repeats).asnumpy()
+    mask = told.tensor(repeats).asnumpy()
     for rows in (slice(0, 1), slice(positions.length // 2, positions.length), slice(0, positions.length)):  # a block at a time
-        first, last, allowed = positions.seen.block(rows)
+        first, last, allowed = told.block(rows)
+        if window is not None:  # nothing that no query sees
+            assert last - first <= rows.stop - rows.start + window - 1
         whole = np.zeros((mask.shape[0], rows.stop - rows.start, keys), bool)
         causal = np.tril(np.ones((positions.length, keys), bool), positions.offset)[None, rows, first:last]
         whole[:, :, first:last] = causal if allowed is None else allowed
@@ -49,15 +51,18 @@ def seen(positions: Positions, heads: int = 1, repeats: int = 1) -> np.ndarray:
     heads=st.integers(1, 3),
     repeats=st.integers(1, 3),
     padded=st.booleans(),
+    window=st.none() | st.integers(1, 12),
     draw=st.randoms(use_true_random=False),
 )
-def test_the_mask_is_the_definition(batch, length, offset, heads, repeats, padded, draw):
+def test_the_mask_is_the_definition(batch, length, offset, heads, repeats, padded, window, draw):
     keys = offset + length
     real = np.array([[draw.random() < 0.6 for _ in range(keys)] for _ in range(batch)])
     positions = Positions(batch, length, offset, Tensor(real) if padded else None)
     expected = np.arange(keys)[None, None] <= offset + np.arange(length)[None, :, None]
+    if window is not None:
+        expected = expected & (np.arange(keys)[None, None] > offset + np.arange(length)[None, :, None] - window)
     expected = np.broadcast_to(expected & (real[:, None] if padded else True), (batch, length, keys))
-    np.testing.assert_array_equal(seen(positions, heads, repeats), expected)
+    np.testing.assert_array_equal(seen(positions, heads, repeats, window), expected)
 
 
 @settings(max_examples=20, deadline=None)
@@ -68,6 +73,8 @@ def test_documents_see_themselves_and_count_from_zero(batch, length, repeats, dr
     positions = Positions(batch, length, padding=real, documents=Tensor(documents))
     allowed = np.tril(documents[:, :, None] == documents[:, None, :])
     np.testing.assert_array_equal(seen(positions, 2, repeats), allowed & real[:, None, :])
+    near = np.triu(np.ones((length, length), bool), -1)  # of a window of 2
+    np.testing.assert_array_equal(seen(positions, 2, repeats, 2), allowed & real[:, None, :] & near)
     cos, sin = positions.angles(RotaryEmbedding(4, base=100.0))
     angles = (allowed.sum(-1) - 1)[:, None, :, None] * 100.0 ** (-np.arange(0, 4, 2) / 4)
     np.testing.assert_allclose(cos, np.cos(angles), atol=1e-7)
@@ -81,7 +88,8 @@ def test_what_all_layers_need_is_made_once():
     assert positions.angles(rotary) is positions.angles(rotary)
     assert positions.angles(rotary) is not positions.angles(RotaryEmbedding(6))
     assert Positions(2, 5).seen.causal and not positions.seen.causal
-    assert Positions(2, 1, 4).seen is None
+    assert Positions(2, 1, 4).seen is None and Positions(2, 1, 4).within(5) is None
+    assert positions.within(3) is positions.within(3) is not positions.seen and positions.within(5) is positions.seen
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from ..compat.autograd import no_grad
 from ..compat.cells import child_table, parameter_table
 from ..compat.runtime import from_host, host_array
 from ..zero import Block
+from ..zero.init import initialise
 from .dropout import Dropout
 from .linear import Linear
 from .tensor_parallel import ColumnParallelLinear, RowParallelLinear, take_over
@@ -118,7 +119,7 @@ def add_lora(
     model: nn.Cell, pattern: str, rank: int = 8, alpha: float = 16.0, *, dropout: float = 0.0, rslora: bool = False
 ) -> list[str]:
     """Give layers of a model adapters, and freeze everything else. Before the model is spread, and before an optimizer is made;
-    `init_parameters` or loading a model's files may come before or after.
+    `init_parameters` or loading a model's files may come before or after. Adapters have their first values from here on.
 
     Args:
         model: any Cell with `Linear` layers in it.
@@ -149,6 +150,7 @@ def add_lora(
     for name, parent, key in found:
         made = LoRALinear(child_table(parent)[key], rank, float(alpha), float(dropout), rslora)
         _exchange(parent, key, made, name)
+        initialise(child_table(made)["lora_A"].parameter("weight"))  # with A and B both zero neither would ever have a gradient
     return [name for name, _, _ in found]
 
 

@@ -29,7 +29,8 @@ class _Scores:
         self.seen: Seen | None = seen
         self.length, self.keys = (seen.queries if seen else q.shape[2]), k.shape[2]
         self.shape = q.shape[:3]
-        row = 4 * self.keys * q.shape[0] * q.shape[1] * (q.shape[2] // self.length)  # bytes of a query's scores
+        width = self.keys if seen is None or seen.window is None else min(self.keys, seen.window + BLOCK)
+        row = 4 * width * q.shape[0] * q.shape[1] * (q.shape[2] // self.length)  # bytes of a query's scores
         rows = min(BLOCK, max(8, WORKING // max(1, row))) if seen else self.length
         self.blocks = [slice(start, min(start + rows, self.length)) for start in range(0, self.length, rows)]
         self.keeps = row * self.length <= KEPT

@@ -19,17 +19,26 @@ class Seen:
         keys: at least as many.
         real: (batch, keys) bool, False for keys that nobody sees; None: all are.
         documents: (batch, keys) of int: a query sees keys with its own number only; None: they are all of one.
+        window: a query sees so many keys at most, the last one of which is itself (Beltagy et al., 2020); None: all before it.
     """
 
-    def __init__(self, queries: int, keys: int, real: np.ndarray | None = None, documents: np.ndarray | None = None):
+    def __init__(
+        self,
+        queries: int,
+        keys: int,
+        real: np.ndarray | None = None,
+        documents: np.ndarray | None = None,
+        window: int | None = None,
+    ):
         self.queries, self.keys, self._real, self._documents = queries, keys, real, documents
+        self.window = None if window is None or window >= keys else window
         self._starts = None if documents is None else first_of_each(documents)
         self._tensors: dict[int, Tensor] = {}
 
     @property
     def causal(self) -> bool:
         """Whether that is all: what comes later is not seen."""
-        return self._real is None and self._documents is None
+        return self._real is None and self._documents is None and self.window is None
 
     def block(self, rows: slice) -> tuple[int, int, np.ndarray | None]:
         """Of queries from rows.start to rows.stop: the first key that one of them may see, the end of those, and which of these
@@ -40,8 +49,12 @@ class Seen:
             return 0, last, None
         if self._starts is not None:
             first = int(self._starts[:, before + rows.start : last].min())
-        places = np.arange(before + rows.start, last)
-        allowed = np.arange(first, last)[None, None] <= places[None, :, None]
+        if self.window is not None:
+            first = max(first, before + rows.start - self.window + 1)
+        places, keys = np.arange(before + rows.start, last), np.arange(first, last)
+        allowed = keys[None, None] <= places[None, :, None]
+        if self.window is not None:
+            allowed = allowed & (keys[None, None] > places[None, :, None] - self.window)
         if self._documents is not None:
             allowed = allowed & (self._documents[:, places, None] == self._documents[:, None, first:last])
         if self._real is not None:

@@ -137,10 +137,11 @@ def init_parameters(model: nn.Cell) -> None:
     model.check_names_and_refresh_name()
     for parameter in model.get_parameters():
         if isinstance(parameter, DistributedParameter) and parameter.init_method is not None:
-            _initialise(parameter)
+            initialise(parameter)
 
 
-def _initialise(parameter: DistributedParameter) -> None:
+def initialise(parameter: DistributedParameter) -> None:
+    """Give one parameter its first values, by the name that it has now."""
     method = parameter.init_method
     if not isinstance(method, ParameterInitializer):
         raise TypeError(

@@ -30,6 +30,7 @@ class Attention(nn.Cell):
         qk_norm_eps: queries and keys of each head go through an RMSNorm with this eps first (Qwen3); None: they do not.
         scale: what scores are multiplied with; None: 1 / sqrt(dim_head).
         softcap: scores become softcap * tanh(score / softcap) (Grok-1); None: they stay.
+        window: a token sees so many tokens at most, itself and those before it (Mistral); None: all before it.
     """
 
     def __init__(
@@ -47,10 +48,11 @@ class Attention(nn.Cell):
         qk_norm_eps: Optional[float] = None,
         scale: Optional[float] = None,
         softcap: Optional[float] = None,
+        window: Optional[int] = None,
     ):
         super().__init__()
         self.num_heads, self.dim_head, self.rotary = num_heads, dim_head, rotary
-        self.scale, self.softcap = scale, softcap
+        self.scale, self.softcap, self.window = scale, softcap, window
         self.num_heads_kv = num_heads_kv or num_heads
         if num_heads % self.num_heads_kv:
             raise ValueError(f"num_heads={num_heads} is not a multiple of num_heads_kv={self.num_heads_kv}")
@@ -97,7 +99,7 @@ class Attention(nn.Cell):
             k, v = cache.update(k, v)
         repeats = self.num_heads // self.num_heads_kv
         q = q.reshape(batch, self.num_heads_kv, repeats * length, self.dim_head)
-        mixed = functional.attention(q, k, v, positions.seen, self.scale, self.softcap)
+        mixed = functional.attention(q, k, v, positions.within(self.window), self.scale, self.softcap)
         merged = functional.merge_heads(mixed.reshape(batch, self.num_heads, length, self.dim_head))
         return self.o_proj(positions.with_padding(merged))
 

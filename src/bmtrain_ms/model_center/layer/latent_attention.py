@@ -29,10 +29,11 @@ class LatentAttention(nn.Cell):
         dim_nope, dim_rope, dim_value: of a head: of what is not rotated of queries and keys, of what is, of the values.
         q_rank: of the latent vector of queries; None: queries are projected directly.
         kv_rank: of the latent vector of keys and values.
-        norm_eps: of the norms of the latent vectors.
+        norm_eps: of the norms of the latent vectors; DeepSeek and MiniCPM have the same one, whatever the other norms'.
         bias: of the projections from the hidden states and to them.
         dtype, init_std: of the parameters.
-        rotary: rotates the parts that are, of size dim_rope; pairs are neighbours, as in DeepSeek's files.
+        rotary: rotates the parts that are, of size dim_rope.
+        interleaved: pairs that are rotated together are neighbours, as in DeepSeek's files; otherwise elements of the two halves.
     """
 
     def __init__(
@@ -48,12 +49,13 @@ class LatentAttention(nn.Cell):
         *,
         norm_eps: float = 1e-6,
         bias: bool = False,
+        interleaved: bool = True,
         dtype: Any = ms.float32,
         init_std: float = 0.02,
     ):
         super().__init__()
         self.num_heads, self.dim_nope, self.dim_rope, self.dim_value = num_heads, dim_nope, dim_rope, dim_value
-        self.kv_rank, self.rotary, self.ranks = kv_rank, rotary, 1
+        self.kv_rank, self.rotary, self.interleaved, self.ranks = kv_rank, rotary, interleaved, 1
         settings = {"dtype": dtype, "init_std": init_std}
         dim_query = num_heads * (dim_nope + dim_rope)
         self.q_a_proj = None if q_rank is None else Linear(dim_in, q_rank, bias, **settings)
@@ -121,9 +123,11 @@ class LatentAttention(nn.Cell):
         return latent.reshape(shape), self._turned(k[:, None], 1, positions)
 
     def _turned(self, x: Tensor, heads: int, positions: Positions) -> Tensor:
-        """x (tokens, heads, dim_rope), of pairs of neighbours -> (batch, heads, length, dim_rope), rotated; pairs are halves then,
-        in queries and keys alike."""
-        halves = x.reshape(-1, heads, self.dim_rope // 2, 2).swapaxes(-1, -2).reshape(-1, heads * self.dim_rope)
+        """x (tokens, heads, dim_rope) -> (batch, heads, length, dim_rope), rotated; pairs are halves then, in queries and keys
+        alike."""
+        if self.interleaved:
+            x = x.reshape(-1, heads, self.dim_rope // 2, 2).swapaxes(-1, -2)
+        halves = x.reshape(-1, heads * self.dim_rope)
         return functional.split_heads(halves, positions.batch, heads, positions.angles(self.rotary))
 
     def _expanded(self, q_plain: Tensor, q_turned: Tensor, latent: Tensor, k_turned: Tensor, positions: Positions) -> Tensor:

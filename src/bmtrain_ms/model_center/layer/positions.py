@@ -45,7 +45,7 @@ class Positions:
         self._real: np.ndarray | None = None  # (batch, offset + length) bool: what is no padding
         self._documents: np.ndarray | None = None  # (batch, length)
         self._places: np.ndarray | None = None  # (batch, length): positions in documents
-        self._seen: functional.Seen | None = None
+        self._seen: dict[int | None, functional.Seen] = {}  # by window
         self._angles: dict[RotaryEmbedding, functional.Angles] = {}
         if padding is not None:
             self._real = _marks("padding", padding, batch, offset + length).astype(bool)
@@ -132,11 +132,20 @@ class Positions:
     @property
     def seen(self) -> functional.Seen | None:
         """What `functional.attention` is told of who sees whom; None where every key is seen. One for the pass."""
-        if self._real is None and self._documents is None and self.length == 1:
+        return self.within(None)
+
+    def within(self, window: int | None) -> functional.Seen | None:
+        """The same, of tokens that see the last `window` ones at most, themselves included; None: `seen`. One for the pass.
+
+        What is padding counts as a place of the window, as in Hugging Face's models.
+        """
+        keys = self.offset + self.length
+        window = None if window is None or window >= keys else window
+        if self._real is None and self._documents is None and self.length == 1 and window is None:
             return None  # the last position sees everything
-        if self._seen is None:
-            self._seen = functional.Seen(self.length, self.offset + self.length, self._real, self._documents)
-        return self._seen
+        if window not in self._seen:
+            self._seen[window] = functional.Seen(self.length, keys, self._real, self._documents, window)
+        return self._seen[window]
 
 
 def _marks(name: str, marks: Marks, batch: int, keys: int) -> np.ndarray:

@@ -7,11 +7,25 @@ from .gpt2 import GPT2, GPT2Config
 from .grok1 import Grok1, Grok1Config
 from .llama import Llama, LlamaConfig
 from .minicpm import MiniCPM, MiniCPMConfig
+from .minicpm3 import MiniCPM3, MiniCPM3Config
+from .mistral import Mistral, MistralConfig
 from .mixtral import Mixtral, MixtralConfig
 from .qwen2 import Qwen2, Qwen2Config
 from .qwen3 import Qwen3, Qwen3Config, Qwen3Moe, Qwen3MoeConfig
 
-FAMILIES: tuple[type[CausalLM], ...] = (Llama, MiniCPM, Qwen2, Qwen3, Qwen3Moe, Mixtral, DeepseekV2, Grok1, GPT2)
+FAMILIES: tuple[type[CausalLM], ...] = (
+    Llama,
+    Mistral,
+    MiniCPM,
+    MiniCPM3,
+    Qwen2,
+    Qwen3,
+    Qwen3Moe,
+    Mixtral,
+    DeepseekV2,
+    Grok1,
+    GPT2,
+)
 
 __all__ = [
     "FAMILIES",
@@ -26,7 +40,11 @@ __all__ = [
     "Llama",
     "LlamaConfig",
     "MiniCPM",
+    "MiniCPM3",
+    "MiniCPM3Config",
     "MiniCPMConfig",
+    "Mistral",
+    "MistralConfig",
     "Mixtral",
     "MixtralConfig",
     "Qwen2",

@@ -111,3 +111,29 @@ class DecoderConfig:
     def from_json_file(cls: type[Config], path: str | Path) -> Config:
         """Read what `to_json_file` wrote, in this release or an earlier one; see `from_dict`."""
         return cls.from_dict(json.loads(Path(path).expanduser().read_text(encoding="utf-8")))  # type: ignore[attr-defined]
+
+
+@dataclass(frozen=True)
+class WindowedConfig(DecoderConfig):
+    """Sizes of a decoder whose attention may have a sliding window, see `DecoderConfig`.
+
+    `window`: a token sees so many tokens, the last one of which is itself; 0: all before it.  `full_layers`: in which it sees all
+    of them nevertheless, counted from 0.
+
+    Raises:
+        ValueError: a window below 0, or a layer that there is not.
+    """
+
+    window: int = 0
+    full_layers: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "window", whole("window", self.window, 0))
+        object.__setattr__(self, "full_layers", tuple(whole("full_layers", n, 0) for n in self.full_layers))
+        if any(n >= self.num_layers for n in self.full_layers):
+            raise ValueError(f"full_layers={self.full_layers} names a layer that there is not: num_layers={self.num_layers}")
+
+    def window_of(self, number: int) -> int | None:
+        """What a token sees in a layer, counted from 0, as `Attention` is told."""
+        return None if not self.window or number in self.full_layers else self.window

@@ -150,8 +150,8 @@ class DeepseekV2(CausalLM):
 
         def layer(number: int) -> DecoderLayer:
             sizes = config.dim_nope, config.dim_rope, config.dim_value, config.q_rank, config.kv_rank
-            more = {"norm_eps": config.norm_eps, "bias": config.attention_bias}
-            attention = LatentAttention(config.dim_model, config.num_heads, *sizes, rotary, **more, **settings)
+            bias = config.attention_bias
+            attention = LatentAttention(config.dim_model, config.num_heads, *sizes, rotary, bias=bias, **settings)
             return DecoderLayer(attention, feed_forward(number), lambda: RMSNorm(config.dim_model, config.norm_eps, dtype))
 
         layers = (layer(number) for number in range(config.num_layers))

@@ -14,12 +14,12 @@ from ...nn import ROUTERS, MoE
 from ..layer import Attention, DecoderLayer, RMSNorm, RotaryEmbedding
 from ..pretrained.family import Family, experts, renamed
 from .causal_lm import CausalLM
-from .config import DecoderConfig
+from .config import WindowedConfig
 
 
 @dataclass(frozen=True)
-class MixtralConfig(DecoderConfig):
-    """Sizes of a Mixtral, see `DecoderConfig`.
+class MixtralConfig(WindowedConfig):
+    """Sizes of a Mixtral, see `WindowedConfig`.
 
     `dim_ff`: of an expert's inner layer.  `num_experts`, `top_k`: of them each token uses so many.  `balance`, `balance_coef`: see
     `RouterConfig`.
@@ -41,7 +41,8 @@ class Mixtral(CausalLM):
         ("mixtral",),
         "MixtralForCausalLM",
         fields={"num_local_experts": "num_experts", "num_experts_per_tok": "top_k"},
-        fixed={"sliding_window": (None,), "output_router_logits": (False,), "router_jitter_noise": (0, 0.0)},
+        fixed={"output_router_logits": (False,), "router_jitter_noise": (0, 0.0)},
+        window="always",
         rules=(
             renamed(r"(.*)\.mlp\.gate\.weight", "{0}.block_sparse_moe.gate.weight"),
             *(
@@ -63,11 +64,11 @@ class Mixtral(CausalLM):
         rotary = RotaryEmbedding(config.dim_head, config.rope_base, config.rope_scaling)
         router = replace(ROUTERS["mixtral"], balance=config.balance, balance_coef=config.balance_coef)
 
-        def layer() -> DecoderLayer:
+        def layer(number: int) -> DecoderLayer:
             sizes = config.dim_model, config.num_heads, config.dim_head, config.num_heads_kv
-            attention = Attention(*sizes, **settings, rotary=rotary)
+            attention = Attention(*sizes, **settings, rotary=rotary, window=config.window_of(number))
             mlp = MoE(config.dim_model, config.dim_ff, config.num_experts, config.top_k, router, **settings)
             return DecoderLayer(attention, mlp, lambda: RMSNorm(config.dim_model, config.norm_eps, dtype))
 
-        layers = (layer() for _ in range(config.num_layers))
+        layers = (layer(number) for number in range(config.num_layers))
         super().__init__(config, layers, RMSNorm(config.dim_model, config.norm_eps, dtype))

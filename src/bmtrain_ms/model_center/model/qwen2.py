@@ -12,12 +12,12 @@ import mindspore as ms
 from ..layer import Attention, DecoderLayer, FeedForward, RMSNorm, RotaryEmbedding
 from ..pretrained.family import Family
 from .causal_lm import CausalLM
-from .config import DecoderConfig
+from .config import WindowedConfig
 
 
 @dataclass(frozen=True)
-class Qwen2Config(DecoderConfig):
-    """Sizes of a Qwen2, see `DecoderConfig`."""
+class Qwen2Config(WindowedConfig):
+    """Sizes of a Qwen2, see `WindowedConfig`."""
 
     norm_eps: float = 1e-6
     rope_base: float = 1e6
@@ -29,9 +29,9 @@ class Qwen2(CausalLM):
     FAMILY = Family(
         ("qwen2",),
         "Qwen2ForCausalLM",
-        fixed={"use_sliding_window": (False,), "use_mrope": (False,)},
-        defaults={"rope_base": 1e4},
-        ignored=("sliding_window", "max_window_layers"),
+        fixed={"use_mrope": (False,)},
+        defaults={"rope_base": 1e4, "window": 4096},
+        window="by layer",
     )
     CONFIG = Qwen2Config
 
@@ -40,11 +40,12 @@ class Qwen2(CausalLM):
         settings = {"dtype": dtype, "init_std": config.init_std}
         rotary = RotaryEmbedding(config.dim_head, config.rope_base, config.rope_scaling)
 
-        def layer() -> DecoderLayer:
+        def layer(number: int) -> DecoderLayer:
             sizes = config.dim_model, config.num_heads, config.dim_head, config.num_heads_kv
-            attention = Attention(*sizes, True, **settings, rotary=rotary, out_bias=False)
+            more = {"out_bias": False, "window": config.window_of(number)}
+            attention = Attention(*sizes, True, **settings, rotary=rotary, **more)
             mlp = FeedForward(config.dim_model, config.dim_ff, **settings)
             return DecoderLayer(attention, mlp, lambda: RMSNorm(config.dim_model, config.norm_eps, dtype))
 
-        layers = (layer() for _ in range(config.num_layers))
+        layers = (layer(number) for number in range(config.num_layers))
         super().__init__(config, layers, RMSNorm(config.dim_model, config.norm_eps, dtype))

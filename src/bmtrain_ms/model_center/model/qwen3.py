@@ -17,12 +17,12 @@ from ...nn import ROUTERS, MoE
 from ..layer import Attention, DecoderLayer, FeedForward, RMSNorm, RotaryEmbedding
 from ..pretrained.family import Family, experts
 from .causal_lm import CausalLM
-from .config import DecoderConfig
+from .config import WindowedConfig
 
 
 @dataclass(frozen=True)
-class Qwen3Config(DecoderConfig):
-    """Sizes of a Qwen3, see `DecoderConfig`."""
+class Qwen3Config(WindowedConfig):
+    """Sizes of a Qwen3, see `WindowedConfig`."""
 
     norm_eps: float = 1e-6
     rope_base: float = 1e6
@@ -37,9 +37,8 @@ class Qwen3(CausalLM):
         ("qwen3",),
         "Qwen3ForCausalLM",
         fields={"attention_bias": "attention_bias"},
-        fixed={"use_sliding_window": (False,)},
-        defaults={"rope_base": 1e4},
-        ignored=("sliding_window", "max_window_layers"),
+        defaults={"rope_base": 1e4, "window": 4096},
+        window="by layer",
     )
     CONFIG = Qwen3Config
 
@@ -50,7 +49,8 @@ class Qwen3(CausalLM):
 
         def layer(number: int) -> DecoderLayer:
             sizes = config.dim_model, config.num_heads, config.dim_head, config.num_heads_kv
-            attention = Attention(*sizes, config.attention_bias, **settings, rotary=rotary, qk_norm_eps=config.norm_eps)
+            more = {"qk_norm_eps": config.norm_eps, "window": config.window_of(number)}
+            attention = Attention(*sizes, config.attention_bias, **settings, rotary=rotary, **more)
             return DecoderLayer(attention, self._mlp(config, number), lambda: RMSNorm(config.dim_model, config.norm_eps, dtype))
 
         layers = (layer(number) for number in range(config.num_layers))
@@ -62,7 +62,7 @@ class Qwen3(CausalLM):
 
 @dataclass(frozen=True)
 class Qwen3MoeConfig(Qwen3Config):
-    """Sizes of a Qwen3 with experts, see `DecoderConfig`.
+    """Sizes of a Qwen3 with experts, see `WindowedConfig`.
 
     `num_experts`, `top_k`: of them each token uses so many.  `dim_expert`: of an expert's inner layer.  `renormalise`: the weights
     of a token's experts sum to 1.  `sparse_step`: each so-many-th layer has experts.  `dense_layers`: those that have none
@@ -105,9 +105,9 @@ class Qwen3Moe(Qwen3):
             "decoder_sparse_step": "sparse_step",
             "mlp_only_layers": "dense_layers",
         },
-        fixed={"use_sliding_window": (False,), "output_router_logits": (False,)},
-        defaults={"renormalise": False, "rope_base": 1e4},
-        ignored=("sliding_window", "max_window_layers"),
+        fixed={"output_router_logits": (False,)},
+        defaults={"renormalise": False, "rope_base": 1e4, "window": 4096},
+        window="asked for",
         rules=tuple(
             experts(
                 rf"(.*\.mlp\.experts)\.{name}\.weight",

@@ -107,6 +107,12 @@ _OURS = {
 }
 
 
+WINDOWS = ("always", "asked for", "by layer")
+"""A family's sliding window: `sliding_window` alone, of all layers; where `use_sliding_window` asks for it; of those layers that
+`layer_types`, or else `max_window_layers`, says."""
+_WINDOW = ("sliding_window", "use_sliding_window", "max_window_layers")
+
+
 class ConfigError(ValueError):
     """A `config.json` says something that is not computed here; the message names the fields."""
 
@@ -150,6 +156,7 @@ class Family:
         ignored: fields that change nothing, beside the `IGNORED` ones.
         rules: tensors that are not what they are called here; the first that matches counts.
         written: fields with values that are always written.
+        window: how a sliding window is spelt, one of `WINDOWS`; "": there is none.
     """
 
     model_types: tuple[str, ...]
@@ -160,6 +167,7 @@ class Family:
     ignored: Iterable[str] = ()
     rules: Sequence[Rule] = ()
     written: Mapping[str, Any] = field(default_factory=dict)
+    window: str = ""
 
     def read(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """Fields of our config, of a `config.json`.
@@ -180,8 +188,10 @@ class Family:
                 if value not in fixed[name]:
                     wrong.append(f"{name}={value!r} (computed here: {' or '.join(map(repr, fixed[name]))})")
             elif name == "layer_types":
-                if set(value or ()) - {"full_attention"}:
+                if set(value or ()) - ({"full_attention", "sliding_attention"} if self.window else {"full_attention"}):
                     wrong.append(f"layer_types={sorted(set(value))} (computed here: 'full_attention')")
+            elif self.window and name in _WINDOW:
+                pass
             elif names.get(name) is not None:
                 if value is not None:
                     found[names[name]] = value  # type: ignore[index]
@@ -198,6 +208,8 @@ class Family:
         if told:
             warnings.warn(f"not used: {', '.join(told)}; a model here has no dropout and no balance loss of its own", stacklevel=3)
         found.update(_rope(config))
+        if self.window:
+            found.update(_window(config, self.window, found.get("window", 0)))
         return found
 
     def write(self, config: Any) -> dict[str, Any]:
@@ -209,6 +221,8 @@ class Family:
                 value = getattr(config, ours)
                 out[name] = list(value) if isinstance(value, tuple) else value
         out.update(self.written)
+        if self.window:
+            out.update(_window_written(config, self.window))
         out["torch_dtype"] = config.dtype
         if "rope_base" not in names.values() and getattr(config, "rope_base", None) is not None:
             out["rope_theta"] = config.rope_base
@@ -271,6 +285,41 @@ def experts(pattern: str, single: str, fused: Union[str, None] = None, part: tup
         return [one_each, [Piece(fused.format(*groups), tuple(slice(0, n) for n in shape), there, whole)]]
 
     return Rule(pattern, pieces)
+
+
+def _window(config: Mapping[str, Any], kind: str, default: int) -> dict[str, Any]:
+    """`window` and `full_layers`."""
+    asked = kind == "always" or bool(config.get("use_sliding_window", False))
+    window = (config.get("sliding_window", default) or 0) if asked else 0
+    types = list(config.get("layer_types") or ())
+    layers = config.get("num_hidden_layers", len(types))
+    if types and len(types) != layers:
+        raise ConfigError(f"layer_types has {len(types)} entries, and there are {layers} layers")
+    if not window:
+        if "sliding_attention" in types:
+            raise ConfigError("layer_types has 'sliding_attention', and sliding_window, or use_sliding_window, says no window")
+        return {"window": 0}
+    if kind != "by layer":
+        if "full_attention" in types:
+            raise ConfigError("layer_types has 'full_attention' beside a sliding_window, which all layers of this family have")
+        return {"window": window}
+    if not types:
+        first = config.get("max_window_layers", 28)  # these have none
+        types = ["full_attention" if n < first else "sliding_attention" for n in range(layers)]
+    return {"window": window, "full_layers": tuple(n for n, name in enumerate(types) if name == "full_attention")}
+
+
+def _window_written(config: Any, kind: str) -> dict[str, Any]:
+    if kind != "by layer" and config.full_layers:
+        raise ConfigError(f"full_layers={config.full_layers} cannot be said in this family's config.json, where all have it")
+    out: dict[str, Any] = {} if kind == "always" else {"use_sliding_window": bool(config.window)}
+    if config.window or kind == "always":
+        out["sliding_window"] = config.window or None
+    if config.window and kind == "by layer":
+        full = [config.window_of(n) is None for n in range(config.num_layers)]
+        out["layer_types"] = ["full_attention" if this else "sliding_attention" for this in full]
+        out["max_window_layers"] = full.index(False) if False in full else config.num_layers  # for who does not know layer_types
+    return out
 
 
 def _rope(config: Mapping[str, Any]) -> dict[str, Any]:
