@@ -17,7 +17,8 @@ from mindspore import Tensor
 
 from bmtrain_ms import ops
 from bmtrain_ms.compat.device import Device
-from bmtrain_ms.ops import host_attention
+from bmtrain_ms.compat.runtime import from_host, values
+from bmtrain_ms.ops import host, host_attention
 
 pytestmark = pytest.mark.usefixtures("implementation")  # every test twice: on the host, and as on a device
 
@@ -329,6 +330,33 @@ def test_merge_heads(dtype: Any):
 
 
 @BOTH
+@pytest.mark.parametrize("shape", [(2, 3, 4), (6, 4), (-1, 2), (24,), (3, -1, 2)], ids=str)
+def test_reshape(shape, dtype):
+    check(lambda x: ops.reshape(x, shape) * 2.0, lambda x: 2.0 * x.reshape(shape), numbers(2, 3, 4, dtype=dtype))
+
+
+def test_reshape_of_what_is_used_twice():
+    """Results and gradients share memory with what they are made of: the other use must not see it."""
+
+    def op(x: Tensor) -> Tensor:
+        y = x * 3.0
+        rows = ops.reshape(y, (6, 4))
+        return rows * rows + ops.reshape(ops.reshape(y, (24,)), (6, 4)) + y.reshape(6, 4)
+
+    check(op, lambda x: 9 * x.reshape(6, 4) ** 2 + 6 * x.reshape(6, 4), numbers(2, 3, 4))
+
+
+def test_reshape_on_the_host_copies_nothing():
+    x = from_host(numbers(64, 1024))
+    assert np.shares_memory(values(host.reshape(x, (8, 8, 1024))), values(x))
+
+
+def test_a_shape_that_does_not_fit():
+    with pytest.raises(ValueError, match=r"4, ?2"):
+        ops.reshape(Tensor(numbers(2, 3)), (4, 2))
+
+
+@BOTH
 @pytest.mark.parametrize("masked", [True, False])
 def test_attention_of_grouped_queries(dtype: Any, masked: bool):
     q, k, v = (numbers(2, 2, rows, 3, seed=i, dtype=dtype) for i, rows in enumerate((4, 5, 5)))  # groups of two queries
@@ -387,6 +415,7 @@ def test_inputs_that_are_views(name):
         (lambda x: ops.rms_norm(x, Tensor(gain), 1e-3), lambda x: rms_norm(x, gain.astype(np.float64))),
         (lambda x: ops.swiglu(x, x), lambda x: x / (1 + np.exp(-x)) * x),
         (lambda x: ops.split_heads(x, 1, 2), lambda x: x.reshape(1, -1, 2, 2).transpose(0, 2, 1, 3)),
+        (lambda x: ops.reshape(x, (-1, 2)), lambda x: x.reshape(-1, 2)),
     ):
         check(lambda x, op=op: op(view(x)), lambda x, reference=reference: reference(view(x)), whole)
 

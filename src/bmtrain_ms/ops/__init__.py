@@ -36,6 +36,7 @@ __all__ = [
     "matmul",
     "merge_heads",
     "pick_rows",
+    "reshape",
     "rms_norm",
     "split_heads",
     "swiglu",
@@ -124,6 +125,12 @@ def split_heads(x: Tensor, batch: int, heads: int, angles: Angles | None = None)
 def merge_heads(x: Tensor) -> Tensor:
     """(batch, heads, length, dim) -> (batch * length, heads * dim)."""
     return chosen().merge_heads(x)
+
+
+def reshape(x: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """x in another shape, one dim of which may be -1. On the host it is x's own memory, of which MindSpore 2.5 makes a copy, and
+    another one in backward: write into neither x nor the result."""
+    return chosen().reshape(x, shape)
 
 
 def attention(

@@ -29,6 +29,7 @@ __all__ = [
     "loss_sums",
     "matmul",
     "merge_heads",
+    "reshape",
     "rms_norm",
     "split_heads",
     "spread_rows",
@@ -178,6 +179,11 @@ def merge_heads(x: Tensor) -> Tensor:
     """See `bmtrain_ms.ops.merge_heads`; the derivative is MindSpore's."""
     batch, heads, length, dim = x.shape
     return x.transpose(0, 2, 1, 3).reshape(batch * length, heads * dim)
+
+
+def reshape(x: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """See `bmtrain_ms.ops.reshape`; MindSpore's."""
+    return x.reshape(shape)
 
 
 @functools.lru_cache(maxsize=8)

@@ -31,6 +31,7 @@ __all__ = [
     "loss_sums",
     "matmul",
     "merge_heads",
+    "reshape",
     "rms_norm",
     "split_heads",
     "spread_rows",
@@ -203,6 +204,17 @@ def merge_heads(x: Tensor) -> Tensor:
     return custom_vjp(
         lambda x: ((_swapped(x, x.shape, (batch * length, heads * dim)),), None),
         lambda xs, _, grads: (_swapped(grads[0], together),),
+        x,
+    )[0]
+
+
+def reshape(x: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """See `bmtrain_ms.ops.reshape`."""
+    if x.shape == shape:
+        return x
+    return custom_vjp(
+        lambda x: ((from_host(values(x).reshape(shape)),), None),
+        lambda xs, _, grads: (from_host(values(grads[0]).reshape(xs[0].shape)),),
         x,
     )[0]
 

@@ -9,7 +9,7 @@ import mindspore as ms
 from mindspore import Tensor, nn
 
 from ...compat.autograd import recording
-from ...nn import ColumnParallelLinear
+from ...nn import ColumnParallelLinear, functional
 from ...zero import undisturbed
 from ..layer import Embedding, Encoder, KeyValueCache, Linear, Positions
 from ..pretrained.family import Family
@@ -192,7 +192,7 @@ class CausalLM(nn.Cell):
         """What the encoder returns -> logits (batch, length, vocab_size)."""
         hidden = self._scaled(hidden)
         logits = self.model.embed_tokens.projection(hidden) if self.lm_head is None else self.lm_head(hidden)
-        return positions.without_padding(logits).reshape(positions.batch, positions.length, -1)
+        return functional.reshape(positions.without_padding(logits), (positions.batch, positions.length, -1))
 
     def loss_of(self, hidden: Tensor, targets: Tensor, **options: Any) -> Tensor:
         """What the encoder returns -> the loss of the logits; targets and options as those of `loss`."""
