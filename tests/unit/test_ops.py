@@ -135,7 +135,35 @@ def test_rms_norm_squares_in_float32():
     assert out.asnumpy().tolist() == np.ones((2, 4)).tolist()
 
 
-# swiglu, rotary #
+# add, swiglu, rotary #
+
+
+@BOTH
+def test_add(dtype):
+    check(ops.add, np.add, numbers(3, 4, dtype=dtype), numbers(3, 4, seed=1, dtype=dtype))
+
+
+def test_gradients_of_a_sum_stay_apart():
+    """Both inputs get the very gradient of the result: what is added to the one must not be seen by the other."""
+
+    def op(x: Tensor, y: Tensor) -> Tensor:
+        once = ops.add(x, ops.swiglu(x, y))
+        return ops.add(once, ops.add(y, ops.swiglu(once, x)))
+
+    def silu(x: np.ndarray) -> np.ndarray:
+        return x / (1 + np.exp(-x))
+
+    def reference(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+        once = x + silu(x) * y
+        return once + y + silu(once) * x
+
+    check(op, reference, numbers(3, 4), numbers(3, 4, seed=1))
+
+
+@pytest.mark.parametrize(("shape", "dtype"), [((4,), np.float32), ((3, 4), np.float16)], ids=["shape", "type"])
+def test_only_what_is_alike_is_added(shape, dtype):
+    with pytest.raises(ValueError, match=r"add takes two tensors of one shape and type, not .*3, 4"):
+        ops.add(Tensor(numbers(3, 4)), Tensor(numbers(*shape, dtype=dtype)))
 
 
 @BOTH
@@ -416,6 +444,7 @@ def test_inputs_that_are_views(name):
         (lambda x: ops.swiglu(x, x), lambda x: x / (1 + np.exp(-x)) * x),
         (lambda x: ops.split_heads(x, 1, 2), lambda x: x.reshape(1, -1, 2, 2).transpose(0, 2, 1, 3)),
         (lambda x: ops.reshape(x, (-1, 2)), lambda x: x.reshape(-1, 2)),
+        (lambda x: ops.add(x, x), lambda x: x + x),
     ):
         check(lambda x, op=op: op(view(x)), lambda x, reference=reference: reference(view(x)), whole)
 

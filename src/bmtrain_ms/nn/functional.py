@@ -5,6 +5,7 @@ from __future__ import annotations
 from ..ops import (
     Angles,
     Seen,
+    add,
     attention,
     causal_mask,
     check_cross_entropy_options,
@@ -28,6 +29,7 @@ from ..ops import (
 __all__ = [
     "Angles",
     "Seen",
+    "add",
     "attention",
     "causal_mask",
     "check_cross_entropy_options",

@@ -20,6 +20,7 @@ from .seen import Seen
 __all__ = [
     "Angles",
     "Seen",
+    "add",
     "attention",
     "causal_mask",
     "check_cross_entropy_options",
@@ -101,6 +102,17 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     """(x - mean) / sqrt(var + eps) * weight + bias over the last dim (Ba et al., 2016); x (..., dim), weight and bias (dim,)."""
     return chosen().layer_norm(x, weight, bias, eps)
+
+
+def add(x: Tensor, y: Tensor) -> Tensor:
+    """x + y, as a layer adds what it has computed to the hidden states: of equal shape and type.
+
+    Raises:
+        ValueError: they are not.
+    """
+    if x.shape != y.shape or x.dtype != y.dtype:
+        raise ValueError(f"add takes two tensors of one shape and type, not {x.shape} {x.dtype} and {y.shape} {y.dtype}")
+    return chosen().add(x, y)
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from .rules import GELU, GELU_CUBE, Angles
 from .seen import Seen
 
 __all__ = [
+    "add",
     "attention",
     "causal_mask",
     "choose_experts",
@@ -124,6 +125,11 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
 def _row_mean(x: Tensor) -> Tensor:
     """(rows, n) -> (rows, 1)."""
     return x.sum(-1, keepdims=True) * (1.0 / x.shape[-1])
+
+
+def add(x: Tensor, y: Tensor) -> Tensor:
+    """See `bmtrain_ms.ops.add`; MindSpore's."""
+    return x + y
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:

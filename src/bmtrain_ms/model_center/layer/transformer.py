@@ -9,7 +9,7 @@ import numpy as np
 from mindspore import Tensor, nn
 
 from ...compat.runtime import from_host
-from ...nn import MoE
+from ...nn import MoE, functional
 from .attention import Attention
 from .cache import KeyValueCache, LayerCache
 from .embedding import ParallelEmbedding
@@ -52,7 +52,7 @@ class DecoderLayer(nn.Cell):
 
     def _added(self, hidden: Tensor, branch: Tensor, norm: Optional[nn.Cell]) -> Tensor:
         branch = branch if norm is None else norm(branch)
-        return hidden + (branch if self.scale == 1.0 else branch * self.scale)
+        return functional.add(hidden, branch if self.scale == 1.0 else branch * self.scale)
 
 
 class TransformerBlock(DecoderLayer):
