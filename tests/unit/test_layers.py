@@ -9,6 +9,7 @@ from mindspore import Tensor, nn
 
 import bmtrain_ms as bms
 from bmtrain_ms.model_center.layer import RotaryEmbedding
+from bmtrain_ms.nn import projections
 from tests.unit.test_ops import assert_close, layer_norm, numbers, rms_norm, turned
 
 pytestmark = pytest.mark.usefixtures("single_world")
@@ -66,6 +67,21 @@ def test_linear_layer():
     rows, slope = x.reshape(-1, 4), out.asnumpy().reshape(-1, 3)
     assert_close(grads[0].asnumpy(), (slope.T @ rows).reshape(-1), 1e-5)
     assert_close(grads[1].asnumpy(), slope.sum(0), 1e-5)
+
+
+def test_projections_call_a_layer_that_is_more_than_its_construct():
+    """Several linear layers of one x are computed as one operation, past their calls: not where a call does more."""
+    first, second = bms.nn.Linear(4, 3, bias=False), bms.nn.Linear(4, 2)
+    for layer in (first, second):
+        bms.init_parameters(layer)
+    x = Tensor(numbers(5, 4))
+    found = projections(x, first, second)
+    for y, layer in zip(found, (first, second)):
+        np.testing.assert_array_equal(y.asnumpy(), layer(x).asnumpy())
+    second.register_forward_hook(lambda cell, inputs, output: output * 0.0)
+    hooked = projections(x, first, second)
+    np.testing.assert_array_equal(hooked[0].asnumpy(), found[0].asnumpy())
+    assert not hooked[1].asnumpy().any()
 
 
 def test_linear_layer_options():

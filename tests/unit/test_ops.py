@@ -89,6 +89,44 @@ def test_linear(shape, bias, dtype):
 
 
 @BOTH
+@pytest.mark.parametrize("biases", [(False, False, False), (True, False, True)], ids=["plain", "two biases"])
+def test_linears_are_linear_several_times(biases, dtype):
+    """Values, and gradients of parameters, to the bit; those of x are summed, which is rounded once for 16 bits."""
+    x, cotangents = numbers(2, 3, 4, dtype=dtype), [Tensor(numbers(2, 3, n, seed=n, dtype=dtype)) for n in (5, 2, 6)]
+    weights = [numbers(n, 4, seed=10 + n, dtype=dtype) for n in (5, 2, 6)]
+    added = [numbers(n, seed=20 + n, dtype=dtype) if biased else None for n, biased in zip((5, 2, 6), biases)]
+
+    def loss(several: bool, x: Tensor, *parameters: Tensor) -> Tensor:
+        x, left = x * 1.0, list(parameters[3:])
+        given = [left.pop(0) if biased else None for biased in biases]
+        if several:
+            outputs = ops.linears(x, parameters[:3], given)
+        else:
+            outputs = tuple(ops.linear(x, w, b) for w, b in zip(parameters, given))
+        return sum(((y * c).astype(ms.float32).sum() for y, c in zip(outputs, cotangents)), Tensor(0.0))
+
+    inputs = [Tensor(x), *map(Tensor, weights), *(Tensor(b) for b in added if b is not None)]
+    found, once = (
+        ms.value_and_grad(lambda *xs, several=several: loss(several, *xs), tuple(range(len(inputs))))(*inputs)
+        for several in (True, False)
+    )
+    assert found[0].asnumpy() == once[0].asnumpy()
+    if dtype is np.float32:
+        np.testing.assert_array_equal(found[1][0].asnumpy(), once[1][0].asnumpy())
+    assert_close(found[1][0].asnumpy(), once[1][0].asnumpy(), TOLERANCE[dtype])
+    for a, b in zip(found[1][1:], once[1][1:]):
+        np.testing.assert_array_equal(a.asnumpy(), b.asnumpy())
+
+
+def test_linears_of_which_one_is_not_used():
+    x, w = numbers(3, 4), [numbers(n, 4, seed=n) for n in (2, 5)]
+    grads = ms.grad(lambda x, a, b: ops.linears(x, [a, b], [None, None])[1].sum(), (0, 1, 2))(*map(Tensor, (x, *w)))
+    np.testing.assert_allclose(grads[0].asnumpy(), np.ones((3, 5), np.float32) @ w[1], rtol=1e-6)
+    assert not grads[1].asnumpy().any()
+    np.testing.assert_allclose(grads[2].asnumpy(), np.ones((5, 3), np.float32) @ x, rtol=1e-6)
+
+
+@BOTH
 @pytest.mark.parametrize("ids", [[0, 2, 4], [[3, 3, 3], [0, 3, 1]]], ids=["once", "repeated"])
 def test_embedding(ids, dtype):
     ids = np.array(ids, np.int32)

@@ -6,6 +6,12 @@ from typing import Any
 
 from mindspore import ParameterTuple, nn
 
+_HOOKS = ("_forward_pre_hook", "_forward_hook", "_backward_pre_hook", "_backward_hook")
+_MORE_THAN_CONSTRUCT = (
+    *(name for hook in _HOOKS for name in (hook, f"_lazy{hook}", f"{hook}_with_kwargs", f"_lazy{hook}_with_kwargs")),
+    *("mixed_precision_type", "fp16", "fp32", "bf16", "_has_config_recompute", "construct"),
+)
+
 
 def parameter_table(cell: nn.Cell) -> dict[str, Any]:
     """Attribute name -> Parameter, of the cell itself; the live table."""
@@ -36,10 +42,7 @@ def drop_rate(dropout: nn.Dropout) -> float:
 
 
 def is_only_construct(cell: nn.Cell) -> bool:
-    """Whether a call of the cell does nothing but call its `construct`: no hook, no cast that `to_float` asked for,
-    here or above, and no recomputation of MindSpore's."""
-    hooks = ("_forward_pre_hook", "_forward_hook", "_backward_pre_hook", "_backward_hook")
-    names = (name for hook in hooks for name in (hook, f"_lazy{hook}", f"{hook}_with_kwargs", f"_lazy{hook}_with_kwargs"))
+    """Whether a call of the cell does nothing but call the `construct` of its class: no hook, no cast that `to_float` asked for,
+    here or above, no recomputation of MindSpore's, and no `construct` of its own."""
     values = vars(cell)
-    casts = ("mixed_precision_type", "fp16", "fp32", "bf16", "_has_config_recompute")
-    return not any(values.get(name) for name in (*names, *casts))
+    return not any(values.get(name) for name in _MORE_THAN_CONSTRUCT)

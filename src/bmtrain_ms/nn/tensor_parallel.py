@@ -18,6 +18,7 @@ from ..compat.runtime import host_array
 from ..distributed import all_gather, gathered_linears, parallel_embedding, parallel_linear, parallel_linear_cross_entropy
 from ..distributed.linear import ReduceType
 from ..zero import DistributedModule, DistributedParameter, ParameterInitializer, empty, init
+from . import functional
 from .linear import Linear, weight_initializer
 
 
@@ -295,8 +296,13 @@ def projections(x: Tensor, *layers: nn.Cell) -> tuple[Tensor, ...]:
 
     A layer with hooks, a cast of its own or another construct (an adapter) is called by itself, and so are the others then.
     """
+    if not all(map(is_only_construct, layers)):
+        return tuple(layer(x) for layer in layers)
+    plain = [layer for layer in layers if type(layer) is Linear]
+    if len(plain) == len(layers):
+        return functional.linears(x, [layer.weight for layer in plain], [layer.bias for layer in plain])
     joint = [layer for layer in layers if type(layer) is ColumnParallelLinear and layer.gather_input and not layer.gather_output]
-    if len(joint) < len(layers) or not all(map(is_only_construct, layers)):
+    if len(joint) < len(layers):
         return tuple(layer(x) for layer in layers)
     weights, biases = [layer.weight for layer in joint], [layer.bias for layer in joint]
     return gathered_linears(x, weights, biases, _engine(joint[0]), joint[0].chunks)

@@ -8,6 +8,7 @@ are computed in float32 whatever the dtype of the tensors; inf and nan are answe
 from __future__ import annotations
 
 from types import ModuleType
+from typing import Sequence
 
 import numpy as np
 from mindspore import Tensor
@@ -34,6 +35,7 @@ __all__ = [
     "layer_norm",
     "linear",
     "linear_cross_entropy",
+    "linears",
     "matmul",
     "merge_heads",
     "pick_rows",
@@ -81,6 +83,12 @@ def chosen() -> ModuleType:
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x (..., in), weight (out, in), bias (out,) -> (..., out), in the dtype of the inputs."""
     return chosen().linear(x, weight, bias)
+
+
+def linears(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
+    """`linear` of one x with each of several weights, and as many biases, or None in their place. The gradients of x are summed
+    from the last to the first."""
+    return chosen().linears(x, weights, biases)
 
 
 def matmul(a: Tensor, b: Tensor, transpose_a: bool = False, transpose_b: bool = False) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from typing import Sequence
 
 import mindspore as ms
 import numpy as np
@@ -26,6 +27,7 @@ __all__ = [
     "grouped_linear",
     "layer_norm",
     "linear",
+    "linears",
     "loss_gradient",
     "loss_sums",
     "matmul",
@@ -57,6 +59,11 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if bias is not None:
         y = ops.bias_add(y, bias)
     return y.reshape(*x.shape[:-1], weight.shape[0]) if x.ndim != 2 else y
+
+
+def linears(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
+    """See `bmtrain_ms.ops.linears`; one by one."""
+    return tuple(linear(x, weight, bias) for weight, bias in zip(weights, biases))
 
 
 def matmul(a: Tensor, b: Tensor, transpose_a: bool = False, transpose_b: bool = False) -> Tensor:

@@ -5,6 +5,8 @@ They read tensors where they lie, compute in float32 (float64 stays), and keep t
 
 from __future__ import annotations
 
+from typing import Sequence
+
 import numpy as np
 from mindspore import Tensor
 
@@ -28,6 +30,7 @@ __all__ = [
     "grouped_linear",
     "layer_norm",
     "linear",
+    "linears",
     "loss_gradient",
     "loss_sums",
     "matmul",
@@ -44,26 +47,36 @@ __all__ = [
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """See `bmtrain_ms.ops.linear`."""
-    if x.dtype != weight.dtype:
-        raise TypeError(f"linear takes x and weight of one type, not {x.dtype} and {weight.dtype}")
-    inputs = (x, weight) if bias is None else (x, weight, bias)
-    return custom_vjp(_linear, _linear_gradient, *inputs)[0]
+    return linears(x, [weight], [bias])[0]
 
 
-@quiet
-def _linear(x: Tensor, weight: Tensor, *bias: Tensor) -> tuple[Tensors, None]:
-    out = matrix(x) @ wide(weight).T
-    for b in bias:
-        out += wide(b)
-    return (returned(out, x, (*x.shape[:-1], weight.shape[0])),), None
+def linears(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
+    """See `bmtrain_ms.ops.linears`."""
+    for weight in weights:
+        if x.dtype != weight.dtype:
+            raise TypeError(f"linear takes x and weight of one type, not {x.dtype} and {weight.dtype}")
+    count, of_bias = len(weights), [i for i, b in enumerate(biases) if b is not None]
 
+    @quiet
+    def forward(x: Tensor, *parameters: Tensor) -> tuple[Tensors, None]:
+        rows = matrix(x)
+        outputs = [rows @ wide(weight).T for weight in parameters[:count]]
+        for i, bias in zip(of_bias, parameters[count:]):
+            outputs[i] += wide(bias)
+        return tuple(returned(y, x, (*x.shape[:-1], y.shape[1])) for y in outputs), None
 
-@quiet
-def _linear_gradient(inputs: Tensors, _: None, grads: Tensors) -> Tensors:
-    x, weight, *bias = inputs
-    grad = matrix(grads[0])
-    found = [returned(grad @ wide(weight), x), returned(grad.T @ matrix(x), weight)]
-    return (*found, *(returned(grad.sum(0), b) for b in bias))
+    @quiet
+    def backward(inputs: Tensors, _: None, grads: Tensors) -> Tensors:
+        x, *parameters = inputs
+        rows, of_outputs = matrix(x), [matrix(grad) for grad in grads]
+        x_grad = of_outputs[-1] @ wide(parameters[count - 1])
+        for i in reversed(range(count - 1)):
+            x_grad += of_outputs[i] @ wide(parameters[i])
+        of_weights = [returned(grad.T @ rows, w) for grad, w in zip(of_outputs, parameters)]
+        of_biases = [returned(of_outputs[i].sum(0), b) for i, b in zip(of_bias, parameters[count:])]
+        return (returned(x_grad, x), *of_weights, *of_biases)
+
+    return custom_vjp(forward, backward, x, *weights, *(b for b in biases if b is not None))
 
 
 @quiet
