@@ -98,15 +98,9 @@ class Attention(nn.Cell):
         if cache is not None:
             k, v = cache.update(k, v)
         repeats = self.num_heads // self.num_heads_kv
-<<<<<<< HEAD
-        q = q.reshape(batch, self.num_heads_kv, repeats * length, self.dim_head)
-        mixed = functional.attention(q, k, v, positions.within(self.window), self.scale, self.softcap)
-        merged = functional.merge_heads(mixed.reshape(batch, self.num_heads, length, self.dim_head))
-=======
         q = functional.reshape(q, (batch, self.num_heads_kv, repeats * length, self.dim_head))
-        mixed = functional.attention(q, k, v, positions.seen, self.scale, self.softcap)
+        mixed = functional.attention(q, k, v, positions.within(self.window), self.scale, self.softcap)
         merged = functional.merge_heads(functional.reshape(mixed, (batch, self.num_heads, length, self.dim_head)))
->>>>>>> 2be7d7e (A reshape on the host is a view: 2.5 copies, once more in backward)
         return self.o_proj(positions.with_padding(merged))
 
 
