@@ -50,10 +50,10 @@ def main(options: argparse.Namespace) -> None:
         balance="sequence",  # V2's own loss, per sequence
         balance_coef=0.001,
     )
-    total, active = (parameter_count(DeepseekV2, config, active=used) for used in (False, True))
-    bms.print_rank(f"{total:,} parameters, of which a token uses {active:,}")
     model = spread(DeepseekV2(config))
     bms.init_parameters(model)
+    total, active = (parameter_count(DeepseekV2, config, active=used) for used in (False, True))
+    bms.print_rank(f"{total:,} parameters, of which a token uses {active:,}")
     optimizer = bms.optim.AdamOptimizer(model.trainable_params(), weight_decay=0.1)
     manager = bms.optim.OptimManager()
     manager.add_optimizer(optimizer, bms.lr_scheduler.Cosine(optimizer, 3e-3, max(1, options.steps // 10), options.steps))

@@ -131,8 +131,8 @@ def test_lora(tmp_path: Path, text: Path):
     [
         ("small_llama.py", ["--text", "nowhere.txt"], r"small_llama.py: nowhere.txt does not exist"),
         ("gpt2.py", ["--batch", 3], r"gpt2.py: a global batch of 3 cannot be split evenly over 2 ranks"),
-        ("deepseek_v2.py", ["--experts", 3, "--ep", 2], r"deepseek_v2.py: .*3 experts.*2"),
-        ("grok1.py", ["--tp", 3], r"grok1.py: .*tp_size.*3.*2"),
+        ("deepseek_v2.py", ["--experts", 3, "--ep", 2], r"deepseek_v2.py: 3 experts cannot be divided over ep_size=2 ranks: use "),
+        ("grok1.py", ["--tp", 3], r"grok1.py: world size 2 is not divisible by pp \* tp = 1 \* 3 = 3; start "),
         ("lora.py", ["--model", "nowhere", "--text", "nowhere.txt"], r"lora.py: .*nowhere.*"),
     ],
 )
@@ -140,4 +140,7 @@ def test_what_is_wrong_is_one_line(tmp_path: Path, example: str, words: list[Any
     done = launched(tmp_path, example, *words)
     assert done.returncode == 2 and not done.stdout
     lines = [line for line in done.stderr.splitlines() if not line.startswith("bmtrain-ms: rank ")]  # the launcher says who ended
+    if example == "grok1.py":  # a layout that cannot be: the ranks have not met, and each of them says so
+        assert len(lines) == 2
+        lines = list(dict.fromkeys(lines))
     assert len(lines) == 1 and re.match(text_of_it, lines[0]), done.stderr
