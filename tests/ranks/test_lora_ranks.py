@@ -12,16 +12,18 @@ from safetensors.numpy import load_file
 import bmtrain_ms as bms
 from bmtrain_ms.comm import World, use_world
 from bmtrain_ms.model_center import save_adapters, spread
-from bmtrain_ms.model_center.model import Llama, LlamaConfig
+from bmtrain_ms.model_center.model import DeepseekV2, DeepseekV2Config, Llama, LlamaConfig
 from bmtrain_ms.nn import add_lora
 from tests.helpers.layouts import SIZES, Case, batch_of, parts, whole
 from tests.ranks.test_layouts import compare
 
+LAYERS = "q_proj|k_proj|v_proj|o_proj|gate_proj|down_proj|lm_head"
 
-def trained(world: World, case: Case, folder: Path) -> dict[str, Any]:
+
+def trained(world: World, case: Case, folder: Path, latent: bool = False) -> dict[str, Any]:
     with use_world(case.world(world)) as here:
-        model = Llama(LlamaConfig(**SIZES, num_heads_kv=2))
-        add_lora(model, "q_proj|k_proj|v_proj|o_proj|gate_proj|down_proj", rank=3, alpha=6)
+        model = _latent() if latent else Llama(LlamaConfig(**SIZES, num_heads_kv=2))
+        add_lora(model, "_proj" if latent else LAYERS, rank=3, alpha=6)
         spread(model, case.how, case.stages)
         bms.init_parameters(model)
         params = model.trainable_params()
@@ -43,11 +45,24 @@ def trained(world: World, case: Case, folder: Path) -> dict[str, Any]:
         return {"first": first, "losses": losses, "norms": norms, "grads": grads, "last": last}
 
 
+def _latent() -> DeepseekV2:
+    sizes = {"q_rank": 6, "kv_rank": 8, "dim_nope": 6, "dim_rope": 4, "dim_value": 5, "num_experts": 0}
+    return DeepseekV2(DeepseekV2Config(**SIZES, **sizes))
+
+
+def test_adapters_of_latent_vectors_are_those_of_one_rank(run_ranks: Callable[..., list[Any]], tmp_path: Path):
+    """Whose up-projection is given all rows by every tensor-parallel rank."""
+    (found,) = run_ranks(1, trained, case=Case(), folder=tmp_path / "one", latent=True)
+    right = {**found, **{part: whole([found[part]]) for part in ("first", "grads", "last")}}
+    assert any(".kv_b_proj.lora_A." in name for name in right["grads"])
+    compare(run_ranks(2, trained, case=Case(tp=2), folder=tmp_path / "many", latent=True), right, 2e-5)
+
+
 @pytest.mark.parametrize("case", [Case(dp=2), Case(tp=2), Case(tp=4), Case(pp=2)], ids=str)
 def test_adapters_are_those_of_one_rank(run_ranks: Callable[..., list[Any]], tmp_path: Path, case: Case):
     (found,) = run_ranks(1, trained, case=Case(), folder=tmp_path / "one")
     right = {**found, **{part: whole([found[part]]) for part in ("first", "grads", "last")}}
-    assert len(right["grads"]) == 24 and all(".lora_" in name for name in right["grads"])
+    assert len(right["grads"]) == 26 and all(".lora_" in name for name in right["grads"])
     answers = run_ranks(case.ranks, trained, case=case, folder=tmp_path / "many")
     compare(answers, right, 2e-5)
     saved, last = load_file(str(tmp_path / "many" / "adapter_model.safetensors")), whole([answer["last"] for answer in answers])

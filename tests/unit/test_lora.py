@@ -14,6 +14,7 @@ import bmtrain_ms as bms
 from bmtrain_ms.checkpoint import CheckpointError
 from bmtrain_ms.compat.runtime import from_host, host_array
 from bmtrain_ms.model_center import load_adapters, save_adapters, spread
+from bmtrain_ms.model_center.layer import KeyValueCache
 from bmtrain_ms.nn import add_lora, freeze, merge_lora, thaw
 from tests.golden.models import FOLDER, batches, weight
 from tests.unit.test_families import model_of
@@ -72,6 +73,30 @@ def test_adapters_of_a_model_that_has_its_values_learn_at_once():
     assert all(host_array(grad).any() == (".lora_B." in p.name) for p, grad in zip(params, grads))
     bms.init_parameters(model)
     assert all(np.array_equal(host_array(p), values[p.name]) for p in params)
+
+
+@pytest.mark.parametrize(
+    "case, pattern", [("llama", "lm_head"), ("deepseek_v2", "kv_b_proj"), ("deepseek_v2-lite", "_proj|lm_head")]
+)
+def test_layers_whose_weights_others_read_are_adapted_too(case: str, pattern: str):
+    """The head makes a loss of its weight, and latent attention with a cache multiplies queries with one: as when merged."""
+    model = model_of(case)
+    add_lora(model, pattern, rank=3, alpha=6)
+    for p in model.trainable_params():
+        p.copy_full(from_host(weight(p.name, p.full_shape)))
+    ids = Tensor(batches()["plain"]["ids"])
+
+    def found() -> list[np.ndarray]:
+        cache = KeyValueCache(ids.shape[1])
+        parts = [model(ids[:, :4], None, cache), *(model(ids[:, t : t + 1], None, cache) for t in range(4, ids.shape[1]))]
+        return [model.loss(ids, ids).asnumpy(), np.concatenate([x.asnumpy() for x in parts], 1), model(ids).asnumpy()]
+
+    before = found()
+    _, grads = ms.value_and_grad(model.loss, None, model.trainable_params())(ids, ids)
+    assert all(host_array(grad).any() for grad in grads)
+    merge_lora(model)
+    for a, b in zip(before, found()):
+        np.testing.assert_allclose(a, b, rtol=0, atol=2e-5 * np.abs(b).max())
 
 
 def test_merged_it_is_a_plain_model():

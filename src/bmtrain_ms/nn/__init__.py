@@ -5,7 +5,7 @@ from bmtrain_ms_base.absent import absent
 from . import functional
 from .dropout import Dropout
 from .linear import Linear
-from .lora import LoRALinear, add_lora, freeze, merge_lora, thaw
+from .lora import LoRALinear, add_lora, freeze, merge_lora, thaw, weight_of
 from .moe import ExpertLinear, Experts, MoE
 from .router import ROUTERS, Choice, Router, RouterConfig, Routing, update_router_bias
 from .tensor_parallel import (
@@ -52,4 +52,5 @@ __all__ = [
     "projections",
     "thaw",
     "update_router_bias",
+    "weight_of",
 ]

@@ -6,7 +6,7 @@ import math
 import re
 from typing import Any, Iterator
 
-from mindspore import Parameter, Tensor, nn
+from mindspore import Parameter, Tensor, nn, ops
 
 from bmtrain_ms_base.checks import number, whole
 
@@ -15,6 +15,7 @@ from ..compat.cells import child_table, parameter_table
 from ..compat.runtime import from_host, host_array
 from ..zero import Block
 from ..zero.init import initialise
+from . import functional
 from .dropout import Dropout
 from .linear import Linear
 from .tensor_parallel import ColumnParallelLinear, RowParallelLinear, take_over
@@ -44,6 +45,10 @@ class LoRALinear(Linear):
     def construct(self, x: Tensor) -> Tensor:
         """x (..., in_features) -> (..., out_features)."""
         return super().construct(x) + adapted(self, x)
+
+    def cross_entropy(self, x: Tensor, targets: Tensor, **options: Any) -> Tensor:
+        """See `Linear`; all logits are there at once."""
+        return functional.cross_entropy(self(x), targets, **options)
 
     def as_column(self, gather_output: bool, parts: int | None) -> ColumnParallelLinear:
         """What it becomes over tensor-parallel ranks that have some of the columns of y each."""
@@ -80,7 +85,14 @@ class _LoRAColumn(ColumnParallelLinear):
 
     def construct(self, x: Tensor) -> Tensor:
         """See `ColumnParallelLinear`."""
+        self.lora_B.gather_input = self.gather_input  # which may be set after the layer was made
         return super().construct(x) + adapted(self, x)
+
+    def cross_entropy(self, x: Tensor, targets: Tensor, **options: Any) -> Tensor:
+        """See `ColumnParallelLinear`; all logits are there at once, on every rank."""
+        if not self.gather_output:
+            raise ValueError("the loss of an adapted projection is of all ranks' logits: make the layer with gather_output=True")
+        return functional.cross_entropy(self(x)[: targets.shape[0]], targets, **options)
 
 
 class _LoRARow(RowParallelLinear):
@@ -113,6 +125,15 @@ def adapted(layer: Any, x: Tensor) -> Tensor:
     """What an adapter adds."""
     x = x if layer.lora_dropout is None else layer.lora_dropout(x)
     return layer.lora_B(layer.lora_A(x)) * layer.scale
+
+
+def weight_of(layer: Any) -> Tensor:
+    """What a linear layer multiplies with, its adapter's product included, for who multiplies by it in another order; no dropout
+    is drawn, and no gradient is meant to go through. Over tensor-parallel ranks this rank's part, of a layer that has some of the
+    columns of y."""
+    if not hasattr(layer, "lora_A"):
+        return layer.weight
+    return layer.weight + ops.matmul(layer.lora_B.weight, layer.lora_A.weight) * layer.scale
 
 
 def add_lora(

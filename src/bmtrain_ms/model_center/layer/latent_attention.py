@@ -10,7 +10,7 @@ from mindspore import Tensor, nn, ops
 
 from ...comm import world
 from ...distributed import all_gather
-from ...nn import ColumnParallelLinear, Linear, RowParallelLinear, functional
+from ...nn import ColumnParallelLinear, Linear, RowParallelLinear, functional, weight_of
 from .cache import LayerCache
 from .norm import RMSNorm
 from .positions import Positions
@@ -142,7 +142,7 @@ class LatentAttention(nn.Cell):
     def _absorbed(self, q_plain: Tensor, q_turned: Tensor, latent: Tensor, k_turned: Tensor, positions: Positions) -> Tensor:
         """(batch, heads, length, dim_value): queries in the latent vectors' space, which all heads share as one key and value."""
         batch, heads, length = positions.batch, self.num_heads, positions.length
-        weight = self.kv_b_proj.weight.reshape(heads, self.dim_nope + self.dim_value, self.kv_rank)
+        weight = weight_of(self.kv_b_proj).reshape(heads, self.dim_nope + self.dim_value, self.kv_rank)
         q = ops.matmul(q_plain, weight[None, :, : self.dim_nope])
         q = ops.cat((q, q_turned), -1).reshape(batch, 1, heads * length, self.kv_rank + self.dim_rope)
         k = ops.cat((latent, k_turned), -1)
