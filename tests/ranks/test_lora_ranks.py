@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any, Callable
 
@@ -11,7 +12,7 @@ from safetensors.numpy import load_file
 
 import bmtrain_ms as bms
 from bmtrain_ms.comm import World, use_world
-from bmtrain_ms.model_center import save_adapters, spread
+from bmtrain_ms.model_center import Spread, save_adapters, spread
 from bmtrain_ms.model_center.model import DeepseekV2, DeepseekV2Config, Llama, LlamaConfig
 from bmtrain_ms.nn import add_lora
 from tests.helpers.layouts import SIZES, Case, batch_of, parts, whole
@@ -20,12 +21,20 @@ from tests.ranks.test_layouts import compare
 LAYERS = "q_proj|k_proj|v_proj|o_proj|gate_proj|down_proj|lm_head"
 
 
-def trained(world: World, case: Case, folder: Path, latent: bool = False) -> dict[str, Any]:
+def trained(world: World, case: Case, folder: Path, latent: bool = False, late: bool = False) -> dict[str, Any]:
+    """`late`: the model has been spread, initialised and used before it is given adapters."""
     with use_world(case.world(world)) as here:
         model = _latent() if latent else Llama(LlamaConfig(**SIZES, num_heads_kv=2))
-        add_lora(model, "_proj" if latent else LAYERS, rank=3, alpha=6)
-        spread(model, case.how, case.stages)
-        bms.init_parameters(model)
+        layers = "_proj" if latent else LAYERS
+        if late:
+            spread(model, case.how, case.stages)
+            bms.init_parameters(model)
+            model.loss(*batch_of(0, here.mesh.dp_rank, case.dp))
+            assert all(re.search(layers, path) for path in add_lora(model, layers, rank=3, alpha=6))
+        else:
+            add_lora(model, layers, rank=3, alpha=6)
+            spread(model, case.how, case.stages)
+            bms.init_parameters(model)
         params = model.trainable_params()
         first = parts({p.name: (p.layout, p) for p in model.get_parameters()})
         manager = bms.optim.OptimManager()
@@ -55,15 +64,24 @@ def test_adapters_of_latent_vectors_are_those_of_one_rank(run_ranks: Callable[..
     (found,) = run_ranks(1, trained, case=Case(), folder=tmp_path / "one", latent=True)
     right = {**found, **{part: whole([found[part]]) for part in ("first", "grads", "last")}}
     assert any(".kv_b_proj.lora_A." in name for name in right["grads"])
-    compare(run_ranks(2, trained, case=Case(tp=2), folder=tmp_path / "many", latent=True), right, 2e-5)
+    for late in (False, True):
+        compare(run_ranks(2, trained, case=Case(tp=2), folder=tmp_path / "many", latent=True, late=late), right, 2e-5)
 
 
-@pytest.mark.parametrize("case", [Case(dp=2), Case(tp=2), Case(tp=4), Case(pp=2)], ids=str)
-def test_adapters_are_those_of_one_rank(run_ranks: Callable[..., list[Any]], tmp_path: Path, case: Case):
+EARLY = [Case(dp=2), Case(tp=2), Case(tp=4), Case(pp=2)]
+LATE = [Case(), Case(dp=2), Case(dp=2, how=Spread(False, 2)), Case(tp=2), Case(tp=4), Case(pp=2), Case(pp=2, how=Spread(False))]
+
+
+@pytest.mark.parametrize(
+    "case, late",
+    [*((case, False) for case in EARLY), *((case, True) for case in LATE)],
+    ids=lambda x: "late" * x if x in (0, 1) else str(x),
+)
+def test_adapters_are_those_of_one_rank(run_ranks: Callable[..., list[Any]], tmp_path: Path, case: Case, late: bool):
     (found,) = run_ranks(1, trained, case=Case(), folder=tmp_path / "one")
     right = {**found, **{part: whole([found[part]]) for part in ("first", "grads", "last")}}
     assert len(right["grads"]) == 26 and all(".lora_" in name for name in right["grads"])
-    answers = run_ranks(case.ranks, trained, case=case, folder=tmp_path / "many")
+    answers = run_ranks(case.ranks, trained, case=case, folder=tmp_path / "many", late=late)
     compare(answers, right, 2e-5)
     saved, last = load_file(str(tmp_path / "many" / "adapter_model.safetensors")), whole([answer["last"] for answer in answers])
     assert sorted(saved) == sorted(f"base_model.model.{name}" for name in last)

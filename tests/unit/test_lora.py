@@ -108,9 +108,17 @@ def test_merged_it_is_a_plain_model():
     np.testing.assert_allclose(model(ids).asnumpy(), before, rtol=0, atol=1e-5 * np.abs(before).max())
 
 
-def test_spread_and_trained():
-    plain, blocks = with_adapters(), with_adapters()
+@pytest.mark.parametrize("first", ["adapters", "spread"])
+def test_spread_and_trained(first: str):
+    plain, blocks = with_adapters(), with_adapters() if first == "adapters" else model_of("llama")
     spread(blocks)
+    if first == "spread":
+        kept = {p.name: p for p in blocks.get_parameters()}
+        blocks(Tensor(batches()["plain"]["ids"]))  # which has Blocks gather what they were made of
+        add_lora(blocks, r"q_proj|v_proj|down_proj", rank=3, alpha=6)
+        assert all(p is kept[p.name] for p in blocks.get_parameters() if p.name in kept)
+        for p in blocks.trainable_params():
+            p.copy_full(from_host(weight(p.name, p.full_shape)))
     ids = Tensor(batches()["plain"]["ids"])
     found = [ms.value_and_grad(m.loss, None, m.trainable_params())(ids, ids) for m in (plain, blocks)]
     assert float(found[0][0]) == float(found[1][0])
@@ -141,8 +149,11 @@ def test_what_is_refused():
     with pytest.raises(ValueError, match=r"dropout must be in \[0, 1\), not 1.0"):
         add_lora(model, "q_proj", dropout=1.0)
     spread(model)
-    with pytest.raises(ValueError, match=r"has been spread, .* add adapters first, then spread"):
-        add_lora(model, "q_proj")
+    with pytest.raises(ValueError, match=r"this Llama has been spread, and adapters are merged before"):
+        merge_lora(model)
+    layers = bms.PipelineTransformerBlockList([bms.nn.Linear(4, 4)])
+    with pytest.raises(ValueError, match=r"in a PipelineTransformerBlockList cannot be given adapters: give them to the layers it"):
+        add_lora(layers, "0")
 
 
 def test_dropout_is_for_one_tensor_parallel_rank():
@@ -199,5 +210,7 @@ def test_adapters_of_another_model_are_refused_before_anything_changes(tmp_path)
     assert [p.name for p in other.get_parameters()] == names
     with pytest.raises(CheckpointError, match="has no adapters to write: give it some by"):
         save_adapters(other, tmp_path)
+    with pytest.raises(ValueError, match=r"has been spread, and adapters of files are loaded before"):
+        load_adapters(spread(model_of("llama")), tmp_path)
     with pytest.raises(CheckpointError, match=r"adapter_config.json cannot be read"):
         load_adapters(other, tmp_path / "nowhere")

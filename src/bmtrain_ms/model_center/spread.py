@@ -38,9 +38,9 @@ def spread(model: Model, how: Spread = Spread(), stages: Union[str, Sequence[int
     """Have each repeated layer of a model gather its parameters as a whole, ahead of its call, divide all of them over the
     tensor-parallel ranks, and leave each rank of a pipeline its stages only; in place.
 
-    Change the model (adapters, other layers) before, and initialise or load it before or after. Parameters are named by their path
-    in `model`, as they were when it was built; where it is part of a bigger Cell, spread the bigger one. A model that is not spread
-    computes the same: each of its parameters is gathered alone, when it is read.
+    Exchange its layers before (adapters may be added after, too), and initialise or load it before or after. Parameters are named
+    by their path in `model`, as they were when it was built; where it is part of a bigger Cell, spread the bigger one. A model that
+    is not spread computes the same: each of its parameters is gathered alone, when it is read.
 
     In stages, what other ranks of the pipeline have is gone from the model, and its memory, if it had been given values, is free;
     layers keep their numbers and names. Spread first and initialise then, and nothing is ever allocated for it. What trains is

@@ -113,15 +113,12 @@ class StagedModel:
             _leave_out(self.encoder, "embed_positions")
         if not self.first and not (self.last and self.tied):
             _leave_out(self.encoder, "embed_tokens")
-        self._stage: Stage | None = None
 
     def attach(self) -> None:
         """The rest of the model is as it will be: have the model's calls go through the stages from now on."""
         shared = _table_of(self.encoder) if self.shares_table else None
         if shared is not None and not self.first:
             shared.layout = replace(shared.layout, copy=shared.layout.copy + _COPY)
-        chunks = [self._segments(stage) for stage in self.own]
-        self._stage = Stage(chunks, len(self.plan) + self.plan[-1].last + 2, self._message, self.world, self._held)
         own = self.model.__dict__
         own["construct"], own["loss"], own["stages"] = self.logits, StagedLoss(self), self
 
@@ -155,8 +152,9 @@ class StagedModel:
 
     @property
     def _ran(self) -> Stage:
-        assert self._stage is not None
-        return self._stage
+        """Of the layers that there are now: some may have been exchanged (adapters) since the last time."""
+        chunks = [self._segments(stage) for stage in self.own]
+        return Stage(chunks, len(self.plan) + self.plan[-1].last + 2, self._message, self.world, self._held)
 
     def batches(
         self, number: int, ids: Tensor, targets: Tensor, padding: Any, documents: Any, options: dict[str, Any]

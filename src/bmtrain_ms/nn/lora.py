@@ -10,6 +10,8 @@ from mindspore import Parameter, Tensor, nn, ops
 
 from bmtrain_ms_base.checks import number, whole
 
+from ..comm import world
+from ..comm.agreement import any_rank
 from ..compat.autograd import no_grad
 from ..compat.cells import child_table, parameter_table
 from ..compat.runtime import from_host, host_array
@@ -35,7 +37,7 @@ class LoRALinear(Linear):
     def __init__(self, linear: Linear, rank: int, alpha: float, dropout: float = 0.0, rslora: bool = False):
         dtype = linear.parameter("weight").dtype
         super().__init__(linear.in_features, linear.out_features, linear.has_bias, dtype)
-        take_over(linear, self)
+        _keep_parameters(linear, self)
         self.rank, self.alpha, self.dropout, self.rslora = rank, alpha, dropout, rslora
         self.scale = alpha / (math.sqrt(rank) if rslora else rank)
         self.lora_A: nn.Cell = Linear(self.in_features, rank, False, dtype, 1.0 / math.sqrt(3.0 * self.in_features))
@@ -139,39 +141,38 @@ def weight_of(layer: Any) -> Tensor:
 def add_lora(
     model: nn.Cell, pattern: str, rank: int = 8, alpha: float = 16.0, *, dropout: float = 0.0, rslora: bool = False
 ) -> list[str]:
-    """Give layers of a model adapters, and freeze everything else. Before the model is spread, and before an optimizer is made;
-    `init_parameters` or loading a model's files may come before or after. Adapters have their first values from here on.
+    """Give layers of a model adapters, and freeze everything else. Before an optimizer is made; `spread`, `init_parameters` or
+    loading a model's files may come before or after. Adapters have their first values from here on. All ranks call it together.
 
     Args:
-        model: any Cell with `Linear` layers in it.
+        model: any Cell with `Linear` layers in it, or with what `spread` has made of them.
         pattern: a regular expression, to be found in the path of a layer: `q_proj|v_proj`.
         rank, alpha, dropout, rslora: see `LoRALinear`. With dropout the model is for one tensor-parallel rank.
 
     Returns:
-        The paths of the layers.
+        The paths of the layers; in a pipeline those of this rank's stages.
 
     Raises:
-        ValueError: nothing matches, the model has been spread, or a number is out of range.
+        ValueError: nothing matches, on no rank; layers of a `PipelineTransformerBlockList`; or a number is out of range.
     """
     rank = whole("rank", rank, 1)
     if not 0.0 <= number("dropout", dropout) < 1.0:
         raise ValueError(f"dropout must be in [0, 1), not {dropout}")
-    if any(isinstance(cell, Block) for _, cell in model.cells_and_names()):
-        raise ValueError(
-            "this model has been spread, and a Block holds the layer that it was given: add adapters first, then spread"
-        )
-    found = [
-        (name, parent, key) for name, parent, key, cell in _children(model) if type(cell) is Linear and re.search(pattern, name)
-    ]
-    if not found:
-        known = sorted({name.rsplit(".", 1)[-1] for name, _, _, cell in _children(model) if isinstance(cell, Linear)})
+    blocks = _blocks_of(model)
+    if any(block.mode == "PIPE" for block in blocks):
+        raise ValueError("layers in a PipelineTransformerBlockList cannot be given adapters: give them to the layers it is made of")
+    found = [(name, parent, key) for name, parent, key, cell in _children(model) if _fits(cell) and re.search(pattern, name)]
+    if not (any_rank(world().everyone, bool(found), "layers to adapt") if blocks else found):
+        known = sorted({name.rsplit(".", 1)[-1] for name, _, _, cell in _children(model) if _fits(cell)})
         raise ValueError(f"no Linear layer has {pattern!r} in its path; the last parts of those that there are: {', '.join(known)}")
     for p in model.get_parameters():
         p.requires_grad = False
     for name, parent, key in found:
-        made = LoRALinear(child_table(parent)[key], rank, float(alpha), float(dropout), rslora)
+        made = _adapted_layer(child_table(parent)[key], rank, float(alpha), float(dropout), rslora)
         _exchange(parent, key, made, name)
         initialise(child_table(made)["lora_A"].parameter("weight"))  # with A and B both zero neither would ever have a gradient
+    for block in blocks:
+        block.accept_changes()
     return [name for name, _, _ in found]
 
 
@@ -180,11 +181,23 @@ def merge_lora(model: nn.Cell) -> int:
 
     Returns:
         How many there were.
+
+    Raises:
+        ValueError: the model has been spread.
     """
+    refuse_spread(model, "adapters are merged")
     found = [(name, parent, key, cell) for name, parent, key, cell in _children(model) if isinstance(cell, LoRALinear)]
     for name, parent, key, cell in found:
         _exchange(parent, key, cell.merged(), name)
     return len(found)
+
+
+def refuse_spread(model: nn.Cell, what: str) -> None:
+    """Raise ValueError where a model has been spread."""
+    if _blocks_of(model):
+        raise ValueError(
+            f"this {type(model).__name__} has been spread, and {what} before: make or load it anew, and spread it then"
+        )
 
 
 def freeze(model: nn.Cell, pattern: str = "") -> list[str]:
@@ -208,6 +221,40 @@ def _train(model: nn.Cell, pattern: str, trained: bool) -> list[str]:
     for p in found:
         p.requires_grad = trained
     return [p.name for p in found]
+
+
+def _blocks_of(model: nn.Cell) -> list[Block]:
+    return [cell for _, cell in model.cells_and_names() if isinstance(cell, Block)]
+
+
+def _fits(cell: nn.Cell) -> bool:
+    """Whether it is a linear layer, or one that `spread` has divided."""
+    if type(cell) is RowParallelLinear:
+        return not cell.split_input and not cell.all_reduce_output
+    return type(cell) in (Linear, ColumnParallelLinear)
+
+
+def _adapted_layer(layer: Any, *settings: Any) -> Any:
+    """With an adapter of these settings: of the same parameters, and divided as the layer is."""
+    if type(layer) is Linear:
+        return LoRALinear(layer, *settings)
+    weight, has_bias = layer.parameter("weight"), parameter_table(layer).get("bias") is not None
+    whole_layer = LoRALinear(Linear(layer.in_features, layer.out_features, has_bias, weight.dtype), *settings)
+    whole_layer.parameter("weight").name = weight.name
+    made: Any = whole_layer.as_row()
+    if isinstance(layer, ColumnParallelLinear):
+        made = whole_layer.as_column(layer.gather_output, weight.tp_parts)
+        made.gather_input = layer.gather_input
+    made.chunks = layer.chunks
+    _keep_parameters(layer, made)
+    return made
+
+
+def _keep_parameters(layer: nn.Cell, made: nn.Cell) -> None:
+    """Have a layer's parameters be those of the one that takes its place."""
+    for name in ("weight", "bias"):
+        if parameter_table(layer).get(name) is not None:
+            parameter_table(made)[name] = parameter_table(layer)[name]
 
 
 def _exchange(parent: nn.Cell, key: str, made: nn.Cell, path: str) -> None:

@@ -138,6 +138,23 @@ class Block(nn.Cell):
         slots.refuse_dropout()
         return call.checkpointed()
 
+    def accept_changes(self) -> None:
+        """Gather what the module has now, some of whose layers were exchanged; not while gradients are taken. On all ranks alike.
+
+        Raises:
+            RuntimeError: gradients are being taken.
+        """
+        if recording():
+            raise RuntimeError("a Block's module cannot be changed inside of a function that is being differentiated")
+        function, slots = self._slots.function, Slots(self.inner)
+        slots.function = function
+        self.__dict__["_slots"] = slots
+        for _, places in slots.places:
+            for cell, _ in places:
+                cell.__dict__["_in_block"] = True
+        if slots:
+            context_of(slots.world).pipeline.parameters_changed()
+
     def refuse_dropout(self) -> None:
         """Raise ValueError where the module has a dropout of MindSpore's, which draws another mask when it is computed again."""
         self._slots.refuse_dropout()

@@ -18,6 +18,7 @@ from ...files.entries import model_entries
 from ...files.errors import CheckpointError, agree_or_fail
 from ...files.gathering import Whole
 from ...nn import add_lora
+from ...nn.lora import refuse_spread
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
@@ -65,7 +66,9 @@ def load_adapters(model: nn.Cell, folder: str | Path) -> list[str]:
 
     Raises:
         CheckpointError: the folder has no adapters, others than are computed here, or they do not fit the model.
+        ValueError: the model has been spread.
     """
+    refuse_spread(model, "adapters of files are loaded")
     path = Path(folder).expanduser()
     config = _read_config(path)
     try:
