@@ -220,7 +220,9 @@ def test_another_family_and_many_differences(tmp_path: Path):
     assert len(str(info.value).split("\n")) == 33
     with pytest.raises(PretrainedError, match=r"config\.json: model_type is 'mixtral', not 'llama'"):
         Llama.from_pretrained(folder)
-    with pytest.raises(PretrainedError, match=r"says model_type 'bert', which is not among the families here: llama, minicpm, "):
+    with pytest.raises(
+        PretrainedError, match=r"says model_type 'bert', which is not among the families here: llama, mistral, minicpm, "
+    ):
         from_pretrained(make(tmp_path / "y", "llama", model_type="bert"))
     with pytest.raises(PretrainedError, match=r"is of LlamaForSequenceClassification, which predicts no next token"):
         from_pretrained(make(tmp_path / "y", "llama", architectures=["LlamaForSequenceClassification"]))
