@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from bmtrain_ms_base.config import ConfigError, Settings, passes_of, read_settings, schema, to_toml
 from bmtrain_ms_base.config.fitting import skipped
+from tests.helpers.settings_table import rows
 
 GOOD = ["model.family=llama", "data.text=['corpus']", "tokenizer.train=500"]
 
@@ -177,3 +178,23 @@ def test_no_mindspore_is_needed() -> None:
 
     program = "import sys; sys.modules['mindspore'] = None; import bmtrain_ms_base.config"
     subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def test_the_docs_have_each_setting() -> None:
+    page = (Path(__file__).resolve().parents[2] / "docs" / "training.md").read_text()
+    missing = [row for row in rows() if row not in page]
+    assert not missing, "python -m tests.helpers.settings_table writes the table of docs/training.md"
+
+
+@pytest.mark.parametrize(
+    "path", sorted((Path(__file__).resolve().parents[2] / "docs" / "recipes").rglob("*.toml")), ids=lambda p: p.stem
+)
+def test_recipes_are_right(path: Path) -> None:
+    """But for the files that they name, which are the user's."""
+    try:
+        read_settings(str(path), [], 0, tuning="lora" in path.name)
+    except ConfigError as error:
+        for line in str(error).splitlines():
+            assert line.startswith(
+                ("data.files: there is no ", "data.text: there is no ", "model.pretrained: there is no config")
+            ), line

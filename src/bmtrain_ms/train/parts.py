@@ -10,7 +10,7 @@ from typing import Any
 
 from mindspore import Parameter
 
-from bmtrain_ms_base.config import ConfigError, Settings, passes_of
+from bmtrain_ms_base.config import ConfigError, LoraSection, Settings, passes_of
 from bmtrain_ms_base.config.fitting import skipped
 from bmtrain_ms_base.data import Batches, GPTBatches, RampUp
 from bmtrain_ms_base.data.gpt_batches import samples_for
@@ -33,8 +33,8 @@ _SIZES_OF_TABLES = 128  # a vocabulary becomes a multiple of it, as Megatron's
 
 
 def families() -> dict[str, type[CausalLM]]:
-    """The families by the names that settings give them: `llama`, `qwen3_moe` ..."""
-    return {re.sub(r"(?<=[a-z0-9])(?=[A-Z][a-z])", "_", model.__name__).lower(): model for model in FAMILIES}
+    """The families by the names that settings give them, Hugging Face's `model_type`: `llama`, `qwen3_moe` ..."""
+    return {model.FAMILY.model_types[0].replace("-", ""): model for model in FAMILIES}
 
 
 def size_schemas() -> dict[str, Any]:
@@ -115,18 +115,24 @@ def make_model(settings: Settings, vocab_size: int | None) -> CausalLM:
             raise ConfigError(
                 f"model.vocab_size: {model.config.vocab_size} is less than the tokenizer's {vocab_size}: the table would lack ids"
             )
-        if settings.lora is not None:
-            lora = settings.lora
-            add_lora(model, rf"({lora.pattern})$", lora.rank, lora.alpha, dropout=lora.dropout)
         spread(model, how, stages)
     except (TypeError, ValueError) as error:
         raise error if isinstance(error, ConfigError) else ConfigError(f"model: {error}") from error
-    if chosen.pretrained is None or settings.lora is not None:
+    if chosen.pretrained is None:
         init_parameters(model)
-    if chosen.pretrained is not None:
-        load_pretrained(model, chosen.pretrained)  # after that: adapters keep their first values
+    else:
+        load_pretrained(model, chosen.pretrained)
         model.loaded_from = Path(chosen.pretrained).expanduser()
+    if settings.lora is not None:
+        _add_adapters(settings.lora, model)
     return model
+
+
+def _add_adapters(lora: LoraSection, model: CausalLM) -> None:
+    try:
+        add_lora(model, rf"({lora.pattern})$", lora.rank, lora.alpha, dropout=lora.dropout)
+    except ValueError as error:
+        raise ConfigError(f"lora: {error}") from error
 
 
 def make_manager(settings: Settings, model: CausalLM) -> OptimManager:
