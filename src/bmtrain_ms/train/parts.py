@@ -33,8 +33,8 @@ _SIZES_OF_TABLES = 128  # a vocabulary becomes a multiple of it, as Megatron's
 
 
 def families() -> dict[str, type[CausalLM]]:
-    """The families by the names that settings give them: `llama`, `qwen3_moe` ..."""
-    return {re.sub(r"(?<=[a-z0-9])(?=[A-Z][a-z])", "_", model.__name__).lower(): model for model in FAMILIES}
+    """The families by the names that settings give them: `llama`, `qwen3_moe`, `deepseek_v2` ..."""
+    return {re.sub(r"(?<=[a-z0-9])(?=[A-Z][a-z]|V\d)", "_", model.__name__).lower(): model for model in FAMILIES}
 
 
 def size_schemas() -> dict[str, Any]:
