@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from typing import Sequence
 
-from . import ckpt, convert, data, demo, finetune, generate, launch, prepare, pretrain, tokenizer
+from . import ckpt, convert, data, demo, finetune, generate, launch, megatron_flags, prepare, pretrain, tokenizer
 from .options import Parser
 
 _COMMANDS = {
@@ -15,6 +15,7 @@ _COMMANDS = {
     "convert": convert,
     "pretrain": pretrain,
     "finetune": finetune,
+    "megatron-flags": megatron_flags,
     "tokenizer": tokenizer,
     "prepare": prepare,
     "data": data,
