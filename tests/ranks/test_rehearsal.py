@@ -18,6 +18,7 @@ from tests.helpers.layouts import KEPT, PIPELINES, Case
 from tests.ranks import (
     test_checkpoint_ranks,
     test_checkpointer_ranks,
+    test_data_ranks,
     test_distributed,
     test_family_ranks,
     test_layouts,
@@ -28,6 +29,7 @@ from tests.ranks import (
     test_pipeline_ranks,
     test_pretrained_ranks,
     test_tensor_parallel,
+    test_unequal_targets,
     test_wrapper_ranks,
 )
 from tests.ranks import test_pipeline_list as pipeline_list
@@ -118,3 +120,8 @@ test_activations = again(test_distributed.test_activations_of_any_shape_and_type
 test_layouts_of_tensors = again(test_layouts.test_training_is_that_of_one_rank, case=[Case(tp=2, how=KEPT)])
 test_layouts_of_experts = again(test_layouts.test_training_of_experts_is_that_of_one_rank, case=[Case(dp=2, ep=2)])
 test_families = again(test_family_ranks.test_every_family_is_that_of_one_rank, case=[Case(tp=2), Case(dp=2, ep=2)])
+
+test_targets_in_unequal_numbers = again(test_unequal_targets.test_the_loss_is_the_mean_over_all_ranks_targets, case=[Case(dp=2)])
+
+hosts = test_data_ranks.hosts
+test_conversations_on_hosts = again(test_data_ranks.test_conversations)

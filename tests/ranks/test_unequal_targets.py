@@ -13,6 +13,7 @@ from bmtrain_ms.comm import Mesh, RecordingEngine, SingleEngine, World, use_worl
 from bmtrain_ms.data import Batch
 from bmtrain_ms.model_center import Spread, Stages
 from bmtrain_ms.train import Pretrain, Trainer, TrainSettings, share_step
+from bmtrain_ms.zero import context_of
 from tests.helpers.layouts import BATCH, EXPERTS, LENGTH, SIZES, Case, batch_of, model_of, parts, whole
 
 pytestmark = pytest.mark.ranks
@@ -46,21 +47,24 @@ class Rows:
         return Batch(ids[mine], targets[mine], None if weights is None else weights[mine])
 
 
-def trained(world: World, case: Case, sizes: dict[str, Any], weighted: bool = False, batches: int = 1) -> Any:
-    """What the log says of each step, and the parameters after the last; in `batches` for each step and rank."""
+def trained(world: World, case: Case, sizes: dict[str, Any], weighted: bool = False, batches: int = 1, rows: Any = None) -> Any:
+    """What the log says of each step, and the parameters after the last; in `batches` for each step and rank.
+
+    `rows`: see `TrainSettings`.
+    """
     with use_world(case.world(world)) as here:
         model = model_of(case, sizes)
         params = model.trainable_params()
         manager = bms.optim.OptimManager()
         manager.add_optimizer(bms.optim.AdamOptimizer(params, lr=3e-3, weight_decay=0.01))
-        rows, task = Rows(weighted), Pretrain(model)
+        data, task = Rows(weighted), Pretrain(model)
         if batches == 1:
-            trainer = Trainer(task, rows, manager, TrainSettings(STEPS, clip=0.5))
+            trainer = Trainer(task, data, manager, TrainSettings(STEPS, clip=0.5, rows=rows))
             records = [trainer.train_step() for _ in range(STEPS)]
             said = [(record["loss"], record["grad_norm"]) for record in records]
         else:
             said = [
-                accumulated(here, manager, task, rows.batch(step, here.mesh.dp_rank, case.dp), batches) for step in range(STEPS)
+                accumulated(here, manager, task, data.batch(step, here.mesh.dp_rank, case.dp), batches) for step in range(STEPS)
             ]
         return said, parts({p.name: (p.layout, p) for p in params})
 
@@ -142,17 +146,33 @@ def test_gradients_that_are_accumulated(run_ranks: Run, case: Case, batches: int
     compare(found, one_rank(tuple(sizes.items())))
 
 
-def shared(world: World, sizes: list[int], tp: int) -> tuple[list[tuple[Any, float]], list[tuple[str, str]]]:
+@pytest.mark.parametrize(
+    ("case", "rows", "sizes"),
+    [
+        (Case(dp=2), 1, SIZES),
+        (Case(dp=2, ep=2), 1, EXPERTS),
+        (Case(pp=2, stages=Stages(micro_batches=1)), 2, EXPERTS),
+    ],
+    ids=["dp2", "experts", "stages"],
+)
+def test_rows_that_a_trainer_takes_at_a_time(run_ranks: Run, case: Case, rows: int, sizes: dict[str, Any]):
+    compare(run_ranks(case.ranks, trained, case=case, sizes=sizes, rows=rows), one_rank(tuple(sizes.items())))
+
+
+def shared(world: World, sizes: list[int], tp: int = 1, pp: int = 1) -> tuple[list[tuple[Any, float]], list[tuple[str, str]]]:
     """What each batch is told, and what was moved for it."""
     engine = RecordingEngine(world.everyone)
-    here = World(engine, Mesh(2, world.engine.rank, tp=tp))
-    batches = [Batch(np.zeros((n, LENGTH), np.int32), np.zeros((n, LENGTH), np.int32)) for n in sizes[here.mesh.dp_rank :]]
+    here = World(engine, Mesh(2, world.engine.rank, tp=tp, pp=pp))
+    if pp > 1:
+        context_of(here).divide(rows_differ=True)
+    batches = [Batch(np.zeros((n, LENGTH), np.int32), np.zeros((n, LENGTH), np.int32)) for n in sizes[context_of(here).data_rank :]]
     return [(batch.count, batch.part) for batch in share_step(batches, here)], engine.calls()
 
 
 def test_what_batches_are_told(run_ranks: Run):
     """Ranks may have any rows, in any number of batches."""
     moved = [("all_reduce", "targets that count")]
-    found = run_ranks(2, shared, sizes=[3, 1], tp=1)
+    found = run_ranks(2, shared, sizes=[3, 1])
     assert found == [([(2.5 * LENGTH, 0.75), (2.5 * LENGTH, 0.25)], moved), ([(2.5 * LENGTH, 1.0)], moved)]
+    assert run_ranks(2, shared, sizes=[3, 1], pp=2) == found  # as a PipelineTransformerBlockList has its ranks
     assert run_ranks(2, shared, sizes=[3, 1], tp=2) == [([(4.0 * LENGTH, 0.75), (4.0 * LENGTH, 0.25)], [])] * 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -56,6 +57,17 @@ def test_arrays_of_a_batch_that_do_not_fit(name):
     arrays = {"ids": np.zeros((2, 3)), "targets": np.zeros((2, 3)), name: np.zeros((3, 2))}
     with pytest.raises(ValueError, match=rf"^{name} of a batch have the shape \(3, 2\), its ids \(2, 3\): make them alike$"):
         Batch(**arrays)
+
+
+def test_a_batch_is_divided_before_it_is_told_of_its_step():
+    """A piece would have the count of the step, and not its part of the rows."""
+    ids = np.arange(12, dtype=np.int32).reshape(4, 3)
+    batch = Batch(ids, ids)
+    assert [piece.ids.tolist() for piece in batch.pieces(2)] == [ids[:2].tolist(), ids[2:].tolist()] and batch.pieces(4) == [batch]
+    with pytest.raises(
+        ValueError, match=r"divide a batch before it is told what its step has: share_step\(batch\.pieces\(rows\)\)"
+    ):
+        dataclasses.replace(batch, count=12.0).pieces(2)
 
 
 def test_a_batch_is_a_function_of_the_step_alone():

@@ -24,7 +24,7 @@ from bmtrain_ms_base.data.indexed import IndexedError, IndexedFile, IndexedWrite
 from bmtrain_ms_base.data.instructions import OUTPUTS
 from bmtrain_ms_base.data.prepare import PrepareOptions, Progress, prepare
 from bmtrain_ms_cli.main import main
-from bmtrain_ms_cli.prepare import _Shown
+from bmtrain_ms_cli.prepare import Shown
 from tests.helpers.tokens import golden_c
 
 NULL = {"path": "1000", "kind": "null"}
@@ -143,12 +143,12 @@ def test_a_document_whose_sentences_were_all_skipped_was_there_and_empty(tmp_pat
 
 def test_lines_of_the_log_were_missed_where_its_interval_does_not_divide_the_steps(capsys):
     """Steps of 50 documents, a line for every 30: one after each step, and not after every third only."""
-    shown = _Shown(30)
+    shown = Shown(30)
     for documents in range(50, 501, 50):
         shown.show(Progress(1, 0, documents, 7 * documents))
     told = [int(line.split()[0]) for line in capsys.readouterr().err.splitlines()]
     assert told == list(range(50, 501, 50))
-    slow = _Shown(100)
+    slow = Shown(100)
     for documents in range(50, 501, 50):
         slow.show(Progress(1, 0, documents, 0))
     assert [int(line.split()[0]) for line in capsys.readouterr().err.splitlines()] == [100, 200, 300, 400, 500]

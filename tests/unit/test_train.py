@@ -36,6 +36,7 @@ from bmtrain_ms.train import (
     share_step,
 )
 from bmtrain_ms.train import signals as signals_module
+from bmtrain_ms.train.evaluate import mean_loss_of
 from tests.helpers.trainers import pretrainer
 
 pytestmark = pytest.mark.usefixtures("single_world")
@@ -247,6 +248,33 @@ def test_evaluate_is_the_mean_over_all_whole_windows(rows):
     logits = t.model(Tensor(ids.astype(np.int32))).asnumpy().astype(np.float64)
     each = np.log(np.exp(logits).sum(-1)) - np.take_along_axis(logits, targets[..., None], -1)[..., 0]
     assert t.evaluate(tokens, 5, rows) == pytest.approx(each.mean(), rel=1e-6)
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-3])
+def test_the_mean_loss_of_batches_whose_targets_have_weights(single_world, scale):
+    """Of any sum, and in parts of which some have no target that counts."""
+    values, weights = np.random.default_rng(0).random((2, 4, 5)).astype(np.float32)
+    targets = np.zeros((4, 5), np.int32)
+    targets[1], targets[2, 1:] = -100, -100
+
+    class Weighted:
+        described: dict[str, Any] = {}  # noqa: RUF012 - a protocol's
+
+        def batch(self, step: int, rank: int = 0, ranks: int = 1) -> Batch:
+            return Batch(np.arange(20, dtype=np.int32).reshape(4, 5), targets, scale * weights)
+
+    def loss(batch: Batch) -> Tensor:
+        assert batch.weights is not None
+        counts = batch.weights * (batch.targets != -100)
+        return Tensor(np.float32((values.reshape(-1)[batch.ids] * counts).sum() / max(counts.sum(), 1e-30)))
+
+    counts = weights * (targets != -100)
+    expected = (values * counts).sum() / counts.sum()
+    for rows in (1, 2, 4):
+        found = mean_loss_of(loss, Weighted(), 2, rows, (0, 1), single_world.everyone)
+        assert found == pytest.approx(expected, rel=1e-6)
+    targets[:] = -100
+    assert mean_loss_of(loss, Weighted(), 1, 2, (0, 1), single_world.everyone) == 0.0
 
 
 def test_evaluate_changes_nothing(single_world):

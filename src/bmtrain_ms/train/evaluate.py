@@ -54,9 +54,10 @@ def mean_loss_of(
     loss: Callable[[Batch], Tensor], batches: Batches, count: int, rows: int, place: tuple[int, int], engine: Engine
 ) -> float:
     """The mean loss of the first batches of some, in nats per target that counts; the same on every rank, for any number of ranks.
+    0.0 where none counts.
 
     Args:
-        loss: of a batch, the mean over its targets; all ranks call it equally often.
+        loss: of a batch, the mean over its targets, weighted where they have weights; all ranks call it equally often.
         batches: what is evaluated on.
         count: how many of them.
         rows: of a call.
@@ -67,9 +68,9 @@ def mean_loss_of(
     with no_grad():
         for step in range(count):
             for piece in batches.batch(step, *place).pieces(rows):
-                targets = float(np.count_nonzero(piece.targets != -100))
+                targets = piece.counted
                 value = host_array(loss(piece)).item()  # also where nothing counts: the gathers are collective
                 total += value * targets if targets else 0.0
                 counted += targets
     total, counted = reduce_numbers(engine, [total, counted], "evaluate", np.float64)
-    return float(total / max(counted, 1.0))
+    return float(total / counted) if counted else 0.0

@@ -38,12 +38,20 @@ class Batch:
             if array is not None and array.shape != self.ids.shape:
                 raise ValueError(f"{name} of a batch have the shape {array.shape}, its ids {self.ids.shape}: make them alike")
 
+    @property
+    def counted(self) -> float:
+        """What the targets count, together: their number, without those of -100, or the sum of their weights."""
+        counts = self.targets != IGNORED
+        return float(counts.sum() if self.weights is None else (self.weights * counts).sum(dtype=np.float64))
+
     def pieces(self, rows: int) -> list[Batch]:
         """The batch in parts of so many rows.
 
         Raises:
-            ValueError: they are not a whole number.
+            ValueError: they are not a whole number, or the batch has been told already how many targets its step has.
         """
+        if self.count is not None:
+            raise ValueError("divide a batch before it is told what its step has: share_step(batch.pieces(rows))")
         if rows < 1 or len(self.ids) % rows:
             raise ValueError(f"a batch of {len(self.ids)} rows cannot be divided into parts of {rows}")
         if rows == len(self.ids):
@@ -59,12 +67,6 @@ class Batch:
             )
             for part in parts
         ]
-
-    @property
-    def counted(self) -> float:
-        """What the targets count, together: their number, without those of -100, or the sum of their weights."""
-        counts = self.targets != IGNORED
-        return float(counts.sum() if self.weights is None else (self.weights * counts).sum(dtype=np.float64))
 
 
 class Batches(Protocol):

@@ -9,9 +9,9 @@ import numpy as np
 
 from bmtrain_ms_base.checks import whole
 
-from .batch import Batch
+from .batch import IGNORED, Batch
 from .indexed import IndexedError, IndexedFile
-from .instructions import IGNORED, OUTPUTS
+from .instructions import OUTPUTS
 from .sampling import epoch_order
 
 

@@ -7,6 +7,7 @@ import os
 from typing import Any, Iterator, Mapping, Sequence, Union
 
 from . import rows
+from .batch import IGNORED
 from .chat import ALPACA_KEYS, Messages, load_template, of_alpaca, of_messages
 from .extras import DataError
 from .rows import Problem
@@ -15,7 +16,7 @@ from .tokenizing import HuggingFace, load_tokenizer, read_config
 
 KINDS = ("alpaca", "sharegpt", "openai")
 OUTPUTS = ("packed_input_ids", "packed_attention_mask", "packed_labels")  # as ModelLink names them
-IGNORED = -100
+
 
 Document = list[list[list[int]]]  # for each output the ids of each sequence
 

@@ -11,8 +11,9 @@ from typing import Any, Iterator, Sequence
 import numpy as np
 import xxhash
 
+from .batch import IGNORED
 from .indexed import IndexedError, IndexedFile, finish, stem
-from .instructions import IGNORED, OUTPUTS
+from .instructions import OUTPUTS
 from .pieces import PrepareError
 
 _TOKENS = 1 << 22  # that are read at a time
