@@ -16,16 +16,16 @@ def flatten(tree: Any) -> tuple[list[Any], Rebuild]:
     """
     make: Callable[[list], Any]
     if isinstance(tree, dict):
-        keys, parts = list(tree), [flatten(value) for value in tree.values()]
+        keys, held = list(tree), list(tree.values())
         make = lambda values: _refilled(tree, zip(keys, values))  # noqa: E731
-    elif isinstance(tree, tuple) and hasattr(tree, "_fields"):
-        parts = [flatten(value) for value in tree]
-        make = lambda values: type(tree)(*values)  # noqa: E731
     elif isinstance(tree, (tuple, list)):  # a subclass, as a ParameterTuple, may take no list of what it holds
-        parts = [flatten(value) for value in tree]
-        make = tuple if isinstance(tree, tuple) else list
+        held = list(tree)
+        make = (lambda values: type(tree)(*values)) if hasattr(tree, "_fields") else tuple if isinstance(tree, tuple) else list
     else:
         return [tree], next
+    if not any(isinstance(value, (dict, tuple, list)) for value in held):
+        return held, lambda leaves: make([next(leaves) for _ in held])
+    parts = [flatten(value) for value in held]
     leaves = [leaf for part, _ in parts for leaf in part]
     rebuilds = [rebuild for _, rebuild in parts]
     return leaves, lambda leaves: make([rebuild(leaves) for rebuild in rebuilds])

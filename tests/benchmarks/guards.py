@@ -54,6 +54,14 @@ def without_looking(step: Callable[[], None]) -> Callable[[], None]:
     return run
 
 
+MADE_OF = (
+    "What it is made of: at the end of a forward pass a rank reads its shards and its own piece of the gathered copy, at the end "
+    "of a backward pass its shards once more, three times its share of the parameters in a step; where a Block is recomputed also "
+    "its inputs and results, twice. The Python around that is 20 µs each time for nine parameters, and 4 µs a Block for the "
+    "states of random generators."
+)
+
+
 def run_rank(size: str, checkpoint: str, rounds: int) -> None:
     """Both cases in one process, step by step in turn."""
     import bmtrain_ms as bms
@@ -84,6 +92,7 @@ def main(rounds: int, settings: list[tuple[str, int]]) -> None:
         "Target: a ZeRO-3 step in which parameters are compared with what was gathered, and recomputation with its forward pass, "
         "takes at most 1.01 times a step that does not look, where nobody writes in place.",
         f"**Result**: {min(ratios):.3f} to {max(ratios):.3f} times.",
+        MADE_OF,
         f"{environment()} `python -m tests.benchmarks.guards --rounds {rounds}`",
         f"Median of {rounds} steps after 3 (forward, backward, AdamW), with and without looking in turn within one process group; "
         "mean over the ranks of each one's own time. One core per rank.",

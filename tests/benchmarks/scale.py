@@ -21,7 +21,7 @@ BLOCKS, PARAMETERS, WIDTH, ROUNDS = 8, 9, 64, 40  # a Llama block has nine param
 LIMIT_US = 300
 LEFT = (
     "Nothing in it stands out: a step makes 80 tensors and 26 small operations of MindSpore's for each block, each of 3 to 15 µs, "
-    "looks at shards and results for writes, and keeps the state of random generators for recomputation. It is a hundredth of a "
+    "looks at shards and results for writes, and at random generators for recomputation. It is a hundredth of a "
     "step of model S."
 )
 

@@ -14,7 +14,18 @@ import pytest
 from mindspore import Parameter, Tensor, ops
 
 from bmtrain_ms.compat.autograd import custom_op
-from bmtrain_ms.compat.runtime import FLOATS, addressed, from_host, host_array, numpy_dtype, overwrite, values, writable_array
+from bmtrain_ms.compat.runtime import (
+    FLOATS,
+    Values,
+    addressed,
+    from_host,
+    host_array,
+    is_zero,
+    numpy_dtype,
+    overwrite,
+    values,
+    writable_array,
+)
 from bmtrain_ms.distributed import all_reduce
 from tests.helpers.ranks import ROOT
 
@@ -90,6 +101,48 @@ def test_what_is_overwritten_is_what_operations_read(made):
     overwrite(x, Tensor(np.full((2, 3), 7.0, np.float32)))
     assert (x * 1.0).asnumpy().tolist() == [[7.0] * 3] * 2
     assert host_array(x).tolist() == values(x).tolist() == [[7.0] * 3] * 2
+
+
+WRITES = {
+    "in place": lambda x: overwrite(x, Tensor(np.full((2, 3), 7.0, np.float32))),
+    "assigned": lambda x: ops.assign(x, Tensor(np.full((2, 3), 8.0, np.float32))),
+    "an element was set": set_item,
+    "a value was assigned": lambda x: x.assign_value(ops.ones((2, 3), ms.float32) * 9.0),
+    "a view was taken": lambda x: x[1:] * 1.0,
+}
+
+
+@pytest.mark.parametrize("made", MADE)
+def test_values_that_are_kept_follow_what_is_written(made):
+    x = MADE[made]()
+    kept = Values()
+    assert np.array_equal(kept.of(x).array, (x * 1.0).asnumpy())
+    for write in (*WRITES.values(), *WRITES.values()):
+        write(x)
+        expected = (x * 1.0).asnumpy()
+        assert np.array_equal(kept.of(x).array, expected), write
+        assert kept.bytes.tobytes() == expected.tobytes()
+
+
+def test_values_that_are_kept_are_an_array_of_the_memory():
+    x = ours()
+    kept = Values()
+    array = kept.of(x).array
+    overwrite(x, Tensor(np.full((2, 3), 7.0, np.float32)))
+    assert kept.of(x).array is array and array.tolist() == [[7.0] * 3] * 2
+    assert kept.of(ours()).array.tolist() == [[0.0, 1.0, 2.0], [3.0, 4.0, 5.0]]  # of another tensor
+
+
+@pytest.mark.parametrize("size", [3, 1 << 14], ids=["small", "large"])
+def test_zeros_are_told_from_what_is_not(size):
+    array = np.zeros(size, np.float32)
+    x = from_host(array)
+    assert is_zero(x) and is_zero(x * 1.0)
+    array[-1] = -0.0
+    assert is_zero(x)
+    for value in (1e-30, np.nan):
+        array[-1] = value
+        assert not is_zero(x) and not is_zero(x + 0.0)
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)

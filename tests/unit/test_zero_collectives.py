@@ -16,7 +16,7 @@ from mindspore import Tensor, nn
 import bmtrain_ms as bms
 from bmtrain_ms.comm import Mesh, RecordingEngine, SingleEngine, World, use_world
 from bmtrain_ms.compat.autograd import no_grad
-from bmtrain_ms.compat.runtime import from_host
+from bmtrain_ms.compat.runtime import from_host, overwrite
 from bmtrain_ms.zero import context_of
 from tests.helpers.models import WIDTH, Dense, Residual
 
@@ -336,8 +336,12 @@ def test_copies_gather_their_own_values(single_world):
     p = bms.DistributedParameter(np.ones((2, 3), np.float32), name="p")
     p.gather()
     for copied in (p.clone(), copy.deepcopy(p), pickle.loads(pickle.dumps(p))):
-        copied.copy_full(np.full((2, 3), 5.0, np.float32))
-        assert copied.gather().asnumpy().tolist() == [[5.0] * 3] * 2
+        for value in (4.0, 5.0):
+            overwrite(copied, from_host(np.full(6, value, np.float32)))
+            assert copied.gather().asnumpy().tolist() == [[value] * 3] * 2
+            assert p.gather().asnumpy().tolist() == [[1.0] * 3] * 2
+        copied.copy_full(np.full((2, 3), 6.0, np.float32))
+        assert copied.gather().asnumpy().tolist() == [[6.0] * 3] * 2
     model = Chain(2)
     bms.init_parameters(model)
     one_step(model, x_of())

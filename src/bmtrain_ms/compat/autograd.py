@@ -18,7 +18,7 @@ from mindspore import Parameter, Tensor, nn, ops
 from mindspore._c_expression import Cell_
 from mindspore.ops.composite import base as _composite
 
-from .delivery import Deliver, Joined, as_tuple, delivered
+from .delivery import Deliver, Joined, Requested, as_tuple, delivered
 from .executor import GRAD_TAKES_HAS_AUX, PyNativeExecutor, executor, no_grad, recording
 
 __all__ = [
@@ -62,7 +62,7 @@ _closed = [0]  # contexts in which no gradient may be taken
 _open: list[weakref.ref[Recorded]] = []  # functions that are recorded and not differentiated yet, oldest first
 _younger = [False]  # whether the one whose backward pass is under way has younger ones
 _joins = [0]  # backward passes that are made of several
-_requested: list[dict[int, Parameter]] = []  # by id: what the outermost backward pass under way was asked for
+_requested: list[Requested] = []  # what the outermost backward pass under way was asked for
 _Grad = _composite._Grad
 _grad_by_position = _Grad(get_by_position=True, sens_param=True)
 _grad_by_list = _Grad(get_by_list=True, sens_param=True)
@@ -228,9 +228,9 @@ def _distinct(outputs: Tensors, inputs: Sequence[Tensor]) -> Tensors:
     return tuple(distinct)
 
 
-def requested() -> dict[int, Parameter]:
+def requested() -> Requested:
     """The parameters that the backward pass under way was asked for, by id; none outside of one."""
-    return _requested[-1] if _requested else {}
+    return _requested[-1] if _requested else Requested(())
 
 
 class Recorded:
@@ -449,7 +449,7 @@ def _watch(wrapped: Any, instance: Any, args: tuple, kwargs: dict) -> Any:
     if outermost:
         weights = args[2]
         asked = [*(() if weights is None else as_tuple(weights)), *args[4:]]
-        _requested.append({id(p): p for p in asked if isinstance(p, Parameter)})
+        _requested.append(Requested(p for p in asked if isinstance(p, Parameter)))
     error: BaseException | None = None
     out: Any = None
     try:

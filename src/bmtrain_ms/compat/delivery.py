@@ -11,6 +11,20 @@ from .executor import GRAD_TAKES_HAS_AUX
 Deliver = Callable[[Parameter, Tensor], Tensor]  # the whole gradient of a parameter, for what autograd has found
 
 
+class Requested(dict):
+    """The parameters that a backward pass is asked for, by id."""
+
+    def __init__(self, params: Iterable[Parameter]):
+        super().__init__((id(p), p) for p in params)
+        self._of: dict[tuple[type, bool], dict[int, Parameter]] = {}
+
+    def of(self, kind: type, others: bool = False) -> dict[int, Parameter]:
+        """Those of a type, or all others; for who only reads. Each Block asks, and models have many parameters."""
+        if (kind, others) not in self._of:
+            self._of[kind, others] = {i: p for i, p in self.items() if isinstance(p, kind) is not others}
+        return self._of[kind, others]
+
+
 class Joined:
     """The gradients of parameters from several functions whose derivatives together are one backward pass.
 
@@ -19,7 +33,7 @@ class Joined:
     """
 
     def __init__(self, params: Iterable[Parameter]):
-        self.asked = {id(p): p for p in params}
+        self.asked = Requested(params)
         self.grads: dict[int, Tensor] = {}
 
     def add(self, params: Sequence[Parameter], grads: Sequence[Tensor]) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import mmap
 import sys
+from typing import Sequence
 
 import numpy as np
 
@@ -32,6 +33,10 @@ class HostBuffer:
                 self._map.madvise(mmap.MADV_HUGEPAGE, start, used)
         self.bytes = self._whole[start : start + max(nbytes, 1)]
         self._unused = sys.getrefcount(self._whole)
+
+    def carve(self, offsets: Sequence[int], sizes: Sequence[tuple[int, np.dtype]]) -> list[np.ndarray]:
+        """Flat arrays of (elements, type) that begin at `offsets` in it."""
+        return [self.bytes[start : start + n * dtype.itemsize].view(dtype) for start, (n, dtype) in zip(offsets, sizes)]
 
     def in_use(self) -> bool:
         """Whether anything views this memory."""

@@ -12,7 +12,7 @@ from bmtrain_ms_base.tree import flatten
 
 from ..comm import rank
 from ..compat.autograd import closed, custom_op, references, requested, vjp
-from ..compat.runtime import is_float, values
+from ..compat.runtime import is_float, is_zero
 from .context import ZeroContext
 from .copies import Copies
 from .param import DistributedParameter
@@ -206,8 +206,7 @@ class Call:
         """Recompute, and differentiate with respect to inputs and trainable full tensors."""
         weights, inputs = gathered.tensors(), len(self.differentiable)
         captured: list[Parameter] = []
-        own = {id(p) for p in self.slots.params}
-        others = self.slots.elsewhere.to_ask_for(own, due)
+        others = self.slots.elsewhere.to_ask_for(self.slots.params, due)
         self._refuse_changed_inputs(replay)
 
         def recompute(*inputs_and_weights: Tensor) -> tuple[Tensor, ...]:
@@ -261,10 +260,11 @@ class Call:
 
     def _add_captured(self, captured: list[Parameter], grads: Sequence[Tensor], gathers: list[DistributedParameter]) -> None:
         """Autograd never sees what the module used without being given it: those gradients are added beside it."""
+        gathered = set(map(id, gathers))
         for p, grad in zip(captured, grads):
-            if not isinstance(p, DistributedParameter) or any(p is other for other in gathers):
+            if not isinstance(p, DistributedParameter) or id(p) in gathered:
                 self.reducer.add(p, grad * 1.0)  # the gradients of a and b in a + b are one tensor
-            elif not self.slots.world.everyone.lands_in_place or values(grad).any():  # the module uses the shard itself
+            elif not self.slots.world.everyone.lands_in_place or not is_zero(grad):  # the module uses the shard itself
                 if not any(p is own for own in self.slots.params):
                     self.slots.elsewhere.note_use(p, self.slots.module, self.slots.label)
                 self.reducer.add(p, without_padding(p, grad * 1.0))
@@ -289,12 +289,12 @@ def _once(params: Sequence[DistributedParameter]) -> list[DistributedParameter]:
     return list({id(p): p for p in params if p.requires_grad}.values())
 
 
-def _captured(gathers: list[DistributedParameter], shards: list[DistributedParameter]) -> list[Parameter]:
+def _captured(gathers: list[DistributedParameter], shards: Sequence[Any]) -> list[Parameter]:
     """Parameters that a recomputed module may have used without being given them: whole ones, and those it gathered itself.
 
     `shards`: those whose shards it may have used.
     """
-    found: dict[int, Parameter] = {i: p for i, p in requested().items() if not isinstance(p, DistributedParameter)}
+    found = dict(requested().of(DistributedParameter, others=True))
     found.update((id(p), p) for p in _once(gathers))
     found.update((id(p), p) for p in shards if not p.has_hooks)  # a hook would see what is no gradient
     return list(found.values())

@@ -108,9 +108,10 @@ _contexts: weakref.WeakKeyDictionary[World, ZeroContext] = weakref.WeakKeyDictio
 
 def context_of(world: World) -> ZeroContext:
     """The context of a world, made at first use."""
-    if world not in _contexts:
-        _contexts[world] = ZeroContext(world)
-    return _contexts[world]
+    found = _contexts.get(world)
+    if found is None:
+        found = _contexts[world] = ZeroContext(world)
+    return found
 
 
 def undisturbed() -> ContextManager[None]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any, Collection
+from typing import Any, Sequence
+
+from mindspore import Parameter
 
 from ..comm import rank
 from ..compat.autograd import requested
@@ -19,26 +21,27 @@ class Elsewhere:
 
     def __init__(self) -> None:
         self._passes = 0
-        self._used: dict[int, DistributedParameter] = {}
-        self._seen: dict[int, DistributedParameter] = {}  # what backward passes so far were for
-        self._unlooked: dict[int, DistributedParameter] = {}  # those among them for which one did not look
+        self._used: dict[int, Parameter] = {}
+        self._seen: dict[int, Parameter] = {}  # what backward passes so far were for
+        self._unlooked: dict[int, Parameter] = {}  # those among them for which one did not look, and those that are used
 
     def __deepcopy__(self, memo: dict) -> Elsewhere:
         return Elsewhere()  # a copied Block has other parameters
 
-    def to_ask_for(self, own: Collection[int], due: bool) -> list[DistributedParameter]:
+    def to_ask_for(self, own: Sequence[DistributedParameter], due: bool) -> list[Parameter]:
         """The parameters whose gradients this backward pass asks the module for.
 
         Args:
-            own: ids of the module's own parameters.
+            own: the module's own parameters, for which it is asked in any case.
             due: whether all are looked at in any case.
         """
-        asked = {i: p for i, p in requested().items() if isinstance(p, DistributedParameter) and i not in own}
+        asked = requested().of(DistributedParameter)
         self._passes += 1
         if due or not self._passes & (self._passes - 1) or not asked.keys() <= self._seen.keys():
             self._seen.update(asked)
-            return list(asked.values())
-        self._unlooked.update((i, p) for i, p in asked.items() if i not in self._used)
+            known = set(map(id, own))
+            return [p for i, p in asked.items() if i not in known]
+        self._unlooked.update(asked)
         return [p for i, p in self._used.items() if i in asked]
 
     def note_use(self, p: DistributedParameter, module: Any, label: str) -> None:
@@ -47,7 +50,7 @@ class Elsewhere:
         Raises:
             RuntimeError: it may have been missing in an earlier pass, in which nobody looked.
         """
-        if id(p) in self._unlooked:
+        if id(p) in self._unlooked and id(p) not in self._used:
             raise RuntimeError(
                 f"rank {rank()}: {type(module).__name__} ({label}) uses the shard of {p.name}, which is no parameter of its own, "
                 "and did not in its first backward pass: gradients since may be without it. Compute what is made of shards (a "

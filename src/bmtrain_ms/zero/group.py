@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from enum import Enum, auto
-from typing import Any, Protocol, Sequence
+from typing import Any, Iterable, Protocol, Sequence
 
 import numpy as np
 import xxhash
@@ -19,7 +19,7 @@ from mindspore import Tensor, ops
 
 from ..comm import Buffer, Engine, Label, SingleEngine, Work, World
 from ..compat.autograd import no_grad
-from ..compat.runtime import address, from_host, host_array, numpy_dtype, values, was_copied
+from ..compat.runtime import Values, address, from_host, host_array, numpy_dtype, values, was_copied, zeros
 from .buffers import BufferPool, HostBuffer, layout
 from .wire import wire_for
 
@@ -39,6 +39,11 @@ class Sharded(Protocol):
     dtype: Any
     requires_grad: bool
 
+    @property
+    def on_host(self) -> Values:
+        """The shard's values, on the host."""
+        ...
+
 
 class ShardState(Enum):
     """SHARD: only this rank's piece is alive.  FULL: the gathered copy is alive, or on its way."""
@@ -55,8 +60,12 @@ class ParamGroup:
         label: for messages and event lists, e.g. `layers.3`.
         engine: among the ranks that share the parameters.
         wires: how each travels; None: as it is.
+        shapes, full_sizes: of the full tensors.
         sizes: (elements, type) of each padded full tensor.
         full_nbytes: of all of them.
+        offsets: where they begin in one buffer.
+        buffer_nbytes: of that.
+        own: where in it this rank's pieces are.
     """
 
     def __init__(self, params: Sequence[Sharded], label: str):
@@ -68,11 +77,18 @@ class ParamGroup:
         self.engine: Engine = self.world.along(along)
         # of an expert there are no replicas, but fewer ranks than data-parallel ones, over all of which gradients are averaged
         replicas = self.world.along("replica") if along == "shard" else SingleEngine(self.engine.clock)
-        self._hops = [[replicas, self.world.sharing(mesh.tp // p.tp_parts)] for p in self.params]
+        hops = ((replicas, self.world.sharing(mesh.tp // p.tp_parts)) for p in self.params)
+        self._hops = [[engine if engine.size > 1 else None for engine in engines] for engines in hops]
         self._shares = [mesh.size(along) * replicas.size / mesh.dp / p.tp_parts for p in self.params]
         self.wires = [wire_for(self.world.gather_dtype, p.dtype) for p in self.params]
-        self.sizes = [(self.engine.size * p.shard_length, numpy_dtype(p.dtype)) for p in self.params]
+        self.shapes, self.full_sizes = [p.full_shape for p in self.params], [p.full_size for p in self.params]
+        self._lengths = [p.shard_length for p in self.params]
+        self.sizes = [(self.engine.size * n, numpy_dtype(p.dtype)) for p, n in zip(self.params, self._lengths)]
         self.full_nbytes = sum(n * dtype.itemsize for n, dtype in self.sizes)
+        self.offsets, self.buffer_nbytes = layout([n * dtype.itemsize for n, dtype in self.sizes])
+        pieces = [(start, n * dtype.itemsize) for start, n, (_, dtype) in zip(self.offsets, self._lengths, self.sizes)]
+        rank = self.engine.rank
+        self.own = [slice(start + rank * nbytes, start + (rank + 1) * nbytes) for start, nbytes in pieces]
 
     def __deepcopy__(self, memo: dict) -> None:
         """A copied parameter or Block makes a group of its own when it needs one."""
@@ -88,19 +104,28 @@ class ParamGroup:
         their own ([Note: rows]) it is the mean over all of them too.
         """
         with no_grad():
-            padded = [self._pad(self.params[i], self._shared(i, g)) for i, g in zip(indices, grads)]
+            padded = [self._pad(i, self._shared(i, g)) for i, g in zip(indices, grads)]
         work = self.engine.reduce_scatter(padded, "mean", self._label_of(indices))
         for hop in range(3):
             engines = [self._hop(i, hop) for i in indices]
-            for engine in dict.fromkeys(x for x in engines if x.size > 1):
+            for engine in dict.fromkeys(x for x in engines if x is not None):
                 places = [place for place, x in enumerate(engines) if x is engine]
                 work = Across(work, engine, places, self._label_of([indices[place] for place in places]))
         return work
 
-    def _hop(self, index: int, hop: int) -> Engine:
+    def told(self, indices: Sequence[int]) -> list[Tensor]:
+        """Zeros for the shards of `params[i] for i in indices`: what autograd is told while gradients arrive."""
+        return [zeros(self._lengths[i], self.params[i].dtype) for i in indices]
+
+    def shard_prints(self) -> tuple[int, ...]:
+        """What tells later whether one of the shards was written."""
+        return prints(p.on_host.bytes for p in self.params)
+
+    def _hop(self, index: int, hop: int) -> Engine | None:
+        """Over which ranks a gradient is averaged next; None: there are no others."""
         if hop < 2:
             return self._hops[index][hop]
-        return self.world.along("pp") if self.params[index].on_all_stages else SingleEngine(self.engine.clock)
+        return self.world.along("pp") if self.params[index].on_all_stages else None
 
     def _label_of(self, indices: Sequence[int]) -> Label:
         return self.label if len(indices) == len(self.params) else Label(self.label, [self._details[i] for i in indices])
@@ -109,10 +134,11 @@ class ParamGroup:
         share = self._shares[index] / (self.world.mesh.pp if self.params[index].in_stage else 1)
         return grad if share == 1.0 else ops.mul(grad, share)
 
-    def _pad(self, p: Sharded, grad: Tensor) -> Buffer:
+    def _pad(self, index: int, grad: Tensor) -> Buffer:
         """(size * shard_length,): an array on the host."""
-        missing = self.engine.size * p.shard_length - p.full_size
-        if math.prod(grad.shape) != p.full_size:
+        p, size = self.params[index], self.full_sizes[index]
+        missing = self.sizes[index][0] - size
+        if math.prod(grad.shape) != size:
             raise RuntimeError(
                 f"MindSpore made a gradient of shape {tuple(grad.shape)} for parameter {p.name} of shape {p.full_shape}, as 2.5 "
                 "does for a batch without rows: give every rank at least one"
@@ -181,7 +207,7 @@ class Gathered:
             if self._buffer is None:
                 self._allocate()
             shards, landing = self._host_pieces()
-            self._given = self._shard_prints() if any(self.group.wires) else ()
+            self._given = self.group.shard_prints() if any(self.group.wires) else ()
             self._work = self.group.engine.all_gather(shards, landing, self.group.label)
         else:
             self._work = self.group.engine.all_gather(self._device_pieces(), label=self.group.label)
@@ -208,9 +234,12 @@ class Gathered:
         if not self._landing:
             return []
         self.tensors()
-        self.prints, own = self._shard_prints(), self._own_prints()
-        wanted = zip(self.prints, own, self._given, self._arrived) if self._given else zip(self.prints, own, own, own)
-        return [p for p, (x, y, given, arrived) in zip(self.group.params, wanted) if x != given or y != arrived]
+        self.prints, own = self.group.shard_prints(), self._own_prints()
+        given, arrived = (self._given, self._arrived) if self._given else (own, own)
+        if self.prints == given and own == arrived:
+            return []
+        wanted = zip(self.group.params, self.prints, given, own, arrived)
+        return [p for p, x, given, y, arrived in wanted if x != given or y != arrived]
 
     def verify(self) -> None:
         """Raise RuntimeError where a parameter was written since it was gathered, or this copy."""
@@ -223,7 +252,9 @@ class Gathered:
             before: `prints` of then. What a module writes into its copy was noticed then.
         """
         if self._landing:
-            self._refuse([p for p, x, y in zip(self.group.params, self._shard_prints(), before) if x != y])
+            now = self.group.shard_prints()
+            if now != before:
+                self._refuse([p for p, x, y in zip(self.group.params, now, before) if x != y])
 
     def _refuse(self, written: Sequence[Sharded]) -> None:
         if written:
@@ -235,13 +266,8 @@ class Gathered:
                 "requires_grad=False"
             )
 
-    def _shard_prints(self) -> tuple[int, ...]:
-        return tuple(xxhash.xxh3_64_intdigest(host_array(p).view(np.uint8).data) for p in self.group.params)
-
     def _own_prints(self) -> tuple[int, ...]:
-        rank = self.group.engine.rank
-        pieces = (x[rank * p.shard_length : (rank + 1) * p.shard_length] for p, x in zip(self.group.params, self._landing))
-        return tuple(xxhash.xxh3_64_intdigest(x.view(np.uint8).data) for x in pieces)
+        return prints(self._buffer.bytes[piece] for piece in self.group.own)
 
     def park(self) -> bool:
         """Free the memory but keep its address: a recorded graph reads the tensors again after the next `issue`.
@@ -292,15 +318,16 @@ class Gathered:
             self._meter.add(-self.group.full_nbytes)
 
     def _allocate(self) -> None:
-        self._buffer, self._landing = self._carve(self.group.sizes)
-        self._tensors = [from_host(x[: p.full_size].reshape(p.full_shape)) for p, x in zip(self.group.params, self._landing)]
+        group = self.group
+        self._buffer = self._pool.acquire(group.buffer_nbytes)
+        self._landing = self._buffer.carve(group.offsets, group.sizes)
+        full = (x if x.size == n else x[:n] for x, n in zip(self._landing, group.full_sizes))
+        self._tensors = [from_host(x.reshape(shape)) for x, shape in zip(full, group.shapes)]
 
-    def _carve(self, sizes: Sequence[tuple[int, np.dtype]]) -> tuple[HostBuffer, list[np.ndarray]]:
+    def _carve(self, sizes: Sequence[tuple[int, np.dtype]]) -> list[np.ndarray]:
         """Flat arrays of (elements, type) in one buffer of the pool."""
         offsets, total = layout([n * dtype.itemsize for n, dtype in sizes])
-        buffer = self._pool.acquire(total)
-        pieces = [buffer.bytes[start : start + n * dtype.itemsize].view(dtype) for start, (n, dtype) in zip(offsets, sizes)]
-        return buffer, pieces
+        return self._pool.acquire(total).carve(offsets, sizes)
 
     # What travels, where that is not the shard itself (`zero.wire`) #
 
@@ -308,21 +335,21 @@ class Gathered:
         """What this rank gives, and where everybody's lands."""
         group, ranks = self.group, self.group.engine.size
         if not any(group.wires):
-            return group.params, self._landing
+            return [p.on_host.array for p in group.params], self._landing
         given, landing, self._travelling = [], [], []
         for p, wire, full in zip(group.params, group.wires, self._landing):
             if wire is None:
-                given.append(p)
+                given.append(p.on_host.array)
                 landing.append(full)
                 self._travelling.append([])
                 continue
             sizes = wire.sizes(p.shard_length)
-            _, mine = self._carve(sizes)
+            mine = self._carve(sizes)
             try:
-                wire.encode(host_array(p), mine)
+                wire.encode(p.on_host.array, mine)
             except ValueError as error:
                 raise ValueError(f"parameter {p.name} cannot be gathered: {error}") from error
-            _, theirs = self._carve([(ranks * n, dtype) for n, dtype in sizes])
+            theirs = self._carve([(ranks * n, dtype) for n, dtype in sizes])
             given += mine
             landing += theirs
             self._travelling.append(theirs)
@@ -354,6 +381,11 @@ class Gathered:
                     flat = wire.decode_on_device(parts, self.group.engine.size, p.shard_length, p.dtype)
                 full.append(flat[: p.full_size].reshape(p.full_shape))
         return full
+
+
+def prints(arrays: Iterable[np.ndarray]) -> tuple[int, ...]:
+    """Hashes of arrays of bytes."""
+    return tuple([xxhash.xxh3_64_intdigest(x.data) for x in arrays])
 
 
 class Meter:

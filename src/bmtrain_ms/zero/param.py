@@ -18,7 +18,7 @@ from ..comm import Engine, World, world
 from ..compat.autograd import custom_op, recording
 from ..compat.habits import sharded_types
 from ..compat.parameter import adopt
-from ..compat.runtime import from_host, host_array, is_float, numpy_dtype
+from ..compat.runtime import Values, from_host, host_array, is_float, numpy_dtype
 from .context import context_of
 from .group import ParamGroup
 from .pipeline import Phase
@@ -128,6 +128,7 @@ class DistributedParameter(Parameter):
         self.init_method, self.group = init_method, group
         self.has_hooks, self.replaced = False, 0
         self._alone: ParamGroup | None = None
+        self._values: Values | None = None
         if not isinstance(data, Empty):
             self.copy_full(data)
 
@@ -235,7 +236,15 @@ class DistributedParameter(Parameter):
         """As MindSpore's; of a shard."""
         context_of(self.world).pipeline.parameters_changed()
         self.replaced += 1
+        self._values = None
         return super().set_data(data, slice_shape)
+
+    @property
+    def on_host(self) -> Values:
+        """The shard's values, where the process computes on the host."""
+        if self._values is None:
+            self._values = Values()
+        return self._values.of(self)
 
     def copy_full(self, full: Tensor | np.ndarray) -> None:
         """Take this rank's shard out of full values (BMTrain: `_copy_data`).

@@ -217,7 +217,10 @@ class GatherPipeline:
             self._gather_ahead(self._last, running=None)
 
     def _order(self, group: ParamGroup) -> _Order:
-        return self._orders.setdefault(group, _Order())
+        found = self._orders.get(group)
+        if found is None:
+            found = self._orders[group] = _Order()
+        return found
 
     def _following(self, visit: Visit) -> Visit | None:
         """What came after it last time, unless that starts a sequence."""

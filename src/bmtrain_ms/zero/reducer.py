@@ -39,7 +39,7 @@ class Reducer:
         if any(p.has_hooks for p in params):
             return work.wait()
         self._in_flight.append((work, params))
-        return [zeros(p.shard_length, p.dtype) for p in params]
+        return group.told(indices)
 
     def add(self, p: Parameter, grad: Tensor) -> None:
         """Have `grad`, which autograd does not know of, be part of the gradient of `p`. Keeps `grad`, and may write into it.

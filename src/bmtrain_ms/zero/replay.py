@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import random
 from typing import Any, Iterator, Sequence
 
 import numpy as np
 import xxhash
 from mindspore import Parameter, Tensor
 
+from bmtrain_ms_base import generators
 from bmtrain_ms_base.random import Draws
 
 from ..compat.runtime import host_array, values
@@ -34,7 +34,7 @@ class Replay:
         """
         self._draws, self._looks = draws, looks
         self._start = draws.count, draws.records
-        self._generators: tuple[Any, Any] | None = _generators()
+        self._generators: generators.States | None = generators.states()
         self._results: list[_Result] = []
         self._given: list[int] = []
         self._flags: list[bool] = []
@@ -54,7 +54,7 @@ class Replay:
     def ended(self, outputs: Sequence[Tensor], flags: list[bool]) -> None:
         """The pass has returned `outputs`, and left these truth values in the module."""
         self._flags = flags
-        if _equal(self._generators, _generators()):
+        if self._generators is not None and generators.same(self._generators, generators.states()):
             self._generators = None  # nothing was drawn: nothing to draw again
         if self._looks:
             self._results = [_Result(x) for x in outputs]
@@ -66,12 +66,12 @@ class Replay:
             if self._generators is None:
                 yield
                 return
-            now = _generators()
-            _restore(self._generators)
+            now = generators.states()
+            generators.restore(self._generators)
             try:
                 yield
             finally:
-                _restore(now)
+                generators.restore(now)
 
     def differs(self, outputs: Sequence[Tensor]) -> bool:
         """Whether the repeated pass has returned something else, beyond rounding."""
@@ -109,24 +109,3 @@ def _hashes_of(leaves: Sequence[Any]) -> list[int]:
 
 def _hash(flat: np.ndarray) -> int:
     return xxhash.xxh3_64_intdigest(np.ascontiguousarray(flat).view(np.uint8).data)
-
-
-def _generators() -> tuple[Any, Any]:
-    """States of Python's and NumPy's global generators."""
-    return random.getstate(), np.random.get_state(legacy=False)
-
-
-def _restore(states: tuple[Any, Any]) -> None:
-    random.setstate(states[0])
-    np.random.set_state(states[1])
-
-
-def _equal(a: Any, b: Any) -> bool:
-    """Of states: nested tuples, dicts, arrays and numbers."""
-    if isinstance(a, dict):
-        return all(_equal(a[name], b[name]) for name in a)
-    if isinstance(a, np.ndarray):
-        return np.array_equal(a, b)
-    if isinstance(a, tuple) and a and isinstance(a[-1], dict):
-        return all(map(_equal, a, b))
-    return a == b

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import operator
 import warnings
 from typing import Any, Callable, Iterator, Sequence
 
@@ -29,6 +30,7 @@ class Slots:
         function: what is called; None: the module itself.
         graph: the name under which its recomputations are recorded.
         places: each parameter, with every place that holds it.
+        params: in the order of `places`, which is that of the groups.
         elsewhere: parameters of elsewhere whose shards it uses.
     """
 
@@ -37,7 +39,11 @@ class Slots:
         self.function: Callable[..., Any] | None = None
         self.graph = Graph()
         self.places = _find_places(module)
+        self.params = [parameter for parameter, _ in self.places]
         self._made_of = contents(module)
+        self._cells = [x for x in self._made_of if isinstance(x, nn.Cell)]
+        self._note_tables()
+        self._no_tensors: set[type] = set()  # types of attributes that are no tensors
         self._dropouts = [(name, c) for name, c in module.cells_and_names() if _is_dropout(c)]
         self._groups: list[ParamGroup] = []
         self._warned = False
@@ -60,11 +66,6 @@ class Slots:
                 params = [p for p in self.params if p.along == along]
                 self._groups.append(ParamGroup(params, _common_prefix([p.name for p in params])))
         return self._groups
-
-    @property
-    def params(self) -> list[DistributedParameter]:
-        """In the order of `places`, which is that of the groups."""
-        return [parameter for parameter, _ in self.places]
 
     @property
     def world(self) -> World:
@@ -104,12 +105,12 @@ class Slots:
 
     def plain_parameters(self) -> list[Parameter]:
         """Those that are whole on every rank: statistics, counters, frozen ones."""
-        found = [p for cell in self._cells() for p in parameter_table(cell).values() if p is not None]
+        found = [p for cell in self._cells for p in parameter_table(cell).values() if p is not None]
         return [p for p in found if not isinstance(p, DistributedParameter)]
 
     def is_due(self) -> bool:
         """Whether what cannot be looked at in every pass is looked at in this one: the first, and the first in another mode."""
-        state = [(cell.training, vars(cell).get("p")) for cell in self._cells()], [p.requires_grad for p in self.params]
+        state = [(cell.training, vars(cell).get("p")) for cell in self._cells], self.trainable()
         due, self._looked_at = state != self._looked_at, state
         if due:
             self._refuse_recompute()
@@ -121,14 +122,25 @@ class Slots:
 
     def flags(self) -> list[bool]:
         """Attributes of the cells that are truth values: what a module may decide by."""
-        return [x for cell in self._cells() for name, x in vars(cell).items() if type(x) is bool and name[0] != "_"]
+        return [
+            x for cell in self._cells for name, x in vars(cell).items() if (x is True or x is False) and name[0] != "_"
+        ]  # of hundreds of attributes
 
     def holds(self, copies: Copies) -> bool:
         """Whether a cell has one of the full tensors, or a view of one, as an attribute."""
-        return any(isinstance(x, Tensor) and copies.owns(x) for cell in self._cells() for x in vars(cell).values())
+        for cell in self._cells:
+            found = vars(cell).values()
+            if not self._no_tensors.issuperset(map(type, found)):  # of hundreds of attributes hardly one is a tensor
+                self._no_tensors.update(kind for kind in map(type, found) if not issubclass(kind, Tensor))
+                if any(isinstance(x, Tensor) and copies.owns(x) for x in found):
+                    return True
+        return False
 
     def refuse_changes(self) -> None:
         """Raise ValueError where the module is not what it was when it was wrapped."""
+        held = _held(self._cells)
+        if len(held) == len(self._held) and all(map(operator.is_, held, self._held)) and all(map(_is_buffer, self._buffers)):
+            return
         for parameter, places in self.places:
             for cell, name in places:
                 if parameter_table(cell).get(name) is not parameter:
@@ -145,6 +157,11 @@ class Slots:
                 "that are not sharded, made trainable after the Block was made: gradients would be lost. Change the module "
                 "(adapters, pruning) before wrapping it"
             )
+        self._note_tables()  # there is another buffer
+
+    def _note_tables(self) -> None:
+        self._held = _held(self._cells)
+        self._buffers = self.plain_parameters()
 
     def refuse_dropout(self) -> None:
         """Raise ValueError for a dropout of MindSpore's: its generators do not replay, so recomputation would draw another mask."""
@@ -170,9 +187,6 @@ class Slots:
                 "bmtrain_ms.nn.functional.linear instead, or use Block(use_checkpoint=True)",
                 stacklevel=2,
             )
-
-    def _cells(self) -> list[nn.Cell]:
-        return [x for x in self._made_of if isinstance(x, nn.Cell)]
 
 
 def _find_places(module: nn.Cell) -> list[tuple[DistributedParameter, list[Place]]]:
@@ -210,6 +224,17 @@ def contents(cell: nn.Cell) -> list[Any]:
     for child in child_table(cell).values():
         if child is not None:
             found += contents(child)
+    return found
+
+
+def _held(cells: Sequence[nn.Cell]) -> list[Any]:
+    """Names and values of the parameters of cells, and their children: the same objects unless something was changed."""
+    found: list[Any] = []
+    for cell in cells:
+        table = parameter_table(cell)
+        found += table
+        found += table.values()
+        found += child_table(cell).values()
     return found
 
 
