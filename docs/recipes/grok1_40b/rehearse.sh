@@ -55,7 +55,7 @@ for name in ("loss", "grad_norm", "valid_loss"):
     print(f"{name}: differs by {worst:.1e} of one rank's, at most")
     assert worst < 1e-4, "more than rounding"
 print(f"loss {logs[0][0]['loss']:.4f} -> {logs[0][-1]['loss']:.4f}")
-assert logs[0][-1]["loss"] < logs[0][0]["loss"] - 0.5, "nothing was learnt"
+assert logs[0][-1]["loss"] < logs[0][0]["loss"] - 0.3, "nothing was learnt"
 END
 
 say "it writes, out of a folder of Hugging Face's"
