@@ -272,7 +272,7 @@ def test_a_loss_that_stays_nan_ends_with_advice(places, whole):
     with job("train", LAUNCH, steps=12, bad_from=5, save_every=5, **places) as process:
         _, errors = process.communicate(timeout=90)
     assert process.returncode not in (0, EXIT_STOPPED)
-    assert "TrainingError: loss nan" in errors and "not finite for 3 step(s) in a row" in errors
+    assert "TrainingError: loss nan" in errors and "3 bad step(s) in a row" in errors
     assert f"The last good checkpoint is in {places['folder']}." in errors and "Lower the learning rate" in errors
     latest = latest_in(places["folder"])
     assert latest.name == "step-00000005"
