@@ -170,8 +170,8 @@ class Linear(_Falling):
     """(s - end_lr) * (e - n) / (e - w) + end_lr, and end_lr from e on."""
 
     def get_lr_decay(self, num_iter: int) -> float:
-        left = max(0.0, self.end_iter - num_iter)
-        return self.end_lr + (self.start_lr - self.end_lr) * left / max(1, self.end_iter - self.warmup_iter)
+        left = (self.end_iter - num_iter) / max(1, self.end_iter - self.warmup_iter)
+        return self.end_lr + (self.start_lr - self.end_lr) * max(0.0, left)
 
 
 class Cosine(_Falling):
