@@ -68,11 +68,20 @@ def run(arguments: argparse.Namespace, tuning: bool = False) -> int:
         _check_model(settings)
     except ConfigError as error:
         lines = str(error).splitlines()
+        if launched.rank:
+            return 2  # rank 0 says it
         raise LaunchError("\n  ".join(lines if len(lines) == 1 else [f"{len(lines)} settings are wrong:", *lines])) from error
     if arguments.shown:
         print(to_toml(settings), end="")
         return 0
-    settings, tokenizer = _with_data(settings, launched.rank if started else 0, bool(arguments.hosts or arguments.folders))
+    if settings.data.text and (started > 1 or arguments.hosts or arguments.folders):
+        if launched.rank:
+            return 2
+        raise LaunchError(
+            "data.text is prepared by who starts the ranks, for one host: run bmtrain-ms prepare before, on each, and name the "
+            "result in data.files"
+        )
+    settings, tokenizer = _with_data(settings)
     told = {"settings": settings.model_dump(mode="json"), "tokenizer": tokenizer, "other_data": arguments.other_data}
     if started:
         os.environ[_RANK] = json.dumps(told)
@@ -115,15 +124,11 @@ def _check_model(settings: Any) -> None:
         raise ConfigError("\n".join(found))
 
 
-def _with_data(settings: Any, rank: int, several_hosts: bool) -> tuple[Any, str | None]:
+def _with_data(settings: Any) -> tuple[Any, str | None]:
     """Settings whose text has become files of tokens, and the tokenizer."""
     data, tokenizer = settings.data, settings.tokenizer.path or settings.model.pretrained
     if not data.text:
         return settings, tokenizer
-    if several_hosts or rank:
-        raise LaunchError(
-            "data.text is prepared on this host alone: prepare it on each host with bmtrain-ms prepare, and name data.files"
-        )
     from bmtrain_ms_base.data.extras import DataError
     from bmtrain_ms_base.data.run_data import RunText, run_data
 
@@ -136,7 +141,8 @@ def _with_data(settings: Any, rank: int, several_hosts: bool) -> tuple[Any, str 
     except OSError as error:
         raise DataError(str(error)) from error
     ready = {"text": [], "handler": None, "template": None, **({"rows": prefix} if data.handler else {"files": [prefix]})}
-    return settings.model_copy(update={"data": data.model_copy(update=ready)}), tokenizer
+    made = settings.tokenizer.model_copy(update={"path": tokenizer, "train": None})
+    return settings.model_copy(update={"data": data.model_copy(update=ready), "tokenizer": made}), tokenizer
 
 
 def _be_a_rank() -> int:

@@ -202,3 +202,15 @@ def test_a_run_that_diverges_keeps_what_it_was_computed_from(folder: Path) -> No
         assert found["ids"].shape == (8, 32)
     log = log_of(folder, "bad")
     assert sum(r["skipped"] for r in log) == 2 and os.path.exists(folder / "bad" / "config.toml")
+
+
+def test_under_a_launcher_it_joins_the_ranks_that_there_are(folder: Path) -> None:
+    """What is wrong is said once."""
+    words = ["launch", "-n", "2", "-m", "bmtrain_ms_cli", "pretrain"]
+    code, text = command(folder, *words, "whole/config.toml", "--out=joined", "--save.export=false")
+    assert code == 0, text
+    same(log_of(folder, "joined"), log_of(folder, "whole"), 2e-4)
+    code, text = command(folder, *words, "run.toml", "--out=never")
+    assert code == 2 and text.count("data.text is prepared by who starts the ranks") == 1
+    code, text = command(folder, *words, "whole/config.toml", "--out=never", "--train.stepz=1")
+    assert code == 2 and text.count("did you mean steps?") == 1
