@@ -332,8 +332,8 @@ class Trainer:
         now = self.batches.position(resumed.step) if hasattr(self.batches, "position") else None
         if before is not None and now is not None and before != now:
             raise ValueError(
-                f"{resumed.path} was saved after batch {before['next_batch'] - 1}, with {before['left_out'] or 'none'} left out; "
-                f"with those that are to be left out now {resumed.step} steps end at batch {now['next_batch'] - 1}: leave out "
+                f"{resumed.path} was saved after batch {before['last_batch']}, with {before['left_out'] or 'none'} left out; "
+                f"with those that are to be left out now {resumed.step} steps end at batch {now['last_batch']}: leave out "
                 "only batches that are still to come, and all that were left out before"
             )
 

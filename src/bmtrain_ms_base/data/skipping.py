@@ -34,8 +34,8 @@ class Skipping:
 
     def position(self, step: int) -> dict[str, Any]:
         """Where a run is that has done so many steps, and what it has left out until then; a run that goes on compares it."""
-        following = self.number(step)
-        return {"next_batch": following, "left_out": [skipped for skipped in self._left_out if skipped < following]}
+        last = self.number(step - 1) if step else -1
+        return {"last_batch": last, "left_out": [skipped for skipped in self._left_out if skipped < last]}
 
     def batch(self, step: int, rank: int = 0, ranks: int = 1) -> Batch:
         """The rows of one rank at one step, counted from 0."""
