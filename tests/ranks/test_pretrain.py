@@ -90,12 +90,10 @@ def test_a_run_is_there_from_text_to_a_model_that_writes(folder: Path) -> None:
     assert code == 0 and text.startswith("the cat")
 
 
-def test_two_ranks_that_are_told_to_stop_go_on_as_if_they_never_had(folder: Path) -> None:
-    """Rows a few at a time, another number of ranks: the same run, to rounding; and its settings again, from what it wrote."""
-    words = ["pretrain", "run.toml", "--ranks", "2", "--out=stopped", "--batch.micro=2", "--log.tensorboard=true"]
-    job = subprocess.Popen(
-        [sys.executable, "-m", "bmtrain_ms_cli", *words], cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
-    )
+def test_a_run_that_is_told_to_stop_goes_on(folder: Path) -> None:
+    words = ["pretrain", "run.toml", "--out=stopped", "--train.steps=60", "--train.eval_every=60", "--save.export=false"]
+    program = [sys.executable, "-m", "bmtrain_ms_cli", *words]
+    job = subprocess.Popen(program, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     log = folder / "stopped" / "log.jsonl"
     deadline = time.monotonic() + 200
     while time.monotonic() < deadline and not (log.exists() and log.read_text().count("\n") >= 2):
@@ -103,11 +101,28 @@ def test_two_ranks_that_are_told_to_stop_go_on_as_if_they_never_had(folder: Path
     job.send_signal(signal.SIGTERM)
     _, errors = job.communicate(timeout=120)
     assert job.returncode == 75, errors
-    assert len(log_of(folder, "stopped")) < 8
+    done = len(log_of(folder, "stopped"))
+    assert done < 60
     code, text = command(folder, *words)
-    assert code == 0 and "going on after step" in text
-    same(log_of(folder, "stopped"), log_of(folder, "whole"), 2e-4)
-    assert list((folder / "stopped" / "tensorboard").glob("events*"))
+    assert code == 0 and f"going on after step {done}" in text
+    assert [r["step"] for r in log_of(folder, "stopped")] == list(range(1, 61))
+    code, text = command(folder, *words, "--train.steps=600")  # which takes the data several times, in another order
+    assert code == 2 and "was saved by a run on other data" in text and "epochs" in text and "--other-data" in text
+
+
+def test_two_ranks_that_went_on_are_the_same_run(folder: Path) -> None:
+    """With rows a few at a time; to rounding."""
+    words = ["pretrain", "run.toml", "--ranks", "2", "--out=two", "--batch.micro=2", "--log.tensorboard=true", "--schedule.end=8"]
+    for steps in (4, 8):
+        code, text = command(folder, *words, f"--train.steps={steps}", "--log.rank_norms=true")
+        assert code == 0, text
+    assert "going on after step 4" in text
+    log = log_of(folder, "two")
+    for record in log:
+        norms = record.pop("rank_norms")
+        assert math.hypot(*norms) == pytest.approx(min(record["grad_norm"], 1.0), rel=1e-3)  # they are those of the clipped ones
+    same(log, log_of(folder, "whole"), 2e-4)
+    assert list((folder / "two" / "tensorboard").glob("events*"))
 
 
 def test_the_same_run_again_has_the_same_bits(folder: Path) -> None:

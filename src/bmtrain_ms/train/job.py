@@ -233,4 +233,6 @@ def _told_in_one_line() -> Iterator[None]:
     try:
         yield
     except ValueError as error:
-        raise error if isinstance(error, _MENDED_BY_USER) else ConfigError(str(error)) from error
+        if isinstance(error, _MENDED_BY_USER):
+            raise
+        raise ConfigError(str(error).replace("resume(other_data=True)", "--other-data")) from error
