@@ -110,6 +110,7 @@ def test_all_that_is_wrong_is_said_at_once() -> None:
         (["data.files=['x']"], "data: give one of text, files, rows, not text and files"),
         (["data.text=['nowhere']"], "data.text: there is no nowhere"),
         (["tokenizer.path=corpus"], "tokenizer: give path, or train, not both"),
+        (["data.split='9,x'"], "data.split: '9,x' must be numbers between commas, as 950,50,0"),
         (["data.template=chatml"], "data.template: it is for conversations; name their data.handler"),
     ],
 )

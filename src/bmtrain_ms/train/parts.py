@@ -215,7 +215,7 @@ def make_batches(settings: Settings) -> RunBatches:
         return RunBatches(Skipping(rows, left_out), None, known.get("vocab_size"))
     ramp = None if batch.ramp_up is None else RampUp(**batch.ramp_up.model_dump())
     names = [str(part) for part in data.files]
-    has_valid = int(data.split.split(",")[1]) > 0 if data.split.count(",") else False
+    has_valid = "," in data.split and float(data.split.split(",")[1]) > 0
     samples = [samples_for(steps, batch.size, ramp), settings.train.eval_batches * batch.size if has_valid else 0, 0]
     cache = None if data.cache is None else Path(data.cache).expanduser()
     told = {"cache": cache, "shared_storage": data.shared_storage}

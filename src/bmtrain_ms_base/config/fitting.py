@@ -54,6 +54,8 @@ def _of_data(settings: Settings) -> Iterator[str]:
         yield "tokenizer.train: it is trained on data.text, which is not given"
     if data.text and tokenizer.path is None and tokenizer.train is None and settings.model.pretrained is None:
         yield "tokenizer: data.text needs one: path, or train = 8000 for a new one"
+    if not all(_is_number(part) for part in data.split.split(",")):
+        yield f"data.split: {data.split!r} must be numbers between commas, as 950,50,0"
     if data.handler is not None and not data.text:
         yield "data.handler: it is of data.text, which is not given; rows are prepared already"
     if data.template is not None and data.handler is None:
