@@ -106,6 +106,18 @@ def peak_mib() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
+def descendants(pid: int) -> list[int]:
+    """A process, and those that it and they have started."""
+    found = [pid]
+    for parent in found:  # which grows
+        for thread in Path(f"/proc/{parent}/task").glob("*/children"):
+            try:
+                found += [int(child) for child in thread.read_text().split()]
+            except OSError:  # it has ended
+                continue
+    return found
+
+
 def report(value: Any) -> None:
     """What a rank found, for `launch`."""
     (Path(os.environ["BENCHMARK_RESULTS"]) / f"{os.getpid()}.json").write_text(json.dumps(value))

@@ -11,8 +11,11 @@ from tests.benchmarks.harness import SIZES, alone, interleaved, report
 EXPERTS, TOP = 8, 2
 
 
-def layer(kind: str, size: Any, world: Any, shared: bool = False) -> Callable[[], None]:
-    """A function that makes one forward and backward pass of a layer (`dense` or `experts`) in a world."""
+def layer(kind: str, size: Any, world: Any, shared: str = "") -> Callable[[], None]:
+    """A function that makes one forward and backward pass of a layer (`dense` or `experts`) in a world.
+
+    `shared`: with a shared expert, of `halves`, or as a `whole`.
+    """
     import mindspore as ms
     import numpy as np
 
@@ -22,11 +25,18 @@ def layer(kind: str, size: Any, world: Any, shared: bool = False) -> Callable[[]
     from bmtrain_ms.model_center.layer import FeedForward
     from bmtrain_ms.nn import MoE
 
+    class Whole(FeedForward):
+        """One that is called as a whole."""
+
+        def construct(self, hidden: Any) -> Any:
+            return super().construct(hidden)
+
     with use_world(world):
         if kind == "dense":
             inner: Any = FeedForward(size.dim, TOP * size.ff)
         else:
-            beside = FeedForward(size.dim, size.ff) if shared else None
+            beside = {"": None, "halves": FeedForward, "whole": Whole}[shared]
+            beside = beside and beside(size.dim, size.ff)
             inner = MoE(size.dim, size.ff, EXPERTS, TOP, shared=beside)
         bms.init_parameters(inner)
         block = bms.Block(inner, use_checkpoint=False, zero_level=2)
@@ -57,22 +67,34 @@ def run_rank(size: str, rounds: int) -> None:
 
 
 def hidden(size: str, rounds: int) -> None:
-    """On a simulated link whose messages take as long as the shared expert: a pass without a link (`free`) and with one, and what
-    its messages take."""
+    """On a simulated link on which tokens travel as long as the shared expert computes, there and back, forward and backward: a
+    pass without a link (`free`), with one, with one where the shared expert cannot be taken apart (`whole`), and what its messages
+    take. Parameters take no time, those of the shared expert neither: they have nothing to do with tokens."""
     import bmtrain_ms as bms
     from bmtrain_ms.comm import FabricEngine, Mesh, RecordingEngine, SimulatedEngine, World
 
+    class TokenFabric(FabricEngine):
+        """A link that only tokens travel on."""
+
+        def _around(self, op: str, label: str, tensors: Any, received: int, work: Any) -> Any:
+            return super()._around(op, label, tensors, received, work) if op == "all_to_all" else work
+
+        def _rewrap(self, inner: Any) -> Any:
+            return TokenFabric(inner, self.latency, self.bandwidth, self._link_free)
+
     bms.init_distributed()
     mesh, recording = Mesh(2, 0, ep=2), RecordingEngine(SimulatedEngine(0, 2))
-    layer("experts", SIZES[size], World(recording, mesh), shared=True)()
+    layer("experts", SIZES[size], World(recording, mesh), shared="halves")()
     moved = sum(event.received for event in recording.events if event.op == "all_to_all")
     half = layer("dense", SIZES[size], alone())  # as long as two shared ones
     link = statistics.median(interleaved({"half": half}, rounds, 3, lambda: None)["half"]) / TOP
     worlds = {
         "free": World(SimulatedEngine(0, 2), mesh),
-        "link": World(FabricEngine(SimulatedEngine(0, 2), 0.0, moved / link), mesh),
+        "link": World(TokenFabric(SimulatedEngine(0, 2), 0.0, moved / link), mesh),
+        "whole": World(TokenFabric(SimulatedEngine(0, 2), 0.0, moved / link), mesh),
     }
-    steps = {name: layer("experts", SIZES[size], world, shared=True) for name, world in worlds.items()}
+    kinds = {name: "whole" if name == "whole" else "halves" for name in worlds}
+    steps = {name: layer("experts", SIZES[size], world, shared=kinds[name]) for name, world in worlds.items()}
     taken = {name: statistics.median(times) for name, times in interleaved(steps, rounds, 3, lambda: None).items()}
     report({**taken, "messages": link})
 

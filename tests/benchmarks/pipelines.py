@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import statistics
 import sys
-from typing import Any, Iterator
+import time
+from typing import Any, Callable, Iterator, Sequence
+from unittest import mock
 
 from tests.benchmarks.harness import SIZES, Size, alone, interleaved, report
 
@@ -50,6 +53,52 @@ class Piped:
 
 
 @contextlib.contextmanager
+def timed(found: dict[str, list[float]]) -> Iterator[None]:
+    """Inside the `with` statement, for each step: the mean seconds of a micro-batch's `forward` and `backward`, and what the step
+    takes `outside` of its schedule."""
+    from bmtrain_ms.parallel.stage import Run
+
+    taken: dict[str, list[float]] = {}
+
+    def around(name: str, original: Callable[..., None]) -> Callable[..., None]:
+        def run(*given: Any) -> None:
+            start = time.perf_counter()
+            original(*given)
+            taken.setdefault(name, []).append(time.perf_counter() - start)
+
+        return run
+
+    original = Piped.step
+
+    def step(piped: Piped) -> None:
+        taken.clear()
+        start = time.perf_counter()
+        original(piped)
+        outside = time.perf_counter() - start - sum(taken["schedule"])
+        for name in ("forward", "backward"):
+            found.setdefault(name, []).append(statistics.mean(taken[name]))
+        found.setdefault("outside", []).append(outside)
+
+    with contextlib.ExitStack() as stack:
+        for name, method in {"forward": "_forward", "backward": "_backward", "schedule": "to_end"}.items():
+            stack.enter_context(mock.patch.object(Run, method, around(name, getattr(Run, method))))
+        stack.enter_context(mock.patch.object(Piped, "step", step))
+        yield
+
+
+def bound(stages: int, m: int, ranks: Sequence[dict[str, Any]]) -> float:
+    """Seconds of a step in which messages take no time, and each stage what it takes here: 1F1B's table with those times, and what
+    the slowest rank does outside of it."""
+    from bmtrain_ms_base.schedule import schedule
+    from bmtrain_ms_base.simulation import simulate
+
+    by_rank = sorted(ranks, key=lambda found: found["rank"])
+    forward, backward = ([found[name] for found in by_rank] for name in ("forward", "backward"))
+    alone = simulate(schedule("1f1b", stages, m), forward=forward, backward=backward, messages="none")
+    return alone.makespan + max(found["outside"] for found in by_rank)
+
+
+@contextlib.contextmanager
 def noted(most: list[int]) -> Iterator[None]:
     """Inside the `with` statement `most[0]` becomes the largest number of bytes that segments keep of micro-batches at once."""
     from bmtrain_ms.parallel.stage import Run
@@ -78,15 +127,24 @@ def run_rank(size: str, rounds: int, what: str) -> None:
     if what.startswith("time"):
         with use_world(alone()):
             whole = Piped(SIZES[size], m)
-        cases = {"whole model, alone": whole.step, "stages, 1F1B": Piped(SIZES[size], m).step}
-        report(interleaved(cases, rounds, 3, lambda: world.everyone.barrier().wait()))
+        piped = Piped(SIZES[size], m)
+        parts: dict[str, list[float]] = {}
+        cases = {"whole model, alone": whole.step, "stages, 1F1B": lambda: piped.step()}
+
+        def barrier() -> None:
+            world.everyone.barrier().wait()
+
+        taken = interleaved(cases, rounds, 3, barrier)
+        with timed(parts):
+            interleaved({"timed": lambda: piped.step()}, rounds, 1, barrier)
+        report({"rank": world.mesh.rank, "steps": taken, **{name: statistics.median(x[1:]) for name, x in parts.items()}})
         return
     found: dict[str, Any] = {"rank": world.mesh.rank}
     for schedule in ("1f1b", "gpipe"):
         piped, most = Piped(SIZES[size], m, schedule, recompute=True), [0]
         with noted(most):
             piped.step()
-        found[schedule], found["layers"] = most[0], len(piped.model.model.layers)
+        found[schedule], found["layers"] = most[0], len(list(piped.model.model.layers))
     report(found)
 
 

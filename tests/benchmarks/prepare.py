@@ -27,7 +27,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 import numpy as np
 
 from bmtrain_ms_base.data import IndexedFile, python_documentation, train_tokenizer
-from tests.benchmarks.harness import environment, table, write_page
+from tests.benchmarks.harness import descendants, environment, table, write_page
 from tests.helpers.ranks import ROOT
 
 SHARE, FLAT = 0.80, 1.10  # wanted: of the tokenizer's speed; of the memory for the small text at most, for the large one
@@ -217,18 +217,6 @@ def processor_time() -> float:
     """Seconds that processes which have ended, and those that they had started, have used."""
     usage = resource.getrusage(resource.RUSAGE_CHILDREN)
     return usage.ru_utime + usage.ru_stime
-
-
-def descendants(pid: int) -> list[int]:
-    """A process, and those that it and they have started."""
-    found = [pid]
-    for parent in found:  # which grows
-        for thread in Path(f"/proc/{parent}/task").glob("*/children"):
-            try:
-                found += [int(child) for child in thread.read_text().split()]
-            except OSError:  # it has ended
-                continue
-    return found
 
 
 def resident(pid: int) -> int:

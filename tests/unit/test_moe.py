@@ -12,7 +12,11 @@ from hypothesis import strategies as st
 from mindspore import Parameter, Tensor
 
 import bmtrain_ms as bms
-from bmtrain_ms.nn import ROUTERS, Linear, MoE, RouterConfig, Routing
+from bmtrain_ms.comm import Engine, Mesh, SimulatedEngine, Work, World, use_world
+from bmtrain_ms.comm.wrappers import Around
+from bmtrain_ms.compat.autograd import custom_vjp
+from bmtrain_ms.model_center.layer import FeedForward
+from bmtrain_ms.nn import ROUTERS, Halves, Linear, MoE, RouterConfig, Routing
 from bmtrain_ms_base.routing import capacity_of, kept_choices
 from tests.unit.test_router import differences, softmax
 
@@ -90,6 +94,111 @@ def hidden(rows: int, seed: int = 0) -> np.ndarray:
 def test_the_layer_and_all_its_gradients(implementation: str, shared: str, block: str):
     options = {"shared": Linear(DIM, DIM, bias=False), "shared_gate": shared == "gated"} if shared else {}
     check(layer(4, 2, **options), hidden(6), shared=shared, block=block)
+
+
+class NotedWork(Work):
+    def __init__(self, inner: Work, noted: list[str], label: str):
+        self.inner, self.noted, self.label, self.outputs = inner, noted, label, inner.outputs
+
+    def done(self) -> bool:
+        return self.inner.done()
+
+    def wait(self) -> list[Tensor]:
+        self.noted.append(f"waits: {self.label}")
+        return self.inner.wait()
+
+
+class NotingEngine(Around):
+    """Notes when tokens begin to travel, and when they are waited for."""
+
+    def __init__(self, inner: Engine, noted: list[str]):
+        super().__init__(inner)
+        self.noted = noted
+
+    def _around(self, op: str, label: str, tensors: Any, received: int, work: Work) -> Work:
+        if op != "all_to_all":
+            return work
+        self.noted.append(f"starts: {label}")
+        return NotedWork(work, self.noted, label)
+
+    def _rewrap(self, inner: Engine) -> Engine:
+        return NotingEngine(inner, self.noted)
+
+
+def noting(noted: list[str], name: str, x: Tensor) -> Tensor:
+    """x; notes when that is computed, and when its gradient is."""
+
+    def forward(x: Tensor) -> tuple[tuple[Tensor, ...], None]:
+        noted.append(name)
+        return (x * 1.0,), None
+
+    def backward(_: Any, __: None, grads: tuple[Tensor, ...]) -> list[Tensor]:
+        noted.append(f"{name}, backward")
+        return [grads[0] * 1.0]
+
+    return custom_vjp(forward, backward, x)[0]
+
+
+class NotedHalves(Halves):
+    def __init__(self, noted: list[str]):
+        super().__init__()
+        self.noted, self.inner = noted, FeedForward(DIM, FF)
+
+    def widen(self, hidden: Tensor) -> Tensor:
+        return noting(self.noted, "widens", self.inner.widen(hidden))
+
+    def narrow(self, inner: Tensor) -> Tensor:
+        return noting(self.noted, "narrows", self.inner.narrow(inner))
+
+
+def test_halves_of_a_shared_layer_are_computed_while_tokens_travel():
+    """There and back, and their gradients likewise."""
+    noted: list[str] = []
+    with use_world(World(NotingEngine(SimulatedEngine(0, 2), noted), Mesh(2, 0, ep=2))):
+        made = MoE(DIM, FF, 4, 2, shared=NotedHalves(noted))
+        bms.init_parameters(made)
+        x = Parameter(Tensor(hidden(6)), name="x")
+        ms.value_and_grad(lambda: made(x * 1.0).sum(), None, [x, *made.trainable_params()])()
+    there, back = "experts, there", "experts, back"
+    forward = [f"starts: {there}", "widens", f"waits: {there}", f"starts: {back}", "narrows", f"waits: {back}"]
+    assert noted[:6] == forward
+    there, back = f"{there}, backward", f"{back}, backward"
+    assert noted[6:] == [
+        f"starts: {back}",
+        "narrows, backward",
+        f"waits: {back}",
+        f"starts: {there}",
+        "widens, backward",
+        f"waits: {there}",
+    ]
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_halves_make_what_the_whole_makes(implementation: str, gated: bool):
+    """To the last bit; what is put around the layer (a hook, a construct of a class's own) is not passed by."""
+
+    class Twice(FeedForward):
+        def construct(self, hidden: Tensor) -> Tensor:
+            return 2.0 * super().construct(hidden)
+
+    found = []
+    for kind in (FeedForward, FeedForward, Twice):
+        shared = kind(DIM, FF)
+        made = layer(4, 2, shared=shared, shared_gate=gated)
+        called: list[int] = []
+
+        def note(cell: Any, inputs: Any, output: Any) -> None:
+            called.append(1)  # noqa: B023  (of this round)
+
+        if len(found) == 1:
+            shared.register_forward_hook(note)
+        params = made.trainable_params()
+        value, grads = ms.value_and_grad(lambda made=made: made(Tensor(hidden(6))), None, params)()
+        assert called == ([1] if len(found) == 1 else [])
+        found.append([value.asnumpy(), *(g.asnumpy() for g in grads)])
+    for halves, whole in zip(*found[:2]):
+        np.testing.assert_array_equal(halves, whole)
+    assert not np.array_equal(found[0][0], found[2][0])
 
 
 @pytest.mark.parametrize("name", ["grok-1", "deepseek-v2", "deepseek-v3"])

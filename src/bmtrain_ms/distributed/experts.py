@@ -23,8 +23,8 @@ Tensors = tuple[Tensor, ...]
 class Exchange:
     """One way of tokens to their experts and back.
 
-    `send`, `receive`, `give_back` and `combine` are called once each, in this order; whatever is computed between `send` and
-    `receive` is computed while the tokens travel, and in backward while their gradients do.
+    `send`, `receive`, `give_back`, `returned` and `combine` are called once each, in this order. Whatever is computed between
+    `send` and `receive`, or between `give_back` and `returned`, is computed while rows travel, and in backward while gradients do.
 
     Args:
         engine: the ranks over which experts are divided.
@@ -80,18 +80,33 @@ class Exchange:
         return custom_vjp(forward, backward, ticket)[0]
 
     def give_back(self, rows: Tensor) -> Tensor:
-        """What the experts have made of the rows that `receive` returned, back at the ranks of the tokens: for `combine`."""
+        """Start to send what the experts have made of the rows that `receive` returned to the ranks of the tokens.
+
+        Returns:
+            What `returned` is to be given, as of `send`.
+        """
         plan = self.plan
 
         def forward(rows: Tensor) -> tuple[Tensors, None]:
             self._start(chosen().take_rows(rows, plan.back), "experts, back")
-            return (self._arrived(),), None
+            return (from_host(np.zeros(1, np.float32)),), None
 
-        def backward(_: Tensors, __: None, grads: Tensors) -> Tensors:
-            self._start(grads[0], "experts, back, backward")
+        def backward(_: Tensors, __: None, ___: Tensors) -> Tensors:
             return (chosen().take_rows(self._arrived(), plan.arrived),)
 
         return custom_vjp(forward, backward, rows)[0]
+
+    def returned(self, ticket: Tensor) -> Tensor:
+        """What the experts have made of this rank's tokens, for `combine`."""
+
+        def forward(_: Tensor) -> tuple[Tensors, None]:
+            return (self._arrived(),), None
+
+        def backward(_: Tensors, __: None, grads: Tensors) -> list[None]:
+            self._start(grads[0], "experts, back, backward")
+            return [None]
+
+        return custom_vjp(forward, backward, ticket)[0]
 
     def combine(self, rows: Tensor, weights: Tensor) -> Tensor:
         """(tokens, dim): for each token the sum of what its experts made, times weights (tokens, k) float32; in float32."""
@@ -102,6 +117,6 @@ class Exchange:
 
     def _arrived(self) -> Tensor:
         if self._under_way is None:
-            raise RuntimeError("nothing is under way: an Exchange is used once, send, receive, give_back, combine")
+            raise RuntimeError("nothing is under way: an Exchange is used once, send, receive, give_back, returned, combine")
         (_, work), self._under_way = self._under_way, None
         return work.wait()[0]

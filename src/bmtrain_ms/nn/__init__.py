@@ -6,7 +6,7 @@ from . import functional
 from .dropout import Dropout
 from .linear import Linear
 from .lora import LoRALinear, add_lora, freeze, merge_lora, thaw, weight_of
-from .moe import ExpertLinear, Experts, MoE
+from .moe import ExpertLinear, Experts, Halves, MoE
 from .router import ROUTERS, Choice, Router, RouterConfig, Routing, update_router_bias
 from .tensor_parallel import (
     ColumnParallelLinear,
@@ -33,6 +33,7 @@ __all__ = [
     "Dropout",
     "ExpertLinear",
     "Experts",
+    "Halves",
     "Linear",
     "LoRALinear",
     "MoE",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Callable
 
 import mindspore as ms
 from mindspore import Tensor, nn, ops
@@ -12,12 +12,30 @@ from bmtrain_ms_base.mesh import nearest_divisors
 from bmtrain_ms_base.routing import DROP_POLICIES, capacity_of, kept_choices
 
 from ..comm import Engine, world
+from ..compat.cells import is_only_construct
 from ..compat.runtime import host_array
 from ..distributed import Exchange
 from ..zero import DistributedModule, DistributedParameter, ParameterInitializer, empty, init
 from . import functional
 from .linear import Linear
 from .router import ROUTERS, Choice, Router, RouterConfig, Routing
+
+
+class Halves(nn.Cell):
+    """A layer of two halves, `narrow(widen(x))`. As the shared layer of `MoE` it is computed one half while tokens travel to their
+    experts, the other on their way back."""
+
+    def construct(self, hidden: Tensor) -> Tensor:
+        """hidden (tokens, dim) -> (tokens, dim)."""
+        return self.narrow(self.widen(hidden))
+
+    def widen(self, hidden: Tensor) -> Tensor:
+        """The first half: hidden (tokens, dim) -> anything."""
+        raise NotImplementedError
+
+    def narrow(self, inner: Tensor) -> Tensor:
+        """The second half: what `widen` returned -> (tokens, dim)."""
+        raise NotImplementedError
 
 
 class ExpertLinear(DistributedModule):
@@ -94,7 +112,7 @@ class Experts(nn.Cell):
 
 
 class MoE(nn.Cell):
-    """A router, experts, and maybe a dense layer that all tokens use, which is computed while tokens travel to their experts.
+    """A router, experts, and maybe a dense layer of all tokens, which is computed while they travel to their experts and back.
 
     Parameters are called `gate.weight` (and `gate.e_score_correction_bias`), `experts.gate_proj.weight`, `experts.up_proj.weight`
     and `experts.down_proj.weight`, which are Hugging Face's names without the number of the expert, (experts, out, in);
@@ -109,7 +127,8 @@ class MoE(nn.Cell):
         experts: on all ranks; `init_distributed(ep_size=...)` says over how many they are divided.
         top_k: how many experts a token uses.
         router: how they are chosen.
-        shared: a Cell, (rows, dim) -> (rows, dim), whose result is added; None: none.
+        shared: a Cell, (rows, dim) -> (rows, dim), whose result is added; None: none. Also on the tokens' way back something is
+            computed if it is a `Halves`, as `FeedForward` is.
         shared_gate: that result is multiplied with the sigmoid of a projection of the hidden states.
         capacity: an expert computes at most ceil(tokens * top_k / experts * capacity) tokens of each rank; None: all.
         drop: which ones it keeps: those with the highest weights (`probs`), or the first (`position`).
@@ -168,9 +187,12 @@ class MoE(nn.Cell):
         choice = self.gate(hidden, routing)
         exchange = Exchange(self.experts.engine, choice.experts, self._kept(choice), self.gate.experts)
         ticket = exchange.send(hidden)
-        shared = self._shared(hidden)
+        first, second = self._shared()
+        inner = first(hidden)
         rows = self.experts(exchange.receive(ticket), exchange.counts)
-        out = exchange.combine(exchange.give_back(rows), choice.weights)
+        ticket = exchange.give_back(rows)
+        shared = second(hidden, inner)
+        out = exchange.combine(exchange.returned(ticket), choice.weights)
         return out if shared is None else out + shared
 
     def _kept(self, choice: Choice) -> Any:
@@ -181,7 +203,17 @@ class MoE(nn.Cell):
         weights = host_array(choice.weights) if self.drop == "probs" else None
         return kept_choices(choice.experts, choice.tokens, limit, weights)
 
-    def _shared(self, hidden: Tensor) -> Tensor | None:
-        if self.shared_expert is not None and self.shared_expert_gate is not None:
-            return self.shared_expert(hidden) * ops.sigmoid(self.shared_expert_gate(hidden))
-        return None if self.shared_experts is None else self.shared_experts(hidden)
+    def _shared(self) -> tuple[Callable[[Tensor], Any], Callable[[Tensor, Any], Tensor | None]]:
+        """What the shared layer does while tokens travel to their experts: hidden -> anything; and then on their way back: that ->
+        its result. One that cannot be taken apart does all of it on the way there."""
+        layer = self.shared_expert if self.shared_experts is None else self.shared_experts
+        if layer is None:
+            return lambda hidden: None, lambda hidden, inner: None
+        gate = self.shared_expert_gate
+
+        def gated(hidden: Tensor, out: Tensor) -> Tensor:
+            return out if gate is None else out * ops.sigmoid(gate(hidden))
+
+        if isinstance(layer, Halves) and type(layer).construct is Halves.construct and is_only_construct(layer):
+            return layer.widen, lambda hidden, inner: gated(hidden, layer.narrow(inner))
+        return layer, gated

@@ -192,8 +192,11 @@ class Run:
         """Sums are float32 from the first micro-batch on: in bfloat16 256 + 1 is 256."""
         with no_grad():
             for i, grad in grads.items():
-                grad = grad * 1.0 if grad.dtype == ms.float32 else grad.astype(ms.float32)
                 before = self.sums.get(i)
+                if grad.dtype != ms.float32:
+                    grad = grad.astype(ms.float32)
+                elif before is None:
+                    grad = grad * 1.0  # which is added to, while others may have this one
                 self.sums[i] = grad if before is None else add_(before, grad)
 
     def _send(self, action: Action, source: dict[Place, Tensor]) -> None:

@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import mindspore as ms
-from mindspore import Tensor, nn
+from mindspore import Tensor
 
-from ...nn import ColumnParallelLinear, Linear, RowParallelLinear, functional, projections
+from ...nn import ColumnParallelLinear, Halves, Linear, RowParallelLinear, functional, projections
 
 
-class FeedForward(nn.Cell):
+class FeedForward(Halves):
     """down_proj(silu(gate_proj x) * up_proj x) (ModelCenter: `FeedForward` with `gated_silu`; Shazeer, 2020).
 
     Args:
@@ -34,6 +34,10 @@ class FeedForward(nn.Cell):
         self.gate_proj, self.up_proj = ColumnParallelLinear.of(self.gate_proj), ColumnParallelLinear.of(self.up_proj)
         self.down_proj = RowParallelLinear.of(self.down_proj)
 
-    def construct(self, hidden: Tensor) -> Tensor:
-        """hidden (tokens, dim_in) -> (tokens, dim_in)."""
-        return self.down_proj(functional.swiglu(*projections(hidden, self.gate_proj, self.up_proj)))
+    def widen(self, hidden: Tensor) -> Tensor:
+        """hidden (tokens, dim_in) -> (tokens, dim_ff), what the inner layer has made of it."""
+        return functional.swiglu(*projections(hidden, self.gate_proj, self.up_proj))
+
+    def narrow(self, inner: Tensor) -> Tensor:
+        """(tokens, dim_ff), from `widen` -> (tokens, dim_in)."""
+        return self.down_proj(inner)
