@@ -99,13 +99,13 @@ def traced(folder: Path) -> list[dict[str, Any]]:
         raise SystemExit(f"{' '.join(command)} ended with {done.returncode}\n{done.stdout}\n{done.stderr[-4000:]}")
     events = json.loads((folder / "trace.json").read_text())["traceEvents"]
     spans = [event for event in events if event["ph"] == "X" and event["pid"] == 0]
-    last = max(span["args"]["step"] for span in spans if span["cat"] == "reduce")
+    last = max(span["args"]["step"] for span in spans if span["name"].startswith("reduce_scatter"))
     return [span for span in spans if span["args"]["step"] == last]
 
 
 def hidden(spans: Sequence[dict[str, Any]]) -> tuple[float, int]:
     """How much of the reduces' time lies behind computation, and how many there are."""
-    reduces = [span for span in spans if span["cat"] == "reduce" and "reduce_scatter" in span["name"]]
+    reduces = [span for span in spans if span["name"].startswith("reduce_scatter")]
     computed = merged([(span["ts"], span["ts"] + span["dur"]) for span in spans if span["cat"] == "compute"])
     within = total = 0.0
     for start, end in merged([(span["ts"], span["ts"] + span["dur"]) for span in reduces]):

@@ -129,3 +129,21 @@ def test_parameters_of_two_worlds_in_one_block_are_refused():
 def test_an_unknown_axis_is_refused():
     with pytest.raises(ValueError, match="sharded along shard or edp, not along 'tp'"):
         bms.DistributedParameter(np.ones(3, np.float32), along="tp")
+
+
+@pytest.mark.parametrize("use_checkpoint", [True, False])
+def test_groups_of_a_block_are_gathered_ahead_together(use_checkpoint: bool):
+    """Both of the next Block's, while one computes: otherwise the second would wait behind this one's reduces."""
+    here = World(RecordingEngine(SingleEngine()), Mesh(1, 0), prefetch=1)
+    with use_world(here):
+        blocks = bms.TransformerBlockList(bms.Block(Both(), use_checkpoint, 3) for _ in range(3))
+        blocks.update_parameters_name("")
+        params, x = blocks.trainable_params(), Tensor(np.ones((2, 3), np.float32))
+        for _ in range(2):
+            here.engine.events.clear()
+            context_of(here).pipeline.meter.reset_peak()
+            ms.value_and_grad(lambda x: blocks(x).sum(), None, params)(x)
+    steps = "g0 g0 g1 g1 g2 g2 | g2 g2 g1 g1 r2 r2 g0 g0 r1 r1 r0 r0".replace("| ", "").split()
+    operations = {"g": "all_gather", "r": "reduce_scatter"}
+    assert here.engine.calls() == [(operations[step[0]], step[1]) for step in steps]
+    assert context_of(here).pipeline.meter.peak == 2 * sum(group.full_nbytes for group in blocks[0].groups)

@@ -11,6 +11,7 @@ import numpy as np
 from mindspore import Tensor, ops
 
 from ..compat.autograd import custom_vjp
+from . import fused
 from .device_experts import choose_experts, dot_rows, grouped_linear, spread_rows, sum_rows, take_rows
 from .device_loss import loss_gradient, loss_sums
 from .rules import GELU, GELU_CUBE, Angles
@@ -212,6 +213,9 @@ def _quarter_turn(dim: int) -> Tensor:
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | Seen | None, scale: float | None, softcap: float | None) -> Tensor:
     """See `bmtrain_ms.ops.attention`."""
     scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else scale
+    out = fused.attention(q, k, v, mask, scale, softcap)
+    if out is not None:
+        return out
     mask = mask.tensor(q.shape[2] // mask.queries) if isinstance(mask, Seen) else mask
 
     def forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensors, tuple[Tensor, Tensor | None]]:

@@ -34,6 +34,7 @@ class Seen:
         self.window = None if window is None or window >= keys else window
         self._starts = None if documents is None else first_of_each(documents)
         self._tensors: dict[int, Tensor] = {}
+        self._hidden: Tensor | None = None
 
     @property
     def causal(self) -> bool:
@@ -60,6 +61,32 @@ class Seen:
         if self._real is not None:
             allowed = allowed & self._real[:, None, first:last]
         return first, last, allowed
+
+    def ends(self, most: int) -> tuple[int, ...] | None:
+        """Where documents end, counted through all rows: of 3, 2 and 4 tokens 3, 5, 9. None where what is seen depends on more,
+        where a document does not lie in one piece, and where there are more than `most`."""
+        starts = self._starts
+        if starts is None or self._real is not None or self.window is not None or self.queries != self.keys:
+            return None
+        if (np.diff(starts, axis=1) < 0).any():
+            return None
+        first = starts == np.arange(self.keys)
+        ends = [*np.flatnonzero(first.reshape(-1))[1:].tolist(), starts.size]
+        return tuple(ends) if len(ends) <= most else None
+
+    def hidden(self) -> Tensor:
+        """(batch, 1, queries, keys) uint8, or (queries, keys) where all rows are the same: 1 where a query does not see a key, but
+        for itself, which it always sees here; made once."""
+        if self._hidden is None:
+            first, last, allowed = self.block(slice(0, self.queries))
+            if allowed is None:
+                allowed = np.tril(np.ones((self.queries, self.keys), bool), self.keys - self.queries)[None]
+            hidden = np.ones((allowed.shape[0], self.queries, self.keys), np.uint8)
+            hidden[:, :, first:last][allowed] = 0
+            hidden[:, np.arange(self.queries), np.arange(self.keys - self.queries, self.keys)] = 0
+            with no_grad():
+                self._hidden = from_host(hidden[0] if len(hidden) == 1 else hidden[:, None])
+        return self._hidden
 
     def tensor(self, repeats: int = 1) -> Tensor:
         """What is added to the scores of groups of `repeats` heads: (1 or batch, 1, repeats * queries, keys) float32; made once."""

@@ -37,7 +37,7 @@ class Copies:
         """Nobody needs them any more."""
         for gathered in self._gathered:
             self._pass.forget(gathered)
-            self._pipeline.leave(gathered)
+        self._pipeline.leave(self._gathered)
         self._gathered = []
 
     def keep(self) -> None:
@@ -50,7 +50,7 @@ class Copies:
         """Their memory is let go of until backward, but a recorded graph refers to it."""
         for gathered in self._gathered:
             self._pass.keep(gathered)
-            self._pipeline.park(gathered)
+        self._pipeline.park(self._gathered)
 
     def tensors(self) -> list[Tensor]:
         """The full tensors, those of the first group first; waits for them."""

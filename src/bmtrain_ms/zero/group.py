@@ -58,6 +58,7 @@ class ParamGroup:
     Attributes:
         params: in the order in which they travel.
         label: for messages and event lists, e.g. `layers.3`.
+        block: the same for all groups of a Block, which are gathered ahead together.
         engine: among the ranks that share the parameters.
         wires: how each travels; None: as it is.
         shapes, full_sizes: of the full tensors.
@@ -68,8 +69,8 @@ class ParamGroup:
         own: where in it this rank's pieces are.
     """
 
-    def __init__(self, params: Sequence[Sharded], label: str):
-        self.params = list(params)
+    def __init__(self, params: Sequence[Sharded], label: str, block: object = None):
+        self.params, self.block = list(params), self if block is None else block
         self._details = [f"{p.name} {p.full_shape} {p.dtype}" for p in self.params]
         self.label = Label(label, self._details)
         self.world = self.params[0].world

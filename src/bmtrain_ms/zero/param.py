@@ -278,7 +278,7 @@ class DistributedParameter(Parameter):
                     gathered.verify()
                 return full
             finally:
-                context.pipeline.leave(gathered)
+                context.pipeline.leave([gathered])
 
         context.note_gather(self)
         if not (recording() and self.requires_grad):

@@ -1,4 +1,4 @@
-"""When groups are gathered: on time at the latest, and one group ahead where the order is known.
+"""When groups are gathered: on time at the latest, and those of one Block ahead where the order is known.
 
 The order is learnt while it happens: after group A came group B last time, so while A computes, B is gathered. A wrong guess costs
 a gather, never a result: what was gathered for nothing is dropped before anything else is gathered. The guesses depend only on
@@ -56,7 +56,7 @@ class _Order:
 
 
 class GatherPipeline:
-    """Decides which groups are FULL; at most `1 + prefetch` of them, besides small ones and those that ZeRO-2 keeps."""
+    """Decides which groups are FULL; those of at most `1 + prefetch` Blocks, besides small ones and those that ZeRO-2 keeps."""
 
     def __init__(self, pool: BufferPool, prefetch: int):
         if prefetch < 0:
@@ -147,16 +147,18 @@ class GatherPipeline:
             if before is None and self._last is not None and self._last[0] is Phase.EVAL:
                 self.parameters_changed()
 
-    def leave(self, gathered: Gathered) -> None:
-        """The call is over, and nobody needs the copy."""
-        if self.holds(gathered):
-            return
-        gathered.release()
-        self._after_release()
+    def leave(self, copies: Iterable[Gathered]) -> None:
+        """The call is over, and nobody needs the copies."""
+        released = [gathered for gathered in copies if not self.holds(gathered)]
+        for gathered in released:
+            gathered.release()
+        if released:
+            self._after_release()
 
-    def park(self, gathered: Gathered) -> None:
-        """The call is over, but the graph refers to the copy's memory, which is filled again before backward."""
-        if gathered.park():
+    def park(self, copies: Iterable[Gathered]) -> None:
+        """The call is over, but the graph refers to the copies' memory, which is filled again before backward."""
+        parked = [gathered.park() for gathered in copies]
+        if any(parked):
             self._after_release()
 
     def end_sequence(self) -> None:
@@ -232,23 +234,28 @@ class GatherPipeline:
         return None if group is None or phase in self._order(group).starts else (phase, group)
 
     def _gather_ahead(self, visit: Visit, running: ParamGroup | None) -> None:
-        counted = 0
+        first = visit[0]
+        counted = [(first, visit[1].block)]  # of which groups are gathered ahead, behind the one that is visited
         for depth in range(self.prefetch * _MOST_AHEAD):
             previous, following = visit, self._following(visit)
-            if counted == self.prefetch or following is None:
+            if following is None:
                 return
             visit = following
             phase, group = visit
+            another = (phase, group.block) != counted[-1]
+            if another and len(counted) > self.prefetch:
+                return
             if self._held.get(group) is not None:
                 continue
-            counted += group.full_nbytes >= _SMALL * self._largest
+            if another and group.full_nbytes >= _SMALL * self._largest:
+                counted.append((phase, group.block))
             if depth < len(self._ahead):
                 continue
             if phase is not previous[0] and depth > 0:
                 return  # the forward pass that leads to this backward visit is still ahead
             if not group.engine.lands_in_place and self._stretch is None and phase is not Phase.BACKWARD:
                 return
-            if group is running:
+            if running is not None and (group is running or (group.block is running.block and phase is not first)):
                 return  # its own copy is still FULL: gathered ahead when that is released
             # of the pass that is under way: a guess, where it is another one whose backward pass comes next
             parked = self._pass.parked(group) if phase is Phase.BACKWARD else None

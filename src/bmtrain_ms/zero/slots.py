@@ -61,10 +61,10 @@ class Slots:
     def groups(self) -> list[ParamGroup]:
         """The parameters, by the axis that they are sharded along; made at the first call, when they have their final names."""
         if None in self._groups or not self._groups:  # None: this is a copy, whose parameters are others
-            self._groups = []
+            self._groups, block = [], object()
             for along in dict.fromkeys(p.along for p in self.params):
                 params = [p for p in self.params if p.along == along]
-                self._groups.append(ParamGroup(params, _common_prefix([p.name for p in params])))
+                self._groups.append(ParamGroup(params, _common_prefix([p.name for p in params]), block))
         return self._groups
 
     @property
