@@ -29,7 +29,7 @@ from bmtrain_ms_base.launchers import FUSED_ATTENTION
 
 from ..compat.autograd import no_grad
 from ..compat.device import on_host, rehearsed
-from ..compat.runtime import from_host
+from ..compat.runtime import from_host, host_array
 from .seen import NOT_SEEN, Seen
 
 WIDEST, MULTIPLE, DOCUMENTS, COMPRESSED = 512, 16, 1024, 2048
@@ -71,9 +71,7 @@ def operation() -> Optional[Callable[..., Tensor]]:
         raise ValueError(f"{FUSED_ATTENTION}={word!r}: write 0 for attention without flash_attention_score, or 1")
     if word == "0":
         return None
-    if rehearsed():
-        return stand_in
-    return ops.flash_attention_score if ms.get_context("device_target") == "Ascend" else None
+    return stand_in if rehearsed() else ops.flash_attention_score
 
 
 def _widened(x: Tensor, width: int) -> Tensor:
@@ -137,7 +135,7 @@ def _hidden(asked: dict[str, Any], queries: int, keys: int) -> np.ndarray:
     if asked["attn_mask"] is None:
         return np.zeros((queries, keys), bool)
     if asked["sparse_mode"] == 1:
-        return asked["attn_mask"].asnumpy().astype(bool)
+        return host_array(asked["attn_mask"]).astype(bool)
     if asked["input_layout"] == "BNSD":
         return np.triu(np.ones((queries, keys), bool), keys - queries + 1)
     hidden, start = np.ones((queries, keys), bool), 0
@@ -153,7 +151,7 @@ def _refuse(asked: dict[str, Any]) -> None:
     heads = 1 if packed or asked["input_layout"] == "BNSD" else -1
     ends = asked["actual_seq_qlen"], asked["actual_seq_kvlen"]
     square = mask is not None and tuple(mask.shape) == (COMPRESSED, COMPRESSED)
-    upper = _triangle().asnumpy() if mode == 3 else None
+    upper = host_array(_triangle()) if mode == 3 else None
     whole = {(q.shape[-2], k.shape[-2]), (q.shape[0], 1, q.shape[-2], k.shape[-2])}
     wrong = {
         "another layout than BNSD and TND": heads < 0,
@@ -166,7 +164,7 @@ def _refuse(asked: dict[str, Any]) -> None:
         "a mask of another type than bool or uint8": mask is not None and mask.dtype not in (ms.bool_, ms.uint8),
         "a mask in a mode without one, or none in one": (mask is None) != (mode == 0),
         "another mode than 0, 1 and 3": mode not in (0, 1, 3),
-        "a mask that is not the compressed triangle": mode == 3 and not (square and np.array_equal(mask.asnumpy(), upper)),
+        "a mask that is not the compressed triangle": mode == 3 and not (square and np.array_equal(host_array(mask), upper)),
         "a mask that is not of all pairs": mode == 1 and tuple(mask.shape) not in whole,
         "ends without packed rows, or packed rows without": ends.count(None) != (0 if packed else 2),
         "packed rows without the compressed triangle": packed and mode != 3,
