@@ -14,7 +14,7 @@ from mindspore import Tensor
 import bmtrain_ms as bms
 from bmtrain_ms.model_center import Spread, spread
 from bmtrain_ms.model_center.layer import KeyValueCache, Positions, RotaryEmbedding, cache
-from bmtrain_ms.model_center.model import Llama, LlamaConfig
+from bmtrain_ms.model_center.model import Llama, LlamaConfig, Mistral, MistralConfig
 from bmtrain_ms.nn.functional import cross_entropy
 
 SIZES = {"vocab_size": 37, "dim_model": 24, "num_heads": 4, "num_heads_kv": 2, "dim_ff": 40, "num_layers": 2}
@@ -24,7 +24,10 @@ pytestmark = pytest.mark.usefixtures("single_world")
 
 def seen(positions: Positions, heads: int = 1, repeats: int = 1, window: Any = None) -> np.ndarray:
     """(batch, queries, keys) bool, after it was seen that all heads are alike."""
-    keys, told = positions.offset + positions.length, positions.within(window)
+    told, before = positions.within(window), positions.offset
+    if window is not None and window < before + positions.length:
+        before = min(before, window - 1)  # what a cache keeps
+    keys = before + positions.length
     if told is None:
         return np.ones((positions.batch, positions.length, keys), bool)
     mask = told.tensor(repeats).asnumpy()
@@ -33,7 +36,7 @@ def seen(positions: Positions, heads: int = 1, repeats: int = 1, window: Any = N
         if window is not None:  # nothing that no query sees
             assert last - first <= rows.stop - rows.start + window - 1
         whole = np.zeros((mask.shape[0], rows.stop - rows.start, keys), bool)
-        causal = np.tril(np.ones((positions.length, keys), bool), positions.offset)[None, rows, first:last]
+        causal = np.tril(np.ones((positions.length, keys), bool), before)[None, rows, first:last]
         whole[:, :, first:last] = causal if allowed is None else allowed
         np.testing.assert_array_equal(whole, mask[:, 0, rows] == 0)
     every = np.broadcast_to(mask, (positions.batch, heads, repeats * positions.length, keys))
@@ -62,6 +65,8 @@ def test_the_mask_is_the_definition(batch, length, offset, heads, repeats, padde
     if window is not None:
         expected = expected & (np.arange(keys)[None, None] > offset + np.arange(length)[None, :, None] - window)
     expected = np.broadcast_to(expected & (real[:, None] if padded else True), (batch, length, keys))
+    if window is not None and window < keys:
+        expected = expected[:, :, max(0, offset - window + 1) :]  # which a cache keeps
     np.testing.assert_array_equal(seen(positions, heads, repeats, window), expected)
 
 
@@ -178,6 +183,46 @@ def test_the_cache_returns_what_was_put_in(dtype, lengths, batch, heads):
             for j in range(2):
                 np.testing.assert_array_equal(got[j].asnumpy(), np.concatenate([p[j] for p in parts[: i + 1]], 2))
     assert kept.length == sum(lengths)
+
+
+@pytest.mark.usefixtures("_device")
+@settings(max_examples=25, deadline=None)
+@given(lengths=st.lists(st.integers(1, 7), min_size=1, max_size=12), window=st.integers(1, 6), turns=st.booleans())
+def test_a_window_keeps_what_is_seen_and_no_more(lengths, window, turns):
+    """Memory for two windows, whatever the length; rows are reordered in between (beams)."""
+    random = np.random.default_rng(0)
+    kept, all_of_it = KeyValueCache(sum(lengths)), np.zeros((2, 1, 0, 3), np.float32)
+    for n in lengths:
+        new = random.standard_normal((2, 1, n, 3)).astype(np.float32)
+        before = all_of_it.shape[2]
+        all_of_it = np.concatenate((all_of_it, new), 2)
+        (got,) = kept.layer(0).update(Tensor(new), window=window)
+        np.testing.assert_array_equal(got.asnumpy(), all_of_it[:, :, max(0, before - window + 1) :])
+        if turns:
+            kept.reorder(np.array([1, 0]))
+            all_of_it = all_of_it[::-1]
+    assert kept.length == sum(lengths)
+    assert kept.layer(0)._buffers[0]._shape[2] == min(sum(lengths), 2 * window)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_tokens_behind_a_window_are_those_of_one_pass(padded):
+    """Step by step and in pieces, far beyond the window."""
+    model = Mistral(MistralConfig(**SIZES, window=3))
+    bms.init_parameters(model)
+    ids = np.random.default_rng(0).integers(0, 37, (2, 12)).astype(np.int32)
+    real = np.ones((2, 12), bool)
+    real[0, :4] = not padded
+    whole = model(Tensor(ids), padding=Tensor(real) if padded else None).asnumpy()
+    for pieces in ([1] * 12, [5, 1, 1, 1, 4], [2, 9, 1]):
+        kept, start, parts = KeyValueCache(12), 0, []
+        for n in pieces:
+            stop = start + n
+            marks = Tensor(real[:, :stop]) if padded else None
+            parts.append(model(Tensor(ids[:, start:stop]), padding=marks, cache=kept).asnumpy())
+            start = stop
+        found = np.concatenate(parts, 1)
+        np.testing.assert_allclose(found[real], whole[real], rtol=0, atol=1e-5 * np.abs(whole).max())
 
 
 @pytest.mark.usefixtures("_device")

@@ -151,7 +151,7 @@ def _refuse(asked: dict[str, Any]) -> None:
     heads = 1 if packed or asked["input_layout"] == "BNSD" else -1
     ends = asked["actual_seq_qlen"], asked["actual_seq_kvlen"]
     square = mask is not None and tuple(mask.shape) == (COMPRESSED, COMPRESSED)
-    upper = host_array(_triangle()) if mode == 3 else None
+    upper = host_array(_triangle())
     whole = {(q.shape[-2], k.shape[-2]), (q.shape[0], 1, q.shape[-2], k.shape[-2])}
     wrong = {
         "another layout than BNSD and TND": heads < 0,

@@ -96,7 +96,7 @@ class Attention(nn.Cell):
         q = functional.split_heads(q, batch, self.num_heads, angles)
         k, v = functional.split_heads(k, batch, self.num_heads_kv, angles), functional.split_heads(v, batch, self.num_heads_kv)
         if cache is not None:
-            k, v = cache.update(k, v)
+            k, v = cache.update(k, v, window=self.window)
         repeats = self.num_heads // self.num_heads_kv
         q = functional.reshape(q, (batch, self.num_heads_kv, repeats * length, self.dim_head))
         mixed = functional.attention(q, k, v, positions.within(self.window), self.scale, self.softcap)

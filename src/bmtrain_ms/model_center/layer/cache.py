@@ -48,40 +48,60 @@ class LayerCache:
 
     Args:
         capacity: the most positions per row.
+
+    Attributes:
+        length: positions of each row so far.
     """
 
     def __init__(self, capacity: int):
         self.capacity, self.length = capacity, 0
+        self._held = 0  # positions in the buffers, the last ones
         self._buffers: list[_Buffer] = []
 
-    def update(self, *new: Tensor) -> tuple[Tensor, ...]:
+    def update(self, *new: Tensor, window: int | None = None) -> tuple[Tensor, ...]:
         """Append keys and values, or whatever else a layer keeps per position.
 
         Args:
             new: each (batch, heads, length, dim); always as many, and of the same shapes but for the length.
+            window: of a layer whose tokens see so many positions at most, themselves included: others are not kept. Memory is there
+                for two windows then, so that positions are moved to its beginning only once in a while. Always the same.
 
         Returns:
-            For each of them (batch, heads, length so far, dim), in order of the positions.
+            For each of them (batch, heads, positions, dim), in order: all so far, or those that the first of the new ones sees, and
+            the new ones.
 
         Raises:
             ValueError: it would be more than the capacity, or shapes differ from those before.
         """
-        start, end = self.length, self.length + new[0].shape[2]
-        if end > self.capacity:
+        more = new[0].shape[2]
+        if self.length + more > self.capacity:
             raise ValueError(
-                f"a KeyValueCache of capacity {self.capacity} that holds {start} positions has no room for {end - start} more: "
-                f"KeyValueCache({end}) has"
+                f"a KeyValueCache of capacity {self.capacity} that holds {self.length} positions has no room for {more} more: "
+                f"KeyValueCache({self.length + more}) has"
             )
-        self._buffers = self._buffers or [_Buffer(x, self.capacity) for x in new]
+        room = self.capacity if window is None else min(self.capacity, 2 * window)
+        self._buffers = self._buffers or [_Buffer(x, room) for x in new]
+        seen = self._held if window is None else min(self._held, window - 1)
+        before, end = self._held - seen, self._held + more
         for buffer, x in zip(self._buffers, new):
-            buffer.write(start, x)
-        self.length = end
-        return tuple(buffer.first(end) for buffer in self._buffers) if start else new
+            buffer.check(x)
+        self.length += more
+        if end <= room:
+            for buffer, x in zip(self._buffers, new):
+                buffer.write(self._held, x)
+            self._held = end
+            return tuple(buffer.read(before, end) for buffer in self._buffers) if end > more else new
+        assert window is not None
+        joined = tuple(buffer.followed_by(before, self._held, x) for buffer, x in zip(self._buffers, new))
+        self._held = min(window - 1, seen + more)
+        for buffer, x in zip(self._buffers, joined):
+            buffer.write(0, x[:, :, seen + more - self._held :])
+        return joined
 
     def reorder(self, rows: np.ndarray) -> None:
         """See `KeyValueCache.reorder`."""
         for buffer in self._buffers:
-            buffer.reorder(rows, self.length)
+            buffer.reorder(rows, self._held)
 
 
 class _Buffer:
@@ -96,14 +116,18 @@ class _Buffer:
         else:
             self._tensor = ops.zeros(self._shape, like.dtype)
 
-    def write(self, start: int, new: Tensor) -> None:
-        batch, heads, length, dim = new.shape
+    def check(self, new: Tensor) -> None:
+        """Raise ValueError where new positions do not fit to those before."""
+        batch, heads, _, dim = new.shape
         begun = self._shape[0], self._shape[1], self._shape[3]
         if (batch, heads, dim) != begun:
             raise ValueError(
                 f"this KeyValueCache was begun with (batch, heads, dim) {begun}, and this pass has {(batch, heads, dim)}: "
                 "make a new one"
             )
+
+    def write(self, start: int, new: Tensor) -> None:
+        length = new.shape[2]
         if self._tensor is None:
             self._array[:, :, start : start + length] = values(new)
         else:
@@ -115,7 +139,13 @@ class _Buffer:
         else:
             self._tensor[:, :, :length] = self._tensor[:, :, :length][from_host(rows.astype(np.int32))]
 
-    def first(self, length: int) -> Tensor:
+    def read(self, start: int, stop: int) -> Tensor:
         if self._tensor is None:
-            return from_host(np.ascontiguousarray(self._array[:, :, :length]))
-        return self._tensor[:, :, :length]
+            return from_host(np.ascontiguousarray(self._array[:, :, start:stop]))
+        return self._tensor[:, :, start:stop]
+
+    def followed_by(self, start: int, stop: int, new: Tensor) -> Tensor:
+        """What `read` returns, and behind it the new positions."""
+        if self._tensor is None:
+            return from_host(np.concatenate((self._array[:, :, start:stop], values(new)), 2))
+        return ops.cat((self._tensor[:, :, start:stop], new), 2)

@@ -139,12 +139,13 @@ class Positions:
 
         What is padding counts as a place of the window, as in Hugging Face's models.
         """
-        keys = self.offset + self.length
-        window = None if window is None or window >= keys else window
-        if self._real is None and self._documents is None and self.length == 1 and window is None:
-            return None  # the last position sees everything
+        window = None if window is None or window >= self.offset + self.length else window
+        before = self.offset if window is None else min(self.offset, window - 1)  # which a cache keeps
+        if self._real is None and self._documents is None and self.length == 1:
+            return None  # the last position sees everything that is kept
         if window not in self._seen:
-            self._seen[window] = functional.Seen(self.length, keys, self._real, self._documents, window)
+            real = None if self._real is None else self._real[:, self.offset - before :]
+            self._seen[window] = functional.Seen(self.length, before + self.length, real, self._documents, window)
         return self._seen[window]
 
 
