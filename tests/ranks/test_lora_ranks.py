@@ -7,14 +7,17 @@ import re
 from pathlib import Path
 from typing import Any, Callable
 
+import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
 import bmtrain_ms as bms
 from bmtrain_ms.comm import World, use_world
-from bmtrain_ms.model_center import Spread, save_adapters, spread
+from bmtrain_ms.compat.autograd import no_grad
+from bmtrain_ms.files.errors import CheckpointError
+from bmtrain_ms.model_center import Spread, Stages, load_adapters, save_adapters, spread
 from bmtrain_ms.model_center.model import DeepseekV2, DeepseekV2Config, Llama, LlamaConfig
-from bmtrain_ms.nn import add_lora
+from bmtrain_ms.nn import add_lora, merge_lora
 from tests.helpers.layouts import SIZES, Case, batch_of, parts, whole
 from tests.ranks.test_layouts import compare
 
@@ -89,3 +92,58 @@ def test_adapters_are_those_of_one_rank(run_ranks: Callable[..., list[Any]], tmp
         assert (saved[f"base_model.model.{name}"] == values).all()
     configs = [json.loads((tmp_path / ranks / "adapter_config.json").read_text()) for ranks in ("one", "many")]
     assert configs[0] == configs[1] and configs[0]["r"] == 3
+
+
+def reloaded(world: World, case: Case, folder: Path, late: bool) -> dict[str, Any]:
+    """Adapters of files in front of a batch's loss, and the plain model that they are merged into."""
+    with use_world(case.world(world)) as here:
+        model, batch = Llama(LlamaConfig(**SIZES, num_heads_kv=2)), batch_of(0, here.mesh.dp_rank, case.dp)
+        bms.init_parameters(model)
+        if late:
+            spread(model, case.how, case.stages)
+            paths = load_adapters(model, folder)
+        else:
+            paths = load_adapters(model, folder)
+            spread(model, case.how, case.stages)
+        with no_grad():
+            adapted = bms.sum_loss(model.loss(*batch)).asnumpy().item()
+            merged = merge_lora(model)
+            again = bms.sum_loss(model.loss(*batch)).asnumpy().item()
+        values = parts({p.name: (p.layout, p) for p in model.get_parameters()})
+        return {"adapted": adapted, "again": again, "paths": paths, "merged": merged, "values": values}
+
+
+@pytest.mark.parametrize("case", [Case(dp=2), Case(tp=2), Case(tp=4), Case(pp=2)], ids=str)
+def test_adapters_of_files_are_loaded_and_merged_on_any_layout(run_ranks: Callable[..., list[Any]], tmp_path: Path, case: Case):
+    """Before the model is spread, or after."""
+    run_ranks(1, trained, case=Case(), folder=tmp_path)
+    (right,) = run_ranks(1, reloaded, case=Case(), folder=tmp_path, late=False)
+    assert right["adapted"] == pytest.approx(right["again"], rel=1e-6) and not any(
+        ".lora_" in name for name in whole([right["values"]])
+    )
+    for late in (False, True):
+        answers = run_ranks(case.ranks, reloaded, case=case, folder=tmp_path, late=late)
+        assert sorted({path for answer in answers for path in answer["paths"]}) == sorted(right["paths"])
+        for answer in answers:
+            assert answer["merged"] == len(answer["paths"])
+            assert [answer["adapted"], answer["again"]] == pytest.approx([right["adapted"]] * 2, rel=1e-6)
+        found, expected = whole([answer["values"] for answer in answers]), whole([right["values"]])
+        assert found.keys() == expected.keys()
+        for name, values in found.items():
+            np.testing.assert_allclose(values, expected[name], rtol=0, atol=1e-6, err_msg=name)
+
+
+def misfit(world: World, folder: Path) -> str:
+    with use_world(Case(pp=2).world(world)):
+        model = spread(Llama(LlamaConfig(**{**SIZES, "num_layers": 3}, num_heads_kv=2)), stages=Stages())
+        names = [p.name for p in model.get_parameters()]
+        with pytest.raises(CheckpointError) as caught:
+            load_adapters(model, folder)
+        assert names == [p.name for p in model.get_parameters()]
+        return str(caught.value)
+
+
+def test_adapters_that_no_stage_has_a_layer_for_are_refused_on_all(run_ranks: Callable[..., list[Any]], tmp_path: Path):
+    run_ranks(1, trained, case=Case(), folder=tmp_path)
+    told = run_ranks(2, misfit, folder=tmp_path)
+    assert told[0] == told[1] and "has other adapters than its adapter_config.json says of this Llama" in told[0]

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from typing import Any
 
+import mindspore as ms
 import numpy as np
 import pytest
 from mindspore import Tensor
 
 import bmtrain_ms as bms
+from bmtrain_ms.comm import Mesh, RecordingEngine, SimulatedEngine, SingleEngine, World, use_world
+from bmtrain_ms.compat.autograd import no_grad
 from bmtrain_ms.model_center import spread
 from bmtrain_ms.model_center.generation import choose, generate, stop_strings
 from bmtrain_ms.model_center.layer import KeyValueCache
 from bmtrain_ms.model_center.model import Llama, LlamaConfig
+from bmtrain_ms.zero import context_of, unwritten
 from tests.golden.models import FOLDER, NEW_TOKENS, PROMPTS, SEARCHES
 from tests.unit.test_families import model_of
 
@@ -67,6 +71,45 @@ def test_greedy_is_the_argmax_of_every_prefix(model):
     for _ in range(6):
         expected.append(int(model(Tensor(np.array([expected], np.int32))).asnumpy()[0, -1].argmax()))
     assert generate(model, [prompt], 6) == [expected[3:]]
+
+
+def test_logits_of_the_last_position_only(model):
+    ids = Tensor(np.random.RandomState(0).randint(0, 37, (2, 5)).astype(np.int32))
+    found, whole = model(ids, last_only=True).asnumpy(), model(ids).asnumpy()
+    assert found.shape == (2, 1, 37)
+    np.testing.assert_allclose(found, whole[:, -1:], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("spreads", [False, True])
+def test_what_a_rank_has_all_of_is_not_copied(spreads):
+    """While tokens are made; before and afterwards parameters are gathered, written and trained as ever."""
+    world = World(RecordingEngine(SingleEngine()), Mesh(1, 0))
+    with use_world(world):
+        made = Llama(LlamaConfig(**SIZES, init_std=0.3))
+        made = spread(made) if spreads else made
+        bms.init_parameters(made)
+        ids = Tensor(np.array([[3, 1, 4]], np.int32))
+        made(ids)
+        assert any(op == "all_gather" for op, _ in world.engine.calls())
+        first = generate(made, [[3, 1, 4]], 4)
+        world.engine.events.clear()
+        assert generate(made, [[3, 1, 4]], 4) == first
+        assert world.engine.calls() == [] and context_of(world).pipeline.meter.current == 0
+        _, grads = ms.value_and_grad(made.loss, None, made.trainable_params())(ids, ids)
+        assert all(grad.asnumpy().any() for grad in grads)
+        for p in made.get_parameters():
+            p.copy_full(np.zeros(p.full_shape, np.float32))
+        assert not made(ids).asnumpy().any() and generate(made, [[3, 1, 4]], 2) == [[0, 0]]
+
+
+def test_what_several_ranks_have_parts_of_is_gathered():
+    world = World(RecordingEngine(SimulatedEngine(0, 2)), Mesh(2, 0))
+    with use_world(world):
+        made = Llama(LlamaConfig(**SIZES))
+        bms.init_parameters(made)
+        with unwritten(made), no_grad():
+            made(Tensor(np.array([[3, 1, 4]], np.int32)))
+    assert {label for op, label in world.engine.calls() if op == "all_gather"} >= {p.name for p in made.get_parameters()}
 
 
 def test_prompts_of_different_lengths_do_not_disturb_each_other(model):

@@ -133,6 +133,7 @@ class StagedModel:
         padding: Optional[Tensor] = None,
         cache: Optional[KeyValueCache] = None,
         documents: Optional[Tensor] = None,
+        last_only: bool = False,
     ) -> Tensor:
         """What calling the model returns, on every rank: the last stage sends it to all. No gradients.
 
@@ -144,8 +145,9 @@ class StagedModel:
                 "manager.backward(model.loss, *batch); calling it, or model.loss, is for evaluation and generation"
             )
         batch = self._batch(input_ids, padding, cache, documents)
+        batch.positions.last_only = last_only
         found = self._ran.evaluate(self._forward_table(1), [batch])
-        shape = (*input_ids.shape, self.model.config.vocab_size)
+        shape = (input_ids.shape[0], batch.positions.wanted, self.model.config.vocab_size)
         return self._from_last(found[0] if found else from_host(np.zeros(shape, self._dtype)), "logits")
 
     # Pieces #

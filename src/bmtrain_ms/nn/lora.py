@@ -60,18 +60,6 @@ class LoRALinear(Linear):
         """What it becomes over tensor-parallel ranks that have some of the columns of x each."""
         return _LoRARow(self)
 
-    def merged(self) -> Linear:
-        """A `Linear` with W + scale * B A in the place of W. All ranks call it together."""
-        plain = Linear(self.in_features, self.out_features, self.has_bias, self.parameter("weight").dtype)
-        take_over(self, plain)
-        weight: Any = plain.parameter("weight")
-        with no_grad():
-            a, b = (host_array(child_table(self)[name].parameter("weight").gather()) for name in ("lora_A", "lora_B"))
-            dtype = host_array(weight.gather()).dtype
-            whole_weight = host_array(weight.gather()).astype("float32") + self.scale * (b.astype("float32") @ a.astype("float32"))
-            weight.copy_full(from_host(whole_weight.astype(dtype)))
-        return plain
-
 
 class _LoRAColumn(ColumnParallelLinear):
     """A's result, of this rank's part of the rows, travels to all ranks, which have a part of B each."""
@@ -111,6 +99,9 @@ class _LoRARow(RowParallelLinear):
     def construct(self, x: Tensor) -> Tensor:
         """See `RowParallelLinear`."""
         return super().construct(x) + adapted(self, x)
+
+
+_ADAPTED = (LoRALinear, _LoRAColumn, _LoRARow)
 
 
 def _settings_of(linear: LoRALinear, made: Any) -> None:
@@ -161,7 +152,7 @@ def add_lora(
     blocks = _blocks_of(model)
     if any(block.mode == "PIPE" for block in blocks):
         raise ValueError("layers in a PipelineTransformerBlockList cannot be given adapters: give them to the layers it is made of")
-    found = [(name, parent, key) for name, parent, key, cell in _children(model) if _fits(cell) and re.search(pattern, name)]
+    found = _found(model, pattern)
     if not (any_rank(world().everyone, bool(found), "layers to adapt") if blocks else found):
         known = sorted({name.rsplit(".", 1)[-1] for name, _, _, cell in _children(model) if _fits(cell)})
         raise ValueError(f"no Linear layer has {pattern!r} in its path; the last parts of those that there are: {', '.join(known)}")
@@ -177,27 +168,24 @@ def add_lora(
 
 
 def merge_lora(model: nn.Cell) -> int:
-    """Put what adapters add into the weights, and the plain layers back; before the model is spread. All ranks call it together.
+    """Put what adapters add into the weights, W + scale * B A, and the plain layers back; before a model is spread or after. An
+    optimizer of the adapters has nothing to do any more. All ranks call it together.
 
     Returns:
-        How many there were.
-
-    Raises:
-        ValueError: the model has been spread.
+        How many there were; in a pipeline those of this rank's stages.
     """
-    refuse_spread(model, "adapters are merged")
-    found = [(name, parent, key, cell) for name, parent, key, cell in _children(model) if isinstance(cell, LoRALinear)]
+    found = [(name, parent, key, cell) for name, parent, key, cell in _children(model) if isinstance(cell, _ADAPTED)]
     for name, parent, key, cell in found:
-        _exchange(parent, key, cell.merged(), name)
+        weight: Any = cell.parameter("weight")
+        with no_grad():
+            a, b = (host_array(child_table(cell)[part].parameter("weight").gather_all()) for part in ("lora_A", "lora_B"))
+            values = host_array(weight.gather_all())
+            added = cell.scale * (b.astype("float32") @ a.astype("float32"))
+            weight.copy_full(from_host((values.astype("float32") + added).astype(values.dtype)))
+        _exchange(parent, key, _plain_layer(cell), name)
+    for block in _blocks_of(model):
+        block.accept_changes()
     return len(found)
-
-
-def refuse_spread(model: nn.Cell, what: str) -> None:
-    """Raise ValueError where a model has been spread."""
-    if _blocks_of(model):
-        raise ValueError(
-            f"this {type(model).__name__} has been spread, and {what} before: make or load it anew, and spread it then"
-        )
 
 
 def freeze(model: nn.Cell, pattern: str = "") -> list[str]:
@@ -227,6 +215,15 @@ def _blocks_of(model: nn.Cell) -> list[Block]:
     return [cell for _, cell in model.cells_and_names() if isinstance(cell, Block)]
 
 
+def layers_to_adapt(model: nn.Cell, pattern: str) -> list[str]:
+    """The paths of the layers that `add_lora` would give adapters on this rank."""
+    return [name for name, _, _ in _found(model, pattern)]
+
+
+def _found(model: nn.Cell, pattern: str) -> list[tuple[str, nn.Cell, str]]:
+    return [(name, parent, key) for name, parent, key, cell in _children(model) if _fits(cell) and re.search(pattern, name)]
+
+
 def _fits(cell: nn.Cell) -> bool:
     """Whether it is a linear layer, or one that `spread` has divided."""
     if type(cell) is RowParallelLinear:
@@ -246,6 +243,22 @@ def _adapted_layer(layer: Any, *settings: Any) -> Any:
         made = whole_layer.as_column(layer.gather_output, weight.tp_parts)
         made.gather_input = layer.gather_input
     made.chunks = layer.chunks
+    _keep_parameters(layer, made)
+    return made
+
+
+def _plain_layer(layer: Any) -> Any:
+    """Without an adapter, of the same parameters, and divided as the layer is."""
+    weight, has_bias = layer.parameter("weight"), parameter_table(layer).get("bias") is not None
+    sizes = layer.in_features, layer.out_features, has_bias, weight.dtype
+    if isinstance(layer, LoRALinear):
+        made: Any = Linear(*sizes)
+    elif isinstance(layer, ColumnParallelLinear):
+        made = ColumnParallelLinear(*sizes, layer.gather_output, parts=weight.tp_parts)
+        made.gather_input, made.chunks = layer.gather_input, layer.chunks
+    else:
+        made = RowParallelLinear(*sizes)
+        made.chunks = layer.chunks
     _keep_parameters(layer, made)
     return made
 

@@ -11,6 +11,7 @@ from .module import DistributedModule
 from .param import DistributedParameter, empty
 from .passes import Pass
 from .replay import Replay
+from .unwritten import unwritten
 
 __all__ = [
     "Block",
@@ -29,4 +30,5 @@ __all__ = [
     "init",
     "init_parameters",
     "undisturbed",
+    "unwritten",
 ]

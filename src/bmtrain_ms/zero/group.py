@@ -122,6 +122,11 @@ class ParamGroup:
         """What tells later whether one of the shards was written."""
         return prints(p.on_host.bytes for p in self.params)
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether this rank has all of it, in host memory and as it is computed with."""
+        return self.engine.size == 1 and self.engine.lands_in_place and not any(self.wires)
+
     def _hop(self, index: int, hop: int) -> Engine | None:
         """Over which ranks a gradient is averaged next; None: there are no others."""
         if hop < 2:
@@ -189,6 +194,7 @@ class Gathered:
     def __init__(self, group: ParamGroup, pool: BufferPool, meter: Meter):
         self.group, self._pool, self._meter = group, pool, meter
         self.state = ShardState.SHARD
+        self._counted = 0  # bytes, by the meter
         self._work: Work | None = None
         self._buffer: HostBuffer | None = None
         self._landing: list[np.ndarray] = []  # padded full, flat, on the host
@@ -212,8 +218,14 @@ class Gathered:
             self._work = self.group.engine.all_gather(shards, landing, self.group.label)
         else:
             self._work = self.group.engine.all_gather(self._device_pieces(), label=self.group.label)
-        self.state = ShardState.FULL
-        self._meter.add(self.group.full_nbytes)
+        self.state, self._counted = ShardState.FULL, self.group.full_nbytes
+        self._meter.add(self._counted)
+
+    def share(self) -> None:
+        """Have the full tensors be the parameters' own memory, of a group that is whole: nobody may write them until `release`."""
+        group = self.group
+        arrays = (p.on_host.array[:n].reshape(shape) for p, n, shape in zip(group.params, group.full_sizes, group.shapes))
+        self._tensors, self.state = [from_host(x) for x in arrays], ShardState.FULL
 
     def tensors(self) -> list[Tensor]:
         """The full tensors, in the group's order; waits for them."""
@@ -316,7 +328,8 @@ class Gathered:
             self._work, self._travelling = None, []
         if self.state is ShardState.FULL:
             self.state = ShardState.SHARD
-            self._meter.add(-self.group.full_nbytes)
+            self._meter.add(-self._counted)
+            self._counted = 0
 
     def _allocate(self) -> None:
         group = self.group

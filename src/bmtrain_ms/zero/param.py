@@ -259,15 +259,20 @@ class DistributedParameter(Parameter):
             raise ValueError(f"parameter {self.name} has full shape {self.layout.whole}, the values {tuple(full.shape)}")
         self.set_shard(from_host(self.layout.cut(values).astype(numpy_dtype(self.dtype), copy=False)))
 
+    @property
+    def alone(self) -> ParamGroup:
+        """What `gather` gathers."""
+        if self._alone is None or self._alone.params[0] is not self:  # a clone has its original's
+            self._alone = ParamGroup([self], self.name)
+        return self._alone
+
     def gather(self) -> Tensor:
         """The full tensor, gathered now, on all ranks together; its gradient is reduced to this rank's shard of the mean.
 
         Every call gathers again (BMTrain: the same). It is a copy, which lives as long as somebody refers to it: the parameter does
         not see what is written into it.
         """
-        if self._alone is None or self._alone.params[0] is not self:  # a clone has its original's
-            self._alone = ParamGroup([self], self.name)
-        group, context = self._alone, context_of(self.world)
+        group, context = self.alone, context_of(self.world)
         phase = Phase.FORWARD if recording() else Phase.EVAL
 
         def take(*_: Tensor) -> tuple[Tensor, ...]:

@@ -94,10 +94,17 @@ class GatherPipeline:
         return gathered
 
     @contextlib.contextmanager
-    def hold(self, groups: Iterable[ParamGroup]) -> Iterator[None]:
+    def hold(self, groups: Iterable[ParamGroup], share: bool = False) -> Iterator[None]:
         """Inside the `with` statement a copy of these groups stays, once it is gathered, for all passes: what ZeRO-2 is where
-        several micro-batches are under way. Nobody may write the parameters."""
+        several micro-batches are under way. Nobody may write the parameters.
+
+        `share`: nobody would notice either: of groups that are whole no copy is made.
+        """
         added = self._hold(groups)
+        for group in added if share else ():
+            if group.is_whole:
+                shared = self._held[group] = Gathered(group, self.pool, self.meter)
+                shared.share()
         try:
             yield
         finally:

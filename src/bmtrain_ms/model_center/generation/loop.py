@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import inspect
 import reprlib
 from dataclasses import dataclass
 from typing import Any, Callable, Iterator, Optional, Sequence, Union
 
 import mindspore as ms
 import numpy as np
-from mindspore import Tensor
+from mindspore import Tensor, nn
 
 from bmtrain_ms_base.checks import number, whole
 from bmtrain_ms_base.random import key_of, uniform
@@ -16,6 +18,7 @@ from bmtrain_ms_base.random import key_of, uniform
 from ...comm import all_ranks, world
 from ...compat.autograd import no_grad
 from ...compat.runtime import from_host, host_array
+from ...zero import unwritten
 from ..layer import KeyValueCache
 from .beams import Beams
 from .sampling import choose, penalised
@@ -120,7 +123,8 @@ def generate(
     training = model.training
     model.set_train(False)
     try:
-        return _beams(model, given, settings) if settings.beams > 1 else _sampled(model, given, settings, on_token)
+        with unwritten(model) if isinstance(model, nn.Cell) else contextlib.nullcontext():
+            return _beams(model, given, settings) if settings.beams > 1 else _sampled(model, given, settings, on_token)
     finally:
         model.set_train(training)
 
@@ -194,6 +198,8 @@ class _Steps:
 
     def __init__(self, model: Any, prompts: Sequence[np.ndarray], most: int):
         self._model, self._most = model, most
+        takes = inspect.signature(getattr(model, "construct", model)).parameters
+        self._options = {"last_only": True} if "last_only" in takes else {}  # a model of one's own need not know it
         self._ids, self._real = _padded(prompts)
         self._has_padding = not self._real.all()
         self._cache = KeyValueCache(self._ids.shape[1] + most)
@@ -213,7 +219,7 @@ class _Steps:
         for step in range(self._most):
             with no_grad():
                 padding = from_host(self._real) if self._has_padding else None
-                logits = self._model(from_host(self._ids), padding, self._cache)
+                logits = self._model(from_host(self._ids), padding, self._cache, **self._options)
             last = host_array(logits[:, -1].astype(ms.float32))
             _refuse_nan(last, step)
             yield last

@@ -25,6 +25,7 @@ class Positions:
 
     Attributes:
         rows: of hidden states: the tokens, and behind them padding where ranks divide them and there are not enough for all.
+        last_only: nobody wants logits of other positions than each row's last.
 
     Args:
         batch: rows.
@@ -40,7 +41,7 @@ class Positions:
 
     def __init__(self, batch: int, length: int, offset: int = 0, padding: Marks | None = None, documents: Marks | None = None):
         self.batch, self.length, self.offset = batch, length, offset
-        self.rows, self.ranks = batch * length, 1
+        self.rows, self.ranks, self.last_only = batch * length, 1, False
         self._routing: Routing | None = None
         self._real: np.ndarray | None = None  # (batch, offset + length) bool: what is no padding
         self._documents: np.ndarray | None = None  # (batch, length)
@@ -119,6 +120,17 @@ class Positions:
         """x with `rows` rows, of which those that are no tokens have this value."""
         missing = self.rows - x.shape[0]
         return ops.cat((x, ops.full((missing, *x.shape[1:]), value, dtype=x.dtype)), 0) if missing else x
+
+    @property
+    def wanted(self) -> int:
+        """Positions of each row that logits are made of; all of them where ranks have a part of the rows each."""
+        return 1 if self.last_only and self.ranks == 1 else self.length
+
+    def last_of(self, hidden: Tensor) -> Tensor:
+        """Of hidden states those that are wanted."""
+        if self.wanted == self.length:
+            return hidden
+        return functional.reshape(hidden, (self.batch, self.length, -1))[:, -1]
 
     def angles(self, rotary: RotaryEmbedding) -> functional.Angles:
         """What `functional.split_heads` rotates by: each (length, dim / 2), or (batch, 1, length, dim / 2) where rows differ."""

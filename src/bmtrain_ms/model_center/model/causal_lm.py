@@ -134,6 +134,7 @@ class CausalLM(nn.Cell):
         padding: Optional[Tensor] = None,
         cache: Optional[KeyValueCache] = None,
         documents: Optional[Tensor] = None,
+        last_only: bool = False,
     ) -> Tensor:
         """
         Args:
@@ -141,11 +142,13 @@ class CausalLM(nn.Cell):
             padding: (batch, cached + length) bool, False where a token is padding; None: no padding.
             cache: of the tokens before these; takes these up.
             documents: (batch, length) of int, for rows that hold several documents; see `Positions`.
+            last_only: the last position's logits are enough; over tensor-parallel ranks they are all there nevertheless.
 
         Returns:
-            logits (batch, length, vocab_size).
+            logits (batch, length, vocab_size), or (batch, 1, vocab_size).
         """
         positions = Positions.of(input_ids, padding, cache, documents)
+        positions.last_only = last_only
         with undisturbed():
             return self.logits_of(self.model(input_ids.reshape(-1), positions, cache), positions)
 
@@ -189,10 +192,10 @@ class CausalLM(nn.Cell):
             return positions.routed.add_losses(loss, counted)
 
     def logits_of(self, hidden: Tensor, positions: Positions) -> Tensor:
-        """What the encoder returns -> logits (batch, length, vocab_size)."""
-        hidden = self._scaled(hidden)
+        """What the encoder returns -> logits (batch, length or 1, vocab_size)."""
+        hidden = positions.last_of(self._scaled(hidden))
         logits = self.model.embed_tokens.projection(hidden) if self.lm_head is None else self.lm_head(hidden)
-        return functional.reshape(positions.without_padding(logits), (positions.batch, positions.length, -1))
+        return functional.reshape(positions.without_padding(logits), (positions.batch, positions.wanted, -1))
 
     def loss_of(self, hidden: Tensor, targets: Tensor, **options: Any) -> Tensor:
         """What the encoder returns -> the loss of the logits; targets and options as those of `loss`."""

@@ -13,12 +13,13 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
 
 from ...comm import world
+from ...comm.agreement import all_gather_bytes
 from ...compat.runtime import from_host, host_array, numpy_dtype
 from ...files.entries import model_entries
 from ...files.errors import CheckpointError, agree_or_fail
 from ...files.gathering import Whole
 from ...nn import add_lora
-from ...nn.lora import refuse_spread
+from ...nn.lora import layers_to_adapt
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
@@ -59,35 +60,36 @@ def save_adapters(model: nn.Cell, folder: str | Path, base: str = "") -> None:
 
 
 def load_adapters(model: nn.Cell, folder: str | Path) -> list[str]:
-    """Give a plain model the adapters of a folder of PEFT's, and freeze everything else; before it is spread.
+    """Give a model the adapters of a folder of PEFT's, and freeze everything else; before it is spread or after. Every rank reads
+    the folder, all call it together.
 
     Returns:
-        The paths of the layers.
+        The paths of the layers; in a pipeline those of this rank's stages.
 
     Raises:
-        CheckpointError: the folder has no adapters, others than are computed here, or they do not fit the model.
-        ValueError: the model has been spread.
+        CheckpointError: the folder has no adapters, others than are computed here, or they do not fit the model; on every rank,
+            before anything is changed.
     """
-    refuse_spread(model, "adapters of files are loaded")
-    path = Path(folder).expanduser()
-    config = _read_config(path)
+    path, everyone = Path(folder).expanduser(), world().everyone
+    config: dict[str, Any] = {}
+    there: dict[str, np.ndarray] = {}
+    error: BaseException | None = None
     try:
-        there = {name.removeprefix(_PREFIX): values for name, values in load_file(str(path / WEIGHTS)).items()}
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path / WEIGHTS} cannot be read: {error}") from None
+        config = _read_config(path)
+        there = _read_weights(path)
+        _check_shapes(model, there, path)
+    except CheckpointError as caught:
+        error = caught
+    agree_or_fail(everyone, error, f"{path}: its adapters cannot be loaded")
     targets = config["target_modules"]
     pattern = targets if isinstance(targets, str) else rf"(^|\.)({'|'.join(map(re.escape, targets))})$"
-    _check_shapes(model, there, path)
+    _check_names(model, set(there), pattern, path)
     alpha, dropout = config.get("lora_alpha", 8), config.get("lora_dropout", 0.0)
     paths = add_lora(model, pattern, config["r"], alpha, dropout=dropout, rslora=bool(config.get("use_rslora")))
-    ours: dict[str, Any] = {p.name: p for p in model.get_parameters() if _MARK in p.name}
-    if set(ours) != set(there):
-        odd = sorted(set(ours) ^ set(there))
-        raise CheckpointError(
-            f"{path} has other adapters than its {CONFIG} says: {odd[0]} and {len(odd) - 1} more are on one side only"
-        )
-    for name, values in there.items():
-        ours[name].copy_full(from_host(values.astype(host_array(ours[name]).dtype)))
+    for p in model.get_parameters():
+        if _MARK in p.name:
+            ours: Any = p
+            ours.copy_full(from_host(there[p.name].astype(host_array(ours).dtype)))
     return paths
 
 
@@ -130,15 +132,33 @@ def _read_config(path: Path) -> dict[str, Any]:
     return config
 
 
+def _read_weights(path: Path) -> dict[str, np.ndarray]:
+    try:
+        return {name.removeprefix(_PREFIX): values for name, values in load_file(str(path / WEIGHTS)).items()}
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path / WEIGHTS} cannot be read: {error}") from None
+
+
+def _check_names(model: nn.Cell, there: set[str], pattern: str, path: Path) -> None:
+    """Whether the pattern finds the layers, of all ranks, that there are adapters for, and no others."""
+    here = {f"{name}.lora_{part}.weight" for name in layers_to_adapt(model, pattern) for part in "AB"}
+    of_all = all_gather_bytes(world().everyone, json.dumps(sorted(here)).encode(), "layers to adapt")
+    odd = sorted(there.symmetric_difference(name for names in of_all for name in json.loads(names)))
+    if odd:
+        side = "settings, or the model, leave it out" if odd[0] in there else "weights do not have it"
+        told = f"{odd[0]} (its {side}) and {len(odd) - 1} more"
+        raise CheckpointError(f"{path} has other adapters than its {CONFIG} says of this {type(model).__name__}: {told}")
+
+
 def _check_shapes(model: nn.Cell, there: dict[str, np.ndarray], path: Path) -> None:
-    """Before anything is changed."""
+    """Of the layers of this rank."""
     whole: dict[str, Any] = {p.name: p for p in model.get_parameters()}
     for name, values in there.items():
         layer, _, part = name.partition(_MARK)
         weight = whole.get(f"{layer}.weight")
-        if weight is None or part not in ("A.weight", "B.weight"):
-            raise CheckpointError(f"{path} has an adapter {name}, and this {type(model).__name__} no such layer")
-        out_features, in_features = weight.full_shape
+        if weight is None:
+            continue  # another rank's, or nobody's: see `_check_names`
+        out_features, in_features = weight.layout.whole
         size = values.shape[1] if part == "A.weight" else values.shape[0]
         if size != (in_features if part == "A.weight" else out_features):
             raise CheckpointError(
