@@ -86,15 +86,44 @@ def timed(found: dict[str, list[float]]) -> Iterator[None]:
         yield
 
 
-def bound(stages: int, m: int, ranks: Sequence[dict[str, Any]]) -> float:
-    """Seconds of a step in which messages take no time, and each stage what it takes here: 1F1B's table with those times, and what
-    the slowest rank does outside of it."""
+def linked(engine: Any, seconds: float) -> Any:
+    """The engine, with a link between stages on which a message takes so many seconds, without using the CPU. It sets out when its
+    receiver waits for it: on a real one it may be there by then."""
+    from bmtrain_ms.comm import Work
+    from bmtrain_ms.comm.wrappers import Around
+
+    class Late(Work):
+        def __init__(self, inner: Work):
+            self._inner, self._waited, self.outputs = inner, False, inner.outputs
+
+        def done(self) -> bool:
+            return self._waited
+
+        def wait(self) -> list[Any]:
+            outputs = self._inner.wait()
+            time.sleep(0.0 if self._waited else seconds)
+            self._waited = True
+            return outputs
+
+    class Link(Around):
+        def _around(self, op: str, label: str, tensors: Any, received: int, work: Work) -> Work:
+            return Late(work) if op == "recv" else work
+
+        def _rewrap(self, inner: Any) -> Any:
+            return Link(inner)
+
+    return Link(engine)
+
+
+def bound(stages: int, m: int, ranks: Sequence[dict[str, Any]], message: float = 0.0) -> float:
+    """Seconds of a step in which messages take no time, or so much, and each stage what it takes here: 1F1B's table with those
+    times, and what the slowest rank does outside of it."""
     from bmtrain_ms_base.schedule import schedule
     from bmtrain_ms_base.simulation import simulate
 
     by_rank = sorted(ranks, key=lambda found: found["rank"])
     forward, backward = ([found[name] for found in by_rank] for name in ("forward", "backward"))
-    alone = simulate(schedule("1f1b", stages, m), forward=forward, backward=backward, messages="none")
+    alone = simulate(schedule("1f1b", stages, m), forward=forward, backward=backward, messages="buffered", transfer=message)
     return alone.makespan + max(found["outside"] for found in by_rank)
 
 
@@ -120,7 +149,8 @@ def noted(most: list[int]) -> Iterator[None]:
 def run_rank(size: str, rounds: int, what: str) -> None:
     """`time`: steps of the whole model on each rank, and of its stages; `memory`: what stages keep, by schedule."""
     import bmtrain_ms as bms
-    from bmtrain_ms.comm import use_world
+    from bmtrain_ms.comm import World, use_world
+    from bmtrain_ms.comm.agreement import reduce_numbers
 
     stages = int(what.split(":")[1])
     world, m = bms.init_distributed(pipe_size=stages), micro_batches(stages)
@@ -137,9 +167,14 @@ def run_rank(size: str, rounds: int, what: str) -> None:
         taken = interleaved(cases, rounds, 3, barrier)
         with timed(parts):
             interleaved({"timed": lambda: piped.step()}, rounds, 1, barrier)
-        report({"rank": world.mesh.rank, "steps": taken, **{name: statistics.median(x[1:]) for name, x in parts.items()}})
+        found: dict[str, Any] = {name: statistics.median(x[1:]) for name, x in parts.items()}
+        message = reduce_numbers(world.everyone, [found["forward"]], "seconds", op="mean").item() / 4
+        with use_world(World(linked(world.everyone, message), world.mesh, micro_batches=m)):
+            over_link = Piped(SIZES[size], m)
+        over = interleaved({"stages over a link, 1F1B": over_link.step}, rounds, 1, barrier)
+        report({"rank": world.mesh.rank, "steps": taken, "over a link": over, "message": message, **found})
         return
-    found: dict[str, Any] = {"rank": world.mesh.rank}
+    found = {"rank": world.mesh.rank}
     for schedule in ("1f1b", "gpipe"):
         piped, most = Piped(SIZES[size], m, schedule, recompute=True), [0]
         with noted(most):
