@@ -94,6 +94,37 @@ def test_evaluation_and_generation(run_ranks: Run, case: Case):
         assert (answer["tokens"], answer["sampled"]) == (right["tokens"], right["sampled"])
 
 
+def first_only(world: World, case: Case) -> list[float]:
+    """Losses of a training whose batches the first rank of a pipeline has, and what is refused."""
+    with use_world(case.world(world)) as here:
+        model = model_of(case, SIZES)
+        manager = bms.optim.OptimManager()
+        manager.add_optimizer(bms.optim.AdamOptimizer(model.trainable_params(), lr=1e-2))
+        losses, has = [], here.along("pp").rank == 0
+        for step in range(3):
+            batch = masked(batch_of(step, here.mesh.dp_rank, case.dp), uneven=True)
+            documents = Tensor(np.repeat(np.arange(2), batch[0].shape[1] // 2)[None].repeat(len(batch[0]), 0).astype(np.int32))
+            given: list[Any] = [*batch, None, documents]
+            given = given if has or case.stages is None or case.stages.batches == "all" else [None] * 4
+            manager.zero_grad()
+            losses.append(bms.sum_loss(manager.backward(model.loss, *given)).asnumpy().item())
+            losses.append(bms.sum_loss(model.loss(*given)).asnumpy().item())
+            manager.step()
+        if case.stages is not None and case.stages.batches == "first":
+            with pytest.raises(ValueError, match=r"a batch was given to rank\(s\) \[1\], too, of a pipeline with batches='first'"):
+                model.loss(*batch)
+            with pytest.raises(ValueError, match="no batch was given to the first rank of a pipeline with batches='first'"):
+                model.loss(None, None)
+        return losses
+
+
+@pytest.mark.parametrize("case", [Case(pp=2, how=KEPT), Case(pp=2, dp=2), Case(pp=2, tp=2)], ids=str)
+def test_only_the_first_rank_of_a_pipeline_has_a_batch(run_ranks: Run, case: Case):
+    right = run_ranks(case.ranks, first_only, case=case)
+    stages = Stages(micro_batches=2, batches="first")
+    assert run_ranks(case.ranks, first_only, case=replace(case, stages=stages)) == right
+
+
 def overflow(world: World) -> tuple[list[tuple[bool, float, float]], str]:
     """Steps (made, norm, loss scale) in float16, and the error that ends a run whose gradients never are finite."""
     case = Case(pp=2, stages=Stages(micro_batches=2))

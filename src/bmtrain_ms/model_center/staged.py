@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from dataclasses import dataclass, replace
 from typing import Any, Optional, Sequence, Union
 
@@ -13,6 +14,7 @@ from bmtrain_ms_base.checks import whole
 from bmtrain_ms_base.layout import part_of
 
 from ..comm import World
+from ..comm.agreement import all_gather_bytes
 from ..compat.autograd import no_grad, recording
 from ..compat.cells import child_table, parameter_table
 from ..compat.runtime import from_host, host_array
@@ -34,10 +36,12 @@ class Stages:
     embedding and the head, as `Et*3|tt|t,L`.  `schedule`: `1f1b`, `gpipe` or `interleaved`; None: interleaved where a rank has
     several chunks, 1f1b otherwise.  `chunks`: stages of each rank (v); stage s is chunk s // p of rank s % p.  `micro_batches`:
     into how many a rank's batch is divided by rows (m); None: what `init_distributed(num_micro_batches=)` says.  `group`: of
-    `interleaved`: how many micro-batches pass a chunk before they pass the next one.
+    `interleaved`: how many micro-batches pass a chunk before they pass the next one.  `batches`: which ranks of a pipeline have
+    one: `all`, which pass the same; or the `first` only, from which the others, who pass None for each tensor of the loss, get it.
 
     Raises:
-        ValueError: an unknown schedule, or a number below 1. When a model is spread: layers or micro-batches do not fit.
+        ValueError: an unknown schedule or other words, or a number below 1. When a model is spread: layers or micro-batches do not
+            fit.
     """
 
     layout: Union[str, Sequence[int], None] = None
@@ -45,8 +49,11 @@ class Stages:
     chunks: int = 1
     micro_batches: Optional[int] = None
     group: Optional[int] = None
+    batches: str = "all"
 
     def __post_init__(self) -> None:
+        if self.batches not in ("all", "first"):
+            raise ValueError(f"batches must be 'all' or 'first', not {self.batches!r}")
         whole("chunks", self.chunks, 1)
         if self.micro_batches is not None:
             whole("micro_batches", self.micro_batches, 1)
@@ -92,7 +99,7 @@ class StagedModel:
     def __init__(self, model: Any, how: Stages, recompute: bool, world: World, hold: bool):
         self.model, self.encoder, self.table, self.world = model, _encoder_of(model), how.table(world), world
         context_of(world).divide(rows_differ=False)
-        self._recompute, self._hold = recompute, hold
+        self._recompute, self._hold, self._from_first = recompute, hold, how.batches == "first"
         self._pipe = world.along("pp")
         layers = list(self.encoder.layers)
         self.plan = stages.divide(len(layers), self.table.p, self.table.v, how.layout)
@@ -151,6 +158,25 @@ class StagedModel:
         return self._from_last(found[0] if found else from_host(np.zeros(shape, self._dtype)), "logits")
 
     # Pieces #
+
+    def given(self, *tensors: Any) -> tuple[Any, ...]:
+        """The tensors, or None, that this rank was given, or the first one of the pipeline where only that has any.
+
+        Raises:
+            ValueError: the first rank of the pipeline has no batch, or another one has; on all of them.
+        """
+        if not self._from_first:
+            return tensors
+        mine = {str(i): host_array(x) for i, x in enumerate(tensors) if x is not None}
+        packed = io.BytesIO()
+        np.savez(packed, **mine)
+        parts = all_gather_bytes(self._pipe, packed.getvalue() if mine else b"", "batch")
+        others = [rank for rank, part in enumerate(parts) if bool(part) != (rank == 0)]
+        if others:
+            what = "no batch was given to the first rank" if 0 in others else f"a batch was given to rank(s) {others}, too,"
+            raise ValueError(f"{what} of a pipeline with batches='first': give it to the first one, and None to the others")
+        with np.load(io.BytesIO(parts[0])) as found:
+            return tuple(from_host(found[str(i)]) if str(i) in found else None for i in range(len(tensors)))
 
     @property
     def _ran(self) -> Stage:
@@ -280,7 +306,7 @@ class StagedModel:
 
 class StagedLoss(Scheduled):
     """`loss` of a model in pipeline stages: arguments and result are those that the model's own had, the result the same on every
-    rank of the pipeline, which all pass the same rows.
+    rank of the pipeline, which all pass the same rows, or None (`Stages.batches`).
 
     The batch is divided into micro-batches by rows. The mean is over all tokens that count, whatever micro-batch they are in.
     """
@@ -290,8 +316,8 @@ class StagedLoss(Scheduled):
 
     def __call__(
         self,
-        input_ids: Tensor,
-        targets: Tensor,
+        input_ids: Optional[Tensor],
+        targets: Optional[Tensor],
         padding: Any = None,
         documents: Any = None,
         weight: float = 1.0,
@@ -308,6 +334,7 @@ class StagedLoss(Scheduled):
                 "manager.backward(model.loss, *batch), and not a function that calls it"
             )
         reduction, rest = options.pop("reduction", "mean"), options
+        input_ids, targets, padding, documents = self._staged.given(input_ids, targets, padding, documents)
         number = min(self._staged.table.m, input_ids.shape[0])
         per_token = {**rest, "reduction": "none" if reduction == "none" else "sum"}
         batches = self._staged.batches(number, input_ids, targets, padding, documents, per_token)
@@ -330,14 +357,15 @@ class StagedLoss(Scheduled):
         self,
         params: Sequence[Parameter],
         scale: float,
-        input_ids: Tensor,
-        targets: Tensor,
+        input_ids: Optional[Tensor],
+        targets: Optional[Tensor],
         padding: Any = None,
         documents: Any = None,
         weight: float = 1.0,
         reduction: str = "mean",
         **options: Any,
     ) -> tuple[Tensor, list[Tensor]]:
+        input_ids, targets, padding, documents = self._staged.given(input_ids, targets, padding, documents)
         number, rows = self._staged.table.m, input_ids.shape[0]
         if rows < number:
             raise ValueError(
