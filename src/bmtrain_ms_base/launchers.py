@@ -11,6 +11,7 @@ from . import board as boards
 FOLDERS = "BMTRAIN_MS_FOLDERS"  # ranks of one host as if they were on several: the working folder of each, separated by colons
 FUSED_ATTENTION = "BMTRAIN_MS_FUSED_ATTENTION"  # 0: not by MindSpore's flash_attention_score, where a device has none
 REHEARSE = "BMTRAIN_MS_REHEARSE"  # asks every rank to rehearse on CPU what a device would run: see `init_distributed`
+TERMINAL = "BMTRAIN_MS_TERMINAL"  # 1: what ranks write to stderr is shown on a terminal, by the launcher
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from types import FrameType
 from typing import Any, Mapping, Sequence
 
 from bmtrain_ms_base import system
-from bmtrain_ms_base.launchers import FOLDERS, REHEARSE, forget_launchers
+from bmtrain_ms_base.launchers import FOLDERS, REHEARSE, TERMINAL, forget_launchers
 from bmtrain_ms_base.system import has_ascend
 
 from . import hosts as several
@@ -125,7 +125,7 @@ def launch(
             "--with msrun starts Ascend ranks, and this host has no Ascend device; start CPU ranks with: bmtrain-ms launch -n "
             f"{ranks} {' '.join(script)}"
         )
-    more = {**(variables or {}), **({REHEARSE: "1"} if rehearse else {})}
+    more = {**(variables or {}), **({REHEARSE: "1"} if rehearse else {}), TERMINAL: str(int(sys.stderr.isatty()))}
     if folders:
         more[FOLDERS] = _checked_folders(folders, ranks, launcher, hosts)
         script = script if script[0] == "-m" else [str(Path(script[0]).absolute()), *script[1:]]

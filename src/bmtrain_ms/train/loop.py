@@ -11,7 +11,6 @@ from typing import Any, Callable, Sequence
 
 import numpy as np
 from mindspore import Tensor, nn
-from tqdm import tqdm
 
 from bmtrain_ms_base.checks import number, whole
 from bmtrain_ms_base.data import Batch, Batches, changes
@@ -27,6 +26,7 @@ from .evaluate import mean_loss
 from .faults import Faults, keep_batch
 from .log import LogFile
 from .signals import StopSignals
+from .status import Status
 from .tasks import Task, share_step
 
 _KINDS = {
@@ -126,7 +126,7 @@ class Trainer:
         self._told = (False, False)  # by any rank: to stop, to save
 
     def fit(self, until: int | None = None) -> None:
-        """Train up to step `until` (default: all), with a progress bar and a log line per step on rank 0.
+        """Train up to step `until` (default: all), with a status line (see `Status`) and a log line per step on rank 0.
 
         What is saved in the background is complete when it returns, or raises one of these:
 
@@ -147,7 +147,7 @@ class Trainer:
             self.checkpoints.lock()
         self._as_chief(self._open_log)
         self._stop.watch()
-        with tqdm(total=self.settings.steps, initial=self.done, disable=not chief, desc="train", mininterval=1.0) as bar:
+        with Status(self.done, self.settings.steps, shown=chief) as status:
             try:
                 self._end_if_told()  # since the last call
                 while self.done < until:
@@ -156,11 +156,7 @@ class Trainer:
                         watcher(record)
                     if chief:
                         self._log(record)
-                        bar.update()
-                        bar.set_postfix_str(
-                            f"loss {record['loss']:.3f} lr {record['lr']:.1e} |g| {record['grad_norm']:.2f} "
-                            f"{record['tokens_per_second']:.0f} tok/s {record['memory_mib']} MiB"
-                        )
+                        status.show(record)
                     self._save_if_due()
                 self._end_if_told()  # in the last step, after its loss was known
             except (TrainingError, GradientOverflowError):  # on every rank alike
