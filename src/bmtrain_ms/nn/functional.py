@@ -25,6 +25,7 @@ from ..ops import (
     rms_norm,
     split_heads,
     swiglu,
+    times,
 )
 
 __all__ = [
@@ -50,4 +51,5 @@ __all__ = [
     "rms_norm",
     "split_heads",
     "swiglu",
+    "times",
 ]

@@ -13,6 +13,7 @@ from typing import Sequence
 import numpy as np
 from mindspore import Tensor
 
+from ..compat.autograd import custom_vjp
 from ..compat.device import on_host
 from . import experts, loss
 from .rules import Angles, LossRule, check_cross_entropy_options
@@ -43,6 +44,7 @@ __all__ = [
     "rms_norm",
     "split_heads",
     "swiglu",
+    "times",
     "use",
     "use_default",
 ]
@@ -174,6 +176,16 @@ def attention(
         (batch, kv heads, queries of the group, dim of the result), of the type of `q`.
     """
     return chosen().attention(q, k, v, mask, scale, softcap)
+
+
+def times(x: Tensor, factor: float) -> Tensor:
+    """x times a number that may differ from step to step. As an operation of MindSpore's it would make another graph each time, of
+    which 2.5 prints where it was recorded."""
+
+    def backward(_: tuple[Tensor, ...], __: None, grads: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return (grads[0] * factor,)
+
+    return custom_vjp(lambda x: ((x * factor,), None), backward, x)[0]
 
 
 def causal_mask(batch: int, heads: int, queries: int, keys: int, repeats: int = 1) -> Tensor:

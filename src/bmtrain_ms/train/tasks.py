@@ -14,7 +14,7 @@ from bmtrain_ms_base.data.batch import IGNORED
 from ..comm import World, reduce_numbers, world
 from ..compat.runtime import from_host
 from ..model_center.model import CausalLM
-from ..nn.functional import cross_entropy
+from ..nn.functional import cross_entropy, times
 from ..parallel import Scheduled
 from ..zero import context_of
 
@@ -132,7 +132,7 @@ def _weight(batch: Batch) -> float:
 
 
 def _times(loss: Tensor, factor: float) -> Tensor:
-    return loss if factor == 1.0 else loss * factor
+    return times(loss, factor)
 
 
 def _tensors(batch: Batch) -> tuple[Tensor, Tensor, dict[str, Any]]:

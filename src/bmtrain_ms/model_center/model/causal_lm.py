@@ -180,7 +180,7 @@ class CausalLM(nn.Cell):
         positions = Positions.of(input_ids, padding, None, documents)
         with undisturbed():
             loss = self.loss_of(self.model(input_ids.reshape(-1), positions), targets, **options)
-            loss = loss if weight == 1.0 else loss * weight
+            loss = functional.times(loss, weight)
             if positions.routed is None:
                 return loss
             reduction = options.get("reduction", "mean")
