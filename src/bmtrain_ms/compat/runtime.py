@@ -14,11 +14,13 @@ import mindspore as ms
 import numpy as np
 from mindspore import Tensor, ops
 from mindspore._c_expression import DeviceContextManager, RuntimeConf
+from mindspore.common import dtype as dtypes
 
 from .device import on_host, rehearsed
 from .executor import no_grad
 
 _TAKES_INTERNAL = hasattr(Tensor.__init__, "__code__") and "internal" in Tensor.__init__.__code__.co_varnames  # 2.5
+_numpy_type: Any = getattr(dtypes, "_dtype_to_nptype", None) or dtypes.dtype_to_nptype  # 2.10 warns of the public one, each time
 _SMALL = 1 << 15  # bytes
 _MARK = "made on the host"
 FLOATS = (
@@ -249,7 +251,7 @@ def numpy_dtype(dtype: Any) -> np.dtype:
     """NumPy's name for a MindSpore type, or NumPy's own; bfloat16 is MindSpore's extension type."""
     if isinstance(dtype, np.dtype):
         return dtype
-    return np.dtype(ms.dtype_to_nptype(dtype))
+    return np.dtype(_numpy_type(dtype))
 
 
 def configure_cpu(threads: int) -> None:
