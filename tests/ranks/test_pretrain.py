@@ -229,3 +229,26 @@ def test_under_a_launcher_it_joins_the_ranks_that_there_are(folder: Path) -> Non
     assert code == 2 and text.count("data.text is prepared by who starts the ranks") == 1
     code, text = command(folder, *words, "whole/config.toml", "--out=never", "--train.stepz=1")
     assert code == 2 and text.count("did you mean steps?") == 1
+
+
+def test_a_blend_goes_on_where_it_stopped(folder: Path) -> None:
+    """Of two files by weights, on two ranks, behind a first part on one: documents are drawn as if nothing had happened."""
+    (folder / "more.txt").write_text("\n".join("one two three four five six seven" for _ in range(120)) + "\n")
+    tokenizer = "whole/model"
+    for name, source in (("first", "corpus/a.txt"), ("second", "more.txt")):
+        words = ("--input", source, "--tokenizer-name-or-path", tokenizer, "--append-eod", "--output-prefix", f"tokens/{name}")
+        code, text = command(folder, "prepare", *words)
+        assert code == 0, text
+    files = json.dumps([0.3, "tokens/first_text_document", 0.7, "tokens/second_text_document"])
+    (folder / "blend.toml").write_text(SETTINGS.replace('text = ["corpus"]\n', "").replace("train = 400", f'path = "{tokenizer}"'))
+    base = ("pretrain", "blend.toml", f"--data.files={files}", "--save.every=3", "--schedule.end=8")
+    code, text = command(folder, *base, "--out=blend-whole")
+    assert code == 0, text
+    code, text = command(folder, *base, "--out=blend", "--train.steps=3")
+    assert code == 0, text
+    code, text = command(folder, *base, "--out=blend", "--ranks=2")
+    assert code == 0 and "going on after step 3" in text, text
+    same(log_of(folder, "blend"), log_of(folder, "blend-whole"), 1e-5)
+    other = json.dumps([0.7, "tokens/first_text_document", 0.3, "tokens/second_text_document"])
+    code, text = command(folder, *base[:2], f"--data.files={other}", "--out=blend", "--train.steps=9")
+    assert code == 2 and "Traceback" not in text, text
