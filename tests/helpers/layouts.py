@@ -38,7 +38,7 @@ class Case:
         axes = [f"{name}{n}" for name in ("pp", "dp", "tp", "ep", "replica") if (n := getattr(self, name)) > 1]
         kept = "" if self.how.recompute else "-kept"
         level = "" if self.how.zero_level == 3 else "-zero2"
-        how = self.stages and {name: x for name, x in vars(self.stages).items() if x not in (None, 1)}
+        how = self.stages and {name: x for name, x in vars(self.stages).items() if x not in (None, 1, "all")}
         return "-".join(axes or ["one"]) + kept + level + "".join(f"-{name}={x}" for name, x in (how or {}).items())
 
     def world(self, world: World, **options: Any) -> World:
