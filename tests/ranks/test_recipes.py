@@ -28,7 +28,7 @@ def test_every_recipe_has_a_twin():
 def test_twins_train(name: str, tmp_path: Path):
     env = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
     command = [sys.executable, str(RECIPES / "twin.py"), name, str(tmp_path)]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=400)
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
     out = tmp_path / "runs" / name
     lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]

@@ -12,9 +12,11 @@ from mindspore import Tensor
 
 import bmtrain_ms as bms
 from bmtrain_ms.checkpoint import CheckpointError
+from bmtrain_ms.comm import Mesh, SimulatedEngine, World, use_world
 from bmtrain_ms.compat.runtime import from_host, host_array
 from bmtrain_ms.model_center import load_adapters, save_adapters, spread
 from bmtrain_ms.model_center.layer import KeyValueCache
+from bmtrain_ms.model_center.model import Llama, LlamaConfig
 from bmtrain_ms.nn import add_lora, freeze, merge_lora, thaw
 from tests.golden.models import FOLDER, batches, weight
 from tests.unit.test_families import model_of
@@ -165,6 +167,15 @@ def test_dropout_is_for_one_tensor_parallel_rank():
             divided()
 
 
+def test_dropout_over_tensor_parallel_ranks_is_refused_before_anything_changes():
+    with use_world(World(SimulatedEngine(0, 2), Mesh(2, 0, tp=2))):
+        model = spread(Llama(LlamaConfig(vocab_size=16, dim_model=8, num_heads=2, dim_ff=16, num_layers=1)))
+        trained = [p.name for p in model.trainable_params()]
+        with pytest.raises(ValueError, match="q_proj.weight has an adapter with dropout=0.1, .* use dropout=0"):
+            add_lora(model, "q_proj", dropout=0.1)
+        assert [p.name for p in model.trainable_params()] == trained
+
+
 # Files #
 
 
@@ -189,6 +200,7 @@ def test_adapters_come_back_from_pefts_files(tmp_path, spreads: bool):
         ({"peft_type": "IA3"}, "is not of LoRA adapters"),
         ({"use_dora": True}, "asks for what is not computed here: use_dora=True"),
         ({"r": None}, "names no rank"),
+        ({"r": 4}, r"of shape \(3, \d+\), and the layer's weight has .*; its adapter_config.json says r=4"),
         (
             {"target_modules": ["q_proj"]},
             r"has other adapters than .* says of this Llama: .* leave it out\) and 7 more",

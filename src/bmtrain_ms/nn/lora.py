@@ -106,12 +106,13 @@ _ADAPTED = (LoRALinear, _LoRAColumn, _LoRARow)
 
 def _settings_of(linear: LoRALinear, made: Any) -> None:
     if linear.lora_dropout is not None:  # it draws for all rows or columns, of which a rank has a part
-        name = linear.parameter("weight").name
-        raise ValueError(
-            f"{name} has an adapter with dropout={linear.dropout}, which tensor-parallel ranks cannot draw: use dropout=0"
-        )
+        _refuse_dropout(linear.parameter("weight").name, linear.dropout)
     for name in ("rank", "alpha", "dropout", "rslora", "scale"):
         setattr(made, name, getattr(linear, name))
+
+
+def _refuse_dropout(name: str, dropout: float) -> None:
+    raise ValueError(f"{name} has an adapter with dropout={dropout}, which tensor-parallel ranks cannot draw: use dropout=0")
 
 
 def adapted(layer: Any, x: Tensor) -> Tensor:
@@ -156,6 +157,9 @@ def add_lora(
     if not (any_rank(world().everyone, bool(found), "layers to adapt") if blocks else found):
         known = sorted({name.rsplit(".", 1)[-1] for name, _, _, cell in _children(model) if _fits(cell)})
         raise ValueError(f"no Linear layer has {pattern!r} in its path; the last parts of those that there are: {', '.join(known)}")
+    for name, parent, key in found if dropout else ():
+        if type(child_table(parent)[key]) is not Linear:
+            _refuse_dropout(f"{name}.weight", dropout)
     for p in model.get_parameters():
         p.requires_grad = False
     for name, parent, key in found:

@@ -61,7 +61,7 @@ class Pretrain:
 
     def _loss(self, batch: Batch) -> Tensor:
         if batch.weights is None:
-            return _times(self._cross_entropy(batch, "mean", _weight(batch)), batch.part)
+            return times(self._cross_entropy(batch, "mean", _weight(batch)), batch.part)
         counted = (batch.weights * (batch.targets != IGNORED)).reshape(-1)
         share = from_host((counted / max(batch.counted if batch.count is None else batch.count, 1e-30)).astype(np.float32))
         return (self._cross_entropy(batch, "none") * share).sum()
@@ -71,7 +71,7 @@ class Pretrain:
         if isinstance(self.model, CausalLM):  # without all logits at once, and with what routers add
             return self.model.loss(ids, targets, **documents, reduction=reduction, weight=weight)
         logits = self.model(ids, **documents)
-        return _times(cross_entropy(logits.reshape(-1, logits.shape[-1]), targets, reduction=reduction), weight)
+        return times(cross_entropy(logits.reshape(-1, logits.shape[-1]), targets, reduction=reduction), weight)
 
 
 class _StagedLoss(Scheduled):
@@ -82,7 +82,7 @@ class _StagedLoss(Scheduled):
 
     def __call__(self, batch: Batch) -> Tensor:
         ids, targets, documents = self._arguments(batch)
-        return _times(self._staged(ids, targets, **documents), batch.part)
+        return times(self._staged(ids, targets, **documents), batch.part)
 
     def differentiated(self, params: Sequence[Parameter], scale: float, batch: Batch) -> tuple[Tensor, list[Tensor]]:
         """See `Scheduled`.
@@ -92,7 +92,7 @@ class _StagedLoss(Scheduled):
         """
         ids, targets, documents = self._arguments(batch)
         loss, grads = self._staged.differentiated(params, scale * batch.part, ids, targets, **documents)
-        return _times(loss, batch.part), grads
+        return times(loss, batch.part), grads
 
     @staticmethod
     def _arguments(batch: Batch) -> tuple[Tensor, Tensor, dict[str, Any]]:
@@ -129,10 +129,6 @@ def _weight(batch: Batch) -> float:
     if batch.count is None:
         return 1.0
     return batch.counted / (batch.count * batch.part) if batch.count else 0.0
-
-
-def _times(loss: Tensor, factor: float) -> Tensor:
-    return times(loss, factor)
 
 
 def _tensors(batch: Batch) -> tuple[Tensor, Tensor, dict[str, Any]]:

@@ -91,7 +91,8 @@ def generate(
     """Continue each prompt. All ranks call it together, with as many new tokens; their prompts may differ.
 
     Prompts of different lengths are padded on the left; what is padded is not looked at. The result does not depend on the number
-    of ranks, nor on the other prompts' lengths beyond rounding.
+    of ranks, nor on the other prompts' lengths beyond rounding. Nobody may write parameters meanwhile,
+    `on_token` and `stop` neither.
 
     Args:
         model: called as `CausalLM` is, with token ids, padding and a `KeyValueCache`.

@@ -69,6 +69,7 @@ def load_adapters(model: nn.Cell, folder: str | Path) -> list[str]:
     Raises:
         CheckpointError: the folder has no adapters, others than are computed here, or they do not fit the model; on every rank,
             before anything is changed.
+        ValueError: they have dropout, and the model has been spread over tensor-parallel ranks.
     """
     path, everyone = Path(folder).expanduser(), world().everyone
     config: dict[str, Any] = {}
@@ -77,7 +78,7 @@ def load_adapters(model: nn.Cell, folder: str | Path) -> list[str]:
     try:
         config = _read_config(path)
         there = _read_weights(path)
-        _check_shapes(model, there, path)
+        _check_shapes(model, there, config["r"], path)
     except CheckpointError as caught:
         error = caught
     agree_or_fail(everyone, error, f"{path}: its adapters cannot be loaded")
@@ -150,7 +151,7 @@ def _check_names(model: nn.Cell, there: set[str], pattern: str, path: Path) -> N
         raise CheckpointError(f"{path} has other adapters than its {CONFIG} says of this {type(model).__name__}: {told}")
 
 
-def _check_shapes(model: nn.Cell, there: dict[str, np.ndarray], path: Path) -> None:
+def _check_shapes(model: nn.Cell, there: dict[str, np.ndarray], rank: int, path: Path) -> None:
     """Of the layers of this rank."""
     whole: dict[str, Any] = {p.name: p for p in model.get_parameters()}
     for name, values in there.items():
@@ -159,10 +160,10 @@ def _check_shapes(model: nn.Cell, there: dict[str, np.ndarray], path: Path) -> N
         if weight is None:
             continue  # another rank's, or nobody's: see `_check_names`
         out_features, in_features = weight.layout.whole
-        size = values.shape[1] if part == "A.weight" else values.shape[0]
-        if size != (in_features if part == "A.weight" else out_features):
+        if values.shape != ((rank, in_features) if part == "A.weight" else (out_features, rank)):
             raise CheckpointError(
-                f"{path} has an adapter {name} of shape {values.shape}, and the layer's weight has {(out_features, in_features)}"
+                f"{path} has an adapter {name} of shape {values.shape}, and the layer's weight has {(out_features, in_features)}; "
+                f"its {CONFIG} says r={rank}"
             )
 
 
