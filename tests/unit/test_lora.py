@@ -171,7 +171,7 @@ def test_dropout_over_tensor_parallel_ranks_is_refused_before_anything_changes()
     with use_world(World(SimulatedEngine(0, 2), Mesh(2, 0, tp=2))):
         model = spread(Llama(LlamaConfig(vocab_size=16, dim_model=8, num_heads=2, dim_ff=16, num_layers=1)))
         trained = [p.name for p in model.trainable_params()]
-        with pytest.raises(ValueError, match="q_proj.weight has an adapter with dropout=0.1, .* use dropout=0"):
+        with pytest.raises(ValueError, match=r"q_proj.weight has an adapter with dropout=0.1, .* use dropout=0"):
             add_lora(model, "q_proj", dropout=0.1)
         assert [p.name for p in model.trainable_params()] == trained
 
