@@ -11,6 +11,7 @@ os.environ.setdefault("HYPOTHESIS_STORAGE_DIRECTORY", str(Path(__file__).with_na
 
 import pytest
 
+from tests.helpers.apart import APART, set_apart
 from tests.helpers.ranks import RankPool
 
 OF_MINDSPORE = {"rank_0", "kernel_meta"}  # folders that it makes when it compiles
@@ -53,10 +54,24 @@ QUICK_TESTS = {"tests/ranks/test_parity.py::test_parity_with_the_unsharded_twin[
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark the tests of the quick tier."""
+    """Mark the tests of the quick tier; leave out what asserts that engines are one where they are to be apart."""
+    if os.environ.get(APART) == "1":
+        items[:] = [item for item in items if item.get_closest_marker("one_engine") is None]
     for item in items:
         if item.path.stem in QUICK.get(item.path.parent.name, ()) or item.nodeid in QUICK_TESTS:
             item.add_marker("quick")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """`--apart`: see `tests.helpers.apart`."""
+    parser.addoption("--apart", action="store_true", help="each axis of a world has an engine of its own, also over all ranks")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """For this process and the ranks that it starts."""
+    if config.getoption("--apart"):
+        os.environ[APART] = "1"
+        set_apart()
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -122,7 +122,9 @@ def _serve(address: str) -> None:
     faulthandler.enable()
     warnings.simplefilter("ignore")
     import bmtrain_ms
+    from tests.helpers.apart import set_apart
 
+    set_apart()
     world = bmtrain_ms.init_distributed(seed=0, timeout=60)
     warnings.simplefilter("error")
     connection = Client(address, "AF_UNIX", authkey=bytes.fromhex(os.environ["BMTRAIN_MS_TEST_KEY"]))

@@ -41,7 +41,7 @@ def test_each_group_travels_among_its_own_ranks(use_checkpoint: bool, zero_level
         block = bms.Block(Both(), use_checkpoint, zero_level)
         own, both = block.groups
         assert [p.name for p in own.params] == ["own"] and [p.name for p in both.params] == ["shared", "bias"]
-        assert (own.engine.size, both.engine.size) == (2, 4) and both.engine is here.everyone
+        assert (own.engine.size, both.engine.size) == (2, 4) and both.engine is here.along("shard")
         x = Tensor(np.arange(6, dtype=np.float32).reshape(2, 3))
         params = block.trainable_params()
         out = block(x).asnumpy()

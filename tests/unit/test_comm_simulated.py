@@ -27,6 +27,7 @@ def test_as_if_all_ranks_gave_the_same():
     assert engine.send([x], 0).wait() == engine.barrier().wait() == []
 
 
+@pytest.mark.one_engine
 def test_groups_of_any_size():
     engine = SimulatedEngine(4100, 8192)
     world = World(engine, Mesh(8192, 4100, replica=1024))

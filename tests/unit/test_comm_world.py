@@ -415,6 +415,7 @@ def test_a_second_world_gets_the_same_share(configured: list, monkeypatch: pytes
 # How parameters are gathered #
 
 
+@pytest.mark.one_engine
 def test_gather_dtype_and_shard_size_are_kept(configured: list):
     made = bmtrain_ms.init_distributed(device="CPU", gather_dtype="bfloat16", shard_size=1)
     assert (made.gather_dtype, made.mesh.replica, made.along("shard")) == ("bfloat16", 1, made.everyone)

@@ -24,6 +24,7 @@ def test_each_axis_has_the_ranks_that_the_mesh_says(rank: int):
         assert engine.clock is world.everyone.clock
 
 
+@pytest.mark.one_engine
 def test_an_axis_of_all_ranks_is_everyone_and_one_of_one_rank_is_the_identity():
     world = world_of(1, 4)
     assert world.along("dp") is world.along("shard") is world.everyone is world.engine
