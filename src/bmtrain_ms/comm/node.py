@@ -20,7 +20,7 @@ import threading
 import time
 from collections import deque
 from pathlib import Path
-from typing import Any, Optional, Sequence
+from typing import Any, Iterable, Optional, Sequence
 
 import numpy as np
 
@@ -213,8 +213,7 @@ class NodeThread:
             except StopIteration:
                 job.pulled = True
                 with self._lock:
-                    for peer in job.reads:
-                        self._send(peer, ["done", *job.key])
+                    self._send(job.reads, ["done", *job.key])
         missing = [peer for peer in job.readers if peer not in self._done.get(job.key, ())]
         return self._wait_for(job, missing) if missing else True
 
@@ -242,24 +241,21 @@ class NodeThread:
 
     def _post(self, job: _Job) -> None:
         """Tell the others what is issued and where its inputs lie. Under the lock."""
-        message = ["post", *job.key, job.stage, job.signature, [address_of(x) for x in job.keep]]
-        for rank in job.tells:
-            self._send(rank, message)
+        self._send(job.tells, ["post", *job.key, job.stage, job.signature, [address_of(x) for x in job.keep]])
 
     def _send_all(self, message: list) -> None:
         with self._lock:
-            for rank in self.peers:
-                self._send(rank, message)
+            self._send(self.peers, message)
 
-    def _send(self, rank: int, message: list) -> None:
+    def _send(self, ranks: Iterable[int], message: list) -> None:
         """Under the lock."""
-        if rank == self.rank:
-            self._own.append(message)
-            return
-        peer = self.peers[rank]
-        if not peer.gone:
-            peer.outbox.append(json.dumps(message, ensure_ascii=False).encode())
-            self._flush(peer)
+        packet = json.dumps(message, ensure_ascii=False).encode()
+        for rank in ranks:
+            if rank == self.rank:
+                self._own.append(message)
+            elif not self.peers[rank].gone:
+                self.peers[rank].outbox.append(packet)
+                self._flush(self.peers[rank])
 
     def _flush(self, peer: _Peer) -> None:
         """Under the lock."""
