@@ -17,7 +17,7 @@ from typing import Any, Sequence
 import numpy as np
 import pytest
 
-from bmtrain_ms_base.data import GPTData, pieces, sources, train_tokenizer
+from bmtrain_ms_base.data import GPTData, cutting, pieces, sources, train_tokenizer
 from bmtrain_ms_base.data.indexed import IndexedFile
 from bmtrain_ms_base.data.pieces import PrepareError
 from bmtrain_ms_base.data.prepare import PrepareOptions, Progress, prepare
@@ -53,7 +53,7 @@ def sha(*paths: Any) -> list[str]:
 @pytest.fixture
 def small_pieces(monkeypatch):
     """So that little text has many of them."""
-    monkeypatch.setattr(sources, "_LEAST", 2000)
+    monkeypatch.setattr(cutting, "_LEAST", 2000)
 
 
 def test_golden(tmp_path):
@@ -220,9 +220,9 @@ def test_killed_and_started_again(tmp_path, when):
     path = numbers(tmp_path / "x.jsonl", many(3000))
     code = (
         "import os, sys, time\n"
-        "from bmtrain_ms_base.data import indexed, sources\n"
+        "from bmtrain_ms_base.data import cutting, indexed\n"
         "from bmtrain_ms_base.data import prepare as p\n"
-        "sources._LEAST = 20000\n"
+        "cutting._LEAST = 20000\n"
         "def stop(*_): print('now', flush=True); time.sleep(60)\n"
         "show = (lambda x: x.documents > 600 and stop()) if sys.argv[3] == 'work' else lambda x: None\n"
         "if sys.argv[3] == 'finish': indexed.write_index = stop\n"

@@ -39,15 +39,10 @@ def module_of(path: Path) -> str:
     return ".".join(path.relative_to(ROOT / "src").with_suffix("").parts).removesuffix(".__init__")
 
 
-def imports_of(path: Path, everywhere: bool = True) -> set[str]:
-    """What a file imports, as whole names of modules and of what is taken from them.
-
-    `everywhere`: also in functions; `if TYPE_CHECKING` counts in either case: who reads the file has to know both.
-    """
+def imports_of(path: Path) -> set[str]:
+    """What a file imports, as whole names of modules and of what is taken from them: also in functions and `if TYPE_CHECKING`, as
+    who reads the file has to know both."""
     nodes = list(ast.walk(ast.parse(path.read_text())))
-    if not everywhere:
-        inner = {id(x) for f in nodes if isinstance(f, (ast.FunctionDef, ast.AsyncFunctionDef)) for x in ast.walk(f)}
-        nodes = [node for node in nodes if id(node) not in inner]
     package = list(path.relative_to(ROOT / "src").parts[:-1])
     found = set()
     for node in nodes:
@@ -105,12 +100,12 @@ def test_zero_does_not_know_parallel_and_models_do_not_know_training():
 
 
 def test_no_file_imports_one_that_imports_it():
-    """Not by way of others either, and not for its types."""
+    """Not by way of others either, not for its types, and not in a function."""
     paths = {module_of(path): path for path in [*FILES, *BASE, *COMMAND]}
     edges: dict[str, set[str]] = {}
     for name, path in paths.items():
         edges[name] = set()
-        for imported in imports_of(path, everywhere=False):
+        for imported in imports_of(path):
             target = imported if imported in paths else imported.rpartition(".")[0]
             # a package's __init__ gathers its own modules; that is not a cycle between modules
             if target in paths and target != name and not name.startswith(target + "."):

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any, Iterator, Sequence
 
 from .chat import TEMPLATES
+from .cutting import cut
 from .extras import DataError, needed
 from .rows import Problem, values
-from .sources import cut, find_sources
+from .sources import find_sources
 from .text import END_OF_TEXT, train_tokenizer
 
 _CHAT = ("<|im_start|>", "<|im_end|>")  # what the template chatml writes

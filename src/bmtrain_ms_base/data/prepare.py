@@ -23,6 +23,7 @@ from typing import Any, Callable, Iterator, Optional, Sequence
 import numpy as np
 
 from . import indexed, rows, sources
+from .cutting import cut
 from .extras import MissingLibraryError
 from .instructions import OUTPUTS, InstructionRecipe
 from .pieces import PrepareError, Worker, command, piece_file
@@ -146,7 +147,7 @@ def _plan(options: PrepareOptions) -> tuple[dict[str, Any], list[str]]:
     talks = options.instructions is not None
     if options.instructions is not None:
         InstructionRecipe(options.tokenizer, options.instructions)  # or it says what is wrong
-    pieces = sources.cut(found, [] if talks else options.keys)
+    pieces = cut(found, [] if talks else options.keys)
     numbers = {source.path: number for number, source in enumerate(found)}
     return {
         "version": 1,

@@ -1,7 +1,4 @@
-"""Which files a text is in, and the pieces that they are read in.
-
-Pieces depend on the files alone, never on how many workers there are, so neither does what is made of them.
-"""
+"""Which files a text is in."""
 
 from __future__ import annotations
 
@@ -25,7 +22,6 @@ PACKED = {".gz": "gz", ".zst": "zst", ".zstd": "zst"}
 COLUMNS = ("csv", "tsv", "parquet", "arrow")  # kinds whose files say which columns they have
 _METADATA = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}  # of Hugging Face's datasets
 _HUB = re.compile(r"hf:(?P<name>[\w.-]+/[\w.-]+)(?:@(?P<revision>[^:]+))?(?::(?P<pattern>.+))?")
-_LEAST, _MOST, _PIECES = 8 << 20, 256 << 20, 2048  # bytes of a piece, and about how many there are to be
 
 
 class SourceError(DataError):
@@ -150,39 +146,3 @@ def download(given: str, repo_type: str = "dataset", patterns: Sequence[str] | N
     except Exception as error:  # whatever its HTTP library raises; releases use different ones
         where = endpoint or "Hugging Face's hub"
         raise SourceError(f"{given} cannot be fetched from {where}: {str(error).strip().splitlines()[0]}") from error
-
-
-def cut(sources: Sequence[Source], columns: Sequence[str]) -> list[Piece]:
-    """The pieces of all files, in order.
-
-    Args:
-        sources: the files.
-        columns: that are wanted; files that say which they have must have them.
-
-    Raises:
-        SourceError: a file does not have them, or cannot be read.
-    """
-    size = min(max(sum(source.size for source in sources) // _PIECES, _LEAST), _MOST)
-    return [piece for source in sources for piece in _pieces(source, columns, size)]
-
-
-def _pieces(source: Source, columns: Sequence[str], size: int) -> Iterator[Piece]:
-    if source.kind == "txt" and list(columns) != ["text"]:
-        raise SourceError(f"{source.path}: lines of text have one column, text, not {', '.join(columns)}")
-    if source.kind in ("parquet", "arrow"):
-        from . import tables
-
-        yield from tables.pieces(source, columns, size)
-    elif source.packed or source.kind in ("csv", "tsv") or _is_array(source):
-        yield Piece(source, 0, -1, source.size)
-    else:
-        for start in range(0, source.size, size):
-            yield Piece(source, start, min(start + size, source.size), min(size, source.size - start))
-
-
-def _is_array(source: Source) -> bool:
-    """Whether a file that is not compressed is one array of JSON, which cannot be cut at lines."""
-    if source.kind != "json":
-        return False
-    with open(source.path, "rb") as file:
-        return file.read(1 << 12).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"[")
