@@ -16,7 +16,8 @@ import numpy as np
 from mindspore import Tensor
 
 from .comm import CommError, Engine, init_distributed, is_initialized, world
-from .compat.runtime import from_host, host_array
+from .comm.agreement import reduce_numbers
+from .compat.runtime import from_host
 
 SIZES = tuple(1 << n for n in range(10, 27, 2))  # bytes: 1 KiB to 64 MiB
 
@@ -122,8 +123,7 @@ def _measure(
 
 
 def _slowest(seconds: list[float], engine: Engine) -> list[float]:
-    mine = from_host(np.array(seconds, np.float64))
-    return host_array(engine.all_reduce([mine], "max", "benchmark").wait()[0]).tolist()
+    return reduce_numbers(engine, seconds, "benchmark", np.float64, "max").tolist()
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -22,6 +22,11 @@ def _prctl(option: int, value: Any) -> None:
     ctypes.CDLL(None, use_errno=True).prctl(option, value, 0, 0, 0)
 
 
+def cores() -> list[int]:
+    """The cores that this process may use now, by number."""
+    return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
+
+
 def die_with(parent: int) -> None:
     """Have the system kill this process when the one that started it ends; `parent` is the one that should have."""
     _prctl(_PR_SET_PDEATHSIG, ctypes.c_ulong(signal.SIGKILL))

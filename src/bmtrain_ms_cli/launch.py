@@ -155,7 +155,7 @@ def _environment(launcher: str, ranks: int, variables: Mapping[str, str], hosts:
     env.update(variables)
     if hosts:
         env.update(several.variables(dict(os.environ)))
-    cores, local = len(os.sched_getaffinity(0)), ranks // max(1, len(hosts))
+    cores, local = len(system.cores()), ranks // max(1, len(hosts))
     env.setdefault("GLOG_v", "3")  # MindSpore's C++ log: errors only
     env.setdefault("OMP_NUM_THREADS", str(max(1, cores // local)))
     env.setdefault("GLIBC_TUNABLES", COPIES_PAST_THE_CACHE)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import threading
@@ -217,7 +218,7 @@ def test_every_thread_has_scratch_of_its_own(three):
 
 
 def test_workers_take_the_cores_of_the_process(monkeypatch):
-    monkeypatch.setattr(host_adam.os, "sched_getaffinity", lambda pid: {0, 3, 5})
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 3, 5})
     assert Workers().threads == 3 and Workers(2).threads == 2
 
 

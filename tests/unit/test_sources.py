@@ -15,10 +15,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bmtrain_ms_base.data import rows, sources
+from bmtrain_ms_base.data import cutting, rows, sources
+from bmtrain_ms_base.data.cutting import cut
 from bmtrain_ms_base.data.extras import MissingLibraryError, needed
 from bmtrain_ms_base.data.rows import Problem
-from bmtrain_ms_base.data.sources import Piece, SourceError, cut, find_sources, source_of
+from bmtrain_ms_base.data.sources import Piece, SourceError, find_sources, source_of
 
 TEXTS = ["one", "zwei, größer", '三 "quoted"\nwith a line', "  ", "last"]
 
@@ -55,7 +56,7 @@ def write(path: Path, texts: Sequence[Any] = TEXTS) -> Path:
 def read(path: Path, keys: Sequence[str] = ("text",), size: int = 1 << 20) -> list[Any]:
     source = source_of(path)
     assert source is not None
-    return [found for piece in sources._pieces(source, keys, size) for found in rows.documents(piece, keys)]
+    return [found for piece in cutting._pieces(source, keys, size) for found in rows.documents(piece, keys)]
 
 
 NAMES = ["x.jsonl", "x.jsonl.gz", "x.jsonl.zst", "x.json", "x.json.gz", "x.csv", "x.csv.zst", "x.tsv", "x.parquet"]

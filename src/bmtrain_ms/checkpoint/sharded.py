@@ -29,6 +29,7 @@ from typing import Any, Iterator, Mapping, Sequence
 import numpy as np
 import xxhash
 
+from bmtrain_ms_base import system
 from bmtrain_ms_base.layout import Box
 
 from ..compat.runtime import numpy_dtype
@@ -254,7 +255,7 @@ def write_rank_file(path: Path, pieces: Mapping[str, tuple[Any, np.ndarray]], me
 
 def useful_threads() -> int:
     """How many threads to hash and copy with: one for each core of this process, and not more than help."""
-    return min(4, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+    return min(4, len(system.cores()))
 
 
 def _write_block(file: int, block: np.ndarray, position: int) -> str:

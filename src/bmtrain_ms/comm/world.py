@@ -16,7 +16,7 @@ from bmtrain_ms_base.board import own_board, own_row
 from bmtrain_ms_base.checks import number, whole
 from bmtrain_ms_base.mesh import AXES, Mesh
 from bmtrain_ms_base.mpi import finalise_in_ranks_only
-from bmtrain_ms_base.system import has_ascend
+from bmtrain_ms_base.system import cores, has_ascend
 
 from .. import ops
 from ..compat import device as devices
@@ -439,7 +439,7 @@ def _make_mpi_engine(launch: Launch, timeout: float) -> Engine:
 
 def _configure_cpu(launch: Launch) -> None:
     if not _cores:
-        _cores.extend(sorted(os.sched_getaffinity(0)))
+        _cores.extend(cores())
     runtime.configure_cpu(_take_cores(launch))
 
 

@@ -6,13 +6,14 @@ here depends on the processor.
 
 from __future__ import annotations
 
-import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Callable, Sequence
 
 import mindspore as ms
 import numpy as np
+
+from bmtrain_ms_base import system
 
 from ..compat.runtime import numpy_dtype
 from .update import Update
@@ -29,7 +30,7 @@ class Workers:
         """
         from . import kernels  # noqa: F401
 
-        self.threads = threads or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+        self.threads = threads or len(system.cores())
         self._pool = ThreadPoolExecutor(self.threads, "bmtrain_ms-adam") if self.threads > 1 else None
 
     def map(self, function: Callable[[Any], None], items: Sequence[Any]) -> None:

@@ -14,6 +14,7 @@ from mindspore import Tensor, nn
 
 from bmtrain_ms_base.checks import number, whole
 from bmtrain_ms_base.data import Batch, Batches, changes
+from bmtrain_ms_base.data.skipping import Skipping
 from bmtrain_ms_base.memory import resident_memory
 
 from ..checkpoint import Checkpointer, CheckpointError
@@ -318,14 +319,14 @@ class Trainer:
         return True
 
     def _extra(self) -> dict[str, Any]:
-        position = {"position": self.batches.position(self.done)} if hasattr(self.batches, "position") else {}
+        position = {"position": self.batches.position(self.done)} if isinstance(self.batches, Skipping) else {}
         kept = {} if self._kept is None else {"settings": self._kept}
         recent = {"recent_losses": self._faults.recent} if self.settings.spike else {}
         return {"step": self.done, "data": self.batches.described, **position, **recent, **kept}
 
     def _check_position(self, resumed: Any) -> None:
         before = resumed.extra.get("position")
-        now = self.batches.position(resumed.step) if hasattr(self.batches, "position") else None
+        now = self.batches.position(resumed.step) if isinstance(self.batches, Skipping) else None
         if before is not None and now is not None and before != now:
             raise ValueError(
                 f"{resumed.path} was saved after batch {before['last_batch']}, with {before['left_out'] or 'none'} left out; "
@@ -353,7 +354,7 @@ class Trainer:
         """Write down what a bad step was computed from, where there is a folder; says where."""
         if self.checkpoints is None:
             return ""
-        number = self.batches.number(self.done) if hasattr(self.batches, "number") else self.done
+        number = self.batches.number(self.done) if isinstance(self.batches, Skipping) else self.done
         folder = self.checkpoints.folder.parent / "bad-batches"
         mesh, context = self._world.mesh, context_of(self._world)
         if mesh.tp_rank == 0 and mesh.pp_rank == 0:

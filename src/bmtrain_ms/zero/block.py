@@ -49,6 +49,12 @@ class Block(nn.Cell):
             or `initialized` is asked for.
     """
 
+    inner: nn.Cell
+    use_checkpoint: bool
+    zero_level: int
+    mode: str
+    _slots: Slots
+
     def __init__(
         self,
         inner_module: nn.Cell,
@@ -75,15 +81,12 @@ class Block(nn.Cell):
                 f"rank {rank()}: there is a Block inside the Block already ({inside[0] or 'the module itself'}): wrap only one of "
                 "them"
             )
-        own = self.__dict__  # not Cell attributes: the inner module must not appear as a child with a name of its own
-        own["inner"], own["use_checkpoint"], own["mode"] = inner_module, bool(use_checkpoint), mode
-        own["zero_level"] = 2 if mode == "PIPE" else zero_level
-        own["_slots"] = slots = Slots(inner_module)
+        self.__dict__["inner"] = inner_module  # no Cell's attribute: it must not appear as a child with a name of its own
+        self.use_checkpoint, self.mode = bool(use_checkpoint), mode
+        self.zero_level = 2 if mode == "PIPE" else zero_level
+        self._slots = _slots_of(inner_module)
         share_tables(self, with_cell=inner_module)
         self.training = inner_module.training
-        for _, places in slots.places:
-            for cell, _ in places:
-                cell.__dict__["_in_block"] = True
 
     @classmethod
     def in_place(cls, module: nn.Cell, use_checkpoint: bool = True, zero_level: int = 3) -> Block:
@@ -146,12 +149,8 @@ class Block(nn.Cell):
         """
         if recording():
             raise RuntimeError("a Block's module cannot be changed inside of a function that is being differentiated")
-        function, slots = self._slots.function, Slots(self.inner)
-        slots.function = function
-        self.__dict__["_slots"] = slots
-        for _, places in slots.places:
-            for cell, _ in places:
-                cell.__dict__["_in_block"] = True
+        function, slots = self._slots.function, _slots_of(self.inner)
+        slots.function, self._slots = function, slots
         if slots:
             context_of(slots.world).pipeline.parameters_changed()
 
@@ -163,6 +162,15 @@ class Block(nn.Cell):
     def groups(self) -> list[ParamGroup]:
         """The parameters, those that travel together in one group; none where there are none."""
         return self._slots.groups if self._slots else []
+
+
+def _slots_of(module: nn.Cell) -> Slots:
+    """Where the parameters of a module are; from now on its cells leave it to the Block to gather them."""
+    slots = Slots(module)
+    for _, places in slots.places:
+        for cell, _ in places:
+            vars(cell)["_in_block"] = True
+    return slots
 
 
 CheckpointBlock = Block

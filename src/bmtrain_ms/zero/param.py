@@ -116,9 +116,7 @@ class DistributedParameter(Parameter):
         super().__init__(self, name=name, requires_grad=requires_grad)
         self.world, self.along = in_world or world(), "edp" if ep_split else along
         cut = _Cut.of(data.shape, self.world, tp_mode, tp_split_dim, tp_parts)
-        self._layout, self.tp_parts = _layout_of(data.shape, self.world, along, cut, ep_split), cut.parts
-        mesh = self.world.mesh
-        self._everywhere = replace(self._layout, copy=self._layout.copy + mesh.pp_rank * mesh.replica * mesh.tp)
+        self.layout, self.tp_parts = _layout_of(data.shape, self.world, along, cut, ep_split), cut.parts
         self.in_stage = False
         self.world.sharing(self.world.mesh.tp // cut.parts)
         if not self.full_size:
@@ -139,7 +137,9 @@ class DistributedParameter(Parameter):
 
     @layout.setter
     def layout(self, layout: Layout) -> None:
+        mesh = self.world.mesh
         self._layout = layout
+        self._everywhere = replace(layout, copy=layout.copy + mesh.pp_rank * mesh.replica * mesh.tp)
 
     @property
     def on_all_stages(self) -> bool:

@@ -20,7 +20,7 @@ _SAMPLE = 1 << 10  # elements of an output that are kept, to tell rounding from 
 class Replay:
     """A forward pass that is made again in backward.
 
-    What it draws is drawn again: from `zero.random`, from Python's and from NumPy's global generator. What it returns is compared,
+    What it draws is drawn again: from `draws`, from Python's and from NumPy's global generator. What it returns is compared,
     each time: whatever else is random in it (an operation of MindSpore's, a generator of its own) or counts its calls gives other
     values, and gradients would be those of another function.
     """
