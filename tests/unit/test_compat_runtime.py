@@ -11,7 +11,7 @@ from typing import Any, Callable
 import mindspore as ms
 import numpy as np
 import pytest
-from mindspore import Parameter, Tensor, ops
+from mindspore import Parameter, Tensor, nn, ops
 
 from bmtrain_ms.compat.autograd import custom_op
 from bmtrain_ms.compat.runtime import (
@@ -40,6 +40,30 @@ def through_autograd(x: Tensor) -> Tensor:
     """The gradient that a derivative of ours returned, made of an array: MindSpore makes another Python object for it."""
     back = from_host(np.arange(6, dtype=np.float32).reshape(2, 3))
     return ms.grad(lambda x: custom_op(lambda x: (x * 2.0,), lambda grads: (back,), x)[0].sum())(x)
+
+
+class Doubled(nn.Cell):
+    """Its derivative, of a user's, makes its gradient of an array: what MindSpore makes of it looks like a result, without an
+    address."""
+
+    def construct(self, x: Tensor) -> Tensor:
+        return x * 2.0
+
+    def bprop(self, x: Tensor, out: Tensor, dout: Tensor) -> Tensor:
+        return Tensor.from_numpy(np.full(x.shape, 2.0, np.float32))
+
+
+def through_a_bprop() -> Tensor:
+    """The gradient as a derivative before that one gets it."""
+    taken = []
+
+    def keep(grads: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        taken.extend(grads)
+        return grads
+
+    cell = Doubled()
+    ms.grad(lambda x: cell(custom_op(lambda x: (x * 1.0,), keep, x)[0]).sum())(from_host(np.ones((2, 3), np.float32)))
+    return taken[0]
 
 
 def in_place(change: Callable[[Tensor], Any]) -> Callable[[], Tensor]:
@@ -78,6 +102,7 @@ MADE: dict[str, Callable[[], Tensor]] = {
     "a value was assigned": in_place(lambda x: x.assign_value(ops.ones((2, 3), ms.float32) * 4.0)),
     "viewed, then assigned": in_place(lambda x: (x[1:] * 1.0, ops.assign(x, Tensor(np.full((2, 3), 4.0, np.float32))))),
     "a gradient": lambda: through_autograd(ours()),
+    "a gradient of a derivative of a user's": through_a_bprop,
     "a parameter": lambda: Parameter(ours()),
     "a parameter that was given an array": set_data,
     "a gradient that was assigned a value": lambda: assigned_value(through_autograd(ours())),

@@ -25,6 +25,7 @@ _numpy_type: Any = getattr(dtypes, "_dtype_to_nptype", None) or dtypes.dtype_to_
 _SMALL = 1 << 15  # bytes
 _Result: Any = getattr(_stub_tensor, "StubTensor", ())  # what operations return on 2.5; () is no class, so nothing is one
 _ALWAYS_ADDRESSED = hasattr(Tensor, "untyped_storage")  # 2.10
+_results_addressed = [True]  # until one is seen that is not: what a `bprop` of a user's has made of an array
 _MARK = "made on the host"
 FLOATS = (
     ms.float32,
@@ -106,11 +107,13 @@ def _memory(tensor: Tensor) -> np.ndarray | None:
     _refuse_in_rehearsal()
     if not tensor.is_contiguous() or tensor.storage_offset():
         return None
-    start = int(addressed(tensor)._data_ptr())
-    if not start:  # no elements
+    start, elements = int(addressed(tensor)._data_ptr()), math.prod(tensor.shape)
+    if not start and elements and _results_addressed[0]:
+        _results_addressed[0] = False
+        start = int(addressed(tensor)._data_ptr())
+    if not start:
         return None
     dtype = numpy_dtype(tensor.dtype)
-    elements = math.prod(tensor.shape)
     if dtype.isbuiltin != 1:  # bfloat16
         return np.asarray(_Memory(tensor, start, elements * dtype.itemsize, "|u1")).view(dtype)
     return np.asarray(_Memory(tensor, start, elements, dtype.str))
@@ -132,7 +135,7 @@ def address(tensor: Tensor) -> int | None:
 def addressed(tensor: Tensor) -> Tensor:
     """The same tensor, of which MindSpore knows the address: 2.5 gives one when an operation writes or reads it, and logs an error
     when asked for none."""
-    if not (_ALWAYS_ADDRESSED or isinstance(tensor, _Result)):
+    if not (_ALWAYS_ADDRESSED or (_results_addressed[0] and isinstance(tensor, _Result))):
         ops.stop_gradient(tensor)
     return tensor
 
