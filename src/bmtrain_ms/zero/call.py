@@ -243,7 +243,7 @@ class Call:
             )
 
     def _check(self, gathered: Copies, replay: Replay, again: tuple[Tensor, ...], changed: list[str]) -> None:
-        """That recomputation does what forward did, to rounding, and leaves buffers as they were."""
+        """Check that recomputation does what forward did, to rounding, and leaves buffers as they were."""
         where = f"rank {rank()}: recomputing {self.slots.label} ({type(self.slots.module).__name__})"
         if replay.differs(again):
             gathered.verify_again(self.prints)  # other values of parameters are the better explanation
