@@ -252,6 +252,9 @@ class GatherPipeline:
                 return
             visit = following
             phase, group = visit
+            # The limit comes first: it counts the Blocks that earlier calls have issued, too, which are passed over further down.
+            # What forbids to issue one ends the walk: copies are taken in the order in which they were issued, and a visit that
+            # is not the next one drops them all.
             another = (phase, group.block) != counted[-1]
             if another and len(counted) > self.prefetch:
                 return
