@@ -24,7 +24,7 @@ SIZES = tuple(1 << n for n in range(10, 27, 2))  # bytes: 1 KiB to 64 MiB
 
 @dataclass(frozen=True)
 class Result:
-    """Of one collective at one size.
+    """The measurement of one collective at one size.
 
     Attributes:
         name: of the collective.
@@ -94,7 +94,7 @@ def plot(results: Sequence[Result], path: str) -> None:
 
 
 def format_results(results: Sequence[Result]) -> str:
-    """A table."""
+    """The results as a table, a line each, below a heading."""
     lines = [f"{'collective':<16}{'bytes':>12}{'ms':>12}{'GiB/s':>10}"]
     lines += [f"{r.name:<16}{r.nbytes:>12}{r.seconds * 1e3:>12.3f}{r.gib_per_second:>10.2f}" for r in results]
     return "\n".join(lines)

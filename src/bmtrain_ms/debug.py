@@ -27,7 +27,7 @@ def append(key: str, value: Any) -> None:
 
 
 def extend(key: str, values: Iterable[Any]) -> None:
-    """Add several."""
+    """Add several values to a list, made at first use."""
     _list(key).extend(_copied(value) for value in values)
 
 

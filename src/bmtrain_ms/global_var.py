@@ -34,7 +34,7 @@ _KEYS: dict[str, Callable[[], Any]] = {
 
 
 class _Config(Mapping[str, Any]):
-    """See the module."""
+    """BMTrain's `config` as a mapping that cannot be written to."""
 
     def __getitem__(self, key: str) -> Any:
         if key not in _KEYS:

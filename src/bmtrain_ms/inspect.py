@@ -91,7 +91,7 @@ class InspectTensor:
 
     @property
     def records(self) -> list[Record]:
-        """In the order of the forward pass."""
+        """The records, in the order of the forward pass."""
         return list(self._records.values())
 
     def get_summary(self) -> list[dict[str, Any]]:
@@ -200,7 +200,7 @@ def record_tensor(x: Tensor, name: str, group: str | None = None, requires_grad:
 
 
 def _named_parameters(model: nn.Cell, prefix: str) -> Iterator[tuple[str, Parameter]]:
-    """By path; a Block is transparent, a parameter in several places goes by the first."""
+    """Parameters by path; a Block is transparent, a parameter in several places goes by the first."""
     seen: set[int] = set()
 
     def visit(path: str, cell: nn.Cell) -> Iterator[tuple[str, Parameter]]:
@@ -242,7 +242,7 @@ def _flat(x: Tensor | np.ndarray) -> np.ndarray:
 
 
 def _statistics(values: Iterable[np.ndarray], engine: Engine) -> list[dict[str, float]]:
-    """Of each array over all ranks, in two passes; four collectives in all."""
+    """The statistics of each array over all ranks, in two passes; four collectives in all."""
     arrays = list(values)
 
     def reduce(numbers: list[float], op: str = "sum") -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Losses."""
+"""Cross entropy as a Cell."""
 
 from __future__ import annotations
 

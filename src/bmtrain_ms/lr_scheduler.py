@@ -128,7 +128,7 @@ class WarmupLRScheduler(ABC):
 
 
 class NoDecay(WarmupLRScheduler):
-    """s."""
+    """The rate s after the warm-up."""
 
     def get_lr_decay(self, num_iter: int) -> float:
         return self.start_lr
@@ -160,7 +160,7 @@ class _Falling(WarmupLRScheduler):
         super().__init__(optimizer, start_lr, warmup_iter, end_iter, num_iter)
 
     def check_state_dict(self, state: Any) -> dict[str, Any]:
-        """See `WarmupLRScheduler`. In states of earlier releases rates fall to 0."""
+        """What `load_state_dict` takes of a state; in those of earlier releases rates fall to 0."""
         if isinstance(state, dict) and {*state, "end_lr"} == set(self.state_dict()):
             state = {"end_lr": 0.0, **state}
         return super().check_state_dict(state)
@@ -242,7 +242,7 @@ class WSD(WarmupLRScheduler):
         return self.end_lr + (self.start_lr - self.end_lr) * self._SHAPES[self.shape](1.0 - min(1.0, left))
 
     def check_state_dict(self, state: Any) -> dict[str, Any]:
-        """See `WarmupLRScheduler`. In states of earlier releases the decay is linear."""
+        """What `load_state_dict` takes of a state; in those of earlier releases the decay is linear."""
         if isinstance(state, dict) and {*state, "shape"} == set(self.state_dict()):
             state = {"shape": "linear", **state}
         if isinstance(state, dict) and state.get("shape", "linear") not in self._SHAPES:

@@ -197,7 +197,7 @@ def _is_wrapped(cell: nn.Cell) -> bool:
 
 
 def _count_elements(model: nn.Cell, report: WrapReport) -> None:
-    """Fill in the report's numbers, of the whole model; let cells that are used outside of Blocks too gather there."""
+    """Fill in the report's numbers of elements and bytes, of the whole model."""
     found = [(cell, p) for _, cell in _cells(model) for p in parameter_table(cell).values() if isinstance(p, DistributedParameter)]
     blocks = [cell for _, cell in _cells(model) if _is_wrapped(cell)]
     inside = {id(p) for block in blocks for _, cell in _cells(block) for p in parameter_table(cell).values()}

@@ -49,7 +49,7 @@ class Row:
         return self._mine()
 
     def join(self) -> None:
-        """It has found the others."""
+        """Note that the rank has found the others."""
         if self._mine():
             self._put("<q", _STATE, JOINED)
 
@@ -74,7 +74,7 @@ class Row:
         self._put("<q", _WAITER, os.getpid())
 
     def waited(self, status: int) -> None:
-        """It has ended, with this status of `os.waitpid`."""
+        """Note that the rank has ended, with this status of `os.waitpid`."""
         self._put("<qq", _WAITED, 1, status)
 
     # Read by the launcher #

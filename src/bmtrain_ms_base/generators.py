@@ -22,7 +22,7 @@ _known: list[tuple[Any, States]] = []  # what was read last, and what the memory
 
 
 def states() -> States:
-    """Of both generators; for `restore`. Two answers are the same object if nothing was drawn or seeded in between."""
+    """The states of both generators; for `restore`. Two answers are the same object if nothing was drawn or seeded in between."""
     memory = _memory()
     if memory is None or not _known or _known[0][0] != memory:
         _known[:] = [(memory, (random.getstate(), np.random.get_state(legacy=False)))]

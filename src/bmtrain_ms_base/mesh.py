@@ -135,7 +135,7 @@ class Mesh:
 
 
 def nearest_divisors(size: int, wanted: int) -> str:
-    """For messages: the divisors of `size` around one that is none, e.g. `2 or 4`."""
+    """The divisors, in words, of `size` around one that is none, e.g. `2 or 4`."""
     fit = [n for n in range(1, size + 1) if size % n == 0]
     around = [*[n for n in fit if n < wanted][-1:], *[n for n in fit if n > wanted][:1]]
     return " or ".join(map(str, around))

@@ -284,7 +284,7 @@ def _check_again(options: DemoOptions) -> None:
 
 
 def _step_to_resume(options: DemoOptions) -> int | None:
-    """None: it is not one of this run, under its own name."""
+    """The step of the checkpoint to resume from; None: it is not one of this run, under its own name."""
     from bmtrain_ms.checkpoint.folder import checkpoint_name, latest_in
 
     folder = options.out / "checkpoints"
@@ -294,7 +294,7 @@ def _step_to_resume(options: DemoOptions) -> int | None:
 
 
 def _resume(options: DemoOptions, trainer: Any) -> None:
-    """Where the checkpoint is damaged the error says which older one is not."""
+    """Resume from a checkpoint; where it is damaged the error says which older one is not."""
     import bmtrain_ms as bms
     from bmtrain_ms.checkpoint import tools
     from bmtrain_ms.checkpoint.folder import checkpoint_name

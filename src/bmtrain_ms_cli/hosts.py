@@ -111,7 +111,7 @@ def _talk(heard: int, said: int, patience: float, process: subprocess.Popen | No
 
 
 def _end_all() -> None:
-    """Everything below this process: SIGTERM, later SIGKILL."""
+    """End everything below this process: SIGTERM, later SIGKILL."""
     start = time.monotonic()
     told: set[int] = set()
     while True:

@@ -41,7 +41,7 @@ class Parser(argparse.ArgumentParser):
         return parsed, unknown
 
     def error(self, message: str) -> NoReturn:
-        """One line, and exit code 2."""
+        """End the program with one line and exit code 2."""
         hint = self._meant() if "arguments" in message else ""
         self.exit(2, f"{self.prog}: {message}{hint} (see {self.prog} --help)\n")
 

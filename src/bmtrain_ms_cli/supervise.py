@@ -247,7 +247,7 @@ class Job:
             self._remains.remove()
 
     def _end(self, grace: float, spare_launcher: bool = False) -> None:
-        """Every process below this one: SIGTERM, and later SIGKILL."""
+        """End every process below this one: SIGTERM, and later SIGKILL."""
         start = time.monotonic()
         told: set[int] = set()
         while time.monotonic() < start + grace + _IMPATIENCE:

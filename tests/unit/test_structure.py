@@ -149,6 +149,15 @@ def test_every_public_name_has_a_docstring():
                 assert ast.get_docstring(node), f"{path}: {node.name}"
 
 
+def test_docstrings_stand_alone():
+    """None is a fragment that only its neighbours complete: `Of both.`, `By path.`, `All flat.`"""
+    for path in [*FILES, *BASE, *COMMAND]:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
+                words = re.split(r"\.(?:\s|$)", node.value.value.strip())[0].split()
+                assert len(words) >= 3 and words[0] not in ("Of", "By"), f"{path}:{node.lineno}: {' '.join(words)}"
+
+
 def test_no_pickle_and_no_globals():
     for path in [*FILES, *BASE]:
         for node in ast.walk(ast.parse(path.read_text())):

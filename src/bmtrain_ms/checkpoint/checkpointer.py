@@ -340,7 +340,7 @@ class Checkpointer:
 
     @staticmethod
     def _layout(name: str, saving: _Saving) -> Layout | None:
-        """Of some rank: of one that has nothing of the tensor, that of the whole, as ranks say what they have themselves."""
+        """The layout of the tensor for the index: this rank's, or the whole tensor's where this rank has nothing of it."""
         return saving.entries[name].layout if name in saving.entries else Layout(saving.known[name].shape)
 
     def _prune(self, naming: Naming, in_background: bool) -> None:

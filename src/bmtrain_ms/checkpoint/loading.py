@@ -144,6 +144,8 @@ def same_everywhere(source: Path, found: Path | None, world: World, shared: bool
 
     All ranks call it.
     """
+    # Older checkpoints are compared only where hosts looked for one in folders of their own: one that was named is taken as it is,
+    # and of a shared folder all ranks have the same ones.
     mine: dict[str, str | None] = {}
     if found is not None and found != source and not shared:
         mine = {checkpoint_name(step): _identity(source / checkpoint_name(step)) for step in steps_in(source)}
@@ -152,6 +154,8 @@ def same_everywhere(source: Path, found: Path | None, world: World, shared: bool
     for name, identity in mine.items():
         if identity is not None and all(other.get(name) == identity for _, other in everybody):
             common.append(source / name)
+    # Something is common only if every rank has found a checkpoint, so each name has a step. Of the common ones none is taken that
+    # is newer than what a rank has found by itself.
     last = min(step_of(source / name) for name in names) if common else 0
     older = [path for path in common if step_of(path) <= last]
     if len(set(names)) == 1:

@@ -49,7 +49,7 @@ def load_training(
 
 
 def load_file(file_name: str | Path, model: nn.Cell, manager: OptimManager, strict: bool, keep: str) -> tuple[RunState, LoadResult]:
-    """See `load_training`."""
+    """Restore an old file as `load_training` does; returns the run's state and what did not match."""
     check_complete(model, manager)
     checked_keep(keep)
     current = world()

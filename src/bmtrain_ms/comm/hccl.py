@@ -55,7 +55,7 @@ def _in_flight(pairs: Sequence[tuple[Tensor, Any]], last: Callable[[Tensor, int]
 
 
 def _moved(x: Tensor) -> Tensor:
-    """As HCCL moves it: it has no truth values."""
+    """The tensor in a type that HCCL can move: truth values as uint8."""
     return x.astype(ms.uint8) if x.dtype == ms.bool_ else x
 
 
@@ -177,7 +177,7 @@ class HcclEngine(Engine):
         return ("sum", [x * (1.0 / self.size) for x in tensors]) if op == "mean" else (op, tensors)
 
     def _reduced(self, rows: Tensor, op: str, shape: tuple[int, ...]) -> Tensor:
-        """Of every rank's part, by rank, on the host: few such tensors are large."""
+        """The reduction of every rank's row, in rank order, made on the host: few such tensors are large."""
         parts = host_array(rows).reshape(self.size, -1)
         out = np.empty(parts.shape[1], parts.dtype)
         reduce_rows(parts, op, out)

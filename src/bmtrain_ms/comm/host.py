@@ -55,7 +55,7 @@ class Job(Work):
         return self.started, self.ended
 
     def start(self) -> None:
-        """Its turn has come. Called by the transport's thread."""
+        """Note that the operation's turn has come; called by the transport's thread."""
         self.started = time.monotonic()
         self.deadline = self.started + self.timeout
 
@@ -176,11 +176,11 @@ class HostEngine(Engine):
 
     @abstractmethod
     def _send(self, sources: Rows, dst: int) -> Stages:
-        """To one rank."""
+        """This rank's arrays, on their way to rank `dst`."""
 
     @abstractmethod
     def _recv(self, targets: Rows, src: int) -> Stages:
-        """From one rank."""
+        """The arrays of rank `src` into this rank's."""
 
     @abstractmethod
     def _meet(self) -> Stages:
@@ -239,7 +239,7 @@ class HostEngine(Engine):
         return self._submit(Operation(op, pair, root, self._what(op + peer, label), signature, out, stages, arrays))
 
     def _what(self, op: str, label: str) -> str:
-        """For messages."""
+        """The operation as messages name it: with its label, the step and this rank."""
         name = f"{op} ({label})" if label else op
         return f"{name} at step {self.clock.step} on rank {self.rank} of {self.size}"
 

@@ -23,7 +23,7 @@ _LARGEST = 1 << 16  # bytes of a message
 
 
 class Meeting(ABC):
-    """Attributes: `rank`, `size`."""
+    """A way for ranks to exchange facts before they have an engine; `rank`: this one's number, `size`: how many there are."""
 
     rank: int
     size: int
@@ -37,7 +37,7 @@ class Meeting(ABC):
 
 
 class MpiMeeting(Meeting):
-    """By an mpi4py communicator."""
+    """A meeting by an mpi4py communicator."""
 
     def __init__(self, comm: Any):
         self._comm, self.rank, self.size = comm, comm.Get_rank(), comm.Get_size()
@@ -47,7 +47,7 @@ class MpiMeeting(Meeting):
 
 
 class BoardMeeting(Meeting):
-    """By the board of our launcher, which ends the job when a rank dies: so nobody waits for the dead.
+    """A meeting by the board of our launcher, which ends the job when a rank dies: so nobody waits for the dead.
 
     Raises:
         CommError: a rank has ended without joining the others.
@@ -84,7 +84,7 @@ class BoardMeeting(Meeting):
 
 
 class SocketMeeting(Meeting):
-    """By a Unix socket of rank 0, named after the job; for ranks of one host that others than our launcher have started.
+    """A meeting by a Unix socket of rank 0, named after the job; for ranks of one host that others than our launcher have started.
 
     Raises:
         CommError: the name is taken, or another user's.

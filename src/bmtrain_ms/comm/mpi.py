@@ -300,7 +300,7 @@ class MpiEngine(HostEngine):
 
 
 def ranks_by_host(hosts: Sequence[str]) -> str:
-    """For messages: `ranks 0, 1 on h1; 2, 3 on h2`, or `ranks 0-7 on h1; 8-15 on h2`, from each rank's host."""
+    """The ranks of each host, in words: `ranks 0, 1 on h1; 2, 3 on h2`, or `ranks 0-7 on h1; 8-15 on h2`, from each rank's host."""
     texts = []
     for host in dict.fromkeys(hosts):
         ranks = [rank for rank, there in enumerate(hosts) if there == host]

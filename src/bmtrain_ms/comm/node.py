@@ -103,7 +103,7 @@ class NodeThread:
 
     @property
     def lost(self) -> BaseException | None:
-        """See `Engine.lost`."""
+        """The error of an operation that did not end in time, if there is one; see `Engine.lost`."""
         return self._failure if isinstance(self._failure, CommTimeoutError) else None
 
     def close(self) -> None:
@@ -218,7 +218,7 @@ class NodeThread:
         return self._wait_for(job, missing) if missing else True
 
     def _wait_for(self, job: _Job, missing: list[int]) -> bool:
-        """False: not yet."""
+        """Return False while the missing ranks may still come; raise when one of them has ended, or the time is over."""
         if self._told is not None:
             raise self._told
         for rank in missing:
@@ -248,7 +248,7 @@ class NodeThread:
             self._send(self.peers, message)
 
     def _send(self, ranks: Iterable[int], message: list) -> None:
-        """Under the lock."""
+        """Put a message for these ranks into their outboxes; the caller has the lock."""
         packet = json.dumps(message, ensure_ascii=False).encode()
         for rank in ranks:
             if rank == self.rank:
@@ -258,7 +258,7 @@ class NodeThread:
                 self._flush(self.peers[rank])
 
     def _flush(self, peer: _Peer) -> None:
-        """Under the lock."""
+        """Send as much of a peer's outbox as its connection takes now; the caller has the lock."""
         try:
             while peer.outbox:
                 peer.connection.send(peer.outbox[0])

@@ -36,11 +36,11 @@ class Signed(ABC):
 
     @abstractmethod
     def _call(self, name: str, bound: inspect.BoundArguments) -> Any:
-        """What the function does."""
+        """Do what the function of that name does."""
 
 
 class Handle:
-    """Of an operation in flight."""
+    """The handle of an operation in flight."""
 
     def __init__(self, number: int, what: str, pending: dict[int, str], end: Callable[[], None]):
         self._number, self._pending, self._end = number, pending, end
@@ -72,7 +72,7 @@ class RehearsedComm(Signed):
         return list(self._pending.values())
 
     def lost(self) -> list[str]:
-        """Of `unwaited`, what somebody should have waited for. Gathers are made ahead, for nothing where something else comes."""
+        """What of `unwaited` somebody should have waited for: all but gathers, which are made ahead, maybe for nothing."""
         return [what for what in self.unwaited() if not what.startswith("all_gather_into_tensor")]
 
     def close(self) -> None:
@@ -153,7 +153,7 @@ class RehearsedComm(Signed):
     # Implementation #
 
     def _group(self, asked: dict[str, Any]) -> tuple[Engine, list[int]]:
-        """Its engine, and its members' ranks among everyone."""
+        """The engine of the group that was asked for, and its members' ranks among everyone."""
         name = WORLD if asked["group"] is None else asked["group"]
         if name not in self._groups:
             raise RuntimeError(f"there is no group {name!r}: create_group makes it")
@@ -223,7 +223,7 @@ def _garbage(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
 
 
 def _reduced(rows: np.ndarray, op: str) -> np.ndarray:
-    """In the rows' own type, and from the last to the first: HCCL promises no order."""
+    """The rows reduced in their own type, from the last to the first: HCCL promises no order."""
     wide = np.float32 if rows.dtype.itemsize == 2 else rows.dtype  # rounds each sum as the type itself would
     combine = {"sum": np.add, "prod": np.multiply, "max": np.maximum, "min": np.minimum}[op]
     total = rows[-1]

@@ -396,7 +396,7 @@ def _rehearse(engine: Engine, launch: Launch) -> Engine:
 
 
 def _make_node_engine(launch: Launch, timeout: float) -> Engine:
-    """For ranks of one host that were not started by MPI."""
+    """The engine of ranks of one host that were not started by MPI."""
     board = own_board()
     meeting = SocketMeeting(launch) if board is None else BoardMeeting(board, launch, timeout)
     try:

@@ -65,7 +65,7 @@ class Around(Engine):
 
     @abstractmethod
     def _rewrap(self, inner: Engine) -> Engine:
-        """The same wrapper around a sub-group."""
+        """This wrapper around another engine, that of a sub-group."""
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ class Requested(dict):
         self._of: dict[tuple[type, bool], dict[int, Parameter]] = {}
 
     def of(self, kind: type, others: bool = False) -> dict[int, Parameter]:
-        """Those of a type, or all others; for who only reads. Each Block asks, and models have many parameters."""
+        """The parameters of a type, or all others; for who only reads. Each Block asks, and models have many parameters."""
         if (kind, others) not in self._of:
             self._of[kind, others] = {i: p for i, p in self.items() if isinstance(p, kind) is not others}
         return self._of[kind, others]
@@ -43,7 +43,7 @@ class Joined:
             self.grads[id(p)] = grad if before is None else before + grad
 
     def deliver(self, deliver: Deliver) -> None:
-        """Make them whole."""
+        """Replace each gradient by the whole of it, which `deliver` makes."""
         self.grads = {i: deliver(self.asked[i], found) for i, found in self.grads.items()}
 
 

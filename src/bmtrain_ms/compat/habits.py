@@ -158,7 +158,7 @@ def _refuse_saving(wrapped: Any, instance: Any, args: tuple, kwargs: dict) -> An
 
 
 def _parameters_of(saved: Any) -> Iterator[Any]:
-    """Of what `save_checkpoint` takes: a Cell, a list of dicts with a name and data, or a dict of names."""
+    """The parameters in what `save_checkpoint` takes: a Cell, a list of dicts with a name and data, or a dict of names."""
     if isinstance(saved, nn.Cell):
         yield from (p for _, p in saved.parameters_and_names())
     elif isinstance(saved, dict):

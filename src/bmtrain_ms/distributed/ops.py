@@ -1,4 +1,4 @@
-"""Differentiable collectives.
+"""Collectives that can be differentiated.
 
 [Note: gradients]
 What is differentiated is the sum over all ranks of their losses: a rank's gradient of x says how x changes every rank's loss, not

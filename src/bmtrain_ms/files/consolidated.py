@@ -92,7 +92,8 @@ class Replacement:
         let_go(self._lock)
 
     def commit(self, groups: Sequence[Sequence[str]], total: int) -> list[Path]:
-        """Have them be the model: name -> file of several is written last. An old index would mix two models, so it goes first.
+        """Make the files written here the model: name -> file of several is written last. An old index would mix two models, so it
+        goes first.
 
         Args:
             groups: names of tensors in each file.

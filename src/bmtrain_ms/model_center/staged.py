@@ -180,7 +180,7 @@ class StagedModel:
 
     @property
     def _ran(self) -> Stage:
-        """Of the layers that there are now: some may have been exchanged (adapters) since the last time."""
+        """The stage that runs the layers there are now: some may have been exchanged (adapters) since the last time."""
         chunks = [self._segments(stage) for stage in self.own]
         return Stage(chunks, len(self.plan) + self.plan[-1].last + 2, self._message, self.world, self._held)
 
@@ -207,8 +207,10 @@ class StagedModel:
     def trained(
         self, batches: list[_Batch], params: Sequence[Parameter], cotangent: float, routers: float
     ) -> tuple[list[Tensor], list[Tensor]]:
-        """As `Stage.train`; gradients of a table on two stages are the sum of both. `routers`: what the mean over all tokens of
-        what routers add is multiplied with."""
+        """Losses and gradients, as `Stage.train` makes them; gradients of a table on two stages are the sum of both.
+
+        `routers`: what the mean over all tokens of what routers add is multiplied with.
+        """
         if self._routed:
             for batch in batches:
                 counts = routers * batch.share * self.world.mesh.tp  # each tensor-parallel rank's routers add their rows' only
@@ -246,7 +248,7 @@ class StagedModel:
             return self._pipe.broadcast([x], self._pipe.size - 1, f"{what} of the last stage").wait()[0]
 
     def _summed(self, grad: Tensor) -> Tensor:
-        """Of the first and the last stage, the same bits on both. They are sharded alike, so that shards can be added."""
+        """The sum of the first and the last stage's gradient, the same bits on both. They are sharded alike: shards are added."""
         label, last = "gradient of the tied table", self._pipe.size - 1
         with no_grad():
             if not self.first:
@@ -346,7 +348,7 @@ class StagedLoss(Scheduled):
         return loss + self._staged.of_routers(batches) * _routers_share(reduction, targets, rest)
 
     def differentiated(self, params: Sequence[Parameter], scale: float, *args: Any, **kwargs: Any) -> tuple[Tensor, list[Tensor]]:
-        """See `Scheduled`.
+        """The loss and its gradients, see `Scheduled`.
 
         Raises:
             ValueError: the batch has fewer rows than there are micro-batches, or `reduction` is not `mean` or `sum`.

@@ -1,4 +1,4 @@
-"""Linear layer."""
+"""The linear layer."""
 
 from __future__ import annotations
 

@@ -74,7 +74,7 @@ class _LoRAColumn(ColumnParallelLinear):
         self.lora_B = ColumnParallelLinear.of(linear.lora_B, gather_output, parts)  # type: ignore[arg-type]
 
     def construct(self, x: Tensor) -> Tensor:
-        """See `ColumnParallelLinear`."""
+        """Compute the layer's and its adapter's result, see `ColumnParallelLinear`."""
         self.lora_B.gather_input = self.gather_input  # which may be set after the layer was made
         return super().construct(x) + adapted(self, x)
 
@@ -97,7 +97,7 @@ class _LoRARow(RowParallelLinear):
         self.lora_A = RowParallelLinear.of(linear.lora_A)  # type: ignore[arg-type]
 
     def construct(self, x: Tensor) -> Tensor:
-        """See `RowParallelLinear`."""
+        """Compute the layer's and its adapter's result, see `RowParallelLinear`."""
         return super().construct(x) + adapted(self, x)
 
 
@@ -236,7 +236,7 @@ def _fits(cell: nn.Cell) -> bool:
 
 
 def _adapted_layer(layer: Any, *settings: Any) -> Any:
-    """With an adapter of these settings: of the same parameters, and divided as the layer is."""
+    """The layer with an adapter of these settings: of the same parameters, and divided as the layer is."""
     if type(layer) is Linear:
         return LoRALinear(layer, *settings)
     weight, has_bias = layer.parameter("weight"), parameter_table(layer).get("bias") is not None
@@ -252,7 +252,7 @@ def _adapted_layer(layer: Any, *settings: Any) -> Any:
 
 
 def _plain_layer(layer: Any) -> Any:
-    """Without an adapter, of the same parameters, and divided as the layer is."""
+    """The layer without an adapter, of the same parameters, and divided as the layer is."""
     weight, has_bias = layer.parameter("weight"), parameter_table(layer).get("bias") is not None
     sizes = layer.in_features, layer.out_features, has_bias, weight.dtype
     if isinstance(layer, LoRALinear):

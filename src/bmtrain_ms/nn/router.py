@@ -172,7 +172,7 @@ class Routing:
 
     @property
     def pulled(self) -> Tensor:
-        """In backward: how much what a router adds counts."""
+        """The factor of what a router adds to the loss, which its backward multiplies with."""
         if self._pulled is None:
             raise RuntimeError("a router has losses, and nobody adds them to the loss: return routing.add_losses(loss)")
         return self._pulled
@@ -296,7 +296,7 @@ class Router(DistributedModule):
 
     @property
     def world(self) -> World:
-        """That of its weight."""
+        """The world of the router's weight."""
         return self.parameter("weight").world
 
     def seen(self) -> np.ndarray:

@@ -54,7 +54,7 @@ _segment_sum = ops.UnsortedSegmentSum()
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """See `bmtrain_ms.ops.linear`; the derivative is MindSpore's."""
+    """`bmtrain_ms.ops.linear` on a device; the derivative is MindSpore's."""
     flat = x.reshape(-1, x.shape[-1]) if x.ndim != 2 else x
     y = _matmul_t(flat, weight)
     if bias is not None:
@@ -63,17 +63,17 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def linears(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
-    """See `bmtrain_ms.ops.linears`; one by one."""
+    """`bmtrain_ms.ops.linears` on a device; one by one."""
     return tuple(linear(x, weight, bias) for weight, bias in zip(weights, biases))
 
 
 def matmul(a: Tensor, b: Tensor, transpose_a: bool = False, transpose_b: bool = False) -> Tensor:
-    """See `bmtrain_ms.ops.matmul`."""
+    """`bmtrain_ms.ops.matmul` on a device."""
     return ops.MatMul(transpose_a, transpose_b)(a, b)
 
 
 def embedding(ids: Tensor, table: Tensor) -> Tensor:
-    """See `bmtrain_ms.ops.embedding`."""
+    """`bmtrain_ms.ops.embedding` on a device."""
     (vocab, dim), dtype = table.shape, table.dtype
 
     def forward(table: Tensor) -> tuple[Tensors, None]:
@@ -87,7 +87,7 @@ def embedding(ids: Tensor, table: Tensor) -> Tensor:
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """See `bmtrain_ms.ops.rms_norm`."""
+    """`bmtrain_ms.ops.rms_norm` on a device."""
     dim, shape = x.shape[-1], x.shape
 
     def forward(x: Tensor, weight: Tensor) -> tuple[Tensors, Tensors]:
@@ -108,7 +108,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    """See `bmtrain_ms.ops.layer_norm`."""
+    """`bmtrain_ms.ops.layer_norm` on a device."""
     dim, shape = x.shape[-1], x.shape
 
     def forward(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensors, Tensors]:
@@ -136,12 +136,12 @@ def _row_mean(x: Tensor) -> Tensor:
 
 
 def add(x: Tensor, y: Tensor) -> Tensor:
-    """See `bmtrain_ms.ops.add`; MindSpore's."""
+    """`bmtrain_ms.ops.add` on a device, which is MindSpore's."""
     return x + y
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    """See `bmtrain_ms.ops.swiglu`."""
+    """`bmtrain_ms.ops.swiglu` on a device."""
 
     def forward(gate: Tensor, up: Tensor) -> tuple[Tensors, Tensors]:
         gate32 = gate.astype(ms.float32)
@@ -159,7 +159,7 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
 
 
 def gelu(x: Tensor) -> Tensor:
-    """See `bmtrain_ms.ops.gelu`."""
+    """`bmtrain_ms.ops.gelu` on a device."""
 
     def halves(x: Tensor) -> tuple[Tensor, Tensor]:
         wide = x.astype(ms.float32)
@@ -179,7 +179,7 @@ def gelu(x: Tensor) -> Tensor:
 
 
 def split_heads(x: Tensor, batch: int, heads: int, angles: Angles | None = None) -> Tensor:
-    """See `bmtrain_ms.ops.split_heads`; the derivative is MindSpore's."""
+    """`bmtrain_ms.ops.split_heads` on a device; the derivative is MindSpore's."""
     length, dim = x.shape[0] // batch, x.shape[1] // heads
     apart = x.reshape(batch, length, heads, dim).transpose(0, 2, 1, 3)
     if angles is None:
@@ -190,13 +190,13 @@ def split_heads(x: Tensor, batch: int, heads: int, angles: Angles | None = None)
 
 
 def merge_heads(x: Tensor) -> Tensor:
-    """See `bmtrain_ms.ops.merge_heads`; the derivative is MindSpore's."""
+    """`bmtrain_ms.ops.merge_heads` on a device; the derivative is MindSpore's."""
     batch, heads, length, dim = x.shape
     return x.transpose(0, 2, 1, 3).reshape(batch * length, heads * dim)
 
 
 def reshape(x: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """See `bmtrain_ms.ops.reshape`; MindSpore's."""
+    """`bmtrain_ms.ops.reshape` on a device, which is MindSpore's."""
     return x.reshape(shape)
 
 
@@ -211,7 +211,7 @@ def _quarter_turn(dim: int) -> Tensor:
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | Seen | None, scale: float | None, softcap: float | None) -> Tensor:
-    """See `bmtrain_ms.ops.attention`."""
+    """`bmtrain_ms.ops.attention` on a device."""
     scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else scale
     out = fused.attention(q, k, v, mask, scale, softcap)
     if out is not None:
@@ -240,5 +240,5 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | Seen | None, scale
 
 @functools.lru_cache(maxsize=8)
 def causal_mask(batch: int, heads: int, queries: int, keys: int, repeats: int = 1) -> Tensor:
-    """See `bmtrain_ms.ops.causal_mask`; (1, 1, repeats * queries, keys)."""
+    """`bmtrain_ms.ops.causal_mask` on a device, (1, 1, repeats * queries, keys)."""
     return Seen(queries, keys).tensor(repeats)

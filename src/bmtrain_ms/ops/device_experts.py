@@ -18,7 +18,7 @@ _batch_t_matmul = ops.BatchMatMul(transpose_a=True)
 
 
 def choose_experts(scores: Tensor, top_k: int, groups: int, keep: int, best: int) -> Tensor:
-    """See `bmtrain_ms.ops.choose_experts`."""
+    """`bmtrain_ms.ops.choose_experts` on a device."""
     with no_grad():
         left = scores.astype(ms.float32)
         if keep < groups:
@@ -45,14 +45,14 @@ def _one_hot(index: Tensor, size: int) -> Tensor:
 
 
 def take_rows(x: Tensor, index: np.ndarray) -> Tensor:
-    """See `bmtrain_ms.ops.experts`."""
+    """x[index], rows of zeros for -1, on a device; see `bmtrain_ms.ops.experts`."""
     if (index < 0).any():  # a row of zeros behind the others: zero times what is not finite would be no zero
         x, index = ops.cat((x, ops.zeros((1, *x.shape[1:]), x.dtype)), 0), np.where(index < 0, x.shape[0], index)
     return _gather(x, from_host(index.astype(np.int32)), 0)
 
 
 def sum_rows(x: Tensor, places: np.ndarray, weights: Tensor | None) -> Tensor:
-    """See `bmtrain_ms.ops.experts`."""
+    """The sum of k rows for each row of `places`, weighted if there are weights, on a device; see `bmtrain_ms.ops.experts`."""
     total = None
     for j in range(places.shape[1]):
         rows = take_rows(x, places[:, j]).astype(ms.float32)
@@ -62,21 +62,21 @@ def sum_rows(x: Tensor, places: np.ndarray, weights: Tensor | None) -> Tensor:
 
 
 def spread_rows(x: Tensor, weights: Tensor, slots: np.ndarray) -> Tensor:
-    """See `bmtrain_ms.ops.experts`."""
+    """x[slot // k] times the weight of each slot, on a device; see `bmtrain_ms.ops.experts`."""
     top_k = weights.shape[1]
     rows = take_rows(x, np.where(slots < 0, -1, slots // top_k)).astype(ms.float32)
     return (rows * take_rows(weights.reshape(-1, 1), slots)).astype(x.dtype)
 
 
 def dot_rows(x: Tensor, y: Tensor, places: np.ndarray) -> Tensor:
-    """See `bmtrain_ms.ops.experts`."""
+    """The products of x[i] and y[places[i, j]], on a device; see `bmtrain_ms.ops.experts`."""
     wide = x.astype(ms.float32)
     found = [(wide * take_rows(y, places[:, j]).astype(ms.float32)).sum(-1, keepdims=True) for j in range(places.shape[1])]
     return found[0] if len(found) == 1 else ops.cat(found, 1)
 
 
 def grouped_linear(x: Tensor, weight: Tensor, counts: np.ndarray) -> Tensor:
-    """See `bmtrain_ms.ops.grouped_linear`: one product of all matrices, of as many rows each as the largest group has."""
+    """`bmtrain_ms.ops.grouped_linear` on a device: one product of all matrices, of as many rows each as the largest group has."""
     groups, width, ends = len(counts), max(1, int(counts.max())), np.cumsum(counts)
     column = np.arange(width)
     padded = np.where(column < counts[:, None], (ends - counts)[:, None] + column, -1).reshape(-1)

@@ -15,7 +15,7 @@ CHUNK = 1 << 24  # elements of logits that are float32 at a time
 
 
 def loss_sums(logits: Tensor, rule: LossRule, first: int) -> Sums:
-    """See `bmtrain_ms.ops.loss`."""
+    """The sums of each row of logits, on a device; see `bmtrain_ms.ops.loss`."""
     rows, classes = logits.shape
     spread = rule.spread(first, first + classes)
     if not rows:  # a reduction of nothing is an error
@@ -36,7 +36,7 @@ def loss_sums(logits: Tensor, rule: LossRule, first: int) -> Sums:
 
 
 def loss_gradient(logits: Tensor, rule: LossRule, first: int, found: Sums, scale: np.ndarray) -> Tensor:
-    """See `bmtrain_ms.ops.loss`."""
+    """The gradient of the logits, on a device; see `bmtrain_ms.ops.loss`."""
     classes = logits.shape[1]
     spread = rule.spread(first, first + classes)
     column: Callable[[np.ndarray], Tensor] = lambda x: Tensor(np.ascontiguousarray(x, np.float32)[:, None])  # noqa: E731

@@ -46,12 +46,12 @@ __all__ = [
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """See `bmtrain_ms.ops.linear`."""
+    """`bmtrain_ms.ops.linear` on the host."""
     return linears(x, [weight], [bias])[0]
 
 
 def linears(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
-    """See `bmtrain_ms.ops.linears`."""
+    """`bmtrain_ms.ops.linears` on the host."""
     for weight in weights:
         if x.dtype != weight.dtype:
             raise TypeError(f"linear takes x and weight of one type, not {x.dtype} and {weight.dtype}")
@@ -81,14 +81,14 @@ def linears(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None
 
 @quiet
 def matmul(a: Tensor, b: Tensor, transpose_a: bool = False, transpose_b: bool = False) -> Tensor:
-    """See `bmtrain_ms.ops.matmul`."""
+    """`bmtrain_ms.ops.matmul` on the host."""
     left, right = wide(a), wide(b)
     out = (left.T if transpose_a else left) @ (right.T if transpose_b else right)
     return returned(out, a, out.shape)
 
 
 def embedding(ids: Tensor, table: Tensor) -> Tensor:
-    """See `bmtrain_ms.ops.embedding`.
+    """`bmtrain_ms.ops.embedding` on the host.
 
     Raises:
         ValueError: an id is outside of the table.
@@ -109,7 +109,7 @@ def embedding(ids: Tensor, table: Tensor) -> Tensor:
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """See `bmtrain_ms.ops.rms_norm`."""
+    """`bmtrain_ms.ops.rms_norm` on the host."""
 
     def forward(x: Tensor, weight: Tensor) -> tuple[Tensors, np.ndarray]:
         rows = matrix(x, np.float32)
@@ -128,7 +128,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    """See `bmtrain_ms.ops.layer_norm`."""
+    """`bmtrain_ms.ops.layer_norm` on the host."""
 
     def forward(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensors, Arrays]:
         rows = matrix(x, np.float32)
@@ -148,8 +148,8 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
 
 
 def add(x: Tensor, y: Tensor) -> Tensor:
-    """See `bmtrain_ms.ops.add`. MindSpore's own takes three times as long on CPU (2.5), and what it returns is not known to lie in
-    memory of ours, which whoever reads it has to find out."""
+    """`bmtrain_ms.ops.add` on the host. MindSpore's own takes three times as long on CPU (2.5), and what it returns is not known
+    to lie in memory of ours, which whoever reads it has to find out."""
     return custom_vjp(_add, lambda _, __, grads: (grads[0], grads[0]), x, y)[0]
 
 
@@ -159,7 +159,7 @@ def _add(x: Tensor, y: Tensor) -> tuple[Tensors, None]:
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    """See `bmtrain_ms.ops.swiglu`."""
+    """`bmtrain_ms.ops.swiglu` on the host."""
     return custom_vjp(_swiglu, _swiglu_gradient, gate, up)[0]
 
 
@@ -178,7 +178,7 @@ def _swiglu_gradient(inputs: Tensors, _: None, grads: Tensors) -> Tensors:
 
 
 def gelu(x: Tensor) -> Tensor:
-    """See `bmtrain_ms.ops.gelu`. NumPy's tanh: MindSpore's own is wrong by 1e-4 on CPU (2.5 and 2.10)."""
+    """`bmtrain_ms.ops.gelu` on the host. NumPy's tanh: MindSpore's own is wrong by 1e-4 on CPU (2.5 and 2.10)."""
 
     def halves(x: Tensor) -> tuple[np.ndarray, np.ndarray]:
         wide = matrix(x, np.float32)
@@ -200,7 +200,7 @@ def gelu(x: Tensor) -> Tensor:
 
 
 def split_heads(x: Tensor, batch: int, heads: int, angles: Angles | None = None) -> Tensor:
-    """See `bmtrain_ms.ops.split_heads`."""
+    """`bmtrain_ms.ops.split_heads` on the host."""
     length, dim = x.shape[0] // batch, x.shape[1] // heads
     apart, together = (batch, heads, length, dim), (batch, length, heads, dim)
     if angles is None:
@@ -223,7 +223,7 @@ def split_heads(x: Tensor, batch: int, heads: int, angles: Angles | None = None)
 
 
 def merge_heads(x: Tensor) -> Tensor:
-    """See `bmtrain_ms.ops.merge_heads`."""
+    """`bmtrain_ms.ops.merge_heads` on the host."""
     batch, heads, length, dim = x.shape
     together = (batch, length, heads, dim)
     return custom_vjp(
@@ -234,7 +234,7 @@ def merge_heads(x: Tensor) -> Tensor:
 
 
 def reshape(x: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """See `bmtrain_ms.ops.reshape`."""
+    """`bmtrain_ms.ops.reshape` on the host."""
     if x.shape == shape:
         return x
     return custom_vjp(

@@ -67,7 +67,7 @@ class _Scores:
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | Seen | None, scale: float | None, softcap: float | None) -> Tensor:
-    """See `bmtrain_ms.ops.attention`. What is not seen is not computed, but for the corners of blocks."""
+    """`bmtrain_ms.ops.attention` on the host. What is not seen is not computed, but for the corners of blocks."""
     scores = _Scores(q, k, mask, 1.0 / math.sqrt(q.shape[-1]) if scale is None else scale, softcap)
 
     @quiet
@@ -117,7 +117,7 @@ def _matrices(x: np.ndarray) -> np.ndarray:
 
 @functools.lru_cache(maxsize=8)
 def causal_mask(batch: int, heads: int, queries: int, keys: int, repeats: int = 1) -> Tensor:
-    """See `bmtrain_ms.ops.causal_mask`; (1, 1, repeats * queries, keys)."""
+    """`bmtrain_ms.ops.causal_mask` on the host, (1, 1, repeats * queries, keys)."""
     seen = Seen(queries, keys)
     mask = seen.tensor(repeats)
     mask.seen = seen  # what `attention` knows it by

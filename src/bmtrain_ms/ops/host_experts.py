@@ -11,7 +11,7 @@ from .host_arrays import Tensors, matrix, quiet, returned, wide
 
 
 def choose_experts(scores: Tensor, top_k: int, groups: int, keep: int, best: int) -> Tensor:
-    """See `bmtrain_ms.ops.choose_experts`."""
+    """`bmtrain_ms.ops.choose_experts` on the host."""
     left = matrix(scores, np.float32).copy()
     rows, experts = left.shape
     if keep < groups:
@@ -34,7 +34,7 @@ def _best(left: np.ndarray, count: int) -> np.ndarray:
 
 @quiet
 def take_rows(x: Tensor, index: np.ndarray) -> Tensor:
-    """See `bmtrain_ms.ops.experts`."""
+    """x[index], rows of zeros for -1, on the host; see `bmtrain_ms.ops.experts`."""
     rows = values(x)[index]
     if (index < 0).any():
         rows[index < 0] = 0
@@ -43,7 +43,7 @@ def take_rows(x: Tensor, index: np.ndarray) -> Tensor:
 
 @quiet
 def sum_rows(x: Tensor, places: np.ndarray, weights: Tensor | None) -> Tensor:
-    """See `bmtrain_ms.ops.experts`."""
+    """The sum of k rows for each row of `places`, weighted if there are weights, on the host; see `bmtrain_ms.ops.experts`."""
     rows, w = wide(x), None if weights is None else values(weights)
     out = np.zeros((len(places), rows.shape[1]), rows.dtype)
     for j in range(places.shape[1]):
@@ -55,7 +55,7 @@ def sum_rows(x: Tensor, places: np.ndarray, weights: Tensor | None) -> Tensor:
 
 @quiet
 def spread_rows(x: Tensor, weights: Tensor, slots: np.ndarray) -> Tensor:
-    """See `bmtrain_ms.ops.experts`."""
+    """x[slot // k] times the weight of each slot, on the host; see `bmtrain_ms.ops.experts`."""
     w, there = values(weights), np.flatnonzero(slots >= 0)
     rows = wide(x)
     out = np.zeros((len(slots), rows.shape[1]), rows.dtype)
@@ -65,7 +65,7 @@ def spread_rows(x: Tensor, weights: Tensor, slots: np.ndarray) -> Tensor:
 
 @quiet
 def dot_rows(x: Tensor, y: Tensor, places: np.ndarray) -> Tensor:
-    """See `bmtrain_ms.ops.experts`."""
+    """The products of x[i] and y[places[i, j]], on the host; see `bmtrain_ms.ops.experts`."""
     a, b = matrix(x, np.float32), matrix(y, np.float32)
     out = np.zeros(places.shape, np.float32)
     for j in range(places.shape[1]):
@@ -75,7 +75,7 @@ def dot_rows(x: Tensor, y: Tensor, places: np.ndarray) -> Tensor:
 
 
 def grouped_linear(x: Tensor, weight: Tensor, counts: np.ndarray) -> Tensor:
-    """See `bmtrain_ms.ops.grouped_linear`."""
+    """`bmtrain_ms.ops.grouped_linear` on the host."""
     ends = np.cumsum(counts)
     groups = [(e, slice(end - n, end)) for e, (n, end) in enumerate(zip(counts.tolist(), ends.tolist())) if n]
 

@@ -13,7 +13,7 @@ CHUNK = 1 << 16  # elements of logits that are float32 at a time
 
 
 def loss_sums(logits: Tensor, rule: LossRule, first: int) -> Sums:
-    """See `bmtrain_ms.ops.loss`."""
+    """The sums of each row of logits, on the host; see `bmtrain_ms.ops.loss`."""
     array, (rows, classes) = values(logits), logits.shape
     spread = rule.spread(first, first + classes)
     sums, at_label, smooth = (np.zeros(rows, np.float64) for _ in range(3))
@@ -30,7 +30,7 @@ def loss_sums(logits: Tensor, rule: LossRule, first: int) -> Sums:
 
 
 def loss_gradient(logits: Tensor, rule: LossRule, first: int, found: Sums, scale: np.ndarray) -> Tensor:
-    """See `bmtrain_ms.ops.loss`."""
+    """The gradient of the logits, on the host; see `bmtrain_ms.ops.loss`."""
     array, (rows, classes) = values(logits), logits.shape
     spread, largest = rule.spread(first, first + classes), found.largest[:, None]
     factor = over(scale * rule.of_softmax(), found.sums)

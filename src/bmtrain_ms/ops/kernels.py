@@ -65,7 +65,7 @@ def rms_norm(x: np.ndarray, weight: np.ndarray, eps: float, out: np.ndarray, sca
 def rms_norm_gradient(
     x: np.ndarray, weight: np.ndarray, scale: np.ndarray, grad: np.ndarray, x_grad: np.ndarray, weight_grad: np.ndarray
 ) -> None:
-    """As `rms_norm`; `weight_grad` (dim,) is zero before."""
+    """Write the gradient of x of `rms_norm` and add up that of the weight; `weight_grad` (dim,) is zero before."""
     rows, dim = x.shape
     for i in range(rows):
         s, along = scale[i], _ZERO
@@ -107,7 +107,7 @@ def layer_norm_gradient(
     weight_grad: np.ndarray,
     bias_grad: np.ndarray,
 ) -> None:
-    """As `layer_norm`; `weight_grad`, `bias_grad` (dim,) are zero before."""
+    """Write the gradient of x of `layer_norm` and add up the others; `weight_grad`, `bias_grad` (dim,) are zero before."""
     rows, dim = x.shape
     for i in range(rows):
         m, s, along, level = mean[i], scale[i], _ZERO, _ZERO
@@ -131,14 +131,14 @@ def _sigmoid(x: Any) -> Any:
 
 @compiled(reassociate=True)
 def swiglu(gate: np.ndarray, up: np.ndarray, out: np.ndarray) -> None:
-    """All flat."""
+    """out = silu(gate) * up, of flat arrays of equal length."""
     for i in range(gate.size):
         out[i] = gate[i] * _sigmoid(gate[i]) * up[i]
 
 
 @compiled(reassociate=True)
 def swiglu_gradient(gate: np.ndarray, up: np.ndarray, grad: np.ndarray, gate_grad: np.ndarray, up_grad: np.ndarray) -> None:
-    """All flat."""
+    """Write the gradients of gate and up of `swiglu`, from flat arrays of equal length."""
     for i in range(gate.size):
         s = _sigmoid(gate[i])
         silu = gate[i] * s
@@ -184,7 +184,7 @@ def _seen(row: int, queries: int, keys: int) -> int:
 
 @compiled(reassociate=True)
 def softmax(scores: np.ndarray, scale: float, queries: int) -> None:
-    """In place, softmax(scale * scores) over the last dim of (matrices, rows, keys).
+    """Replace scores (matrices, rows, keys) by softmax(scale * scores) over the last dim.
 
     queries: 0, or their number, and row r is query r % queries, which sees no later key; the last one sees all.
     """
@@ -210,7 +210,7 @@ def softmax(scores: np.ndarray, scale: float, queries: int) -> None:
 
 @compiled(reassociate=True)
 def softmax_gradient(weights: np.ndarray, grad: np.ndarray, scale: float, queries: int) -> None:
-    """In place of `grad`, of what `softmax` returned as `weights`, the gradient of the scores."""
+    """Replace `grad`, the gradient of the `weights` that `softmax` made, by the gradient of the scores."""
     matrices, rows, keys = weights.shape
     factor = np.float32(scale)
     for m in range(matrices):

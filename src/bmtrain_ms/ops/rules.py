@@ -27,7 +27,7 @@ def check_cross_entropy_options(reduction: str, label_smoothing: float) -> None:
 
 
 class Sums(NamedTuple):
-    """Of each row of logits, or of a part of their columns; x is relative to the row's largest. (rows,) each.
+    """The sums of each row of logits, or of a part of their columns, (rows,) each; x is relative to the row's largest.
 
     `largest`: float32.  `sums`: of exp(x).  `at_label`: x[t], 0 where the label is in another part.  `smooth`: sum_c e/C w[c] x[c].
     """
@@ -70,7 +70,7 @@ class LossRule:
         reduction: str,
         smoothing: float,
     ) -> LossRule:
-        """From the arguments of `cross_entropy`, which are checked here; `classes` of all parts of the logits."""
+        """The rule that the arguments of `cross_entropy` say; they are checked here. `classes`: of all parts of the logits."""
         if tuple(targets.shape) != (rows,):
             raise ValueError(
                 f"cross_entropy takes logits (rows, classes) and targets (rows,), not {(rows, classes)} and {tuple(targets.shape)}"
@@ -93,7 +93,7 @@ class LossRule:
         return cls(classes, labels, row_weight, counts.astype(np.float32), of_class, smoothing, scale, reduction)
 
     def of_rows(self, part: slice) -> LossRule:
-        """The same for some of the rows."""
+        """The rule for some of the rows."""
         return replace(self, labels=self.labels[part], row_weight=self.row_weight[part], counts=self.counts[part])
 
     def spread(self, first: int, stop: int) -> np.ndarray | None:

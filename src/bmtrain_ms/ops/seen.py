@@ -42,8 +42,8 @@ class Seen:
         return self._real is None and self._documents is None and self.window is None
 
     def block(self, rows: slice) -> tuple[int, int, np.ndarray | None]:
-        """Of queries from rows.start to rows.stop: the first key that one of them may see, the end of those, and which of these
-        each one sees, (batch, rows, keys between) bool; None where all that are not later are seen."""
+        """What queries from rows.start to rows.stop may see: the first key, the end of those keys, and which of them each query
+        sees, (batch, rows, keys between) bool; None where all that are not later are seen."""
         before = self.keys - self.queries
         last, first = before + rows.stop, 0
         if self.causal:

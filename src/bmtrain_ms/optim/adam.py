@@ -41,7 +41,7 @@ class Adam(ShardOptimizer):
 def settings(
     lr: float, betas: tuple[float, float], eps: float, weight_decay: float, hold_steps: int, maximize: bool
 ) -> dict[str, Any]:
-    """As a parameter group has them."""
+    """The settings of Adam, in the form that a parameter group has them."""
     return {
         "lr": lr,
         "betas": tuple(betas) if isinstance(betas, list) else betas,
@@ -95,7 +95,7 @@ class AdamOptimizer(Adam):
 
 
 class HostState(ParamState):
-    """In host memory, updated there.
+    """A parameter's state in host memory, updated there.
 
     Args:
         p: its parameter.
@@ -120,7 +120,7 @@ class HostState(ParamState):
         return [*self._moments, self._master, *([] if self._staged is None else [self._staged])]
 
     def nbytes(self) -> int:
-        """Of the arrays kept here."""
+        """The size of the arrays kept here, in bytes."""
         return sum(x.nbytes for x in self._arrays)
 
     def touch(self) -> None:
@@ -149,7 +149,7 @@ class HostState(ParamState):
         return Update(p, m, v, grad.reshape(-1), low, Coefficients.of(group, self.step, scale), delta)
 
     def _memory(self) -> np.ndarray:
-        """The parameter's own."""
+        """The parameter's own memory, flat."""
         p, version = self._p, getattr(self._p, "replaced", None)
         if version is not None and version == self._known_version and is_at(p, self._known):
             return self._known
@@ -175,7 +175,7 @@ class HostState(ParamState):
 
 
 class DeviceState(ParamState):
-    """In device memory, updated by MindSpore's fused operation."""
+    """A parameter's state in device memory, updated by MindSpore's fused operation."""
 
     def __init__(self, p: Parameter):
         super().__init__()
@@ -205,7 +205,7 @@ class DeviceState(ParamState):
             self._master_version = getattr(self._p, "replaced", None)
 
     def _ensure_master(self) -> Tensor:
-        """As in `HostState._master_of`."""
+        """The float32 copy, made at the first use; where the parameter was changed, it follows as `HostState._master_of` does."""
         p, version = self._p, getattr(self._p, "replaced", None)
         if self._master is None:
             self._master = p.astype(ms.float32)

@@ -305,7 +305,7 @@ class ShardOptimizer(ABC):
         check_arrays(self.state_tensors(), state, strict)
 
     def _check_group(self, saved: Any) -> None:
-        """One that was saved."""
+        """Refuse a saved group that is no group of this optimizer's."""
         if not isinstance(saved, dict):
             raise ValueError(f"a group of the state is {type(saved).__name__}, not a dictionary of settings")
         unknown = sorted(set(saved) - set(self.defaults) - {"names", *_LABELS})

@@ -95,7 +95,7 @@ class OtherOptimizer:
         self.optimizer.step(grads, scale)
 
     def state_tensors(self) -> StateTensors:
-        """Nothing is known of them.
+        """Raise TypeError: nothing is known of the state's tensors.
 
         Raises:
             TypeError: always; a checkpoint would leave them out.
@@ -139,7 +139,7 @@ class OtherSchedule:
         """Do nothing: it will see them in its own step."""
 
     def settings(self) -> Optional[dict[str, Any]]:
-        """Nothing is known of them."""
+        """None: nothing is known of the settings."""
         return None
 
     def state_dict(self) -> Optional[dict[str, Any]]:

@@ -59,7 +59,7 @@ class _Scratch(threading.local):
         self._wide = np.empty(0, np.float32)
 
     def of(self, size: int) -> np.ndarray:
-        """So many elements; compiled loops, which write here, do not look."""
+        """An array of so many elements; compiled loops, which write here, do not look."""
         if self._wide.size < size:
             self._wide = np.empty(size, np.float32)
         return self._wide[:size]
@@ -91,7 +91,7 @@ def _apply(x: Update) -> None:
 
 
 def _widened(grad: np.ndarray) -> np.ndarray:
-    """In float32; valid until this thread's next chunk."""
+    """The gradient in float32; valid until this thread's next chunk."""
     from . import kernels
 
     wide = _scratch.of(grad.size)

@@ -53,21 +53,21 @@ _VALUES = np.arange(1 << 16, dtype=np.uint16).view(np.float16).astype(np.float32
 
 @compiled()
 def from_float16(low: np.ndarray, wide: np.ndarray) -> None:
-    """Exact."""
+    """Widen float16 to float32, which is exact."""
     for i in range(low.size):
         wide[i] = _VALUES[low[i]]
 
 
 @compiled()
 def from_bfloat16(low: np.ndarray, wide: np.ndarray) -> None:
-    """Exact."""
+    """Widen bfloat16 to float32, which is exact."""
     for i in range(low.size):
         wide[i] = low[i] << 16
 
 
 @compiled()
 def to_float16(wide: np.ndarray, low: np.ndarray) -> None:
-    """To the nearest value, ties to even; NaN stays NaN."""
+    """Round float32 to the nearest float16, ties to even; NaN stays NaN."""
     for i in range(wide.size):
         x = wide[i] & 0x7FFFFFFF
         if x > 0x7F800000:
@@ -83,7 +83,7 @@ def to_float16(wide: np.ndarray, low: np.ndarray) -> None:
 
 @compiled()
 def to_bfloat16(wide: np.ndarray, low: np.ndarray) -> None:
-    """To the nearest value, ties to even; NaN stays NaN."""
+    """Round float32 to the nearest bfloat16, ties to even; NaN stays NaN."""
     for i in range(wide.size):
         x = wide[i]
         if x & 0x7FFFFFFF > 0x7F800000:

@@ -114,7 +114,7 @@ def _averaged(parameters: Iterable[Parameter], grads: Sequence[Tensor]) -> tuple
 
 
 def _counted(params: Sequence[Parameter], grads: Sequence[Tensor], world: World) -> list[Tensor]:
-    """What `counts_here`, in float32."""
+    """The gradients of parameters that `counts_here` says count, in float32."""
     with no_grad():
         return [g if g.dtype == ms.float32 else g.astype(ms.float32) for p, g in zip(params, grads) if counts_here(p, world)]
 

@@ -26,7 +26,7 @@ AHEAD = 3  # gradients that are used, have arrived, or are on their way
 
 
 class Transfer:
-    """Between device and host, one parameter at a time; each method runs in a thread of its own.
+    """The transfers between device and host, one parameter at a time; each method runs in a thread of its own.
 
     `shares_memory`: parameters are in host memory already, and are changed where they are.
     """
@@ -98,7 +98,7 @@ class AdamOffloadOptimizer(Adam):
         return total / count
 
     def get_var_delta(self) -> float:
-        """Variance of the same."""
+        """Variance over all parameters and ranks of what `get_avg_delta` is the mean of; all ranks call it."""
         count, total, squares = self._sums()
         return max(0.0, squares / count - (total / count) ** 2)  # rounding
 

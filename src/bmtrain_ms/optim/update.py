@@ -31,7 +31,7 @@ class Coefficients(NamedTuple):  # which compiled loops take as it is
 
     @classmethod
     def of(cls, group: dict[str, Any], step: int, scale: float) -> Coefficients:
-        """For the step-th step, counted from 1, with a group's settings; gradients are multiplied by `scale`."""
+        """The coefficients of the step-th step, counted from 1, by a group's settings; gradients are multiplied by `scale`."""
         beta1, beta2 = (float(np.float32(beta)) for beta in group["betas"])  # as float32 arithmetic has them
         lr = 0.0 if step <= group["hold_steps"] else float(group["lr"])
         root = math.sqrt(1.0 - beta2**step)
@@ -73,7 +73,7 @@ class Update:
     delta: Optional[Delta] = None
 
     def chunks(self) -> list[Update]:
-        """The same in pieces."""
+        """The update in pieces of `CHUNK` elements at most, which share its arrays."""
         if self.p.size <= CHUNK:
             return [self]
         parts = [slice(start, start + CHUNK) for start in range(0, self.p.size, CHUNK)]

@@ -82,7 +82,7 @@ class PipelineTransformerBlockList(TransformerBlockList):
     def construct(
         self, *args: Any, batch_related: Sequence[Union[int, str]] = (), return_hidden_states: bool = False, **kwargs: Any
     ) -> Any:
-        """See the class.
+        """Run the chain; the class says what goes in and comes out.
 
         Raises:
             ValueError: fewer arguments than hidden states, fewer rows than micro-batches, or `batch_related` names what is no

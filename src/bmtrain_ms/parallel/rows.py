@@ -199,7 +199,7 @@ class Route:
 
 
 def _zero() -> Tensor:
-    """A token."""
+    """A new token, see [Note: rows]."""
     return from_host(np.zeros((), np.float32))
 
 

@@ -121,14 +121,14 @@ class Run:
             self.end()
 
     def end(self) -> None:
-        """It is over; what is kept for backward passes, which is something after an error only, is let go of."""
+        """Let go of what is kept for backward passes, which is something after an error only; the line is over."""
         for visit in [visit for visits in self.visits.values() for visit in visits]:
             visit.end()
         self._context.pipeline.end_sequence()
         self._context.draws.count = self._first_draw
 
     def step(self, action: Action) -> None:
-        """Do one thing."""
+        """Do one action of the line: compute, send or receive."""
         do = {
             Kind.FORWARD: self._forward,
             Kind.BACKWARD: self._backward,

@@ -38,7 +38,7 @@ class Segment:
     recompute: bool
 
     def parameters(self) -> list[Parameter]:
-        """Each of them once."""
+        """The parameters of the segment's cells, each of them once."""
         return list({id(p): p for cell in self.cells for p in cell.get_parameters()}.values())
 
     def refuse_dropout(self) -> None:
@@ -100,7 +100,7 @@ class Visit:
         return found[0] if own else None
 
     def end(self) -> None:
-        """Let go of everything."""
+        """Let go of all that was kept for backward, which is over or will not come."""
         self._recorded, self._inputs, self._batch = None, [], None
         self._pass.end()
 

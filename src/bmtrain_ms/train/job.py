@@ -75,7 +75,7 @@ class _Job:
         self.started = time.monotonic()
 
     def run(self, other_data: bool) -> None:
-        """All of it."""
+        """Train and evaluate as the settings say, from the start or from a checkpoint on, and write the results."""
         stop = StopSignals()
         lock = lock_folder(self.out)
         if self.chief:

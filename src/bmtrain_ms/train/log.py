@@ -47,7 +47,7 @@ class LogFile:
             raise TrainingError(f"the log {path} cannot be written: {error.strerror}; choose another file") from error
 
     def write(self, record: dict[str, Any]) -> None:
-        """Another line. Never raises for what the disk does: a training that goes well is worth more than its log."""
+        """Add a line for a record. Never raises for what the disk does: a training that goes well is worth more than its log."""
         self._waiting.append(json.dumps(record).encode() + b"\n")
         if len(self._waiting) > _MOST_WAITING:
             del self._waiting[1 if self._begun else 0]

@@ -85,7 +85,7 @@ class _StagedLoss(Scheduled):
         return times(self._staged(ids, targets, **documents), batch.part)
 
     def differentiated(self, params: Sequence[Parameter], scale: float, batch: Batch) -> tuple[Tensor, list[Tensor]]:
-        """See `Scheduled`.
+        """The loss and its gradients, see `Scheduled`.
 
         Raises:
             ValueError: the batch has weights.

@@ -158,7 +158,7 @@ class WandB:
 
 
 def _run_id(folder: Path) -> str:
-    """The same when a run goes on."""
+    """The run's id, which a run that goes on finds again in the folder."""
     file = folder / "wandb-run-id"
     if not file.exists():
         file.write_text(f"{time.time_ns():x}")
@@ -171,7 +171,7 @@ def _numbers(record: Record) -> list[tuple[str, float]]:
 
 
 def attention_numbers(model: nn.Cell) -> int:
-    """See `Utilisation`."""
+    """What `Utilisation` needs of a model's attention: layers times heads times the size of a head; 0: not known."""
     config: Any = getattr(model, "config", None)
     heads = getattr(config, "num_heads", 0) * (getattr(config, "dim_head", 0) or 0)
     return getattr(config, "num_layers", 0) * heads

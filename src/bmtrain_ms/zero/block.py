@@ -111,13 +111,13 @@ class Block(nn.Cell):
     # What is asked of the Block is asked of the module: a walk over cells sees the one, and not the other. #
 
     def add_flags(self, **flags: Any) -> None:
-        """As MindSpore's: `set_train`, `to_float` and their like go through here."""
+        """Set flags as MindSpore does, on the inner module, too: `set_train`, `to_float` and their like go through here."""
         super().add_flags(**flags)
         if "inner" in vars(self) and self._slots.function is None:
             self.inner.add_flags(**flags)
 
     def register_backward_hook(self, hook_fn: Any) -> Any:
-        """As MindSpore's, with the gradients of the inner module."""
+        """Register a hook as MindSpore does; it sees the gradients of the inner module."""
         return self.inner.register_backward_hook(hook_fn)
 
     def recompute(self, **options: Any) -> None:

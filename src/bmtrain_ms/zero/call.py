@@ -100,6 +100,9 @@ class Call:
         """Recorded by autograd as it runs; only the gathered memory is let go of in between."""
         result = _Result()
         gathered = self._copies().enter(Phase.FORWARD)
+        # What autograd records lies between two functions of ours: backward reaches `_behind` first, which with ZeRO-3 gathers
+        # again, and `_before` last, which reduces and releases. References are counted between the two, so that another number
+        # after the module has run comes from the module.
         try:
             weights = list(gathered.tensors())
             inputs = self._before(gathered, weights)
@@ -243,7 +246,7 @@ class Call:
             )
 
     def _check(self, gathered: Copies, replay: Replay, again: tuple[Tensor, ...], changed: list[str]) -> None:
-        """That recomputation does what forward did, to rounding, and leaves buffers as they were."""
+        """Check that recomputation does what forward did, to rounding, and leaves buffers as they were."""
         where = f"rank {rank()}: recomputing {self.slots.label} ({type(self.slots.module).__name__})"
         if replay.differs(again):
             gathered.verify_again(self.prints)  # other values of parameters are the better explanation

@@ -19,7 +19,7 @@ class Copies:
         self._gathered: list[Gathered] = []
 
     def enter(self, phase: Phase) -> Copies:
-        """Have them FULL."""
+        """Gather the groups, so that all of the copies are FULL."""
         try:
             for group in self._groups:
                 self._gathered.append(self._pipeline.enter(group, phase, self._pass))
@@ -29,25 +29,25 @@ class Copies:
         return self
 
     def enter_again(self) -> None:
-        """For backward, into the memory that they had in forward, which the recorded graph reads."""
+        """Gather the groups for backward, into the memory of their copies in forward, which the recorded graph reads."""
         for gathered in self._gathered:
             self._pipeline.enter(gathered.group, Phase.BACKWARD, self._pass, parked=gathered)
 
     def leave(self) -> None:
-        """Nobody needs them any more."""
+        """Release the copies: nobody needs them any more."""
         for gathered in self._gathered:
             self._pass.forget(gathered)
         self._pipeline.leave(self._gathered)
         self._gathered = []
 
     def keep(self) -> None:
-        """They stay until backward."""
+        """Have the pass keep the copies until its backward."""
         for gathered in self._gathered:
             if not self._pipeline.holds(gathered):
                 self._pass.keep(gathered)
 
     def park(self) -> None:
-        """Their memory is let go of until backward, but a recorded graph refers to it."""
+        """Let go of the copies' memory until backward; a recorded graph refers to it."""
         for gathered in self._gathered:
             self._pass.keep(gathered)
         self._pipeline.park(self._gathered)
@@ -58,7 +58,7 @@ class Copies:
 
     @property
     def prints(self) -> tuple[int, ...]:
-        """Of the shards, when `verify` looked last."""
+        """The prints of the shards, when `verify` looked last."""
         return tuple(x for gathered in self._gathered for x in gathered.prints)
 
     def verify(self) -> None:
@@ -67,7 +67,7 @@ class Copies:
             gathered.verify()
 
     def verify_again(self, before: Sequence[int]) -> None:
-        """As `verify` in backward, where parameters must be those of which forward had the prints `before`."""
+        """Raise RuntimeError in backward where parameters are not those of which forward had the prints `before`."""
         start = 0
         for gathered in self._gathered:
             stop = start + len(gathered.group.params)

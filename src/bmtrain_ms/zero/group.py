@@ -259,7 +259,7 @@ class Gathered:
         self._refuse(self.written())
 
     def verify_again(self, before: tuple[int, ...]) -> None:
-        """As `verify`, for the copy of a backward pass: parameters must be those of the forward pass.
+        """Raise RuntimeError where, in backward, parameters are not those of the forward pass.
 
         Args:
             before: `prints` of then. What a module writes into its copy was noticed then.

@@ -32,31 +32,31 @@ def _counter_based(fill: Fill) -> Fill:
 
 @_counter_based
 def normal_(words: np.ndarray, shape: tuple[int, ...], mean: float = 0.0, std: float = 1.0) -> np.ndarray:
-    """Normal distribution."""
+    """Values of a normal distribution."""
     return mean + std * normal(words)
 
 
 @_counter_based
 def uniform_(words: np.ndarray, shape: tuple[int, ...], a: float = 0.0, b: float = 1.0) -> np.ndarray:
-    """Uniform in [a, b)."""
+    """Values uniform in [a, b)."""
     return a + (b - a) * uniform(words)
 
 
 @_counter_based
 def constant_(words: np.ndarray, shape: tuple[int, ...], val: float = 0.0) -> np.ndarray:
-    """`val` everywhere."""
+    """The same value `val` everywhere."""
     return np.full(words.shape, float(val))
 
 
 @_counter_based
 def zeros_(words: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """Zero everywhere."""
+    """The value zero everywhere."""
     return np.zeros(words.shape)
 
 
 @_counter_based
 def ones_(words: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """One everywhere."""
+    """The value one everywhere."""
     return np.ones(words.shape)
 
 

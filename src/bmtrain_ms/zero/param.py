@@ -233,7 +233,7 @@ class DistributedParameter(Parameter):
         self.set_data(shard, slice_shape=True)
 
     def set_data(self, data: Tensor, slice_shape: bool = False) -> DistributedParameter:
-        """As MindSpore's; of a shard."""
+        """Give the parameter another shard as its data, as MindSpore's `set_data` does."""
         context_of(self.world).pipeline.parameters_changed()
         self.replaced += 1
         self._values = None
@@ -261,7 +261,7 @@ class DistributedParameter(Parameter):
 
     @property
     def alone(self) -> ParamGroup:
-        """What `gather` gathers."""
+        """The group of this parameter alone, which `gather` gathers."""
         if self._alone is None or self._alone.params[0] is not self:  # a clone has its original's
             self._alone = ParamGroup([self], self.name)
         return self._alone
@@ -291,7 +291,7 @@ class DistributedParameter(Parameter):
         return custom_op(take, lambda grads: context.reducer.reduce(group, [0], grads), self)[0]
 
     def register_hook(self, hook: Callable) -> Any:
-        """As MindSpore's; the gradient that the hook sees is this rank's shard of the mean."""
+        """Register a hook as MindSpore does; the gradient that it sees is this rank's shard of the mean."""
         self.has_hooks = True
         return super().register_hook(hook)
 
@@ -307,7 +307,7 @@ class _Cut(NamedTuple):
 
     @classmethod
     def of(cls, shape: Sequence[int], world: World, tp_mode: bool, dim: int, parts: int | None) -> _Cut:
-        """From the arguments of `DistributedParameter`, which are checked."""
+        """The cut that the arguments of `DistributedParameter` say, which are checked."""
         if dim == -1 or not tp_mode:
             if dim != -1 or parts is not None:
                 raise ValueError(f"tp_split_dim={dim}, tp_parts={parts} need tp_mode=True and the dim that is cut, from 0")

@@ -31,7 +31,10 @@ from .passes import Pass
 
 
 class Phase(Enum):
-    """FORWARD: recorded.  BACKWARD: recomputation and differentiation.  EVAL: a forward pass that is not recorded."""
+    """What a visit is part of.
+
+    FORWARD: recorded.  BACKWARD: recomputation and differentiation.  EVAL: a forward pass that is not recorded.
+    """
 
     FORWARD = auto()
     BACKWARD = auto()
@@ -111,14 +114,14 @@ class GatherPipeline:
             self._let_go(added)
 
     def hold_until_end(self, groups: Iterable[ParamGroup], of: Pass) -> None:
-        """As `hold`, until a pass has ended."""
+        """Hold copies of the groups, as `hold` does, until a pass has ended."""
         added = self._hold(groups)
         if added:
             of.at_end(lambda: self._let_go(added))
 
     def _hold(self, groups: Iterable[ParamGroup]) -> list[ParamGroup]:
-        """Those among them that are held from now on. Copies that are there already are used again, unless the parameters were
-        written: a pass that an error ended may have left them."""
+        """Hold the groups; returns those of them that were not held before. Copies that are there already are used again, unless
+        the parameters were written: a pass that an error ended may have left them."""
         added = []
         for group in dict.fromkeys(groups):
             gathered = self._held.get(group)
@@ -169,7 +172,7 @@ class GatherPipeline:
             self._after_release()
 
     def end_sequence(self) -> None:
-        """See [Note: sequences]. What was gathered ahead is let go of."""
+        """End the sequence, see [Note: sequences], and let go of what was gathered ahead."""
         self._drop_ahead()
         self._last = None
         self.pool.trim()
@@ -249,6 +252,9 @@ class GatherPipeline:
                 return
             visit = following
             phase, group = visit
+            # The limit comes first: it counts the Blocks that earlier calls have issued, too, which are passed over further down.
+            # What forbids to issue one ends the walk: copies are taken in the order in which they were issued, and a visit that
+            # is not the next one drops them all.
             another = (phase, group.block) != counted[-1]
             if another and len(counted) > self.prefetch:
                 return

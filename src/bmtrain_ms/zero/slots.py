@@ -69,12 +69,12 @@ class Slots:
 
     @property
     def world(self) -> World:
-        """That of all parameters."""
+        """The world of the parameters, which is one for all."""
         return self.places[0][0].world
 
     @property
     def label(self) -> str:
-        """For messages, e.g. `layers.3`."""
+        """What messages call these parameters, e.g. `layers.3`."""
         return self.groups[0].label
 
     def trainable(self) -> list[int]:
@@ -104,7 +104,7 @@ class Slots:
                     vars(cell).pop(name, None)
 
     def plain_parameters(self) -> list[Parameter]:
-        """Those that are whole on every rank: statistics, counters, frozen ones."""
+        """The parameters that are whole on every rank: statistics, counters, frozen ones."""
         found = [p for cell in self._cells for p in parameter_table(cell).values() if p is not None]
         return [p for p in found if not isinstance(p, DistributedParameter)]
 

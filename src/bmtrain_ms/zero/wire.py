@@ -27,7 +27,7 @@ Arrays = Sequence[np.ndarray]
 
 
 class Wire(ABC):
-    """Between a shard and the arrays that travel for it, on the host (NumPy) and on devices (operations)."""
+    """How a shard becomes the arrays that travel for it, and back, on the host (NumPy) and on devices (operations)."""
 
     @abstractmethod
     def sizes(self, n: int) -> list[tuple[int, np.dtype]]:
@@ -47,11 +47,11 @@ class Wire(ABC):
 
     @abstractmethod
     def encode_on_device(self, shard: Tensor) -> list[Tensor]:
-        """As `encode`; values that are too large become infinite."""
+        """The arrays of `encode`, made on a device; values that are too large become infinite."""
 
     @abstractmethod
     def decode_on_device(self, parts: Sequence[Tensor], ranks: int, n: int, dtype: Any) -> Tensor:
-        """As `decode`; parts and result flat."""
+        """The shards of `decode`, made on a device; parts and result are flat."""
 
 
 class Rounded(Wire):

@@ -345,7 +345,7 @@ def _optimizer(given: Given) -> Section:
 
 
 def _schedule(given: Given, batch: Section, steps: int, optimizer: Section) -> Section:
-    """As Megatron's, whose rates follow samples: for batches of one size that is the same."""
+    """The schedule's settings. Megatron's rates follow samples, ours follow steps: for batches of one size that is the same."""
     if not given.has("--lr-decay-style"):
         given.notes.append("--lr-decay-style: not given; Megatron's default counts: linear")
     name = _STYLES[given.text("--lr-decay-style", "linear", tuple(_STYLES))]
@@ -389,7 +389,7 @@ def _wsd(given: Given) -> Section:
 
 
 def _in_steps(given: Given, stem: str, batch: Section, default: int) -> int:
-    """Of `stem`-iters or `stem`-samples; samples have to be whole steps."""
+    """The number of steps that `stem`-iters or `stem`-samples says; samples have to be whole steps."""
     iters, samples = f"{stem}-iters", f"{stem}-samples"
     if given.has(iters) and given.has(samples):
         given.problems.append(f"{iters} {samples}: give one of them")

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 
 class Flag(NamedTuple):
-    """A flag.
+    """What is known of a flag.
 
     `values`: how many it takes: 0, 1, or -1, which is one or more.  `kind`: `mapped`, `without meaning` or `refused`.  `says`: the
     setting it becomes; why it has no meaning; or why it is refused and what to do.  `harmless`: values with which a refused one

@@ -274,7 +274,7 @@ class _Scanner:
         self.at, self.line = 0, 1
 
     def commands(self) -> list[_Command]:
-        """All of them, in order."""
+        """All commands of the text, in order."""
         found: list[_Command] = []
         while self.at < len(self.text):
             command = self._command()

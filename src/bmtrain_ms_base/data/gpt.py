@@ -145,7 +145,7 @@ class Blend:
         return {"weights": self._weights, "parts": [part.described for part in self._parts]}
 
     def __len__(self) -> int:
-        """Samples."""
+        """The number of samples."""
         return self.samples
 
     def sample(self, number: int) -> tuple[np.ndarray, np.ndarray]:

@@ -111,7 +111,7 @@ def _content(array: np.ndarray, hashed: bool = True) -> list[Any]:
 
 
 def _save(folder: Path, arrays: Arrays, known: Mapping[str, Any]) -> None:
-    """As a whole or not at all, also for other hosts that share the disk and do the same."""
+    """Save the arrays as a whole or not at all, also for other hosts that share the disk and do the same."""
     new = folder.with_name(f"{folder.name}.{os.uname().nodename}.{os.getpid()}.partial")
     shutil.rmtree(new, ignore_errors=True)
     try:

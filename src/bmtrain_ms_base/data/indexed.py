@@ -135,7 +135,7 @@ class IndexedFile:
         return IndexedError(f"{self.name}.idx {what}")
 
     def __len__(self) -> int:
-        """Sequences."""
+        """The number of sequences."""
         return len(self.lengths)
 
     @property
@@ -195,7 +195,7 @@ class IndexedFile:
 
     @functools.cached_property
     def digest(self) -> str:
-        """Of the content: all lengths and documents, and of the tokens the size, and blocks from everywhere; a second for some GB.
+        """A hash of the content: all lengths and documents, the number of tokens, and blocks of them; a second for some GB.
 
         Files that differ in a few tokens only may have the same; `bmtrain-ms data verify` reads all tokens.
         """
@@ -210,7 +210,7 @@ class IndexedFile:
 
     @functools.cached_property
     def hash(self) -> str:
-        """Of all tokens, as `prepare` notes it and `bmtrain-ms data verify` compares it: reads the whole file."""
+        """A hash of all tokens, as `prepare` notes it and `bmtrain-ms data verify` compares it: reads the whole file."""
         found = xxhash.xxh3_128()
         for start in range(0, self.tokens, _CHUNK):
             found.update(self.span(start, min(_CHUNK, self.tokens - start)).tobytes())

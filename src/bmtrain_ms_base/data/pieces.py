@@ -70,12 +70,12 @@ class TextRecipe:
         self._tokenizer, self._keys, self._end = tokenizer, keys, list(end)
 
     def rows(self, piece: Piece) -> Iterator[tuple[str, Union[rows.Texts, rows.Problem], int]]:
-        """See `Recipe`."""
+        """The rows of a piece, see `Recipe.rows`."""
         for place, found in rows.documents(piece, self._keys):
             yield place, found, 0 if isinstance(found, rows.Problem) else sum(len(text) for texts in found for text in texts)
 
     def encode(self, held: Sequence[tuple[str, rows.Texts]]) -> tuple[list[Document], list[tuple[str, rows.Problem]]]:
-        """See `Recipe`."""
+        """The documents of some rows, see `Recipe.encode`."""
         encoded = iter(self._tokenizer.encode([text for _, document in held for texts in document for text in texts]))
         kept, wrong = [], []
         for place, document in held:

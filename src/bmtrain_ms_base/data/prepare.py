@@ -253,7 +253,7 @@ class _Tally:
 
 @contextlib.contextmanager
 def _one_thread() -> Iterator[None]:
-    """`tokenizers` takes all cores, unless this is set."""
+    """Keep `tokenizers` from taking all cores inside the `with` block."""
     name = "TOKENIZERS_PARALLELISM"
     before = os.environ.get(name)
     os.environ[name] = "false"

@@ -128,7 +128,7 @@ def _picked(row: Any, keys: Sequence[str]) -> Union[list[Any], Problem]:
 
 
 def _lines(piece: Piece, file: BinaryIO) -> Iterator[tuple[str, Union[str, bytes]]]:
-    """Those lines whose first byte lies in the piece; text of a file of lines is decoded, whatever it is."""
+    """The lines whose first byte lies in the piece; text of a file of lines is decoded, whatever it is."""
     text = piece.source.kind == "txt"
     place = 0
     if piece.start:
@@ -225,7 +225,7 @@ class _Zst(io.RawIOBase):
         self._left, self._ready = b"", b""
 
     def readable(self) -> bool:
-        """It is."""
+        """Whether it can be read from: always."""
         return True
 
     def readinto(self, buffer: Any) -> int:

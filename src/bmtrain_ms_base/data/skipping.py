@@ -20,7 +20,7 @@ class Skipping:
 
     @property
     def described(self) -> dict[str, Any]:
-        """That of all batches: which ones are left out may change in what is still to come."""
+        """The description of all batches: which ones are left out may change in what is still to come."""
         return self.batches.described
 
     def number(self, step: int) -> int:

@@ -119,7 +119,7 @@ class Storage:
         return next((first for first in self._first.values() if (folder / names[first]).exists()), self._of_host)
 
     def described(self) -> str:
-        """In words, for a log."""
+        """The storages, in words, for a log."""
         if len(self.builders) == 1:
             return f"all {len(self._names)} ranks share one storage"
         return f"{len(self.builders)} storages, what is missing is made on {self._on_hosts(self.builders)}"

@@ -156,11 +156,11 @@ class _Known:
         self.path = path
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
-        """See `TextTokenizer`."""
+        """The ids of each text, see `TextTokenizer`."""
         raise NotImplementedError
 
     def decode(self, ids: Sequence[int]) -> str:
-        """See `TextTokenizer`."""
+        """The text that ids stand for, see `TextTokenizer`."""
         raise NotImplementedError
 
     def id_of(self, token: str) -> Optional[int]:
@@ -225,12 +225,12 @@ class HuggingFace(_Known):
         return front, behind
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
-        """See `TextTokenizer`."""
+        """The ids of each text, see `TextTokenizer`."""
         found = [encoding.ids for encoding in self._encode(list(texts), add_special_tokens=False)]
         return [[*self._front, *ids, *self._behind] for ids in found] if self._front or self._behind else found
 
     def decode(self, ids: Sequence[int]) -> str:
-        """See `TextTokenizer`."""
+        """The text that ids stand for, see `TextTokenizer`."""
         return self._tokenizer.decode(list(ids), skip_special_tokens=True)
 
     def encode_with_offsets(self, texts: Sequence[str]) -> list[tuple[list[int], list[tuple[int, int]]]]:
@@ -238,7 +238,7 @@ class HuggingFace(_Known):
         return [(found.ids, found.offsets) for found in self._tokenizer.encode_batch(list(texts), add_special_tokens=False)]
 
     def id_of(self, token: str) -> Optional[int]:
-        """See `_Known`."""
+        """The id of a token, or None."""
         return self._tokenizer.token_to_id(token)
 
 
@@ -261,15 +261,15 @@ class _SentencePiece(_Known):
         self.digest = self._digest_of(self._bos, self._eos)
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
-        """See `TextTokenizer`."""
+        """The ids of each text, see `TextTokenizer`."""
         return self._model.encode(list(texts), add_bos=self._bos, add_eos=self._eos, num_threads=1)
 
     def decode(self, ids: Sequence[int]) -> str:
-        """See `TextTokenizer`."""
+        """The text that ids stand for, see `TextTokenizer`."""
         return self._model.decode([int(x) for x in ids])
 
     def id_of(self, token: str) -> Optional[int]:
-        """See `_Known`."""
+        """The id of a token, or None."""
         found = self._model.piece_to_id(token)
         return None if found == self._model.unk_id() else found
 
@@ -305,21 +305,21 @@ class _TikToken(_Known):
         self.digest = self._digest_of(special, pattern, sorted(self._special.items()))
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
-        """See `TextTokenizer`."""
+        """The ids of each text, see `TextTokenizer`."""
         return [self._encoding.encode(text, allowed_special=self._allowed, disallowed_special=()) for text in texts]
 
     def decode(self, ids: Sequence[int]) -> str:
-        """See `TextTokenizer`."""
+        """The text that ids stand for, see `TextTokenizer`."""
         special = set(self._special.values())
         return self._encoding.decode([int(x) for x in ids if int(x) not in special])
 
     def id_of(self, token: str) -> Optional[int]:
-        """See `_Known`."""
+        """The id of a special token, or None."""
         return self._special.get(token)
 
 
 def _special_tokens(pattern: str, first: int) -> dict[str, int]:
-    """Those of the models that ship no list of them beside the file."""
+    """The special tokens, with their ids, of models that ship no list of them beside the file."""
     names = ["<|endoftext|>"]
     if pattern == "qwen":
         names += ["<|im_start|>", "<|im_end|>", *(f"<|extra_{i}|>" for i in range(205))]
@@ -348,7 +348,7 @@ class NullTokenizer:
         self.digest = f"null-{size}"
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
-        """See `TextTokenizer`.
+        """The ids of each text, see `TextTokenizer`.
 
         Raises:
             TokenizerError: a text has something else, or another number.
@@ -362,5 +362,5 @@ class NullTokenizer:
         return found
 
     def decode(self, ids: Sequence[int]) -> str:
-        """See `TextTokenizer`."""
+        """The text that ids stand for, see `TextTokenizer`."""
         return " ".join(map(str, ids))

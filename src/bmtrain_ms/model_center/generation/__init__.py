@@ -1,4 +1,4 @@
-"""Text generation."""
+"""Generating text with a model."""
 
 from .loop import generate, stop_strings
 from .sampling import choose, penalised

@@ -99,7 +99,7 @@ class LayerCache:
         return joined
 
     def reorder(self, rows: np.ndarray) -> None:
-        """See `KeyValueCache.reorder`."""
+        """Reorder the rows of the layer, see `KeyValueCache.reorder`."""
         for buffer in self._buffers:
             buffer.reorder(rows, self._held)
 

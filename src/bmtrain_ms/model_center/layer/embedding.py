@@ -1,4 +1,4 @@
-"""Token embedding."""
+"""The token embedding."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class ParallelEmbedding(VPEmbedding):
 
     @classmethod
     def of(cls, embedding: Embedding) -> ParallelEmbedding:
-        """Of the same names and values."""
+        """A parallel embedding with the weight of `embedding`, under the same name and with the same values."""
         weight = embedding.parameter("weight")
         vocab_size, embedding_size = weight.layout.whole
         return take_over(embedding, cls(vocab_size, embedding_size, weight.dtype, scatter_output=True))

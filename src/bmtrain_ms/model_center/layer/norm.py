@@ -1,4 +1,4 @@
-"""Normalisation layers."""
+"""The normalisation layers."""
 
 from __future__ import annotations
 

@@ -60,7 +60,7 @@ class Positions:
     def of(
         cls, input_ids: Tensor, padding: Marks | None = None, cache: KeyValueCache | None = None, documents: Marks | None = None
     ) -> Positions:
-        """Those of a model's pass over input_ids (batch, length), behind what the cache holds.
+        """The positions of a model's pass over input_ids (batch, length), behind what the cache holds.
 
         Raises:
             ValueError: see the class; or there are both a cache and documents.
@@ -127,7 +127,7 @@ class Positions:
         return 1 if self.last_only and self.ranks == 1 else self.length
 
     def last_of(self, hidden: Tensor) -> Tensor:
-        """Of hidden states those that are wanted."""
+        """The hidden states of the positions that are wanted: all, or only the last of each row, (batch, dim)."""
         if self.wanted == self.length:
             return hidden
         return functional.reshape(hidden, (self.batch, self.length, -1))[:, -1]
@@ -147,7 +147,7 @@ class Positions:
         return self.within(None)
 
     def within(self, window: int | None) -> functional.Seen | None:
-        """The same, of tokens that see the last `window` ones at most, themselves included; None: `seen`. One for the pass.
+        """`seen`, where tokens see the last `window` ones at most, themselves included; None: all. One for the pass.
 
         What is padding counts as a place of the window, as in Hugging Face's models.
         """

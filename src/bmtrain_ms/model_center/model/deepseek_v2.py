@@ -74,7 +74,7 @@ class _Family(Family):
     """`topk_method` says whether the groups count; the heads' sizes are spelt out."""
 
     def read(self, config):  # type: ignore[no-untyped-def]
-        """See `Family`."""
+        """Read a `config.json`, see `Family.read`."""
         config = dict(config)
         method = config.pop("topk_method", "greedy")
         found = super().read(config)
@@ -87,7 +87,7 @@ class _Family(Family):
         return found
 
     def write(self, config):  # type: ignore[no-untyped-def]
-        """See `Family`."""
+        """Write a `config.json`, see `Family.write`."""
         return {**super().write(config), "topk_method": "greedy" if config.groups == 1 else "group_limited_greedy"}
 
 

@@ -52,7 +52,7 @@ class _Family(Family):
     """Fields that are null mean something; keys and values have as many heads as queries."""
 
     def read(self, config: Mapping[str, Any]) -> dict[str, Any]:
-        """See `Family`."""
+        """Read a `config.json`, see `Family.read`."""
         found = super().read(config)
         if "q_lora_rank" in config and config["q_lora_rank"] is None:
             found["q_rank"] = None
@@ -63,7 +63,7 @@ class _Family(Family):
         return found
 
     def write(self, config: Any) -> dict[str, Any]:
-        """See `Family`."""
+        """Write a `config.json`, see `Family.write`."""
         return {**super().write(config), "num_key_value_heads": config.num_heads}  # where it is not there it is 40
 
 

@@ -152,7 +152,7 @@ def _check_names(model: nn.Cell, there: set[str], pattern: str, path: Path) -> N
 
 
 def _check_shapes(model: nn.Cell, there: dict[str, np.ndarray], rank: int, path: Path) -> None:
-    """Of the layers of this rank."""
+    """Refuse adapters whose shapes do not fit the layers of this rank."""
     whole: dict[str, Any] = {p.name: p for p in model.get_parameters()}
     for name, values in there.items():
         layer, _, part = name.partition(_MARK)

@@ -288,7 +288,7 @@ def experts(pattern: str, single: str, fused: Union[str, None] = None, part: tup
 
 
 def _window(config: Mapping[str, Any], kind: str, default: int) -> dict[str, Any]:
-    """`window` and `full_layers`."""
+    """The settings `window` and `full_layers` that a `config.json` asks for."""
     asked = kind == "always" or bool(config.get("use_sliding_window", False))
     window = (config.get("sliding_window", default) or 0) if asked else 0
     types = list(config.get("layer_types") or ())

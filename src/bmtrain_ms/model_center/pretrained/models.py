@@ -158,7 +158,7 @@ def _refuse(path: Path, mine: list[Difference], current: World, model: Any) -> N
 
 
 def _check_tie(path: Path, entry: Entry, source: Source) -> None:
-    """That a projection which is said to be the embedding's table has its values; each rank looks at what it stores."""
+    """Check that a projection which is said to be the embedding's table has its values; each rank looks at what it stores."""
     head, embedding = entry.read_from(source, _HEAD), entry.read_from(source, _EMBEDDING)
     if not np.array_equal(head.view(np.uint8), embedding.view(np.uint8)):
         raise PretrainedError(
@@ -221,7 +221,7 @@ def write_pretrained(model: Any, folder: str | Path, source: Optional[Path], max
 
 
 def prove(model: Any, again: Any, folder: str | Path) -> None:
-    """That two models, on the same ranks, have the same logits for one prompt.
+    """Check that two models, on the same ranks, have the same logits for one prompt.
 
     Raises:
         PretrainedError: they have not, or one cannot be computed here; on every rank.

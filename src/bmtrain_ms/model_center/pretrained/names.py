@@ -41,7 +41,7 @@ _MEGATRON = ("llama", "minicpm", "qwen2", "qwen3", "qwen3_moe", "mixtral", "deep
 
 
 def earlier_port(model_type: str) -> Names:
-    """Of bmtrain_mindspore's Llama and DeepSeek-V2-Lite.
+    """The names that bmtrain_mindspore's Llama and DeepSeek-V2-Lite use.
 
     Raises:
         ValueError: another family.
@@ -53,8 +53,8 @@ def earlier_port(model_type: str) -> Names:
 
 
 def megatron(model_type: str, config: Any, vocab_rows: int) -> Names:
-    """Of Megatron's core, where a file holds whole tensors: queries, keys and values are one, group by group, and so are the two
-    matrices in front of an activation.
+    """The names of Megatron's core, where a file holds whole tensors: queries, keys and values are one, group by group, and so are
+    the two matrices in front of an activation.
 
     Args:
         model_type: a family of Llama's kind.

@@ -82,7 +82,7 @@ class Target:
             file.write(info.start, self._together.pop(name))
 
     def commit(self) -> list[Path]:
-        """Have them be the model; returns the files."""
+        """Make the files written here the model; returns their paths."""
         for file in self._files:
             file.commit()
         paths = self._new.commit(self._groups, self._total)
