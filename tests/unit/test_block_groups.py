@@ -147,3 +147,18 @@ def test_groups_of_a_block_are_gathered_ahead_together(use_checkpoint: bool):
     operations = {"g": "all_gather", "r": "reduce_scatter"}
     assert here.engine.calls() == [(operations[step[0]], step[1]) for step in steps]
     assert context_of(here).pipeline.meter.peak == 2 * sum(group.full_nbytes for group in blocks[0].groups)
+
+
+def test_a_group_whose_copy_stays_is_passed_over():
+    """What lies behind it is gathered ahead once, though it is walked over again when a call ends."""
+    here = World(RecordingEngine(SingleEngine()), Mesh(1, 0), prefetch=2)
+    with use_world(here):
+        blocks = bms.TransformerBlockList(bms.Block(Both()) for _ in range(4))
+        blocks.update_parameters_name("")
+        x = Tensor(np.ones((2, 3), np.float32))
+        blocks(x)
+        with context_of(here).pipeline.hold(blocks[1].groups):
+            blocks(x)
+            here.engine.events.clear()
+            blocks(x)
+    assert [label for _, label in here.engine.calls()] == ["0", "0", "2", "2", "3", "3"]

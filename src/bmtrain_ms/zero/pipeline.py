@@ -246,6 +246,7 @@ class GatherPipeline:
     def _gather_ahead(self, visit: Visit, running: ParamGroup | None) -> None:
         first = visit[0]
         counted = [(first, visit[1].block)]  # of which groups are gathered ahead, behind the one that is visited
+        walked = 0  # of those that are gathered ahead, which held ones are not among
         for depth in range(self.prefetch * _MOST_AHEAD):
             previous, following = visit, self._following(visit)
             if following is None:
@@ -262,7 +263,8 @@ class GatherPipeline:
                 continue
             if another and group.full_nbytes >= _SMALL * self._largest:
                 counted.append((phase, group.block))
-            if depth < len(self._ahead):
+            walked += 1
+            if walked <= len(self._ahead):
                 continue
             if phase is not previous[0] and depth > 0:
                 return  # the forward pass that leads to this backward visit is still ahead
