@@ -19,7 +19,7 @@ from mindspore._c_expression import Cell_
 from mindspore.ops.composite import base as _composite
 
 from .delivery import Deliver, Joined, Requested, as_tuple, delivered
-from .executor import GRAD_TAKES_HAS_AUX, PyNativeExecutor, executor, no_grad, recording
+from .executor import GRAD_TAKES_HAS_AUX, PyNativeExecutor, executor, no_grad, recording, under_way
 
 __all__ = [
     "Deliver",
@@ -55,13 +55,7 @@ NESTED = (
 
 _OLD = not GRAD_TAKES_HAS_AUX  # 2.5
 _originals: list[tuple[Any, str, Any]] = []  # (owner, name, MindSpore's own function)
-_depth = [0]  # backward passes under way: recomputation nests them
-_forwards = [0]  # recorded forward passes of `value_and_grad` under way
-_hookable = [0]  # contexts that want hooks on outputs of `custom_op`
-_closed = [0]  # contexts in which no gradient may be taken
 _open: list[weakref.ref[Recorded]] = []  # functions that are recorded and not differentiated yet, oldest first
-_younger = [False]  # whether the one whose backward pass is under way has younger ones
-_joins = [0]  # backward passes that are made of several
 _requested: list[Requested] = []  # what the outermost backward pass under way was asked for
 _Grad = _composite._Grad
 _grad_by_position = _Grad(get_by_position=True, sens_param=True)
@@ -72,17 +66,17 @@ _grad_by_both = _Grad(get_by_position=True, get_by_list=True, sens_param=True)
 @contextlib.contextmanager
 def hookable() -> Iterator[None]:
     """Let `Tensor.register_hook` work on outputs of `custom_op` too, at the cost of a copy of each; on 2.5 it would be ignored."""
-    _hookable[0] += 1
+    under_way.hookable += 1
     try:
         yield
     finally:
-        _hookable[0] -= 1
+        under_way.hookable -= 1
 
 
 @contextlib.contextmanager
 def closed() -> Iterator[None]:
     """Refuse gradients that are taken inside the `with` statement: 2.5 may crash on tensors that another graph knows."""
-    _closed[0] += 1
+    under_way.closed += 1
     try:
         yield
     except RuntimeError as error:
@@ -90,7 +84,7 @@ def closed() -> Iterator[None]:
             raise RuntimeError(NESTED) from error
         raise
     finally:
-        _closed[0] -= 1
+        under_way.closed -= 1
 
 
 class _Op(nn.Cell):
@@ -185,7 +179,7 @@ def _recorded(
     inputs: Tensors,
     captured: Callable[[], Sequence[Parameter]] = tuple,
 ) -> Tensors:
-    if _forwards[0] > 1:
+    if under_way.forwards > 1:
         raise RuntimeError(NESTED)
     with no_grad():
         outputs = _distinct(forward(*inputs), inputs)
@@ -199,7 +193,7 @@ def _recorded(
             if not isinstance(x, Parameter):
                 x.held_by_graph = getattr(x, "held_by_graph", 0) + 1
     recorded = outputs if recorded is None else recorded  # 2.5 marks the outputs in place
-    if _hookable[0]:
+    if under_way.hookable:
         return tuple(x.copy() for x in recorded)
     if _OLD:  # it ignores hooks on outputs of what has a `bprop`
         for x in recorded:
@@ -289,13 +283,13 @@ def record(
     Raises:
         RuntimeError: inside a function that is being differentiated, or MindSpore 2.5 would lose functions recorded later.
     """
-    nested = _depth[0] > 0
-    if _forwards[0] and not nested:
+    nested = under_way.depth > 0
+    if under_way.forwards and not nested:
         raise RuntimeError(
             "a function cannot be recorded for later while another one is being differentiated, which would lose the rest of its "
             "own gradient: call record outside of value_and_grad"
         )
-    if nested and _younger[0] and _OLD:
+    if nested and under_way.younger and _OLD:
         raise RuntimeError(
             "MindSpore 2.5 loses functions that were recorded later when a Block is recomputed in the backward pass of an earlier "
             "one: use Block(use_checkpoint=False), or let backward passes come youngest first"
@@ -322,12 +316,12 @@ def _pulled(recorded: Recorded) -> Iterator[None]:
     if not found:  # recomputation, inside of another backward pass
         yield
         return
-    _younger[0] = found[0] < len(_open) - 1
+    under_way.younger = found[0] < len(_open) - 1
     del _open[found[0]]
     try:
         yield
     finally:
-        _younger[0] = False
+        under_way.younger = False
 
 
 def vjp(
@@ -415,22 +409,22 @@ def _clear() -> None:
 
 
 def _record(wrapped: Any, instance: Any, args: tuple, kwargs: dict) -> Any:
-    if _closed[0]:
+    if under_way.closed:
         raise RuntimeError(NESTED)
     return _clear_after_failure(wrapped, instance, args, kwargs)
 
 
 def _clear_after_failure(wrapped: Any, instance: Any, args: tuple, kwargs: dict) -> Any:
     """Upstream goes on recording after an exception in forward; the next backward of a `custom_op` then crashes 2.5."""
-    _forwards[0] += 1
+    under_way.forwards += 1
     try:
         return wrapped(*args, **kwargs)
     except BaseException:
-        if _forwards[0] == 1 and _depth[0] == 0:
+        if under_way.forwards == 1 and under_way.depth == 0:
             _clear()
         raise
     finally:
-        _forwards[0] -= 1
+        under_way.forwards -= 1
 
 
 def _refuse_what_is_ignored(wrapped: Any, instance: Any, args: tuple, kwargs: dict) -> Any:
@@ -443,9 +437,9 @@ def _refuse_what_is_ignored(wrapped: Any, instance: Any, args: tuple, kwargs: di
 
 
 def _watch(wrapped: Any, instance: Any, args: tuple, kwargs: dict) -> Any:
-    _depth[0] += 1
+    under_way.depth += 1
     # a gradient that is taken in the forward pass of another one ends nothing: that one still has its backward pass before it
-    outermost = _depth[0] == 1 and not _forwards[0] and not _joins[0]
+    outermost = under_way.depth == 1 and not under_way.forwards and not under_way.joins
     if outermost:
         weights = args[2]
         asked = [*(() if weights is None else as_tuple(weights)), *args[4:]]
@@ -458,7 +452,7 @@ def _watch(wrapped: Any, instance: Any, args: tuple, kwargs: dict) -> Any:
         error = caught
         raise
     finally:
-        _depth[0] -= 1
+        under_way.depth -= 1
         if outermost:
             try:
                 for deliver in _ended(error):
@@ -482,7 +476,7 @@ def joined(params: Sequence[Parameter]) -> Iterator[Joined]:
     """Inside the `with` statement functions that were recorded are pulled, and together they are one backward pass: gradients of
     `params`, which are given to `Joined.add` as they come, are whole when it has ended."""
     found = Joined(params)
-    _joins[0] += 1
+    under_way.joins += 1
     _requested.append(found.asked)
     error: BaseException | None = None
     try:
@@ -491,7 +485,7 @@ def joined(params: Sequence[Parameter]) -> Iterator[Joined]:
         error = caught
         raise
     finally:
-        _joins[0] -= 1
+        under_way.joins -= 1
         try:
             for deliver in _ended(error):
                 found.deliver(deliver)

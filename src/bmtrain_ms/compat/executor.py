@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from dataclasses import dataclass
 
 try:  # since 2.9 the old module warns on import
     from mindspore.graph import api as _api
@@ -14,6 +15,30 @@ executor = _api._pynative_executor
 no_grad = _api._no_grad
 JitExecutor = getattr(_api, "_JitExecutor", None) or _api._MindsporeFunctionExecutor  # 2.5
 GRAD_TAKES_HAS_AUX = "has_aux" in inspect.signature(PyNativeExecutor.grad).parameters
+
+
+@dataclass
+class UnderWay:
+    """What `compat.autograd` counts of what is going on in this process.
+
+    Attributes:
+        depth: backward passes; recomputation nests them.
+        forwards: recorded forward passes of `value_and_grad`.
+        joins: backward passes that are made of several.
+        younger: whether the function whose backward pass it is has younger ones.
+        hookable: contexts that want hooks on outputs of `custom_op`.
+        closed: contexts in which no gradient may be taken.
+    """
+
+    depth: int = 0
+    forwards: int = 0
+    joins: int = 0
+    younger: bool = False
+    hookable: int = 0
+    closed: int = 0
+
+
+under_way = UnderWay()
 
 
 def recording() -> bool:
