@@ -14,6 +14,8 @@ import pytest
 import bmtrain_ms as bms
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
+SOURCE = DOCS.parent / "src"
+ARCHITECTURE = (DOCS / "architecture.md").read_text(encoding="utf-8")
 API = (DOCS / "api.md").read_text(encoding="utf-8")
 
 
@@ -54,6 +56,30 @@ def test_links_between_pages_lead_somewhere(page):
     for target in re.findall(r"\]\(([^)#]+?)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
         if not target.startswith("http"):
             assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+def test_the_tree_of_the_architecture_page_is_that_of_the_source():
+    """Every folder and file that it names is there, and every package and every file beside one is named."""
+    named: dict[str, set[str]] = {}
+    for line in ARCHITECTURE.split("```")[1].strip().splitlines():
+        names = re.findall(r"(?<=\s)\w+(?:/|\.py)", f" {re.split('   ', line.strip())[0]}")
+        if line.startswith(("src/", "tests/")):
+            named[line.split("/")[1].split()[0] if line.startswith("src/") else ""] = here = set()
+        else:
+            here.update(names)
+    for package in ("bmtrain_ms", "bmtrain_ms_base"):
+        folder = SOURCE / package
+        files = {path.name for path in folder.glob("*.py")} - {"__init__.py"}
+        packages = {f"{path.parent.name}/" for path in folder.glob("*/__init__.py")}
+        assert named[package] == files | packages
+
+
+def test_notes_are_where_the_architecture_page_says():
+    """And it knows all of them."""
+    for path in SOURCE.rglob("*.py"):
+        place = str(path.relative_to(SOURCE)).replace("bmtrain_ms_base/", "base/").replace("bmtrain_ms/", "")
+        for note in re.findall(r"^(\[Note: .+\])$", path.read_text(encoding="utf-8"), re.MULTILINE):
+            assert re.search(rf"{re.escape(note)}(?: and \[Note: [^]]+\])? `{re.escape(place)}`", ARCHITECTURE), (note, place)
 
 
 def test_the_chinese_readme_shows_the_same_code():
