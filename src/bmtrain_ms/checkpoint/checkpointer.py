@@ -145,7 +145,7 @@ class Checkpointer:
         except Exception as caught:  # out of memory: the other ranks must hear of it
             error = caught
         try:
-            agree_or_fail(self._world.engine, error, f"{target} cannot be written")
+            agree_or_fail(self._world.everyone, error, f"{target} cannot be written")
         except CheckpointError:
             self._as_chief(shutil.rmtree, target, ignore_errors=True)
             raise
@@ -172,7 +172,7 @@ class Checkpointer:
         """
         if self._running is None:
             return True
-        if not all_ranks(self._world.engine, self._running.writer.done(), "checkpoint poll"):
+        if not all_ranks(self._world.everyone, self._running.writer.done(), "checkpoint poll"):
             return False
         self.finish()
         return True
@@ -189,7 +189,7 @@ class Checkpointer:
         saving, self._running = self._running, None
         if saving is None:
             return
-        engine, final = self._world.engine, self.folder / checkpoint_name(saving.step)
+        engine, final = self._world.everyone, self.folder / checkpoint_name(saving.step)
         what, error = f"{final} cannot be written", None
         hashes: dict[str, list[str]] = {}
         try:
@@ -268,7 +268,7 @@ class Checkpointer:
         if self._locked:
             return
         try:
-            agree_or_fail(self._world.engine, self._as_chief(self._lock_folder), f"{self.folder} cannot be used")
+            agree_or_fail(self._world.everyone, self._as_chief(self._lock_folder), f"{self.folder} cannot be used")
         except CheckpointError:
             self._unlock()  # on a host where it went well
             raise
@@ -295,9 +295,9 @@ class Checkpointer:
     def _begin(self, step: int) -> Path:
         """The folder to write into, made by the chief."""
         self._join_deletion()  # there would not be room for all of them
-        token = gather_json(secrets.token_hex(8) if self._world.mesh.rank == 0 else None, self._world.engine, "checkpoint")[0]
+        token = gather_json(secrets.token_hex(8) if self._world.mesh.rank == 0 else None, self._world.everyone, "checkpoint")[0]
         target = self.folder / f".{checkpoint_name(step)}.{token}"
-        agree_or_fail(self._world.engine, self._as_chief(target.mkdir), f"{target} cannot be made")
+        agree_or_fail(self._world.everyone, self._as_chief(target.mkdir), f"{target} cannot be made")
         return target
 
     def _owned(self, entries: Mapping[str, Entry], apart: Collection[str] = ()) -> dict[str, tuple[Any, np.ndarray]]:
@@ -327,7 +327,7 @@ class Checkpointer:
         return Told(self._place.number, hashes, odd_layouts(layouts, self._place.number, self._place.files))
 
     def _write_index(self, saving: _Saving, everybody: list[Told]) -> None:
-        told, ranks = by_file(everybody), self._world.engine.size
+        told, ranks = by_file(everybody), self._world.everyone.size
         tensors = {
             name: indexed(
                 name, self._layout(name, saving), x.dtype, x.shape, told, x.of_model, ranks if name in saving.apart else 1
@@ -371,10 +371,10 @@ def lock_folder(folder: str | Path) -> FolderLock | None:
     """
     current, lock, error = world(), None, None
     try:
-        if current.engine.rank == 0:
+        if current.everyone.rank == 0:
             Path(folder).mkdir(parents=True, exist_ok=True)
             lock = FolderLock(Path(folder))
     except Exception as caught:  # whatever it is: the other ranks wait
         error = caught
-    agree_or_fail(current.engine, error, f"{folder} cannot be used")
+    agree_or_fail(current.everyone, error, f"{folder} cannot be used")
     return lock

@@ -72,7 +72,7 @@ class Loader:
             try:
                 return self._load(found, strict, keep, older_ones(found) if found != source else "")
             except CheckpointError:  # maybe another job, which saves there, has replaced or deleted it
-                moved = gather_json(before is None or state_of(found) != before, self.world.engine, "checkpoint moved")
+                moved = gather_json(before is None or state_of(found) != before, self.world.everyone, "checkpoint moved")
                 if attempts == _ATTEMPTS or not any(moved):
                     raise
 
@@ -85,7 +85,7 @@ class Loader:
             found, wrong = (source, "") if (source / INDEX).exists() else find_latest(source)
         except OSError as caught:
             error = caught
-        agree_or_fail(self.world.engine, error, f"{source} cannot be read")
+        agree_or_fail(self.world.everyone, error, f"{source} cannot be read")
         if is_file:
             return None, True
         found = same_everywhere(source, found, self.world, self.shared)
@@ -103,8 +103,8 @@ class Loader:
     def _load(self, folder: Path, strict: bool, keep: str, advice: str) -> Resumed:
         """`advice`: what else there is, if this one is damaged."""
         world, what = self.world, f"{folder} cannot be loaded"
-        layout = None if self.shared else gather_json(world.launch.local_size, world.engine, "checkpoint layout")
-        place = world.engine.rank, world.engine.size
+        layout = None if self.shared else gather_json(world.launch.local_size, world.everyone, "checkpoint layout")
+        place = world.everyone.rank, world.everyone.size
         elsewhere = names_elsewhere(self._names(), world)
         error: BaseException | None = None
         with contextlib.ExitStack() as stack:
@@ -120,8 +120,8 @@ class Loader:
                 state = checked(state_named_now(self.model, reader.index.state), self.manager, world, strict, str(folder))
             except Exception as caught:  # whatever it is: the other ranks wait
                 error = caught
-            agree_or_fail(world.engine, error, what)
-            identities = gather_json(reader.index.identity, world.engine, "checkpoint identity")
+            agree_or_fail(world.everyone, error, what)
+            identities = gather_json(reader.index.identity, world.everyone, "checkpoint identity")
             if len(set(identities)) > 1:
                 raise CheckpointError(
                     f"{folder} holds different checkpoints on different hosts (rank 0: {identities[0]}, others: "
@@ -132,7 +132,7 @@ class Loader:
                     apply_entries({n: e for n, e in entries.items() if n in sources}, reader, sources)
             except Exception as caught:
                 error = caught
-            agree_or_fail(world.engine, error, what)
+            agree_or_fail(world.everyone, error, what)
         gradients = {n[len(GRADIENT) :]: e.get() for n, e in entries.items() if n.startswith(GRADIENT) and not e.of_model}
         self.manager.restore_gradients(gradients)
         state.restore(self.manager, world, keep)
@@ -149,7 +149,7 @@ def same_everywhere(source: Path, found: Path | None, world: World, shared: bool
     mine: dict[str, str | None] = {}
     if found is not None and found != source and not shared:
         mine = {checkpoint_name(step): _identity(source / checkpoint_name(step)) for step in steps_in(source)}
-    everybody = gather_json([None if found is None else found.name, mine], world.engine, "checkpoint to load")
+    everybody = gather_json([None if found is None else found.name, mine], world.everyone, "checkpoint to load")
     names, common = [name for name, _ in everybody], []
     for name, identity in mine.items():
         if identity is not None and all(other.get(name) == identity for _, other in everybody):

@@ -16,10 +16,10 @@ from .places import Place
 def differing(entries: Mapping[str, Entry], world: World) -> list[str]:
     """Names of whole tensors that are not the same on every rank, by their bits. All ranks call it."""
     whole = {name: entry for name, entry in entries.items() if entry.layout is None}
-    if world.engine.size == 1 or not whole:
+    if world.everyone.size == 1 or not whole:
         return []
     mine = [xxhash.xxh3_64_hexdigest(host_array(entry.get()).reshape(-1).view(np.uint8).data) for entry in whole.values()]
-    everybody = gather_json(mine, world.engine, "checkpoint copies")
+    everybody = gather_json(mine, world.everyone, "checkpoint copies")
     return [name for name, hashes in zip(whole, zip(*everybody)) if len(set(hashes)) > 1]
 
 
@@ -38,7 +38,7 @@ def owned(
     for name, entry in entries.items():
         array = host_array(entry.get()).reshape(-1)
         if name in apart:
-            array = host_array(world.engine.all_gather([from_host(array)], label=f"save {name}").wait()[0]).reshape(-1)
+            array = host_array(world.everyone.all_gather([from_host(array)], label=f"save {name}").wait()[0]).reshape(-1)
         elsewhere = shared and (place.number > 0 if entry.layout is None else entry.layout.copy > 0)
         if not place.writes or elsewhere:
             array = array[:0].copy()

@@ -47,7 +47,7 @@ class RunState:
     def restore(self, manager: OptimManager, world: World, keep: str) -> None:
         """Go on from it; `keep` as in `OptimManager.load_state_dict`."""
         manager.load_state_dict(self.manager, self.strict, keep)
-        world.engine.clock.step = self.clock
+        world.everyone.clock.step = self.clock
         draws = context_of(world).draws
         draws.count, draws.step = self.draws, self.draw_step
         if self.generators is not None:
@@ -106,12 +106,12 @@ def collected(manager: OptimManager, world: World, step: int, extra: dict[str, A
         "extra": extra,
         "manager": state_of_all(manager, world),
         "seed": world.seed,
-        "clock": world.engine.clock.step,
+        "clock": world.everyone.clock.step,
         "draws": context_of(world).draws.count,
         "draw_step": context_of(world).draws.step,
-        "generators": gather_json(mine, world.engine, "checkpoint generators"),
+        "generators": gather_json(mine, world.everyone, "checkpoint generators"),
         "mesh": mesh_of(world),
-        "layout": gather_json(world.launch.local_size, world.engine, "checkpoint layout"),
+        "layout": gather_json(world.launch.local_size, world.everyone, "checkpoint layout"),
         "shared_storage": shared,
         "versions": _versions(),
     }
@@ -156,7 +156,7 @@ def _parsed(raw: Any, manager: OptimManager, world: World, strict: bool) -> RunS
     manager.check_state_dict(of_manager, strict)
     mine = None
     if generators is not None:
-        mine = _generators(generators[world.engine.rank if len(generators) == world.engine.size else 0])
+        mine = _generators(generators[world.everyone.rank if len(generators) == world.everyone.size else 0])
     return RunState(step, extra, of_manager, clock, draw_step, draws, mine, strict)
 
 

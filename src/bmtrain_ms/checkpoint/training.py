@@ -63,7 +63,7 @@ def load_file(file_name: str | Path, model: nn.Cell, manager: OptimManager, stri
         state = checked(state_named_now(model, raw), manager, current, strict, str(file_name))
     except Exception as caught:  # whatever it is: the other ranks wait
         error = caught
-    agree_or_fail(current.engine, error, f"{file_name} cannot be loaded")
+    agree_or_fail(current.everyone, error, f"{file_name} cannot be loaded")
     result = load_entries(file_name, entries, current, strict, model)
     manager.restore_gradients({})
     state.restore(manager, current, keep)

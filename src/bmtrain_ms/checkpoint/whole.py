@@ -58,19 +58,19 @@ def save(model: nn.Cell, file_name: str | Path, non_blocking: bool = False, max_
     new = Replacement(folder)
     with contextlib.ExitStack() as stack:
         try:
-            if current.engine.rank == 0:
+            if current.everyone.rank == 0:
                 stack.enter_context(new)
         except OSError as caught:
             error = caught
-        agree_or_fail(current.engine, error, f"{folder} cannot be made")
+        agree_or_fail(current.everyone, error, f"{folder} cannot be made")
         for name, group in zip(file_names(len(groups)), groups):
             save_entries(new.folder / name, {x: entries[x] for x in group if x in entries}, {"format": "pt"}, current)
         try:
-            if current.engine.rank == 0:
+            if current.everyone.rank == 0:
                 new.commit(groups, sum(sizes.values()))
         except OSError as caught:
             error = caught
-        agree_or_fail(current.engine, error, f"{folder} cannot be written")
+        agree_or_fail(current.everyone, error, f"{folder} cannot be written")
 
 
 def wait_for_saves() -> None:
@@ -89,7 +89,7 @@ def wait_for_saves() -> None:
         except Exception as caught:
             error = CheckpointError(f"{writer.path} was not written in the background: {caught}")
     pending.clear()
-    agree_or_fail(world().engine, error, "a file saved with non_blocking=True was not written")
+    agree_or_fail(world().everyone, error, "a file saved with non_blocking=True was not written")
 
 
 def load(model: nn.Cell, file_name: str | Path, strict: bool = True) -> LoadResult:
@@ -119,7 +119,7 @@ def state_dict(model: nn.Cell) -> dict[str, np.ndarray]:
         full = np.empty(math.prod(shape), numpy_dtype(dtype))
         for first, piece in tensors.pieces(name):
             full[first : first + piece.size] = piece
-        if current.engine.rank == 0:
+        if current.everyone.rank == 0:
             state[name] = full.reshape(shape)
     return state
 
@@ -160,7 +160,7 @@ def save_entries(
     """See `save`; for any tensors."""
     wait_for_saves()
     path = Path(path).expanduser()
-    engine = world.engine
+    engine = world.everyone
     error: BaseException | None = None
     file: AtomicFile | DeferredFile | None = None
     tensors: Whole | None = None
@@ -207,7 +207,7 @@ def read_headers(path: str | Path, world: World) -> tuple[dict[str, str], Descri
             metadata, there = reader.metadata, reader.described
     except Exception as caught:  # whatever it is: the other ranks wait
         error = caught
-    agree_or_fail(world.engine, error, f"{path} cannot be loaded")
+    agree_or_fail(world.everyone, error, f"{path} cannot be loaded")
     return metadata, there
 
 
@@ -237,11 +237,11 @@ def load_entries(
             result = compare(named, entries, strict, str(reader.path))
         except Exception as caught:
             error = caught
-        agree_or_fail(world.engine, error, f"{path} cannot be loaded")
+        agree_or_fail(world.everyone, error, f"{path} cannot be loaded")
         try:
             sources = {renamed.get(name, name): name for name in reader.tensors}
             apply_entries({name: entry for name, entry in entries.items() if name in sources}, reader, sources)
         except Exception as caught:
             error = caught
-        agree_or_fail(world.engine, error, f"{path} cannot be loaded")
+        agree_or_fail(world.everyone, error, f"{path} cannot be loaded")
     return result
