@@ -117,7 +117,7 @@ def _measure(
                 seconds.append(time.perf_counter() - start)
         median = statistics.median(_slowest(seconds, engine))
         results.append(Result(name, nbytes, median, received * nbytes / median / 2**30))
-    if engine.rank == 0:
+    if world().everyone.rank == 0:
         sys.stdout.write(format_results(results) + "\n")
     return results
 

@@ -128,7 +128,7 @@ def BMTrainModelWrapper(
     _count_elements(model, report)
     _have_reads_gather(model)
     model.__dict__["wrap_report"] = report
-    if verbose and world().mesh.rank == 0:
+    if verbose and world().everyone.rank == 0:
         sys.stderr.write(f"{report}\n")
     return model
 

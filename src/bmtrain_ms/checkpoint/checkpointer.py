@@ -103,8 +103,7 @@ class Checkpointer:
         self._on_busy = on_busy
         self._world: World = world()
         self._shared = _truth("shared_storage", shared_storage)
-        mesh = self._world.mesh
-        self._is_chief = mesh.rank == 0 if shared_storage else self._world.launch.local_rank == 0
+        self._is_chief = (self._world.everyone.rank if shared_storage else self._world.launch.local_rank) == 0
         self._place = Place.of(self._world, shared_storage)
         self._running: _Saving | None = None
         self._snapshots: dict[str, np.ndarray] = {}
@@ -295,7 +294,7 @@ class Checkpointer:
     def _begin(self, step: int) -> Path:
         """The folder to write into, made by the chief."""
         self._join_deletion()  # there would not be room for all of them
-        token = gather_json(secrets.token_hex(8) if self._world.mesh.rank == 0 else None, self._world.everyone, "checkpoint")[0]
+        token = gather_json(secrets.token_hex(8) if self._world.everyone.rank == 0 else None, self._world.everyone, "checkpoint")[0]
         target = self.folder / f".{checkpoint_name(step)}.{token}"
         agree_or_fail(self._world.everyone, self._as_chief(target.mkdir), f"{target} cannot be made")
         return target

@@ -89,7 +89,7 @@ class Loader:
         if is_file:
             return None, True
         found = same_everywhere(source, found, self.world, self.shared)
-        if wrong and self.world.mesh.rank == 0:
+        if wrong and self.world.everyone.rank == 0:
             sys.stderr.write(f"WARNING: {wrong}\n")
         return found, False
 
@@ -163,7 +163,7 @@ def same_everywhere(source: Path, found: Path | None, world: World, shared: bool
         if len(identities) == 1 or None in identities or not older:  # None: damaged, which loading says
             return found
     if older:
-        if world.mesh.rank == 0:
+        if world.everyone.rank == 0:
             sys.stderr.write(
                 f"WARNING: hosts have not the same latest checkpoint in {source} ({', '.join(sorted(set(names)))}); going on "
                 f"from {older[-1].name}, the last that all have\n"

@@ -160,21 +160,20 @@ def save_entries(
     """See `save`; for any tensors."""
     wait_for_saves()
     path = Path(path).expanduser()
-    engine = world.everyone
     error: BaseException | None = None
     file: AtomicFile | DeferredFile | None = None
     tensors: Whole | None = None
     try:
         tensors = Whole(entries, world)
         header, infos, size = plan(tensors.described, metadata)
-        if engine.rank == 0:
+        if world.everyone.rank == 0:
             file = AtomicFile(path, header, size)
             if non_blocking:
                 file = DeferredFile(file)
     except Exception as caught:  # whatever it is: the other ranks wait
         error = caught
     try:
-        agree_or_fail(engine, error, f"{path} cannot be written")
+        agree_or_fail(world.everyone, error, f"{path} cannot be written")
         for name in tensors.described if tensors else ():  # without it all ranks have failed
             for position, piece in tensors.pieces(name):
                 if file is None or error is not None:
@@ -193,7 +192,7 @@ def save_entries(
     except Exception as caught:
         error = caught
         file.discard()
-    agree_or_fail(engine, error, f"{path} cannot be written")
+    agree_or_fail(world.everyone, error, f"{path} cannot be written")
     if non_blocking:
         pending.append(file.writer if isinstance(file, DeferredFile) else None)
 

@@ -364,13 +364,13 @@ class OptimManager:
             mine, others = self._made[i].choose_groups(before[i], theirs[i], fresh, keep == "own")
             used += [f"optimizer {i}, {x}" for x in mine]
             replaced += [f"optimizer {i}, {x}" for x in others]
-        if self._world.mesh.rank == 0 and used:
+        if self._world.everyone.rank == 0 and used:
             whose, other = ("its own", "saved") if keep == "own" else ("the saved ones", "own")
             sys.stderr.write(
                 f"WARNING: this run has other settings than the one that saved, and uses {whose}: {'; '.join(used)}. "
                 f"Load with keep='{other}' for the others\n"
             )
-        if self._world.mesh.rank == 0 and replaced:
+        if self._world.everyone.rank == 0 and replaced:
             sys.stderr.write(
                 f"WARNING: what was changed by hand before loading is replaced by what was saved: {'; '.join(replaced)}. "
                 "Change it after loading\n"
@@ -467,7 +467,7 @@ class OptimManager:
             bad = [p for p in self.parameters if id(p) in self._grads and not self._is_finite(p)]
             raise GradientOverflowError(advice(bad, self._world, self.skipped_in_a_row, old, self.min_loss_scale))
         self.zero_grad()
-        if self._world.mesh.rank == 0:
+        if self._world.everyone.rank == 0:
             sys.stderr.write(f"Gradient overflow: step skipped, loss scale {old:g} -> {self.loss_scale:g}\n")
         return StepResult(False, norm, self.loss_scale, self.skipped_steps, self.skipped_in_a_row)
 

@@ -147,7 +147,7 @@ class AdamOffloadOptimizer(Adam):
         return int(count), added, squares
 
     def _announce(self) -> None:
-        if self._world.mesh.rank:
+        if self._world.everyone.rank != 0:
             return
         ranks, free = self._world.launch.local_size, available_memory()
         elements = sum(p.size for p in self.parameters)
