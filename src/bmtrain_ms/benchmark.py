@@ -15,7 +15,8 @@ from typing import Any, Callable, Sequence
 import numpy as np
 from mindspore import Tensor
 
-from .comm import CommError, Engine, init_distributed, is_initialized, world
+from .comm import CommError, Engine, init_distributed, is_initialized
+from .comm import world as current_world
 from .comm.agreement import reduce_numbers
 from .compat.runtime import from_host
 
@@ -41,14 +42,14 @@ class Result:
 
 def all_gather(sizes: Sequence[int] = SIZES, repeats: int = 9, warm_up: int = 3) -> list[Result]:
     """Measure; rank 0 prints a table. All ranks call it."""
-    engine = world().everyone
+    engine = current_world().everyone
     issue = lambda x: engine.all_gather([x], label="benchmark")  # noqa: E731
     return _measure("all_gather", issue, sizes, repeats, warm_up, 1, engine.size - 1)
 
 
 def reduce_scatter(sizes: Sequence[int] = SIZES, repeats: int = 9, warm_up: int = 3) -> list[Result]:
     """Measure; rank 0 prints a table. All ranks call it."""
-    engine = world().everyone
+    engine = current_world().everyone
     issue = lambda x: engine.reduce_scatter([x], label="benchmark")  # noqa: E731
     return _measure("reduce_scatter", issue, sizes, repeats, warm_up, engine.size, engine.size - 1)
 
@@ -59,7 +60,7 @@ def send_recv(sizes: Sequence[int] = SIZES, repeats: int = 9, warm_up: int = 3) 
     Raises:
         ValueError: there is one rank only.
     """
-    engine = world().everyone
+    engine = current_world().everyone
     if engine.size == 1:
         raise ValueError("send_recv needs two ranks: bmtrain-ms launch -n 2 ...")
     peer = engine.rank ^ 1
@@ -104,7 +105,7 @@ def _measure(
     name: str, issue: Callable[[Tensor], Any], sizes: Sequence[int], repeats: int, warm_up: int, passed: int, received: int
 ) -> list[Result]:
     """`passed`, `received`: by each rank, in multiples of the size."""
-    engine, results = world().everyone, []
+    engine, results = current_world().everyone, []
     for nbytes in sizes:
         x, seconds = from_host(np.zeros(passed * nbytes // 2, np.float16)), []
         for i in range(warm_up + repeats):
@@ -117,7 +118,7 @@ def _measure(
                 seconds.append(time.perf_counter() - start)
         median = statistics.median(_slowest(seconds, engine))
         results.append(Result(name, nbytes, median, received * nbytes / median / 2**30))
-    if world().everyone.rank == 0:
+    if current_world().everyone.rank == 0:
         sys.stdout.write(format_results(results) + "\n")
     return results
 
@@ -144,7 +145,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             results += measure(sizes, options.repeats)
         except (ValueError, CommError) as error:
             sys.stderr.write(f"{measure.__name__}: not measured: {error}\n")
-    if options.plot and world().everyone.rank == 0:
+    if options.plot and current_world().everyone.rank == 0:
         plot(results, options.plot)
 
 

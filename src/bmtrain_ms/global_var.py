@@ -4,32 +4,33 @@ from __future__ import annotations
 
 from typing import Any, Callable, Iterator, Mapping
 
-from .comm import is_initialized, rank, world, world_size
+from .comm import is_initialized, rank, world_size
+from .comm import world as current_world
 
 _KEYS: dict[str, Callable[[], Any]] = {
     "initialized": is_initialized,
     "rank": rank,
     "world_size": world_size,
-    "local_rank": lambda: world().launch.local_rank,
-    "local_size": lambda: world().launch.local_size,
-    "zero_rank": lambda: world().mesh.coordinate("shard"),
-    "zero_size": lambda: world().mesh.shard,
-    "tp_zero_rank": lambda: world().mesh.coordinate("shard"),
-    "tp_zero_size": lambda: world().mesh.shard,
-    "tp_rank": lambda: world().mesh.tp_rank,
-    "tp_size": lambda: world().mesh.tp,
-    "pipe_rank": lambda: world().mesh.pp_rank,
-    "pipe_size": lambda: world().mesh.pp,
-    "pipe_enabled": lambda: world().mesh.pp > 1,
-    "micros": lambda: world().micro_batches or world().mesh.pp,
-    "comm": lambda: world().everyone,
-    "zero_comm": lambda: world().along("shard"),
-    "tp_zero_comm": lambda: world().along("shard"),
-    "tp_comm": lambda: world().along("tp"),
-    "pipe_comm": lambda: world().along("pp"),
-    "pp_zero_comm": lambda: world().along("shard"),
-    "pp_tp_zero_comm": lambda: world().along("shard"),
-    "topology": lambda: world().mesh,
+    "local_rank": lambda: current_world().launch.local_rank,
+    "local_size": lambda: current_world().launch.local_size,
+    "zero_rank": lambda: current_world().mesh.coordinate("shard"),
+    "zero_size": lambda: current_world().mesh.shard,
+    "tp_zero_rank": lambda: current_world().mesh.coordinate("shard"),
+    "tp_zero_size": lambda: current_world().mesh.shard,
+    "tp_rank": lambda: current_world().mesh.tp_rank,
+    "tp_size": lambda: current_world().mesh.tp,
+    "pipe_rank": lambda: current_world().mesh.pp_rank,
+    "pipe_size": lambda: current_world().mesh.pp,
+    "pipe_enabled": lambda: current_world().mesh.pp > 1,
+    "micros": lambda: current_world().micro_batches or current_world().mesh.pp,
+    "comm": lambda: current_world().everyone,
+    "zero_comm": lambda: current_world().along("shard"),
+    "tp_zero_comm": lambda: current_world().along("shard"),
+    "tp_comm": lambda: current_world().along("tp"),
+    "pipe_comm": lambda: current_world().along("pp"),
+    "pp_zero_comm": lambda: current_world().along("shard"),
+    "pp_tp_zero_comm": lambda: current_world().along("shard"),
+    "topology": lambda: current_world().mesh,
 }
 
 

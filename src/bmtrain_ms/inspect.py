@@ -10,7 +10,8 @@ from typing import Any, Iterable, Iterator, Sequence
 import numpy as np
 from mindspore import Parameter, Tensor, nn
 
-from .comm import Engine, World, gather_json, reduce_numbers, world
+from .comm import Engine, World, gather_json, reduce_numbers
+from .comm import world as current_world
 from .compat.autograd import hookable, recording
 from .compat.cells import child_table, parameter_table
 from .compat.runtime import host_array
@@ -34,17 +35,17 @@ def inspect_model(model: nn.Cell, param_name: str, prefix: str = "") -> list[dic
         `OptimManager.backward` accumulated, without the loss scale; 0 where there is none or the parameter is frozen.
     """
     mine = {name: p for name, p in _named_parameters(model, prefix) if fnmatch.fnmatchcase(name, param_name)}
-    current = world()
+    world = current_world()
     shapes = {name: list(p.layout.whole if isinstance(p, DistributedParameter) else p.shape) for name, p in mine.items()}
-    if current.mesh.pp > 1:  # one order on all ranks
-        shapes = {name: x for of_rank in gather_json(shapes, current.everyone, "inspect names") for name, x in of_rank.items()}
+    if world.mesh.pp > 1:  # one order on all ranks
+        shapes = {name: x for of_rank in gather_json(shapes, world.everyone, "inspect names") for name, x in of_rank.items()}
     if not shapes:
         return []
     values: list[np.ndarray] = []
     for name in shapes:
         p = mine.get(name)
-        values += [np.zeros(0)] * 2 if p is None else [_own_part(p, x, current) for x in (p, _gradient(current, p))]
-    numbers = _statistics(values, current.everyone)
+        values += [np.zeros(0)] * 2 if p is None else [_own_part(p, x, world) for x in (p, _gradient(world, p))]
+    numbers = _statistics(values, world.everyone)
     rows = []
     for i, (name, sizes) in enumerate(shapes.items()):
         own, grad, shape = numbers[2 * i], numbers[2 * i + 1], tuple(sizes)
@@ -104,12 +105,12 @@ class InspectTensor:
         Raises:
             RuntimeError: ranks have layers and rows of their own, in a `PipelineTransformerBlockList`.
         """
-        if context_of(world()).rows_differ and world().mesh.pp > 1:
+        if context_of(current_world()).rows_differ and current_world().mesh.pp > 1:
             raise RuntimeError(
                 "stages of a PipelineTransformerBlockList record other tensors each, of other rows, so there are no numbers over "
                 "all ranks: take this rank's with get_tensor(name)"
             )
-        engine = world().along("dp")
+        engine = current_world().along("dp")
         values: list[np.ndarray] = []
         for record in self.records:
             grad = record.grad
@@ -193,7 +194,7 @@ def record_tensor(x: Tensor, name: str, group: str | None = None, requires_grad:
         raise TypeError(f"record_tensor takes a tensor, not a {type(x).__name__}; parameters are shown by inspect_model")
     if not _active:
         return
-    draws = context_of(world()).draws
+    draws = context_of(current_world()).draws
     place = draws.records
     draws.records += 1
     _active[0]._take(place, Record(name, group, x), draws.replaying, requires_grad)

@@ -6,7 +6,7 @@ from mindspore import Tensor, nn
 
 from bmtrain_ms_base.absent import absent
 
-from .comm import world
+from .comm import world as current_world
 from .distributed import parallel_cross_entropy
 from .nn import functional
 
@@ -53,5 +53,5 @@ class FusedCrossEntropy(nn.Cell):
         """logits (rows, classes), targets (rows,) -> float32, a scalar, or (rows,) for `reduction="none"`."""
         if self.parallel:
             options = self.ignore_index, self.weight, self.reduction, self.label_smoothing
-            return parallel_cross_entropy(logits, targets, world().along("tp"), self.classes, *options)
+            return parallel_cross_entropy(logits, targets, current_world().along("tp"), self.classes, *options)
         return functional.cross_entropy(logits, targets, self.ignore_index, self.weight, self.reduction, self.label_smoothing)

@@ -16,7 +16,8 @@ from mindspore import Tensor
 from bmtrain_ms_base.absent import absent
 
 from .checkpoint import load, load_state_dict, save, state_dict
-from .comm import Engine, all_gather_bytes, world
+from .comm import Engine, all_gather_bytes
+from .comm import world as current_world
 from .compat.runtime import from_host, host_array, numpy_dtype
 
 __all__ = ["allgather_objects", "broadcast_object", "load", "load_state_dict", "save", "state_dict"]
@@ -44,13 +45,13 @@ def broadcast_object(obj: Any, comm: Engine | None = None, src: int = 0) -> Any:
     Raises:
         TypeError: another type is in it; on every rank.
     """
-    engine = comm or world().everyone
+    engine = comm or current_world().everyone
     return _decoded(all_gather_bytes(engine, _encoded(obj) if engine.rank == src else b"", "broadcast_object")[src])
 
 
 def allgather_objects(obj: Any, comm: Engine | None = None) -> list[Any]:
     """Every rank's object, by rank; objects as in `broadcast_object`. All ranks call it."""
-    engine = comm or world().everyone
+    engine = comm or current_world().everyone
     return [_decoded(text) for text in all_gather_bytes(engine, _encoded(obj), "allgather_objects")]
 
 

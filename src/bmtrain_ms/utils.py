@@ -14,8 +14,9 @@ from bmtrain_ms_base.absent import absent
 from bmtrain_ms_base.layout import part_of
 from bmtrain_ms_base.memory import reset_peak_memory, resident_memory
 
-from .comm import Engine, is_initialized, world
+from .comm import Engine, is_initialized
 from .comm import rank as this_rank
+from .comm import world as current_world
 from .compat.cells import child_table, parameter_table
 from .compat.device import on_host
 from .compat.runtime import from_host, host_array
@@ -42,7 +43,7 @@ def tp_split_tensor(tensor: Tensor, split_dim: int) -> Tensor:
     """
     if not 0 <= split_dim < tensor.ndim:
         raise ValueError(f"split_dim={split_dim} is no dim of a tensor of shape {tuple(tensor.shape)}: give one from 0")
-    mesh = world().mesh
+    mesh = current_world().mesh
     start, stop = part_of(tensor.shape[split_dim], mesh.tp_rank, mesh.tp)
     return tensor[(slice(None),) * split_dim + (slice(start, stop),)]
 
@@ -91,7 +92,7 @@ def see_memory(message: str, detail: bool = False) -> dict[str, float]:
         with contextlib.suppress(RuntimeError):  # 2.5, before the first operation: there is no peak yet
             ms.runtime.reset_max_memory_allocated()
     if is_initialized():
-        meter = context_of(world()).pipeline.meter
+        meter = context_of(current_world()).pipeline.meter
         if detail:
             numbers.update({"gathered": meter.current / mib, "most gathered": meter.peak / mib})
         meter.reset_peak()
@@ -132,7 +133,7 @@ def gather_result(result: Tensor) -> Tensor:
     Raises:
         ValueError: shapes or types differ between ranks; on every rank.
     """
-    engine = world().everyone
+    engine = current_world().everyone
     array = np.atleast_1d(host_array(result))
     mine = f"{array.shape} {array.dtype}"
     text = np.zeros(256, np.uint8)

@@ -20,7 +20,7 @@ from mindspore import Parameter, nn
 
 from bmtrain_ms_base.tree import flatten
 
-from .comm import world
+from .comm import world as current_world
 from .compat.cells import child_table, drop_rate, parameter_lists, parameter_table
 from .compat.habits import refuse_recompute
 from .compat.runtime import from_host, host_array, is_float
@@ -128,7 +128,7 @@ def BMTrainModelWrapper(
     _count_elements(model, report)
     _have_reads_gather(model)
     model.__dict__["wrap_report"] = report
-    if verbose and world().everyone.rank == 0:
+    if verbose and current_world().everyone.rank == 0:
         sys.stderr.write(f"{report}\n")
     return model
 
@@ -278,7 +278,7 @@ def _sharded(p: Parameter, name: str, digests: list[tuple[str, int]]) -> Distrib
 
 def _compare(digests: list[tuple[str, int]]) -> None:
     """Raise on all ranks where they were built with different values."""
-    engine = world().everyone
+    engine = current_world().everyone
     mine = from_host(np.array([crc for _, crc in digests] or [0], np.int64))
     rows = host_array(engine.all_gather([mine], label=f"wrap {len(digests)} parameters").wait()[0]).reshape(engine.size, -1)
     different = np.flatnonzero((rows != rows[0]).any(0))

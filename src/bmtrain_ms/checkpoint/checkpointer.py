@@ -17,7 +17,8 @@ from mindspore import nn
 from bmtrain_ms_base.checks import whole
 from bmtrain_ms_base.layout import Layout
 
-from ..comm import World, all_ranks, gather_json, world
+from ..comm import World, all_ranks, gather_json
+from ..comm import world as current_world
 from ..files.entries import Entry
 from ..files.errors import CheckpointError, agree_or_fail
 from ..files.replacing import sync_folder, write_text
@@ -101,7 +102,7 @@ class Checkpointer:
         self._keep_last = None if keep_last is None else whole("keep_last", keep_last, 1)
         self._keep_every = None if keep_every is None else whole("keep_every", keep_every, 1)
         self._on_busy = on_busy
-        self._world: World = world()
+        self._world: World = current_world()
         self._shared = _truth("shared_storage", shared_storage)
         self._is_chief = (self._world.everyone.rank if shared_storage else self._world.launch.local_rank) == 0
         self._place = Place.of(self._world, shared_storage)
@@ -368,12 +369,12 @@ def lock_folder(folder: str | Path) -> FolderLock | None:
     Raises:
         CheckpointError: another job has it, or it cannot be made; on every rank.
     """
-    current, lock, error = world(), None, None
+    world, lock, error = current_world(), None, None
     try:
-        if current.everyone.rank == 0:
+        if world.everyone.rank == 0:
             Path(folder).mkdir(parents=True, exist_ok=True)
             lock = FolderLock(Path(folder))
     except Exception as caught:  # whatever it is: the other ranks wait
         error = caught
-    agree_or_fail(current.everyone, error, f"{folder} cannot be used")
+    agree_or_fail(world.everyone, error, f"{folder} cannot be used")
     return lock

@@ -8,7 +8,7 @@ from typing import Any, Mapping
 import mindspore as ms
 from mindspore import Parameter, nn
 
-from ..comm import world
+from ..comm import world as current_world
 from ..files.entries import (
     GRADIENT,
     Described,
@@ -52,21 +52,21 @@ def load_file(file_name: str | Path, model: nn.Cell, manager: OptimManager, stri
     """Restore an old file as `load_training` does; returns the run's state and what did not match."""
     check_complete(model, manager)
     checked_keep(keep)
-    current = world()
-    metadata, there = read_headers(file_name, current)
+    world = current_world()
+    metadata, there = read_headers(file_name, world)
     error: BaseException | None = None
     try:
         raw, entries = _state_in(metadata, str(file_name)), training_entries(model, manager)
         renamed = named_now(model, there)
         now = {renamed.get(name, name): what for name, what in there.items()}
         compare(now, entries, strict, str(file_name))  # first: it says best what is different
-        state = checked(state_named_now(model, raw), manager, current, strict, str(file_name))
+        state = checked(state_named_now(model, raw), manager, world, strict, str(file_name))
     except Exception as caught:  # whatever it is: the other ranks wait
         error = caught
-    agree_or_fail(current.everyone, error, f"{file_name} cannot be loaded")
-    result = load_entries(file_name, entries, current, strict, model)
+    agree_or_fail(world.everyone, error, f"{file_name} cannot be loaded")
+    result = load_entries(file_name, entries, world, strict, model)
     manager.restore_gradients({})
-    state.restore(manager, current, keep)
+    state.restore(manager, world, keep)
     return state, result
 
 

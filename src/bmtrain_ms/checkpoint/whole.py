@@ -16,7 +16,8 @@ from mindspore import Tensor, nn
 
 from bmtrain_ms_base.layout import Box
 
-from ..comm import World, world
+from ..comm import World
+from ..comm import world as current_world
 from ..compat.runtime import host_array, numpy_dtype
 from ..files.consolidated import ConsolidatedReader, Replacement, file_names, size_in_bytes, split, tensor_bytes
 from ..files.entries import Described, Entry, LoadResult, apply_entries, compare, model_entries, named_now
@@ -46,31 +47,31 @@ def save(model: nn.Cell, file_name: str | Path, non_blocking: bool = False, max_
     Raises:
         CheckpointError: it cannot be written, or an earlier file could not; on every rank.
     """
-    current, entries = world(), model_entries(model)
+    world, entries = current_world(), model_entries(model)
     if max_shard_size is None:
-        save_entries(file_name, entries, {"format": "pt"}, current, non_blocking)
+        save_entries(file_name, entries, {"format": "pt"}, world, non_blocking)
         return
     if non_blocking:
         raise ValueError("non_blocking and max_shard_size do not go together; a Checkpointer saves in the background")
-    sizes = {name: tensor_bytes(x.dtype, x.shape) for name, x in everybodys(entries, current)[1].items()}
+    sizes = {name: tensor_bytes(x.dtype, x.shape) for name, x in everybodys(entries, world)[1].items()}
     groups = split(sizes, size_in_bytes(max_shard_size))
     folder, error = Path(file_name).expanduser(), None
     new = Replacement(folder)
     with contextlib.ExitStack() as stack:
         try:
-            if current.everyone.rank == 0:
+            if world.everyone.rank == 0:
                 stack.enter_context(new)
         except OSError as caught:
             error = caught
-        agree_or_fail(current.everyone, error, f"{folder} cannot be made")
+        agree_or_fail(world.everyone, error, f"{folder} cannot be made")
         for name, group in zip(file_names(len(groups)), groups):
-            save_entries(new.folder / name, {x: entries[x] for x in group if x in entries}, {"format": "pt"}, current)
+            save_entries(new.folder / name, {x: entries[x] for x in group if x in entries}, {"format": "pt"}, world)
         try:
-            if current.everyone.rank == 0:
+            if world.everyone.rank == 0:
                 new.commit(groups, sum(sizes.values()))
         except OSError as caught:
             error = caught
-        agree_or_fail(current.everyone, error, f"{folder} cannot be written")
+        agree_or_fail(world.everyone, error, f"{folder} cannot be written")
 
 
 def wait_for_saves() -> None:
@@ -89,7 +90,7 @@ def wait_for_saves() -> None:
         except Exception as caught:
             error = CheckpointError(f"{writer.path} was not written in the background: {caught}")
     pending.clear()
-    agree_or_fail(world().everyone, error, "a file saved with non_blocking=True was not written")
+    agree_or_fail(current_world().everyone, error, "a file saved with non_blocking=True was not written")
 
 
 def load(model: nn.Cell, file_name: str | Path, strict: bool = True) -> LoadResult:
@@ -104,7 +105,7 @@ def load(model: nn.Cell, file_name: str | Path, strict: bool = True) -> LoadResu
         CheckpointError: unreadable, another shape, or (strict) other names or types; on every rank.
     """
     wait_for_saves()
-    return load_entries(file_name, model_entries(model), world(), strict, model)
+    return load_entries(file_name, model_entries(model), current_world(), strict, model)
 
 
 def state_dict(model: nn.Cell) -> dict[str, np.ndarray]:
@@ -112,14 +113,14 @@ def state_dict(model: nn.Cell) -> dict[str, np.ndarray]:
 
     All ranks call it.
     """
-    current = world()
+    world = current_world()
     state: dict[str, np.ndarray] = {}
-    tensors = Whole(model_entries(model), current)
+    tensors = Whole(model_entries(model), world)
     for name, (dtype, shape) in tensors.described.items():
         full = np.empty(math.prod(shape), numpy_dtype(dtype))
         for first, piece in tensors.pieces(name):
             full[first : first + piece.size] = piece
-        if current.everyone.rank == 0:
+        if world.everyone.rank == 0:
             state[name] = full.reshape(shape)
     return state
 

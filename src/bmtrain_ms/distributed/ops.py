@@ -18,7 +18,8 @@ import mindspore as ms
 import numpy as np
 from mindspore import Tensor
 
-from ..comm import Engine, world
+from ..comm import Engine
+from ..comm import world as current_world
 from ..compat.autograd import custom_op, no_grad
 from ..compat.runtime import from_host, host_array, is_float, numpy_dtype
 
@@ -177,7 +178,7 @@ def send_activations(hidden_state: Tensor, next_rank: int, comm: Engine | None =
     Raises:
         ValueError: too many dims, or a type that cannot be sent.
     """
-    engine = comm or world().everyone
+    engine = comm or current_world().everyone
     if hidden_state.ndim > _HEADER - 2 or hidden_state.dtype not in _DTYPES:
         raise ValueError(
             f"a tensor of shape {tuple(hidden_state.shape)} and type {hidden_state.dtype} cannot be sent; at most {_HEADER - 2} "
@@ -193,7 +194,7 @@ def send_activations(hidden_state: Tensor, next_rank: int, comm: Engine | None =
 
 def recv_activations(prev_rank: int, comm: Engine | None = None) -> Tensor:
     """What rank `prev_rank` sends with `send_activations`; no gradient."""
-    engine = comm or world().everyone
+    engine = comm or current_world().everyone
     with no_grad():
         header = engine.recv([from_host(np.zeros(_HEADER, np.int64))], prev_rank, "send_activations, header").wait()[0]
         kind, ndim, *shape = host_array(header).tolist()
@@ -206,7 +207,7 @@ def _engine(comm: Engine | None, what: str, x: Tensor, op: str = "sum") -> Engin
         raise ValueError(f"unknown reduction {op!r}; choose one of {', '.join(_OPS)}")
     if not is_float(x):
         raise TypeError(f"{what} is differentiable and takes a floating-point tensor, not {x.dtype}; for others: world().everyone")
-    return comm or world().everyone
+    return comm or current_world().everyone
 
 
 def _flat(x: Tensor) -> Tensor:

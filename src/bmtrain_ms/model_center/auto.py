@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Optional, Sequence, Union
 
-from ..comm import world
+from ..comm import world as current_world
 from ..files.errors import agree_or_fail
 from .model import FAMILIES, CausalLM
 from .pretrained.differences import PretrainedError
@@ -47,6 +47,6 @@ def family_of(folder: Union[str, Path]) -> type[CausalLM]:
             raise PretrainedError(f"{path / CONFIG} says model_type {kind!r}, which is not among the families here: {known}")
     except Exception as caught:  # whatever it is: the other ranks wait
         error = caught
-    agree_or_fail(world().everyone, error, f"{path / CONFIG} cannot be read")
+    agree_or_fail(current_world().everyone, error, f"{path / CONFIG} cannot be read")
     assert found is not None
     return found

@@ -7,7 +7,7 @@ from typing import Optional, Sequence, TypeVar, Union
 
 from mindspore import nn
 
-from ..comm import world
+from ..comm import world as current_world
 from ..zero import Block, TransformerBlockList
 from .layer import Encoder
 from .staged import StagedModel, Stages
@@ -70,10 +70,10 @@ def spread(model: Model, how: Spread = Spread(), stages: Union[str, Sequence[int
     if "stages" in vars(model) or any(isinstance(encoder.layers, TransformerBlockList) for encoder in encoders):
         raise ValueError(f"this {type(model).__name__} has been spread already: a model is spread once")
     staged: Optional[StagedModel] = None
-    if stages is not None or world().mesh.pp > 1:
+    if stages is not None or current_world().mesh.pp > 1:
         stages = stages if isinstance(stages, Stages) else Stages(stages)
-        staged = StagedModel(model, stages, how.recompute, world(), hold=how.zero_level == 2)
-    ranks = world().along("tp").size
+        staged = StagedModel(model, stages, how.recompute, current_world(), hold=how.zero_level == 2)
+    ranks = current_world().along("tp").size
     if ranks > 1:
         for cell in [cell for _, cell in model.cells_and_names() if hasattr(cell, "divide")]:
             cell.divide(ranks)

@@ -7,7 +7,7 @@ from mindspore import Tensor, nn
 
 from bmtrain_ms_base.random import chunks, uniform
 
-from ..comm import world
+from ..comm import world as current_world
 from ..compat.autograd import custom_op
 from ..compat.cells import drop_rate
 from ..compat.runtime import from_host, numpy_dtype
@@ -49,7 +49,7 @@ class ReplayingDropout(nn.Dropout):
 
 
 def _drop(x: Tensor, p: float) -> Tensor:
-    context = context_of(world())
+    context = context_of(current_world())
     key = context.draws.next_key()
     size = int(np.prod(x.shape))
     start = context.data_rank * size

@@ -10,7 +10,7 @@ from mindspore import Parameter, Tensor, nn, ops
 
 from bmtrain_ms_base.checks import number, whole
 
-from ..comm import world
+from ..comm import world as current_world
 from ..comm.agreement import any_rank
 from ..compat.autograd import no_grad
 from ..compat.cells import child_table, parameter_table
@@ -154,7 +154,7 @@ def add_lora(
     if any(block.mode == "PIPE" for block in blocks):
         raise ValueError("layers in a PipelineTransformerBlockList cannot be given adapters: give them to the layers it is made of")
     found = _found(model, pattern)
-    if not (any_rank(world().everyone, bool(found), "layers to adapt") if blocks else found):
+    if not (any_rank(current_world().everyone, bool(found), "layers to adapt") if blocks else found):
         known = sorted({name.rsplit(".", 1)[-1] for name, _, _, cell in _children(model) if _fits(cell)})
         raise ValueError(f"no Linear layer has {pattern!r} in its path; the last parts of those that there are: {', '.join(known)}")
     for name, parent, key in found if dropout else ():

@@ -11,7 +11,8 @@ from bmtrain_ms_base.checks import number, whole
 from bmtrain_ms_base.mesh import nearest_divisors
 from bmtrain_ms_base.routing import DROP_POLICIES, capacity_of, kept_choices
 
-from ..comm import Engine, world
+from ..comm import Engine
+from ..comm import world as current_world
 from ..compat.cells import is_only_construct
 from ..compat.runtime import host_array
 from ..distributed import Exchange
@@ -157,7 +158,7 @@ class MoE(nn.Cell):
         activation: str = "silu",
     ):
         super().__init__()
-        experts, ranks = whole("experts", experts, 1), world().mesh.ep
+        experts, ranks = whole("experts", experts, 1), current_world().mesh.ep
         if experts % ranks:
             fit = nearest_divisors(experts, ranks)
             raise ValueError(f"{experts} experts cannot be divided over ep_size={ranks} ranks: use ep_size={fit}")

@@ -23,7 +23,8 @@ from mindspore import Parameter, Tensor, nn, ops
 from bmtrain_ms_base.checks import number, whole
 from bmtrain_ms_base.mesh import nearest_divisors
 
-from ..comm import World, reduce_numbers, world
+from ..comm import World, reduce_numbers
+from ..comm import world as current_world
 from ..compat.autograd import custom_vjp, no_grad, recording
 from ..compat.cells import parameter_table
 from ..compat.runtime import from_host, host_array
@@ -129,7 +130,7 @@ class Routing:
     def __init__(self, tokens: np.ndarray | None = None, sequences: np.ndarray | None = None, *, in_world: World | None = None):
         self.tokens = None if tokens is None else np.asarray(tokens, bool)
         self.sequences = None if sequences is None else np.asarray(sequences, np.int64)
-        self._world = in_world or world()
+        self._world = in_world or current_world()
         self._sizes: tuple[int, int] | None = None
         self._notes: list[_Note] = []
         self._pulled: Tensor | None = None

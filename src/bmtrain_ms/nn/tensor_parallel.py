@@ -11,7 +11,8 @@ from typing import Any, TypeVar
 import mindspore as ms
 from mindspore import Tensor, nn
 
-from ..comm import Engine, World, any_rank, world
+from ..comm import Engine, World, any_rank
+from ..comm import world as current_world
 from ..compat.autograd import no_grad
 from ..compat.cells import is_only_construct, parameter_table
 from ..compat.runtime import host_array
@@ -282,7 +283,7 @@ class OpParallelLinear:
             input,
             weight,
             bias,
-            (in_world or world()).along("tp"),
+            (in_world or current_world()).along("tp"),
             gather_input=gather_input,
             split_input=split_input,
             reduce_output=None if reduce_output_type is None else ReduceType(reduce_output_type),

@@ -9,7 +9,8 @@ from typing import Any, Iterable, Optional, Sequence
 import mindspore as ms
 from mindspore import Parameter, Tensor
 
-from ..comm import World, is_initialized, world
+from ..comm import World, is_initialized
+from ..comm import world as current_world
 from ..zero import DistributedParameter, context_of
 from .state import StateTensors, check_arrays, from_arrays, named_states, to_arrays
 
@@ -62,7 +63,7 @@ class ShardOptimizer(ABC):
         if not isinstance(params, Iterable):
             raise TypeError(f"params must be a list of parameters, as model.trainable_params(), not a {type(params).__name__}")
         entries = list(params)
-        staged = is_initialized() and world().mesh.pp > 1  # a stage may have nothing that is trained
+        staged = is_initialized() and current_world().mesh.pp > 1  # a stage may have nothing that is trained
         if not (entries and isinstance(entries[0], dict)) and (entries or staged):
             entries = [{"params": entries}]
         self.defaults = defaults
@@ -160,7 +161,7 @@ class ShardOptimizer(ABC):
         """
         if len(grads) != len(self.parameters):  # before any rank waits for another
             raise ValueError(f"{len(grads)} gradients for {len(self.parameters)} parameters")
-        averaged = average_whole(self.parameters, list(grads), world() if is_initialized() else None)
+        averaged = average_whole(self.parameters, list(grads), current_world() if is_initialized() else None)
         self.step(averaged)
 
     def step(self, grads: Sequence[Optional[Tensor]], scale: float = 1.0) -> None:

@@ -13,7 +13,8 @@ from mindspore import Parameter, Tensor
 
 from bmtrain_ms_base.checks import number, whole
 
-from ..comm import World, world
+from ..comm import World
+from ..comm import world as current_world
 from ..compat.habits import refuse_graph_mode
 from ..compat.runtime import from_host
 from ..ops.in_place import add_, scale_, square_sum
@@ -105,7 +106,7 @@ class OptimManager:
         self._schedules: list[Schedule] = []
         self._made: list[Made] = []
         self._began = False  # whether something else than what was asked for may be in force
-        self._world = in_world or world()
+        self._world = in_world or current_world()
         self.grads_scale = self.loss_scale / self._world.mesh.tp  # of the gradients that are there; `loss_scale` may have moved on
         self._stepped = True  # the gradients that are there have been used
         self._grad_scale = grad_scale

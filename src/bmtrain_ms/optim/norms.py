@@ -11,7 +11,8 @@ from mindspore import Parameter, Tensor
 
 from bmtrain_ms_base.checks import number
 
-from ..comm import World, reduce_numbers, world
+from ..comm import World, reduce_numbers
+from ..comm import world as current_world
 from ..compat.autograd import no_grad
 from ..compat.runtime import from_host, host_array
 from ..ops.in_place import square_sum
@@ -105,12 +106,12 @@ def total_norm(grads: Sequence[Tensor], world: World, p: float) -> float:
 
 
 def _averaged(parameters: Iterable[Parameter], grads: Sequence[Tensor]) -> tuple[list[Parameter], list[Tensor], World]:
-    params, current = list(parameters), world()
+    params, world = list(parameters), current_world()
     if len(params) != len(grads):
         raise ValueError(
             f"{len(grads)} gradients for {len(params)} parameters: pass what value_and_grad returned, with its weights"
         )
-    return params, average_whole(params, list(grads), current), current
+    return params, average_whole(params, list(grads), world), world
 
 
 def _counted(params: Sequence[Parameter], grads: Sequence[Tensor], world: World) -> list[Tensor]:

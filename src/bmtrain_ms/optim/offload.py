@@ -12,7 +12,8 @@ from mindspore import Parameter, Tensor, ops
 
 from bmtrain_ms_base.memory import available_memory
 
-from ..comm import reduce_numbers, world
+from ..comm import reduce_numbers
+from ..comm import world as current_world
 from ..compat.device import on_host
 from ..compat.runtime import from_host, host_array, values
 from ..zero import DistributedParameter
@@ -77,7 +78,7 @@ class AdamOffloadOptimizer(Adam):
         self._transfer = transfer or Transfer()
         super().__init__(params, settings(lr, betas, eps, weight_decay, hold_steps, maximize))
         worlds = [p.world for p in self.parameters if isinstance(p, DistributedParameter)]
-        self._world = worlds[0] if worlds else world()
+        self._world = worlds[0] if worlds else current_world()
         self._announce()
         for state in self._states.values():
             state.touch()

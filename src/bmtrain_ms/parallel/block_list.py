@@ -10,7 +10,7 @@ from mindspore import Parameter, Tensor
 
 from bmtrain_ms_base.stages import divide
 
-from ..comm import world
+from ..comm import world as current_world
 from ..compat.autograd import recording
 from ..compat.runtime import from_host
 from ..zero import Block, DistributedParameter, TransformerBlockList, context_of
@@ -49,23 +49,23 @@ class PipelineTransformerBlockList(TransformerBlockList):
     """
 
     def __init__(self, modules: Iterable[Any], num_hidden: int = 1):
-        here, given = world(), list(modules)
+        world, given = current_world(), list(modules)
         if any(isinstance(module, Block) and module.mode != "PIPE" for module in given):
             raise AssertionError('a PipelineTransformerBlockList takes Blocks that were made with mode="PIPE", or Cells')
-        plan = [stage.layers for stage in divide(len(given), here.mesh.pp)]
-        own = plan[here.mesh.pp_rank]
+        plan = [stage.layers for stage in divide(len(given), world.mesh.pp)]
+        own = plan[world.mesh.pp_rank]
         _refuse_shared(given, plan)
         blocks = [x if isinstance(x, Block) else Block(x, mode="PIPE") for x in (given[i] for i in own)]
         super().__init__(blocks, num_hidden, numbers=own)
-        context = context_of(here)
+        context = context_of(world)
         context.divide(rows_differ=True)
         if context.anchor is None:
             context.anchor = Parameter(from_host(np.zeros(1, np.float32)), name="anchor of pipelines")
         for p in (p for block in blocks for p in block.get_parameters()):
             if isinstance(p, DistributedParameter):
-                p.in_stage = here.mesh.pp > 1
-        self.num_layers, self.stages, self.stage_id = len(given), here.mesh.pp, here.mesh.pp_rank
-        self._world, self._plan = here, plan
+                p.in_stage = world.mesh.pp > 1
+        self.num_layers, self.stages, self.stage_id = len(given), world.mesh.pp, world.mesh.pp_rank
+        self._world, self._plan = world, plan
 
     def get_range_by_stage_id(self, stage_id: int) -> range:
         """The numbers of the layers of a stage."""

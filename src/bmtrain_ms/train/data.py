@@ -10,7 +10,8 @@ from bmtrain_ms_base.data.gpt import open_files
 from bmtrain_ms_base.data.gpt_cache import cache_home
 from bmtrain_ms_base.data.storage import Place, Storage
 
-from ..comm import World, gather_json, world
+from ..comm import World, gather_json
+from ..comm import world as current_world
 
 
 def place_of(in_world: Optional[World] = None) -> Place:
@@ -19,9 +20,9 @@ def place_of(in_world: Optional[World] = None) -> Place:
     Args:
         in_world: the ranks; default: the current world.
     """
-    ranks = in_world or world()
-    launch, rank = ranks.launch, ranks.mesh.rank
-    return Place(rank, rank - launch.local_rank, launch.local_rank, lambda value: gather_json(value, ranks.everyone, "data"))
+    world = in_world or current_world()
+    launch, rank = world.launch, world.mesh.rank
+    return Place(rank, rank - launch.local_rank, launch.local_rank, lambda value: gather_json(value, world.everyone, "data"))
 
 
 def load_gpt_data(

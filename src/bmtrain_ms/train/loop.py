@@ -18,7 +18,8 @@ from bmtrain_ms_base.data.skipping import Skipping
 from bmtrain_ms_base.memory import resident_memory
 
 from ..checkpoint import Checkpointer, CheckpointError
-from ..comm import any_rank, gather_json, world
+from ..comm import any_rank, gather_json
+from ..comm import world as current_world
 from ..compat.runtime import from_host, host_array
 from ..optim import GradientOverflowError, OptimManager
 from ..zero import context_of
@@ -105,7 +106,7 @@ class Trainer:
         self.task, self.batches, self.manager, self.settings = task, batches, manager, settings
         self.model = task.model
         self.done = 0  # steps
-        self._world = world()
+        self._world = current_world()
         self.checkpoints: Checkpointer | None = None
         if folder is not None:
             self.checkpoints = Checkpointer(

@@ -18,7 +18,8 @@ from bmtrain_ms_base.data.indexed import IndexedFile
 from bmtrain_ms_base.data.skipping import Skipping
 
 from .. import lr_scheduler
-from ..comm import World, init_distributed, world
+from ..comm import World, init_distributed
+from ..comm import world as current_world
 from ..model_center import Spread, Stages, spread
 from ..model_center.auto import family_of
 from ..model_center.model import FAMILIES, CausalLM
@@ -99,7 +100,7 @@ def make_model(settings: Settings, vocab_size: int | None) -> CausalLM:
     """
     chosen, layout = settings.model, settings.layout
     how = Spread(layout.recompute, layout.zero_level)
-    ranks = world().everyone.size
+    ranks = current_world().everyone.size
     _, micro_batches = passes_of(settings, ranks)
     stages = Stages(layout.stages, layout.schedule, layout.chunks, micro_batches) if layout.pp > 1 else None
     changes = {} if chosen.dtype is None else {"dtype": chosen.dtype}
@@ -161,7 +162,7 @@ def _groups(settings: Settings, model: CausalLM) -> list[dict[str, Any]]:
         inner = chosen.mup_width is not None and not vector and not _OUTER.search(p.name)
         kinds[chosen.decay_vectors or not vector, inner].append(p)
     groups = []
-    staged = world().mesh.pp > 1  # a stage may have none of a kind
+    staged = current_world().mesh.pp > 1  # a stage may have none of a kind
     for (decays, inner), params in kinds.items():
         if params or (staged and (chosen.mup_width is not None or not inner)):
             group: dict[str, Any] = {"params": params, "weight_decay": chosen.weight_decay if decays else 0.0}

@@ -11,7 +11,8 @@ from mindspore import Parameter, Tensor, nn
 from bmtrain_ms_base.data import Batch
 from bmtrain_ms_base.data.batch import IGNORED
 
-from ..comm import World, reduce_numbers, world
+from ..comm import World, reduce_numbers
+from ..comm import world as current_world
 from ..compat.runtime import from_host
 from ..model_center.model import CausalLM
 from ..nn.functional import cross_entropy, times
@@ -116,10 +117,10 @@ def share_step(batches: Sequence[Batch], in_world: World | None = None) -> list[
         batches: of this step on this rank, one or several.
         in_world: the ranks; default: the current world.
     """
-    here = in_world or world()
+    world = in_world or current_world()
     count = sum(batch.counted for batch in batches)
-    if context_of(here).data_ranks > 1:  # ranks that read the same rows count them equally often, so that the mean is over all
-        count = reduce_numbers(here.everyone, [count], "targets that count", np.float64, "mean").item()
+    if context_of(world).data_ranks > 1:  # ranks that read the same rows count them equally often, so that the mean is over all
+        count = reduce_numbers(world.everyone, [count], "targets that count", np.float64, "mean").item()
     rows = sum(len(batch.ids) for batch in batches)
     return [replace(batch, count=count, part=len(batch.ids) / rows) for batch in batches]
 

@@ -10,7 +10,8 @@ from mindspore import Parameter, Tensor
 
 from bmtrain_ms_base.random import Draws
 
-from ..comm import World, is_initialized, world
+from ..comm import World, is_initialized
+from ..comm import world as current_world
 from ..compat import autograd
 from ..compat.autograd import Deliver
 from .buffers import BufferPool
@@ -117,7 +118,7 @@ def context_of(world: World) -> ZeroContext:
 def undisturbed() -> ContextManager[None]:
     """Inside the `with` statement nobody but modules writes parameters, so what was gathered ahead is used without asking all ranks
     whether it still holds; a write is an error all the same. For the `construct` of a whole model."""
-    return context_of(world()).pipeline.undisturbed() if is_initialized() else contextlib.nullcontext()
+    return context_of(current_world()).pipeline.undisturbed() if is_initialized() else contextlib.nullcontext()
 
 
 def _end_of_backward(error: BaseException | None) -> Deliver:

@@ -14,7 +14,8 @@ from bmtrain_ms_base.checks import whole
 from bmtrain_ms_base.layout import Layout, Split
 from bmtrain_ms_base.mesh import nearest_divisors
 
-from ..comm import Engine, World, world
+from ..comm import Engine, World
+from ..comm import world as current_world
 from ..compat.autograd import custom_op, recording
 from ..compat.habits import sharded_types
 from ..compat.parameter import adopt
@@ -94,8 +95,8 @@ class DistributedParameter(Parameter):
     ) -> DistributedParameter:
         if not isinstance(data, (Empty, Tensor, np.ndarray)):
             raise TypeError(f"DistributedParameter takes a tensor, an array or bmtrain_ms.empty(...), not {type(data).__name__}")
-        cut = _Cut.of(data.shape, in_world or world(), tp_mode, tp_split_dim, tp_parts)
-        length = _layout_of(data.shape, in_world or world(), along, cut, ep_split).length
+        cut = _Cut.of(data.shape, in_world or current_world(), tp_mode, tp_split_dim, tp_parts)
+        length = _layout_of(data.shape, in_world or current_world(), along, cut, ep_split).length
         return adopt(cls, from_host(np.zeros(length, numpy_dtype(_dtype_of(data)))))
 
     def __init__(
@@ -114,7 +115,7 @@ class DistributedParameter(Parameter):
         ep_split: bool = False,
     ):
         super().__init__(self, name=name, requires_grad=requires_grad)
-        self.world, self.along = in_world or world(), "edp" if ep_split else along
+        self.world, self.along = in_world or current_world(), "edp" if ep_split else along
         cut = _Cut.of(data.shape, self.world, tp_mode, tp_split_dim, tp_parts)
         self.layout, self.tp_parts = _layout_of(data.shape, self.world, along, cut, ep_split), cut.parts
         self.in_stage = False

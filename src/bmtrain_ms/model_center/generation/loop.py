@@ -15,7 +15,8 @@ from mindspore import Tensor, nn
 from bmtrain_ms_base.checks import number, whole
 from bmtrain_ms_base.random import key_of, uniform
 
-from ...comm import all_ranks, world
+from ...comm import all_ranks
+from ...comm import world as current_world
 from ...compat.autograd import no_grad
 from ...compat.runtime import from_host, host_array
 from ...zero import unwritten
@@ -191,7 +192,7 @@ def _all_done(settings: _Settings, here: bool) -> bool:
     """Whether every rank has come to an end; asked only where texts may end early."""
     if not settings.ends and settings.stop is None and settings.beams == 1:
         return False
-    return all_ranks(world().everyone, here, "generation done")
+    return all_ranks(current_world().everyone, here, "generation done")
 
 
 class _Steps:

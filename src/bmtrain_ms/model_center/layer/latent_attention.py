@@ -8,7 +8,7 @@ from typing import Any, Optional
 import mindspore as ms
 from mindspore import Tensor, nn, ops
 
-from ...comm import world
+from ...comm import world as current_world
 from ...distributed import all_gather
 from ...nn import ColumnParallelLinear, Linear, RowParallelLinear, functional, weight_of
 from .cache import LayerCache
@@ -116,7 +116,7 @@ class LatentAttention(nn.Cell):
         made = self.kv_a_proj_with_mqa(hidden)
         latent, k = self.kv_a_layernorm(made[:, : self.kv_rank]), made[:, self.kv_rank :]
         if self.ranks > 1:
-            both = all_gather(ops.cat((latent, k), -1), world().along("tp")).reshape(-1, self.kv_rank + self.dim_rope)
+            both = all_gather(ops.cat((latent, k), -1), current_world().along("tp")).reshape(-1, self.kv_rank + self.dim_rope)
             latent, k = both[:, : self.kv_rank], both[:, self.kv_rank :]
         latent, k = positions.without_padding(latent), positions.without_padding(k)
         shape = positions.batch, positions.length, self.kv_rank

@@ -7,7 +7,7 @@ from typing import Union
 import numpy as np
 from mindspore import Tensor, ops
 
-from ...comm import world
+from ...comm import world as current_world
 from ...compat.autograd import recording
 from ...compat.runtime import host_array
 from ...nn import Routing, functional
@@ -81,7 +81,7 @@ class Positions:
     def part(self) -> slice:
         """This rank's rows of hidden states."""
         rows = self.rows // self.ranks
-        first = world().mesh.tp_rank * rows if self.ranks > 1 else 0
+        first = current_world().mesh.tp_rank * rows if self.ranks > 1 else 0
         return slice(first, first + rows)
 
     @property

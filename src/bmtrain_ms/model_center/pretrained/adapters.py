@@ -12,7 +12,7 @@ from mindspore import nn
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
 
-from ...comm import world
+from ...comm import world as current_world
 from ...comm.agreement import all_gather_bytes
 from ...compat.runtime import from_host, host_array, numpy_dtype
 from ...files.entries import model_entries
@@ -37,26 +37,26 @@ def save_adapters(model: nn.Cell, folder: str | Path, base: str = "") -> None:
     Raises:
         CheckpointError: there are no adapters, or they cannot be written; on every rank.
     """
-    current, path = world(), Path(folder).expanduser()
+    world, path = current_world(), Path(folder).expanduser()
     entries = {name: entry for name, entry in model_entries(model).items() if _MARK in name}
-    tensors = Whole(entries, current)
+    tensors = Whole(entries, world)
     if not tensors.described:
         raise CheckpointError(f"this {type(model).__name__} has no adapters to write: give it some by bmtrain_ms.nn.add_lora")
     found: dict[str, np.ndarray] = {}
     for name, (dtype, shape) in tensors.described.items():
         values = [part for _, part in tensors.pieces(name)]
-        if current.everyone.rank == 0:
+        if world.everyone.rank == 0:
             whole = np.concatenate(values).reshape(shape)
             found[_PREFIX + name] = whole if numpy_dtype(dtype).isbuiltin == 1 else whole.astype(np.float32)  # bfloat16
     error: BaseException | None = None
-    if current.everyone.rank == 0:
+    if world.everyone.rank == 0:
         try:
             path.mkdir(parents=True, exist_ok=True)
             _write(path / WEIGHTS, save(found, {"format": "pt"}))
             _write(path / CONFIG, json.dumps(_config_of(model, list(tensors.described), base), indent=2).encode() + b"\n")
         except OSError as caught:
             error = caught
-    agree_or_fail(current.everyone, error, f"{path} cannot be written")
+    agree_or_fail(world.everyone, error, f"{path} cannot be written")
 
 
 def load_adapters(model: nn.Cell, folder: str | Path) -> list[str]:
@@ -71,7 +71,7 @@ def load_adapters(model: nn.Cell, folder: str | Path) -> list[str]:
             before anything is changed.
         ValueError: they have dropout, and the model has been spread over tensor-parallel ranks.
     """
-    path, everyone = Path(folder).expanduser(), world().everyone
+    path, everyone = Path(folder).expanduser(), current_world().everyone
     config: dict[str, Any] = {}
     there: dict[str, np.ndarray] = {}
     error: BaseException | None = None
@@ -143,7 +143,7 @@ def _read_weights(path: Path) -> dict[str, np.ndarray]:
 def _check_names(model: nn.Cell, there: set[str], pattern: str, path: Path) -> None:
     """Whether the pattern finds the layers, of all ranks, that there are adapters for, and no others."""
     here = {f"{name}.lora_{part}.weight" for name in layers_to_adapt(model, pattern) for part in "AB"}
-    of_all = all_gather_bytes(world().everyone, json.dumps(sorted(here)).encode(), "layers to adapt")
+    of_all = all_gather_bytes(current_world().everyone, json.dumps(sorted(here)).encode(), "layers to adapt")
     odd = sorted(there.symmetric_difference(name for names in of_all for name in json.loads(names)))
     if odd:
         side = "settings, or the model, leave it out" if odd[0] in there else "weights do not have it"

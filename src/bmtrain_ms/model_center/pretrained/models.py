@@ -10,7 +10,8 @@ import mindspore as ms
 import numpy as np
 from mindspore import nn
 
-from ...comm import World, gather_json, world
+from ...comm import World, gather_json
+from ...comm import world as current_world
 from ...compat.autograd import no_grad
 from ...compat.runtime import from_host, host_array
 from ...files.entries import Entry, apply_entries, model_entries
@@ -42,7 +43,7 @@ def read_config(kind: Any, folder: str | Path, changes: Mapping[str, Any]) -> An
         config = kind.CONFIG(**{**fields_of(kind.FAMILY, read_json(path), path), **changes})
     except Exception as caught:  # whatever it is: the other ranks wait
         error = caught
-    agree_or_fail(world().everyone, error, f"{path / CONFIG} cannot be used")
+    agree_or_fail(current_world().everyone, error, f"{path / CONFIG} cannot be used")
     return config
 
 
@@ -60,21 +61,21 @@ def load_pretrained(model: Any, folder: str | Path, pickles: bool = False) -> No
         PretrainedError: tensors are missing, unexpected, or have another shape or type; its lines say which.
         CheckpointError: a file is missing, damaged or truncated. Both on every rank.
     """
-    current, path, entries = world(), Path(folder).expanduser(), model_entries(model)
-    shapes = _shapes_of_all(entries, current)
+    world, path, entries = current_world(), Path(folder).expanduser(), model_entries(model)
+    shapes = _shapes_of_all(entries, world)
     with contextlib.ExitStack() as stack:
         error: BaseException | None = None
         try:
             files = stack.enter_context(Files(path, pickles))
         except Exception as caught:  # whatever it is: the other ranks wait
             error = caught
-        agree_or_fail(current.everyone, error, f"{path} cannot be read")
-        source = matched(model, files, model.FAMILY.pieces, shapes, entries, current)
+        agree_or_fail(world.everyone, error, f"{path} cannot be read")
+        source = matched(model, files, model.FAMILY.pieces, shapes, entries, world)
         try:
             apply_entries(entries, source)
         except Exception as caught:
             error = caught
-        agree_or_fail(current.everyone, error, f"{path} cannot be read; some parameters have been")
+        agree_or_fail(world.everyone, error, f"{path} cannot be read; some parameters have been")
 
 
 def matched(
@@ -83,7 +84,7 @@ def matched(
     names: Names,
     shapes: Mapping[str, tuple[int, ...]],
     entries: Mapping[str, Entry],
-    current: World,
+    world: World,
 ) -> Source:
     """The tensors of a model, in files that have been found to fit. All ranks call it.
 
@@ -112,15 +113,15 @@ def matched(
         differences += compare(files, chosen, wanted)
     except Exception as caught:  # whatever it is: the other ranks wait
         error = caught
-    agree_or_fail(current.everyone, error, f"{files.path} cannot be read")
-    _refuse(files.path, differences, current, model)
+    agree_or_fail(world.everyone, error, f"{files.path} cannot be read")
+    _refuse(files.path, differences, world, model)
     source = Source(files, chosen, {**shapes, _HEAD: shapes[_EMBEDDING]})
     try:
         if _HEAD in chosen and model.config.tied and _EMBEDDING in entries:
             _check_tie(files.path, entries[_EMBEDDING], source)
     except Exception as caught:
         error = caught
-    agree_or_fail(current.everyone, error, f"{files.path} cannot be read")
+    agree_or_fail(world.everyone, error, f"{files.path} cannot be read")
     return source
 
 
@@ -132,17 +133,17 @@ def _head_of_tied(model: Any, files: Files, names: Names, shapes: Mapping[str, t
     return pieces if files.find(pieces[0].name) else None
 
 
-def _shapes_of_all(entries: Mapping[str, Entry], current: World) -> dict[str, tuple[int, ...]]:
+def _shapes_of_all(entries: Mapping[str, Entry], world: World) -> dict[str, tuple[int, ...]]:
     """Names and whole shapes of all parameters, in one order on every rank; stages of a pipeline have some each."""
     mine = {name: entry.shape for name, entry in entries.items()}
-    if current.mesh.pp == 1:
+    if world.mesh.pp == 1:
         return mine
-    everybody = gather_json({name: list(shape) for name, shape in mine.items()}, current.everyone, "pretrained names")
+    everybody = gather_json({name: list(shape) for name, shape in mine.items()}, world.everyone, "pretrained names")
     return {name: tuple(shape) for of_rank in everybody for name, shape in of_rank.items()}
 
 
-def _refuse(path: Path, mine: list[Difference], current: World, model: Any) -> None:
-    everybody = gather_json([list(row) for row in mine], current.everyone, "pretrained differences")
+def _refuse(path: Path, mine: list[Difference], world: World, model: Any) -> None:
+    everybody = gather_json([list(row) for row in mine], world.everyone, "pretrained differences")
     rows = list(dict.fromkeys(Difference(*row) for of_rank in everybody for row in of_rank))
     if not rows:
         return
@@ -182,20 +183,20 @@ def write_pretrained(model: Any, folder: str | Path, source: Optional[Path], max
     Raises:
         CheckpointError: they cannot be written; on every rank.
     """
-    current, path, entries = world(), Path(folder).expanduser(), model_entries(model)
-    tensors = Whole(entries, current)
+    world, path, entries = current_world(), Path(folder).expanduser(), model_entries(model)
+    tensors = Whole(entries, world)
     error: BaseException | None = None
     target: Target | None = None
     config: dict[str, Any] = {}
     files: list[Path] = []
     try:
         config = config_json(model.FAMILY, model.config, source)
-        if current.everyone.rank == 0:
+        if world.everyone.rank == 0:
             target = Target(path, tensors.described, model.FAMILY.pieces, max_shard_size)
     except Exception as caught:  # whatever it is: the other ranks wait
         error = caught
     try:
-        agree_or_fail(current.everyone, error, f"{path} cannot be written")
+        agree_or_fail(world.everyone, error, f"{path} cannot be written")
         for name in tensors.described:
             for start, values in tensors.pieces(name):
                 if target is not None and error is None:  # the other ranks expect every gather, written or not
@@ -216,7 +217,7 @@ def write_pretrained(model: Any, folder: str | Path, source: Optional[Path], max
             error = caught
         if error is not None:
             target.discard()
-    agree_or_fail(current.everyone, error, f"{path} cannot be written")
+    agree_or_fail(world.everyone, error, f"{path} cannot be written")
     return files
 
 
@@ -235,7 +236,7 @@ def prove(model: Any, again: Any, folder: str | Path) -> None:
         error = PretrainedError(
             f"{folder} was written, and not proven: the model cannot be computed here ({said}); proven=False leaves that out"
         )
-    agree_or_fail(world().everyone, error, f"{folder} was written, and not proven")
+    agree_or_fail(current_world().everyone, error, f"{folder} was written, and not proven")
     close = _CLOSE.get(model.config.dtype, 2e-2) * float(np.abs(a).max(initial=0.0))
     same_bits = np.array_equal(a, b, equal_nan=True)
     if not same_bits and not np.allclose(a, b, rtol=0.0, atol=close):
