@@ -78,32 +78,32 @@ def _expanded(layout: str) -> str:
     opened: list[int] = []
     at = 0
     while at < len(layout):
-        letter, here = layout[at], at
+        letter, index = layout[at], at
         at += 1
         if letter in "EtL|":
             groups[-1].append(letter)
         elif letter == "(":
             groups.append([])
-            opened.append(here)
+            opened.append(index)
         elif letter == ")":
             if not opened:
-                refuse("closes what is not open", here)
+                refuse("closes what is not open", index)
             opened.pop()
             piece = "".join(groups.pop())
             groups[-1].append(piece)
         elif letter == "*":
             times = re.match(r"\s*([0-9]+)", layout[at:])
             if times is None or not groups[-1]:
-                refuse("repeats nothing, or has no number of times after the `*`", here)
+                refuse("repeats nothing, or has no number of times after the `*`", index)
             count = int(times[1][:9])
             if len(groups[-1][-1]) * count > _LONGEST:
-                refuse(f"has more than {_LONGEST} letters", here)
+                refuse(f"has more than {_LONGEST} letters", index)
             groups[-1][-1] *= count
             at += times.end()
         elif letter == "m":
-            refuse("has `m`: multi-token prediction does not exist here yet, leave it out; it is", here)
+            refuse("has `m`: multi-token prediction does not exist here yet, leave it out; it is", index)
         elif letter != "," and not letter.isspace():
-            refuse(f"has {letter!r}, which is none of E t L | ( ) * and numbers after a `*`,", here)
+            refuse(f"has {letter!r}, which is none of E t L | ( ) * and numbers after a `*`,", index)
     if opened:
         refuse("does not close the `(`", opened[-1])
     found = "".join(groups[0])

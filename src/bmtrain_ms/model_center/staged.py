@@ -278,14 +278,14 @@ class StagedModel:
         return schedule.Schedule("forward only", p, v, number, schedule.interleaved_rows(p, v, number, group))
 
     def _segments(self, stage: stages.Stage) -> list[Segment]:
-        encoder, here = self.encoder, dict(zip(self.numbers, self.encoder.layers))
+        encoder, layers = self.encoder, dict(zip(self.numbers, self.encoder.layers))
         found = []
         if stage.embedding:
             embedding = [cell for cell in (encoder.embed_tokens, encoder.embed_positions) if cell is not None]
             # always recomputed: a recorded look-up keeps the whole table for each micro-batch that is under way
             found.append(Segment("the embedding", lambda _, b: encoder.embed(b.ids.reshape(-1), b.positions), embedding, 0, True))
         for number in stage.layers:
-            found.append(Segment(f"layer {number}", _layer(here[number], number), [here[number]], 1 + number, self._recompute))
+            found.append(Segment(f"layer {number}", _layer(layers[number], number), [layers[number]], 1 + number, self._recompute))
         if stage.head:
             head = [encoder.norm, encoder.embed_tokens if self.tied else self.model.lm_head]
             found.append(Segment("the head", self._head, head, 1 + stage.last, False))

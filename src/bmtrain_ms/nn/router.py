@@ -236,17 +236,17 @@ class Choice(NamedTuple):
 
 
 class _Seen:
-    """Choices since the step began: `here` of this rank's tokens, `everywhere` of those of all ranks; (experts,) int64."""
+    """Choices since the step began: `own_counts` of this rank's tokens, `all_counts` of those of all ranks; (experts,) int64."""
 
     def __init__(self, experts: int):
-        self.here, self.everywhere, self.step = np.zeros(experts, np.int64), np.zeros(experts, np.int64), -1
+        self.own_counts, self.all_counts, self.step = np.zeros(experts, np.int64), np.zeros(experts, np.int64), -1
 
     def at(self, step: int) -> _Seen:
         """Begin anew if another step has begun."""
         if step != self.step:
             self.step = step
-            self.here[:] = 0
-            self.everywhere[:] = 0
+            self.own_counts[:] = 0
+            self.all_counts[:] = 0
         return self
 
 
@@ -302,7 +302,7 @@ class Router(DistributedModule):
 
     def seen(self) -> np.ndarray:
         """(experts,) int64: how often each was chosen since the step began, by this rank's tokens, where passes had a `Routing`."""
-        return self._seen.at(self.world.everyone.clock.step).here
+        return self._seen.at(self.world.everyone.clock.step).own_counts
 
     def note(self, choices: np.ndarray, routing: Routing, tokens: np.ndarray) -> _Note:
         """Count the choices of a pass, once: what is repeated finds what was noted. Ranks may count together."""
@@ -311,7 +311,7 @@ class Router(DistributedModule):
             return noted
         seen = self._seen.at(self.world.everyone.clock.step)
         counts = np.bincount(choices[tokens].reshape(-1), minlength=self.experts)
-        seen.here += counts
+        seen.own_counts += counts
         kind, load = self.config.balance, None
         if kind == "sequence":
             if routing.sequences is None:
@@ -322,8 +322,8 @@ class Router(DistributedModule):
         elif kind == "micro_batch":
             load = self._summed(counts[None], "tp")
         elif kind == "global_batch":
-            seen.everywhere += self._summed(counts, "stage")
-            load = seen.everywhere[None]
+            seen.all_counts += self._summed(counts, "stage")
+            load = seen.all_counts[None]
         if load is not None:
             load = (load * self.experts / np.maximum(load.sum(1, keepdims=True), 1)).astype(np.float32)
         made = _Note(self, choices, load)
@@ -429,11 +429,11 @@ def update_router_bias(model: nn.Cell) -> None:
     routers = list({id(router): router for router in routers}.values())
     if not routers:
         return
-    counts = np.concatenate([router._seen.here for router in routers]).astype(np.float64)
+    counts = np.concatenate([router._seen.own_counts for router in routers]).astype(np.float64)
     counts = reduce_numbers(routers[0].world.stage, counts, "router, bias")
     for router in routers:
         mine, counts = counts[: router.experts], counts[router.experts :]
         bias: Any = parameter_table(router)["e_score_correction_bias"]
         step = np.sign(mine.mean() - mine) * router.config.bias_rate
         bias.set_data(from_host((host_array(bias) + step).astype(np.float32)))
-        router._seen.here[:] = 0
+        router._seen.own_counts[:] = 0

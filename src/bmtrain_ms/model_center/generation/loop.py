@@ -188,11 +188,11 @@ def _beams(model: Any, prompts: list[np.ndarray], settings: _Settings) -> list[l
     return [tokens for search in searches for tokens in search.best(settings.sequences)]
 
 
-def _all_done(settings: _Settings, here: bool) -> bool:
+def _all_done(settings: _Settings, done: bool) -> bool:
     """Whether every rank has come to an end; asked only where texts may end early."""
     if not settings.ends and settings.stop is None and settings.beams == 1:
         return False
-    return all_ranks(current_world().everyone, here, "generation done")
+    return all_ranks(current_world().everyone, done, "generation done")
 
 
 class _Steps:

@@ -142,8 +142,8 @@ def _read_weights(path: Path) -> dict[str, np.ndarray]:
 
 def _check_names(model: nn.Cell, there: set[str], pattern: str, path: Path) -> None:
     """Whether the pattern finds the layers, of all ranks, that there are adapters for, and no others."""
-    here = {f"{name}.lora_{part}.weight" for name in layers_to_adapt(model, pattern) for part in "AB"}
-    of_all = all_gather_bytes(current_world().everyone, json.dumps(sorted(here)).encode(), "layers to adapt")
+    found = {f"{name}.lora_{part}.weight" for name in layers_to_adapt(model, pattern) for part in "AB"}
+    of_all = all_gather_bytes(current_world().everyone, json.dumps(sorted(found)).encode(), "layers to adapt")
     odd = sorted(there.symmetric_difference(name for names in of_all for name in json.loads(names)))
     if odd:
         side = "settings, or the model, leave it out" if odd[0] in there else "weights do not have it"

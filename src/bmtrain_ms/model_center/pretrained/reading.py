@@ -249,10 +249,10 @@ def compare(files: Files, chosen: Mapping[str, Sequence[Piece]], dtypes: Mapping
     found = {}
     for name, dtype in dtypes.items():
         for piece in chosen.get(name, ()):
-            info, here = files.info(piece.name), TYPE_NAMES[dtype]
+            info, own_kind = files.info(piece.name), TYPE_NAMES[dtype]
             kind = info if isinstance(info, str) else TYPE_NAMES[info.dtype]
             if kind not in _FLOATS:
-                found[piece.name] = Difference("type", piece.name, kind, here)
+                found[piece.name] = Difference("type", piece.name, kind, own_kind)
             elif isinstance(info, TensorInfo) and info.shape != tuple(piece.shape):
                 found[piece.name] = Difference("shape", piece.name, str(info.shape), str(tuple(piece.shape)))
     return list(found.values())
