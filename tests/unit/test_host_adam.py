@@ -21,7 +21,7 @@ import bmtrain_ms as bms
 from bmtrain_ms.compat.runtime import numpy_dtype
 from bmtrain_ms.optim import AdamOptimizer, adam, host_adam, update
 from bmtrain_ms.optim.adam import DeviceState, HostState
-from bmtrain_ms.optim.host_adam import Workers, round_to, run
+from bmtrain_ms.optim.host_adam import Workers, apply_updates, round_to
 from bmtrain_ms.optim.update import CHUNK, Coefficients, Update
 from tests.helpers.optim import DTYPES, floats, gradients, numbers, parameters
 
@@ -63,11 +63,11 @@ def three() -> Workers:
 @settings(max_examples=60, deadline=None)  # the first compiles
 def test_chunks_and_threads_change_no_bit(three, low, chunk, sizes, seed):
     whole, apart, threaded = (updates(sizes, low, seed) for _ in range(3))
-    run(whole, Workers(1))
+    apply_updates(whole, Workers(1))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(update, "CHUNK", chunk)
-        run(apart, Workers(1))
-        run(threaded, three)
+        apply_updates(apart, Workers(1))
+        apply_updates(threaded, three)
     assert bits(whole) == bits(apart) == bits(threaded)
 
 
@@ -95,14 +95,14 @@ def test_compiled_loops_have_the_bits_of_numpy(dtype, setting, readonly):
             grad = x.grad.astype(dtype)
         grad.flags.writeable = not readonly
         pair.append(replace(x, grad=grad, coefficients=Coefficients.of({**GROUP, **setting}, 3, 0.3)))
-    run(pair[:1], Workers(1))
+    apply_updates(pair[:1], Workers(1))
     with np.errstate(all="ignore"):
         by_numpy(pair[1])
     for mine, theirs in zip((pair[0].p, pair[0].m, pair[0].v), (pair[1].p, pair[1].m, pair[1].v)):
         assert np.isfinite(theirs).any()
         nan = np.isnan(theirs)
         assert np.array_equal(nan, np.isnan(mine))
-        assert np.array_equal(host_adam.bits(mine[~nan]), host_adam.bits(theirs[~nan]))
+        assert np.array_equal(host_adam.as_integers(mine[~nan]), host_adam.as_integers(theirs[~nan]))
 
 
 def test_numba_is_imported_by_init_distributed():
@@ -181,7 +181,7 @@ def test_sizes_around_a_chunk(three, more):
     """Of the real size: every element is updated, once."""
     (x,) = updates([CHUNK + more], ms.bfloat16)
     p, m, v, grad = (array.astype(np.float64) for array in (x.p, x.m, x.v, x.grad))
-    run([x], three)
+    apply_updates([x], three)
     m, v = 0.9 * m + 0.05 * grad, 0.999 * v + 0.00025 * grad**2
     expected = p - 0.1 * (m / (1 - 0.9**3) / (np.sqrt(v / (1 - 0.999**3)) + 1e-8) + 0.1 * p)
     np.testing.assert_allclose(x.p, expected, rtol=1e-4, atol=1e-3)  # where v is almost 0 rounding shows

@@ -217,17 +217,17 @@ ORDER = {i + 1: i for i in range(7)}
 
 def recording(monkeypatch: pytest.MonkeyPatch, transfer: Recorded, wait: bool) -> None:
     """Note the arithmetic too; with `wait` it goes on when the next gradient is on its way."""
-    run = offload.run
+    apply_updates = offload.apply_updates
 
     def noted(updates: Any, workers: Any) -> None:
         size = updates[0].p.size
         transfer.note("compute", size)
         if wait and size < len(MANY):
             assert transfer.reached("fetch", ORDER[size] + 1), "the next gradient is not fetched while this one is used"
-        run(updates, workers)
+        apply_updates(updates, workers)
         transfer.note("computed", size)
 
-    monkeypatch.setattr(offload, "run", noted)
+    monkeypatch.setattr(offload, "apply_updates", noted)
 
 
 def test_the_next_gradient_arrives_during_the_arithmetic(monkeypatch):

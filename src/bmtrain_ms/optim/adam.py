@@ -13,7 +13,7 @@ from bmtrain_ms_base.checks import number
 from ..compat.device import on_host
 from ..compat.runtime import host_array, is_at, kept_on_host, numpy_dtype, values, writable_array
 from .base import ParamState, ShardOptimizer
-from .host_adam import Workers, bits, round_to, run
+from .host_adam import Workers, apply_updates, as_integers, round_to
 from .update import Coefficients, Delta, Update
 
 _LARGEST = 2.0**127  # what float32 can hold
@@ -38,7 +38,7 @@ class Adam(ShardOptimizer):
             raise ValueError(f"hold_steps must be 0 or more, not {group['hold_steps']}")
 
 
-def settings(
+def group_settings(
     lr: float, betas: tuple[float, float], eps: float, weight_decay: float, hold_steps: int, maximize: bool
 ) -> dict[str, Any]:
     """The settings of Adam, in the form that a parameter group has them."""
@@ -79,7 +79,7 @@ class AdamOptimizer(Adam):
         maximize: bool = False,
     ):
         self._on_host = on_host()
-        super().__init__(params, settings(lr, betas, eps, weight_decay, hold_steps, maximize))
+        super().__init__(params, group_settings(lr, betas, eps, weight_decay, hold_steps, maximize))
         self._workers = Workers() if self._on_host else None
 
     def _make_state(self, p: Parameter) -> ParamState:
@@ -91,7 +91,7 @@ class AdamOptimizer(Adam):
                 self._states[id(p)].update(group, grad, scale)
         else:
             ready = [self._states[id(p)].prepare(group, values(grad), scale) for group, p, grad in updates]
-            run(ready, self._workers)
+            apply_updates(ready, self._workers)
 
 
 class HostState(ParamState):
@@ -169,7 +169,7 @@ class HostState(ParamState):
             now = host_array(self._p).reshape(-1)
             expected = np.empty_like(now)
             round_to(self._master.reshape(-1), expected)
-            np.copyto(self._master.reshape(-1), now, where=bits(now) != bits(expected), casting="unsafe")
+            np.copyto(self._master.reshape(-1), now, where=as_integers(now) != as_integers(expected), casting="unsafe")
         self._master_made, self._master_version = True, version
         return self._master
 

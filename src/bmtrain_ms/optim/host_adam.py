@@ -69,7 +69,7 @@ _scratch = _Scratch()
 _lock = threading.Lock()
 
 
-def run(updates: Sequence[Update], workers: Workers) -> None:
+def apply_updates(updates: Sequence[Update], workers: Workers) -> None:
     """Apply all updates."""
     workers.map(_apply, [chunk for update in updates for chunk in update.chunks()])
 
@@ -96,9 +96,9 @@ def _widened(grad: np.ndarray) -> np.ndarray:
 
     wide = _scratch.of(grad.size)
     if grad.dtype == np.float16:
-        kernels.from_float16(bits(grad), bits(wide))
+        kernels.from_float16(as_integers(grad), as_integers(wide))
     elif grad.dtype == numpy_dtype(ms.bfloat16):
-        kernels.from_bfloat16(bits(grad), bits(wide))
+        kernels.from_bfloat16(as_integers(grad), as_integers(wide))
     else:
         with np.errstate(over="ignore", under="ignore"):
             np.copyto(wide, grad, casting="unsafe")
@@ -112,13 +112,13 @@ def round_to(source: np.ndarray, out: np.ndarray) -> None:
     if source.size != out.size:
         raise ValueError(f"{source.size} values do not fit into {out.size}")
     if out.dtype == np.float16:
-        kernels.to_float16(bits(source), bits(out))
+        kernels.to_float16(as_integers(source), as_integers(out))
     elif out.dtype == numpy_dtype(ms.bfloat16):
-        kernels.to_bfloat16(bits(source), bits(out))
+        kernels.to_bfloat16(as_integers(source), as_integers(out))
     else:
         np.copyto(out, source)
 
 
-def bits(array: np.ndarray) -> np.ndarray:
+def as_integers(array: np.ndarray) -> np.ndarray:
     """The same memory as integers, so that NaN equals itself and -0.0 is not 0.0."""
     return array.view(f"u{array.itemsize}")

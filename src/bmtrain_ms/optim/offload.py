@@ -17,9 +17,9 @@ from ..comm import world as current_world
 from ..compat.device import on_host
 from ..compat.runtime import from_host, host_array, values
 from ..zero import DistributedParameter
-from .adam import Adam, HostState, settings
+from .adam import Adam, HostState, group_settings
 from .base import ParamState
-from .host_adam import Workers, run
+from .host_adam import Workers, apply_updates
 from .norms import counts_here
 from .update import Delta
 
@@ -76,7 +76,7 @@ class AdamOffloadOptimizer(Adam):
         transfer: Transfer | None = None,
     ):
         self._transfer = transfer or Transfer()
-        super().__init__(params, settings(lr, betas, eps, weight_decay, hold_steps, maximize))
+        super().__init__(params, group_settings(lr, betas, eps, weight_decay, hold_steps, maximize))
         worlds = [p.world for p in self.parameters if isinstance(p, DistributedParameter)]
         self._world = worlds[0] if worlds else current_world()
         self._announce()
@@ -117,7 +117,9 @@ class AdamOffloadOptimizer(Adam):
             self._delta = Delta(sum(_owned(p) for _, p, _ in updates if self._counts(p)))
         if self._transfer.shares_memory:
             fetch, states = self._transfer.fetch, self._states
-            run([states[id(p)].prepare(group, fetch(grad), scale, self._delta_of(p)) for group, p, grad in updates], self._workers)
+            apply_updates(
+                [states[id(p)].prepare(group, fetch(grad), scale, self._delta_of(p)) for group, p, grad in updates], self._workers
+            )
             return
         later, arriving, leaving = iter(updates), deque(), []
         for group, p, _ in updates:
@@ -125,7 +127,7 @@ class AdamOffloadOptimizer(Adam):
                 arriving.append(self._to_host.submit(self._transfer.fetch, coming[2]))
             state = self._states[id(p)]
             update = state.prepare(group, arriving.popleft().result(), scale, self._delta_of(p))
-            run([update], self._workers)
+            apply_updates([update], self._workers)
             if update.coefficients.rate:  # otherwise the parameter stays, and there are no new values
                 leaving.append(self._to_device.submit(self._transfer.store, p, state.new_values()))
         for future in leaving:
