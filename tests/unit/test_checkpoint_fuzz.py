@@ -35,7 +35,7 @@ from bmtrain_ms.checkpoint.sharded import ShardedReader, write_rank_file
 from bmtrain_ms.compat.runtime import numpy_dtype
 from bmtrain_ms.files import consolidated
 from bmtrain_ms.files.consolidated import ConsolidatedReader
-from bmtrain_ms.files.format import plan
+from bmtrain_ms.files.format import plan_file
 from tests.helpers.checkpoints import Run
 
 pytestmark = pytest.mark.usefixtures("single_world")
@@ -293,7 +293,7 @@ def whole(place) -> dict[str, bytes]:
 
 def write_files(folder: Path, groups: list[list[str]]) -> None:
     for name, group in zip(consolidated.file_names(2), groups):
-        header, _, size = plan({x: TENSORS[x] for x in group}, {"format": "pt"})
+        header, _, size = plan_file({x: TENSORS[x] for x in group}, {"format": "pt"})
         content = header + b"".join(originals()[x].tobytes() for x in group)
         assert len(content) == size
         (folder / name).write_bytes(content)

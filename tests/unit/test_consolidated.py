@@ -19,7 +19,7 @@ from safetensors.numpy import load_file, save_file
 
 import bmtrain_ms as bms
 from bmtrain_ms.checkpoint import CheckpointError, LoadResult, tools
-from bmtrain_ms.files.consolidated import INDEX, SINGLE, ConsolidatedReader, file_names, size_in_bytes, split
+from bmtrain_ms.files.consolidated import INDEX, SINGLE, ConsolidatedReader, file_names, size_in_bytes, split_by_size
 from bmtrain_ms.files.format import AtomicFile, RegularFile
 from tests.helpers.training_v1 import save_training
 
@@ -105,7 +105,7 @@ def test_what_is_no_size(text):
 def test_groups(sizes, largest):
     """In order, none left out, none too large that could be split, none begun too early."""
     named = {str(i): size for i, size in enumerate(sizes)}
-    groups = split(named, largest)
+    groups = split_by_size(named, largest)
     assert [name for group in groups for name in group] == list(named) and all(groups)
     totals = [sum(named[name] for name in group) for group in groups]
     assert all(total <= largest or len(group) == 1 for total, group in zip(totals, groups))

@@ -35,7 +35,7 @@ from bmtrain_ms_base.layout import Box
 from ..compat.runtime import numpy_dtype
 from ..files.boxes import Piece, extents, fill
 from ..files.errors import CheckpointError
-from ..files.format import RegularFile, TensorInfo, plan, read_header
+from ..files.format import RegularFile, TensorInfo, plan_file, read_header
 from . import index as index_module
 from .index import IndexedTensor, check_name, file_name, read_index
 
@@ -218,7 +218,7 @@ def write_rank_file(path: Path, pieces: Mapping[str, tuple[Any, np.ndarray]], me
         CheckpointError: what is on the disk is not what was written.
     """
     there = {name: piece for name, piece in pieces.items() if piece[1].size}
-    header, infos, size = plan({name: (dtype, array.shape) for name, (dtype, array) in there.items()}, metadata)
+    header, infos, size = plan_file({name: (dtype, array.shape) for name, (dtype, array) in there.items()}, metadata)
     blocks = [
         (name, infos[name].start + start, array.view(np.uint8)[start : start + index_module.HASHED])
         for name, (_, array) in there.items()

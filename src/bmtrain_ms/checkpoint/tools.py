@@ -19,7 +19,7 @@ from bmtrain_ms_base.checks import whole
 
 from ..files import consolidated
 from ..files.errors import CheckpointError, printable
-from ..files.format import AtomicFile, plan
+from ..files.format import AtomicFile, plan_file
 from ..files.locking import let_go, lock_temporary, sweep_temporaries
 from ..files.replacing import sync_folder, write_text
 from . import index as index_module
@@ -147,7 +147,7 @@ def consolidate(path: str | Path, out: str | Path, max_shard_size: int | str = "
             others = f" and {len(apart) - 1} other tensors" if len(apart) > 1 else ""
             sys.stderr.write(f"NOTE: {printable(apart[0])}{others} had other values on other ranks; rank 0's are written\n")
         sizes = {name: t.nbytes for name, t in tensors.items()}
-        groups = consolidated.split(sizes, largest)
+        groups = consolidated.split_by_size(sizes, largest)
         try:
             with consolidated.Replacement(folder) as new, _bar("consolidate", sum(sizes.values())) as bar:
                 for name, group in zip(consolidated.file_names(len(groups)), groups):
@@ -280,7 +280,7 @@ def _ranges(tensor: IndexedTensor, copies: int = 1) -> Iterator[tuple[int, int]]
 
 
 def _write(path: Path, reader: AnyReader, tensors: Mapping[str, IndexedTensor], bar: tqdm) -> None:
-    header, infos, size = plan({name: (t.dtype, t.shape) for name, t in tensors.items()}, {"format": "pt"})
+    header, infos, size = plan_file({name: (t.dtype, t.shape) for name, t in tensors.items()}, {"format": "pt"})
     file = AtomicFile(path, header, size)
     try:
         for name, tensor in tensors.items():
@@ -300,7 +300,7 @@ def _write_rank(
     """One rank's file, which a host may have to itself: with the whole tensors; name -> hashes."""
     pieces = {n: (t.piece(rank).first, t.size_in(rank)) for n, t in tensors.items()}
     mine = {n: (start, start + size) for n, (start, size) in pieces.items() if size}
-    header, infos, size = plan({n: (tensors[n].dtype, (stop - start,)) for n, (start, stop) in mine.items()}, {"format": "pt"})
+    header, infos, size = plan_file({n: (tensors[n].dtype, (stop - start,)) for n, (start, stop) in mine.items()}, {"format": "pt"})
     file = AtomicFile(folder / file_name(rank, ranks), header, size)
     hashes: dict[str, list[str]] = {name: [] for name in tensors}
     try:

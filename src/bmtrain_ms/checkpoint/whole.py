@@ -19,10 +19,10 @@ from bmtrain_ms_base.layout import Box
 from ..comm import World
 from ..comm import world as current_world
 from ..compat.runtime import host_array, numpy_dtype
-from ..files.consolidated import ConsolidatedReader, Replacement, file_names, size_in_bytes, split, tensor_bytes
+from ..files.consolidated import ConsolidatedReader, Replacement, file_names, size_in_bytes, split_by_size, tensor_bytes
 from ..files.entries import Described, Entry, LoadResult, apply_entries, compare, model_entries, named_now
 from ..files.errors import CheckpointError, agree_or_fail
-from ..files.format import TYPE_NAMES, AtomicFile, plan
+from ..files.format import TYPE_NAMES, AtomicFile, plan_file
 from ..files.gathering import Whole
 from .stages import everybodys, names_elsewhere
 from .writer import DeferredFile, Writer
@@ -54,7 +54,7 @@ def save(model: nn.Cell, file_name: str | Path, non_blocking: bool = False, max_
     if non_blocking:
         raise ValueError("non_blocking and max_shard_size do not go together; a Checkpointer saves in the background")
     sizes = {name: tensor_bytes(x.dtype, x.shape) for name, x in everybodys(entries, world)[1].items()}
-    groups = split(sizes, size_in_bytes(max_shard_size))
+    groups = split_by_size(sizes, size_in_bytes(max_shard_size))
     folder, error = Path(file_name).expanduser(), None
     new = Replacement(folder)
     with contextlib.ExitStack() as stack:
@@ -166,7 +166,7 @@ def save_entries(
     tensors: Whole | None = None
     try:
         tensors = Whole(entries, world)
-        header, infos, size = plan(tensors.described, metadata)
+        header, infos, size = plan_file(tensors.described, metadata)
         if world.everyone.rank == 0:
             file = AtomicFile(path, header, size)
             if non_blocking:

@@ -51,7 +51,7 @@ def size_in_bytes(size: int | str) -> int:
     return int(count)
 
 
-def split(sizes: Mapping[str, int], largest: int) -> list[list[str]]:
+def split_by_size(sizes: Mapping[str, int], largest: int) -> list[list[str]]:
     """Names in groups of at most so many bytes, in order; a tensor that is larger has a group of its own."""
     groups: list[list[str]] = []
     filled = 0

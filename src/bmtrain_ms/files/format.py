@@ -88,7 +88,7 @@ def parsed_json(text: bytes) -> Any:
     return json.loads(text)
 
 
-def plan(
+def plan_file(
     tensors: Mapping[str, tuple[Any, tuple[int, ...]]], metadata: Mapping[str, str]
 ) -> tuple[bytes, dict[str, TensorInfo], int]:
     """Lay out a file.

@@ -13,8 +13,8 @@ from bmtrain_ms_base.layout import Box
 
 from ...compat.runtime import numpy_dtype
 from ...files import boxes
-from ...files.consolidated import Replacement, file_names, size_in_bytes, split, tensor_bytes
-from ...files.format import AtomicFile, TensorInfo, plan
+from ...files.consolidated import Replacement, file_names, size_in_bytes, split_by_size, tensor_bytes
+from ...files.format import AtomicFile, TensorInfo, plan_file
 from .family import Piece
 from .reading import Names, first_of, parts_in, runs, their_view
 
@@ -40,7 +40,7 @@ class Target:
         self._pieces: dict[str, list[Piece]] = {name: names(name, shape)[0] for name, shape in self._shapes.items()}
         theirs = {piece.name: (ours[name][0], piece.shape) for name, pieces in self._pieces.items() for piece in pieces}
         sizes = {name: tensor_bytes(*described) for name, described in theirs.items()}
-        self._groups, self._total = split(sizes, size_in_bytes(largest)), sum(sizes.values())
+        self._groups, self._total = split_by_size(sizes, size_in_bytes(largest)), sum(sizes.values())
         # Of a transposed one each piece is a few bytes of every row: it is put together first. Its pieces come one after the other.
         self._apart = {piece.name for pieces in self._pieces.values() for piece in pieces if piece.transposed}
         self._together: dict[str, np.ndarray] = {}
@@ -51,7 +51,7 @@ class Target:
         self._new.__enter__()
         try:
             for file_name, group in zip(file_names(len(self._groups)), self._groups):
-                header, infos, size = plan({name: theirs[name] for name in group}, {"format": "pt"})
+                header, infos, size = plan_file({name: theirs[name] for name in group}, {"format": "pt"})
                 file = AtomicFile(self._new.folder / file_name, header, size)
                 self._files.append(file)
                 self._places.update({name: (file, info) for name, info in infos.items()})
