@@ -21,7 +21,7 @@ from safetensors.numpy import load_file, save_file
 from bmtrain_ms.checkpoint import CheckpointError, tools
 from bmtrain_ms.checkpoint import index as index_module
 from bmtrain_ms.checkpoint.index import INDEX, Index, Told, _checksum, by_file, file_name, indexed, odd_layouts, read_index
-from bmtrain_ms.checkpoint.pieces import owned
+from bmtrain_ms.checkpoint.pieces import pieces_to_write
 from bmtrain_ms.checkpoint.places import Place
 from bmtrain_ms.checkpoint.sharded import ShardedReader, write_rank_file
 from bmtrain_ms.checkpoint.whole import save_entries, state_dict
@@ -92,7 +92,7 @@ def save(folder: Path, here: Any, tensors: Tensors, how: dict[str, Cut], ranks: 
     told, entries = [], {}
     for rank in range(ranks):
         entries = {n: entry(dtype, x, how[n].layout(x.shape, rank)) for n, (dtype, x) in tensors.items()}
-        pieces = owned(entries, (), here, Place(rank, ranks, True, (rank,)), True)
+        pieces = pieces_to_write(entries, (), here, Place(rank, ranks, True, (rank,)), True)
         hashes = write_rank_file(folder / file_name(rank, ranks), pieces, {"format": "pt"})
         layouts = odd_layouts({n: e.layout for n, e in entries.items()}, rank, ranks)
         told.append(Told(**json.loads(json.dumps(vars(Told(rank, hashes, layouts))))))

@@ -36,9 +36,9 @@ from .folder import (
 )
 from .index import INDEX, Index, Told, by_file, file_name, indexed, odd_layouts
 from .loading import Loader, Resumed
-from .pieces import differing, owned
+from .pieces import names_that_differ, pieces_to_write
 from .places import Place
-from .run_state import checked_extra, checked_keep, checked_step, collected
+from .run_state import checked_extra, checked_keep, checked_step, collected_state
 from .sharded import useful_threads, write_rank_file
 from .stages import Known, everybodys
 from .training import check_complete, entries_to_save
@@ -135,8 +135,8 @@ class Checkpointer:
             self.finish()
         self.lock()
         entries, known = everybodys(entries_to_save(self._model, self._manager), self._world)
-        state = collected(self._manager, self._world, step, copied, self._shared)
-        apart = differing(entries, self._world)
+        state = collected_state(self._manager, self._world, step, copied, self._shared)
+        apart = names_that_differ(entries, self._world)
         arrays = self._owned(entries, apart)
         target = self._begin(step)
         error, pieces = None, {}
@@ -301,8 +301,8 @@ class Checkpointer:
         return target
 
     def _owned(self, entries: Mapping[str, Entry], apart: Collection[str] = ()) -> dict[str, tuple[Any, np.ndarray]]:
-        """What this rank writes; see `owned`."""
-        return owned(entries, apart, self._world, self._place, self._shared)
+        """What this rank writes; see `pieces_to_write`."""
+        return pieces_to_write(entries, apart, self._world, self._place, self._shared)
 
     def _write(self, folder: Path, pieces: Mapping[str, tuple[Any, np.ndarray]]) -> dict[str, list[str]]:
         """This rank's file, if it writes one; name -> hashes."""

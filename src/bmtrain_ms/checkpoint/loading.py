@@ -17,7 +17,7 @@ from ..optim import OptimManager
 from .folder import checkpoint_name, find_latest, state_of, step_of, steps_in
 from .index import INDEX, read_index
 from .places import Place
-from .run_state import checked, mesh_of
+from .run_state import checked_state, mesh_of
 from .sharded import ShardedReader
 from .stages import names_elsewhere, without
 from .training import as_named_here, entries_to_load, load_file, of_master, training_entries
@@ -117,7 +117,7 @@ class Loader:
                 entries, sources = entries_to_load(self.model, self.manager, reader.described)
                 named = without(as_named_here(reader.described, sources), elsewhere, GRADIENT, of_master)
                 result = compare(named, entries, strict, str(folder))
-                state = checked(state_named_now(self.model, reader.index.state), self.manager, world, strict, str(folder))
+                state = checked_state(state_named_now(self.model, reader.index.state), self.manager, world, strict, str(folder))
             except Exception as caught:  # whatever it is: the other ranks wait
                 error = caught
             agree_or_fail(world.everyone, error, what)

@@ -13,7 +13,7 @@ from ..files.entries import Entry
 from .places import Place
 
 
-def differing(entries: Mapping[str, Entry], world: World) -> list[str]:
+def names_that_differ(entries: Mapping[str, Entry], world: World) -> list[str]:
     """Names of whole tensors that are not the same on every rank, by their bits. All ranks call it."""
     whole = {name: entry for name, entry in entries.items() if entry.layout is None}
     if world.everyone.size == 1 or not whole:
@@ -23,13 +23,13 @@ def differing(entries: Mapping[str, Entry], world: World) -> list[str]:
     return [name for name, hashes in zip(whole, zip(*everybody)) if len(set(hashes)) > 1]
 
 
-def owned(
+def pieces_to_write(
     entries: Mapping[str, Entry], apart: Collection[str], world: World, place: Place, shared: bool
 ) -> dict[str, tuple[Any, np.ndarray]]:
     """What this rank writes, flat: name -> (dtype, array). All ranks call it.
 
     Args:
-        apart: what `differing` found: every rank's copy is written, one behind the other, in place of the one of all.
+        apart: what `names_that_differ` found: every rank's copy is written, one behind the other, in place of the one of all.
         place: the file that this rank writes; what it does not write has no elements.
         shared: whether all files are in one folder: then the first has what is whole on every rank, and what several ranks have
             is in the file of the first of them; otherwise each has all that its rank has.

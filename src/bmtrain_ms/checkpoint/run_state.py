@@ -97,8 +97,8 @@ def mesh_of(world: World) -> dict[str, int]:
     return {"ranks": mesh.world, "shard_size": mesh.shard, **{x: mesh.size(x) for x in ("tp", "pp", "ep") if mesh.size(x) > 1}}
 
 
-def collected(manager: OptimManager, world: World, step: int, extra: dict[str, Any], shared: bool) -> dict[str, Any]:
-    """What `checked` takes; JSON can hold it. All ranks call it."""
+def collected_state(manager: OptimManager, world: World, step: int, extra: dict[str, Any], shared: bool) -> dict[str, Any]:
+    """What `checked_state` takes; JSON can hold it. All ranks call it."""
     kind, keys, position, has_gauss, cached = np.random.get_state()
     mine = {"python": random.getstate(), "numpy": [kind, keys.tolist(), position, has_gauss, cached]}
     return {
@@ -117,7 +117,7 @@ def collected(manager: OptimManager, world: World, step: int, extra: dict[str, A
     }
 
 
-def checked(raw: Any, manager: OptimManager, world: World, strict: bool, where: str) -> RunState:
+def checked_state(raw: Any, manager: OptimManager, world: World, strict: bool, where: str) -> RunState:
     """What was collected; nothing is changed by looking at it.
 
     Args:
