@@ -19,7 +19,7 @@ from mindspore import nn
 from ..comm import rank
 from ..compat.autograd import recording
 from ..compat.cells import share_tables
-from .call import Call, plain
+from .call import Call, list_as_tuple
 from .context import context_of
 from .group import ParamGroup
 from .slots import Slots
@@ -127,7 +127,7 @@ class Block(nn.Cell):
     def construct(self, *args: Any, **kwargs: Any) -> Any:
         slots = self._slots
         if not slots:  # nothing to gather; recomputing it would draw dropout anew
-            return plain(slots.run(*args, **kwargs))
+            return list_as_tuple(slots.run(*args, **kwargs))
         slots.refuse_changes()
         context = context_of(slots.world)
         for p in slots.params:

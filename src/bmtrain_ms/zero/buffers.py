@@ -85,7 +85,7 @@ class BufferPool:
         return {nbytes: len(buffers) for nbytes, buffers in self._buffers.items() if buffers}
 
 
-def layout(sizes: list[int]) -> tuple[list[int], int]:
+def aligned_offsets(sizes: list[int]) -> tuple[list[int], int]:
     """Aligned offsets for pieces of the given sizes in bytes, and the total."""
     offsets, end = [], 0
     for size in sizes:

@@ -45,7 +45,7 @@ class Call:
         gathered = self._copies().enter(Phase.EVAL)
         try:
             with self.measure(f"evaluate {self.slots.label}"), self.slots.substituted(gathered.tensors()), self.inside():
-                out = plain(self.slots.run(*self.args, **self.kwargs))
+                out = list_as_tuple(self.slots.run(*self.args, **self.kwargs))
             gathered.verify()
             return out
         finally:
@@ -273,7 +273,7 @@ class Call:
                 self.reducer.add(p, without_padding(p, grad * 1.0))
 
 
-def plain(out: Any) -> Any:
+def list_as_tuple(out: Any) -> Any:
     """A Block's result as BMTrain has it: a list becomes a tuple."""
     return tuple(out) if isinstance(out, list) else out
 
@@ -308,7 +308,7 @@ class _Result:
 
     def take(self, out: Any) -> tuple[Tensor, ...]:
         """Remember the structure of `out`; return its floating-point tensors."""
-        self._leaves, self._rebuild = flatten(plain(out))
+        self._leaves, self._rebuild = flatten(list_as_tuple(out))
         refuse_complex(self._leaves, None)
         self._places = [i for i, x in enumerate(self._leaves) if is_float(x)]
         return tuple(self._leaves[i] for i in self._places)

@@ -20,7 +20,7 @@ from mindspore import Tensor, ops
 from ..comm import Buffer, Engine, Label, SingleEngine, Work, World
 from ..compat.autograd import no_grad
 from ..compat.runtime import Values, address, from_host, host_array, numpy_dtype, values, was_copied, zeros
-from .buffers import BufferPool, HostBuffer, layout
+from .buffers import BufferPool, HostBuffer, aligned_offsets
 from .wire import wire_for
 
 
@@ -86,7 +86,7 @@ class ParamGroup:
         self._lengths = [p.shard_length for p in self.params]
         self.sizes = [(self.engine.size * n, numpy_dtype(p.dtype)) for p, n in zip(self.params, self._lengths)]
         self.full_nbytes = sum(n * dtype.itemsize for n, dtype in self.sizes)
-        self.offsets, self.buffer_nbytes = layout([n * dtype.itemsize for n, dtype in self.sizes])
+        self.offsets, self.buffer_nbytes = aligned_offsets([n * dtype.itemsize for n, dtype in self.sizes])
         pieces = [(start, n * dtype.itemsize) for start, n, (_, dtype) in zip(self.offsets, self._lengths, self.sizes)]
         rank = self.engine.rank
         self.own = [slice(start + rank * nbytes, start + (rank + 1) * nbytes) for start, nbytes in pieces]
@@ -340,7 +340,7 @@ class Gathered:
 
     def _carve(self, sizes: Sequence[tuple[int, np.dtype]]) -> list[np.ndarray]:
         """Flat arrays of (elements, type) in one buffer of the pool."""
-        offsets, total = layout([n * dtype.itemsize for n, dtype in sizes])
+        offsets, total = aligned_offsets([n * dtype.itemsize for n, dtype in sizes])
         return self._pool.acquire(total).carve(offsets, sizes)
 
     # What travels, where that is not the shard itself (`zero.wire`) #
