@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from mindspore import Tensor
 
 import bmtrain_ms as bms
+from bmtrain_ms.compat.device import Device
 from bmtrain_ms.compat.runtime import numpy_dtype
 from bmtrain_ms.optim import AdamOptimizer, adam, host_adam, update
 from bmtrain_ms.optim.adam import DeviceState, HostState
@@ -126,7 +127,7 @@ bms.init_distributed()
 @pytest.mark.parametrize("device", ["CPU", "Ascend"])
 def test_a_gradient_of_another_size(monkeypatch, dtype, size, device):
     """The loops are compiled and do not look: nothing is read or written beyond the arrays. Nor of the parameters before it."""
-    monkeypatch.setattr(adam, "on_host", lambda: device == "CPU")
+    monkeypatch.setattr(Device, "chosen", Device(device))
     first, second = params = parameters(dtype, shapes={"bias": (3,), "layer.weight": (5,)})
     optimizer, before = AdamOptimizer(params), [floats(p).copy() for p in params]
     good = Tensor(np.ones(3, np.float32))
@@ -339,8 +340,9 @@ def test_the_device_state_agrees(monkeypatch, dtype, setting):
     """It runs on CPU too; within the rounding of float32."""
     on_host, on_device = parameters(dtype), parameters(dtype)
     host = AdamOptimizer(on_host, lr=0.1, **setting)
-    monkeypatch.setattr(adam, "on_host", lambda: False)
-    device = AdamOptimizer(on_device, lr=0.1, **setting)
+    with monkeypatch.context() as meanwhile:
+        meanwhile.setattr(Device, "chosen", Device("Ascend"))
+        device = AdamOptimizer(on_device, lr=0.1, **setting)
     assert {type(s) for s in device._states.values()} == {DeviceState}
     assert {type(s) for s in host._states.values()} == {HostState}
     for step in range(1, 6):
@@ -358,7 +360,7 @@ def test_the_device_state_agrees(monkeypatch, dtype, setting):
 
 def test_the_device_state_without_a_rate(monkeypatch):
     """Rate zero: decay is divided by it."""
-    monkeypatch.setattr(adam, "on_host", lambda: False)
+    monkeypatch.setattr(Device, "chosen", Device("Ascend"))
     (p,) = parameters(shapes={"a": (5,)})
     before = p.asnumpy().copy()
     optimizer = AdamOptimizer([p], lr=0.0, weight_decay=0.5)

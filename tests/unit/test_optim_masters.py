@@ -8,8 +8,9 @@ import pytest
 from mindspore import Parameter, Tensor
 
 import bmtrain_ms as bms
+from bmtrain_ms.compat.device import Device
 from bmtrain_ms.compat.runtime import from_host, numpy_dtype, overwrite
-from bmtrain_ms.optim import AdamOffloadOptimizer, AdamOptimizer, adam
+from bmtrain_ms.optim import AdamOffloadOptimizer, AdamOptimizer
 from bmtrain_ms.optim.offload import Transfer
 from tests.helpers.optim import DTYPES
 
@@ -20,7 +21,7 @@ EVERY_DTYPE = pytest.mark.parametrize("dtype", DTYPES.values(), ids=list(DTYPES)
 
 def on_a_device(params: list[Parameter], monkeypatch: pytest.MonkeyPatch) -> AdamOptimizer:
     with monkeypatch.context() as patch:
-        patch.setattr(adam, "on_host", lambda: False)
+        patch.setattr(Device, "chosen", Device("Ascend"))
         return AdamOptimizer(params, lr=0.5)
 
 

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from mindspore import Tensor
 
 import bmtrain_ms as bms
+from bmtrain_ms.compat.device import Device
 from bmtrain_ms.model_center import Spread, spread
-from bmtrain_ms.model_center.layer import KeyValueCache, Positions, RotaryEmbedding, cache
+from bmtrain_ms.model_center.layer import KeyValueCache, Positions, RotaryEmbedding
 from bmtrain_ms.model_center.model import Llama, LlamaConfig, Mistral, MistralConfig
 from bmtrain_ms.nn.functional import cross_entropy
 
@@ -165,7 +166,7 @@ def test_documents_and_a_cache_do_not_go_together():
 @pytest.fixture(params=["CPU", "Ascend"])
 def _device(request: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is done on a device, here done on the CPU."""
-    monkeypatch.setattr(cache, "on_host", lambda: request.param == "CPU")
+    monkeypatch.setattr(Device, "chosen", Device(request.param))
 
 
 @pytest.mark.usefixtures("_device")
