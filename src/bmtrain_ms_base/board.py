@@ -13,7 +13,7 @@ import secrets
 import struct
 import time
 import zlib
-from typing import Any, Mapping, Optional
+from typing import Any, Mapping
 
 ADDRESS, RANK, SIZE, KIND = "BMTRAIN_MS_BOARD", "BMTRAIN_MS_RANK", "BMTRAIN_MS_SIZE", "BMTRAIN_MS_KIND"
 
@@ -90,7 +90,7 @@ class Row:
     error = property(lambda self: self._read(_ERROR))
 
     @property
-    def status(self) -> Optional[int]:
+    def status(self) -> int | None:
         """What `waited` was told, or None."""
         known, status = struct.unpack_from("<qq", self._memory, self._start + _WAITED)
         return status if known else None
@@ -106,7 +106,7 @@ class Row:
         self._memory[place + _FACT.size : place + _FACT.size + len(data)] = data
         _FACT.pack_into(self._memory, place, generation, len(data), zlib.crc32(data))
 
-    def published(self, generation: int) -> Optional[list]:
+    def published(self, generation: int) -> list | None:
         """[value], or None while it is not there."""
         place = self._start + _FACTS + generation % 2 * _FACT_SIZE
         found, length, checksum = _FACT.unpack_from(self._memory, place)
@@ -153,7 +153,7 @@ class Board:
         return board
 
 
-def open_board(address: str) -> Optional[Board]:
+def open_board(address: str) -> Board | None:
     """The board of the launcher that set `BMTRAIN_MS_BOARD`; None when that has ended, or is on another host."""
     try:
         launcher, file, token = address.split(":")
@@ -174,10 +174,10 @@ def open_board(address: str) -> Optional[Board]:
     return Board(memory, int(launcher), ranks)
 
 
-_opened: dict[tuple[str, int], Optional[Board]] = {}  # by address, and by process: a forked one is not the rank
+_opened: dict[tuple[str, int], Board | None] = {}  # by address, and by process: a forked one is not the rank
 
 
-def own_board(env: Mapping[str, str] = os.environ) -> Optional[Board]:
+def own_board(env: Mapping[str, str] = os.environ) -> Board | None:
     """The board on which this very process is a rank, or None."""
     key = env.get(ADDRESS, ""), os.getpid()
     if key not in _opened:
@@ -188,7 +188,7 @@ def own_board(env: Mapping[str, str] = os.environ) -> Optional[Board]:
     return _opened[key]
 
 
-def own_row(env: Mapping[str, str] = os.environ) -> Optional[Row]:
+def own_row(env: Mapping[str, str] = os.environ) -> Row | None:
     """This rank's row, or None where there is no board."""
     board = own_board(env)
     return None if board is None else board.rows[int(env[RANK])]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import ctypes
 import random
 import struct
-from typing import Any, Optional
+from typing import Any
 
 import numpy as np
 
@@ -51,7 +51,7 @@ def _equal(a: Any, b: Any) -> bool:
     return a == b
 
 
-def _memory() -> Optional[tuple[Any, ...]]:
+def _memory() -> tuple[Any, ...] | None:
     """What the states are made of; None where it is not known where that is."""
     ours, theirs = getattr(random.getstate, "__self__", None), getattr(np.random.get_state, "__self__", None)
     bits = getattr(theirs, "_bit_generator", None)
@@ -65,7 +65,7 @@ def _memory() -> Optional[tuple[Any, ...]]:
     )
 
 
-def _find_spare() -> Optional[int]:
+def _find_spare() -> int | None:
     """Where in a `RandomState` it is that it has a normal number to spare, and which: those are made in pairs. None: not found, or
     a generator is not what we take it for."""
     number, size = 1.2345678e-77, np.random.RandomState.__basicsize__

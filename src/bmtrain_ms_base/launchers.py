@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, field
-from typing import Mapping, MutableMapping, Optional
+from typing import Mapping, MutableMapping
 
 from . import board as boards
 
@@ -181,7 +181,7 @@ def _claims(env: Mapping[str, str]) -> list[Launch]:
     return known or [claim for _, claim in found]
 
 
-def _read(launcher: _Launcher, env: Mapping[str, str]) -> Optional[Launch]:
+def _read(launcher: _Launcher, env: Mapping[str, str]) -> Launch | None:
     if launcher.kind == "msrun" and env.get("MS_ROLE") != "MS_WORKER":
         return None
     said: dict[str, str] = {}

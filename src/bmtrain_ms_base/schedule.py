@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 from enum import Enum
-from typing import Callable, NamedTuple, Optional, Sequence
+from typing import Callable, NamedTuple, Sequence
 
 from .checks import whole
 
@@ -86,7 +86,7 @@ class Schedule:
                 if action.kind is Kind.FORWARD and place[action] > place[action._replace(kind=Kind.BACKWARD)]:
                     raise ValueError(f"rank {rank} computes {action} after it went backward through it")
 
-    def next(self, rank: int, action: Action) -> Optional[tuple[int, Action]]:
+    def next(self, rank: int, action: Action) -> tuple[int, Action] | None:
         """(rank, computation) that needs the result of a rank's computation; none at the ends of the model."""
         stage = action.chunk * self.p + rank + (1 if action.kind is Kind.FORWARD else -1)
         return (stage % self.p, action._replace(chunk=stage // self.p)) if 0 <= stage < self.p * self.v else None
@@ -137,7 +137,7 @@ def one_f_one_b(p: int, m: int) -> Schedule:
     return Schedule("1f1b", p, 1, m, tuple(_in_turns(range(m), range(m), p - 1 - r, 1) for r in range(p)))
 
 
-def interleaved(p: int, v: int, m: int, group: Optional[int] = None) -> Schedule:
+def interleaved(p: int, v: int, m: int, group: int | None = None) -> Schedule:
     """1F1B over v chunks of each rank, with a v-th of its idle time (Narayanan et al. 2021, section 2.2; Megatron-LM's order).
 
     `group` micro-batches (default p) pass a chunk before they all pass the next one. With v = 1 there is nothing to interleave: it
@@ -169,7 +169,7 @@ def interleaved_rows(p: int, v: int, m: int, group: int) -> tuple[Row, ...]:
 NAMES: dict[str, Callable[..., Schedule]] = {"gpipe": gpipe, "1f1b": one_f_one_b, "interleaved": interleaved}
 
 
-def schedule(name: str, p: int, m: int, v: int = 1, group: Optional[int] = None) -> Schedule:
+def schedule(name: str, p: int, m: int, v: int = 1, group: int | None = None) -> Schedule:
     """The schedule of a name: gpipe, 1f1b or interleaved, in upper or lower case.
 
     Raises:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from typing import NamedTuple, Optional, Sequence, Union
+from typing import NamedTuple, Sequence, Union
 
 from .checks import number
 from .schedule import RECEIVE, SEND, Action, Kind, Row, Schedule
@@ -47,7 +47,7 @@ def with_messages(table: Schedule, forward: Times = 1.0, backward: Times = 2.0) 
     ready = _at_the_ends(table)
     done: list[list[Action]] = [[] for _ in table.rows]
     rows = [deque(row) for row in table.rows]
-    running: list[Optional[tuple[float, Action]]] = [None] * table.p  # with its end
+    running: list[tuple[float, Action] | None] = [None] * table.p  # with its end
     held: list[tuple[int, int, Action]] = []  # boundary, sender, what it computed; in order of time
     now = 0.0
     while True:
@@ -144,7 +144,7 @@ def simulate(
     backward: Times = 2.0,
     transfer: float = 0.0,
     messages: str = "rendezvous",
-    lines: Optional[Sequence[Row]] = None,
+    lines: Sequence[Row] | None = None,
 ) -> Simulation:
     """Run a schedule without ranks.
 
@@ -231,7 +231,7 @@ class _Run:
             raise ValueError(f"nobody receives {', '.join(lost[:5])}")
         return tuple(map(tuple, self.spans))
 
-    def _head(self, rank: int) -> Optional[Action]:
+    def _head(self, rank: int) -> Action | None:
         done = len(self.spans[rank])
         return self.lines[rank][done] if done < len(self.lines[rank]) else None
 

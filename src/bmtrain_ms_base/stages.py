@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import NamedTuple, NoReturn, Sequence, Union
+from typing import NamedTuple, NoReturn, Sequence
 
 from .checks import number, whole
 
@@ -24,7 +24,7 @@ class Stage(NamedTuple):
         return range(self.first, self.last)
 
 
-def divide(layers: int, p: int, v: int = 1, layout: Union[str, Sequence[int], None] = None) -> list[Stage]:
+def divide(layers: int, p: int, v: int = 1, layout: str | Sequence[int] | None = None) -> list[Stage]:
     """What each of the p * v stages holds; stage s is chunk s // p of rank s % p, see [Note: schedules].
 
     Args:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from dataclasses import dataclass
-from typing import Optional, Sequence
+from typing import Sequence
 
 from bmtrain_ms_base.system import signal_name
 
@@ -27,7 +27,7 @@ class End:
 
     rank: int
     pid: int
-    status: Optional[int]
+    status: int | None
     finished: bool = True
     caused: bool = False
     at: float = 0.0

@@ -18,7 +18,7 @@ import selectors
 import signal
 import subprocess
 import time
-from typing import Any, Optional
+from typing import Any
 
 from bmtrain_ms_base import board as boards
 from bmtrain_ms_base import system
@@ -41,11 +41,11 @@ class _Rank:
     def __init__(self, number: int, row: boards.Row):
         self.number, self.row = number, row
         self.pid = 0
-        self.status: Optional[int] = None
+        self.status: int | None = None
         self.over, self.by_us = False, False
         self.at, self.told = 0.0, 0
 
-    def ended(self, status: Optional[int]) -> None:
+    def ended(self, status: int | None) -> None:
         """Note that the process has ended, and how."""
         self.status, self.over, self.at = status, True, time.monotonic()
 
@@ -74,12 +74,12 @@ class Job:
         self._board = boards.Board.make(plan["ranks"])
         self._ranks = [_Rank(i, row) for i, row in enumerate(self._board.rows)]
         self._launcher = 0  # the pid of mpiexec
-        self._launcher_status: Optional[int] = None
+        self._launcher_status: int | None = None
         self._helpers: set[int] = set()  # mpiexec and the scheduler
         self._requests: list[int] = []  # signals, as ranks get them
         self._asked, self._asked_at = 0, 0.0
         self._term_at = self._kill_at = float("inf")
-        self._pipe: Optional[int] = pipe
+        self._pipe: int | None = pipe
         self._selector = selectors.DefaultSelector()
         self._selector.register(pipe, selectors.EVENT_READ)
         self._selector.register(_wake_up_by_signals(), selectors.EVENT_READ)
@@ -118,7 +118,7 @@ class Job:
             rank.pid = self._spawn(plan["command"], words, None if rank.number == 0 else subprocess.DEVNULL)
 
     @staticmethod
-    def _spawn(command: list[str], env: dict[str, str], stdin: Optional[int]) -> int:
+    def _spawn(command: list[str], env: dict[str, str], stdin: int | None) -> int:
         process = subprocess.Popen(command, env=env, stdin=stdin)
         process.returncode = 0  # `_reap` is who waits for it
         return process.pid

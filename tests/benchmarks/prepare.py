@@ -20,7 +20,7 @@ import time
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Callable, Optional, Sequence
+from typing import Callable, Sequence
 
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
@@ -140,7 +140,7 @@ def texts(options: argparse.Namespace, found: dict[str, list[Run]], large: Run) 
     ]
 
 
-def repeated(folder: Path, path: Path, workers: Sequence[int], repeat: int, datasets: Optional[str]) -> dict[str, list[Run]]:
+def repeated(folder: Path, path: Path, workers: Sequence[int], repeat: int, datasets: str | None) -> dict[str, list[Run]]:
     """Every case, one after the other in each round, so that all see the same machine."""
     cases: dict[str, Callable[[], Run]] = {"tokenizers": lambda: alone(folder, path)}
     for number in workers:

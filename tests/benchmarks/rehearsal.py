@@ -14,7 +14,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any, Optional, Sequence
+from typing import Any, Sequence
 
 from tests.benchmarks.harness import PAGES, ROOT, descendants, environment, table, write_page
 
@@ -118,7 +118,7 @@ def merged(spans: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
     """The same time without what is in two spans."""
     found: list[tuple[float, float]] = []
     for start, end in sorted(spans):
-        before: Optional[tuple[float, float]] = found[-1] if found else None
+        before: tuple[float, float] | None = found[-1] if found else None
         if before is not None and start <= before[1]:
             found[-1] = (before[0], max(before[1], end))
         else:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any
 
 import numpy as np
 import pytest
@@ -51,7 +51,7 @@ def on_hosts(world: World, per_host: int) -> World:
 
 
 def loaded(
-    world: World, folders: list[str], per_host: int, shared: Optional[bool] = None, fail: Optional[int] = None, **rest: Any
+    world: World, folders: list[str], per_host: int, shared: bool | None = None, fail: int | None = None, **rest: Any
 ) -> Any:
     """First samples and which ranks have saved something, or the error. Rank `fail` cannot write."""
     folder = folders[world.engine.rank // per_host]

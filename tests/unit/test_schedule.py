@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from typing import Optional
 
 import pytest
 from hypothesis import given, settings
@@ -294,7 +293,7 @@ def test_what_is_no_schedule(rows: tuple[str, ...], text: str):
         ),
     ],
 )
-def test_refusals(name: str, p: int, m: int, v: int, group: Optional[int], text: str):
+def test_refusals(name: str, p: int, m: int, v: int, group: int | None, text: str):
     with pytest.raises(ValueError, match=f"^{re.escape(text)}$"):
         schedule(name, p, m, v, group)
 

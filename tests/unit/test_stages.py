@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Sequence, Union
+from typing import Sequence
 
 import pytest
 from hypothesis import given
@@ -120,7 +120,7 @@ def test_texts_are_read_as_a_naive_expansion_does(piece: str):
         ),
     ],
 )
-def test_refusals(layers: int, p: int, v: int, layout: Union[str, Sequence[int], None], text: str):
+def test_refusals(layers: int, p: int, v: int, layout: str | Sequence[int] | None, text: str):
     with pytest.raises(ValueError, match=f"^{re.escape(text)}$"):
         divide(layers, p, v, layout)
 

@@ -7,7 +7,7 @@ import os
 import resource
 import threading
 from pathlib import Path
-from typing import Any, Callable, Iterator, Optional
+from typing import Any, Callable, Iterator
 
 import numpy as np
 import pytest
@@ -23,7 +23,7 @@ from tests.helpers.tokens import golden_c
 SIZES = ([8, 1, 1], 8, "16,2,2")
 
 
-def write(path: Path, change: Optional[Callable[[list[Any]], Any]] = None) -> str:
+def write(path: Path, change: Callable[[list[Any]], Any] | None = None) -> str:
     path.parent.mkdir(parents=True, exist_ok=True)
     documents = [list(ids) for ids in golden_c()]
     if change is not None:
@@ -50,7 +50,7 @@ def hosts(tmp_path: Path) -> Iterator[list[Path]]:
     assert not list(tmp_path.rglob("*.marker")) and not list(tmp_path.rglob("*.partial"))
 
 
-def load(place: Place, path: Path, shared: Optional[bool] = None) -> list[Any]:
+def load(place: Place, path: Path, shared: bool | None = None) -> list[Any]:
     files = Storage(place, shared=shared).together("opening the data", lambda: open_files([str(path)]))[1]
     store = Storage(place, [cache_home(None, files[0].name)], shared)
     store.refuse_differing({file.name: file.digest for file in files})

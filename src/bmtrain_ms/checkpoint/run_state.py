@@ -8,7 +8,7 @@ import platform
 import random
 from dataclasses import dataclass
 from importlib import metadata
-from typing import Any, Optional
+from typing import Any
 
 import numpy as np
 
@@ -41,7 +41,7 @@ class RunState:
     clock: int
     draw_step: int
     draws: int
-    generators: Optional[tuple[Any, Any]]
+    generators: tuple[Any, Any] | None
     strict: bool
 
     def restore(self, manager: OptimManager, world: World, keep: str) -> None:

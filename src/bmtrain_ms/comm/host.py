@@ -11,7 +11,7 @@ import threading
 import time
 from abc import abstractmethod
 from dataclasses import dataclass
-from typing import Any, Generator, Optional, Sequence
+from typing import Any, Generator, Sequence
 
 import numpy as np
 from mindspore import Tensor
@@ -38,7 +38,7 @@ class Job(Work):
 
     def __init__(self, what: str, outputs: list[Tensor], stages: Stages, keep: Any, timeout: float):
         self.what, self.outputs, self.stages, self.keep, self.timeout = what, outputs, stages, keep, timeout
-        self.error: Optional[BaseException] = None
+        self.error: BaseException | None = None
         self.started = self.ended = self.deadline = 0.0  # seconds of time.monotonic
         self._finished = threading.Event()
 
@@ -59,7 +59,7 @@ class Job(Work):
         self.started = time.monotonic()
         self.deadline = self.started + self.timeout
 
-    def finish(self, error: Optional[BaseException] = None) -> None:
+    def finish(self, error: BaseException | None = None) -> None:
         """Called by the transport's thread, once."""
         self.ended = time.monotonic()
         self.error, self.keep = error, None
@@ -80,8 +80,8 @@ class Operation:
     """
 
     op: str
-    pair: Optional[tuple[int, int]]
-    root: Optional[int]
+    pair: tuple[int, int] | None
+    root: int | None
     what: str
     signature: str
     outputs: list[Tensor]

@@ -14,7 +14,7 @@ import socket
 import threading
 import time
 from collections import deque
-from typing import Any, Optional, Sequence
+from typing import Any, Sequence
 
 import numpy as np
 from mindspore import Tensor
@@ -60,11 +60,11 @@ class CommThread:
         """`timeout`: seconds until a call of MPI counts as lost; most return at once, but not one of them has a time-out."""
         self._queue: queue.SimpleQueue[tuple[_Job | None, bool]] = queue.SimpleQueue()
         self._closed = False
-        self._failure: Optional[BaseException] = None
-        self.lost: Optional[BaseException] = None
+        self._failure: BaseException | None = None
+        self.lost: BaseException | None = None
         self._timeout = timeout
         self._turned, self._doing = time.monotonic(), ""
-        self._unheard: Optional[threading.Timer] = None
+        self._unheard: threading.Timer | None = None
         self._thread = threading.Thread(target=self._run, name="bmtrain_ms-comm", daemon=True)
         self._thread.start()
 

@@ -20,7 +20,7 @@ import threading
 import time
 from collections import deque
 from pathlib import Path
-from typing import Any, Iterable, Optional, Sequence
+from typing import Any, Iterable, Sequence
 
 import numpy as np
 
@@ -75,8 +75,8 @@ class NodeThread:
         self._done: dict[Key, set[int]] = {}
         self._own: list[list] = []  # messages to oneself
         self._inbox = bytearray(_LARGEST_MESSAGE)
-        self._failure: Optional[BaseException] = None
-        self._told: Optional[BaseException] = None  # another rank's failure
+        self._failure: BaseException | None = None
+        self._told: BaseException | None = None  # another rank's failure
         self._closed, self._last_words = False, 0.0
         self._woken, self._waker = socket.socketpair()
         self._woken.setblocking(False)
@@ -167,7 +167,7 @@ class NodeThread:
         for job in jobs:
             self._lines.setdefault(job.line, deque()).append(job)
 
-    def _patience(self) -> Optional[float]:
+    def _patience(self) -> float | None:
         """Seconds until the first operation is late."""
         heads = [line[0].deadline for line in self._lines.values()]
         if self._closed:
@@ -428,7 +428,7 @@ class NodeEngine(HostEngine):
         yield []
 
 
-def connect(meeting: Meeting, clock: Clock, timeout: float, launcher: int = 0) -> Optional[NodeEngine]:
+def connect(meeting: Meeting, clock: Clock, timeout: float, launcher: int = 0) -> NodeEngine | None:
     """The engine of ranks that all run on one host, or None where they cannot read each other's memory.
 
     Collective over `meeting`, which is needed no longer afterwards. `launcher`: the process from which all ranks descend, by

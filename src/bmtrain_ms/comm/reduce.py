@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Sequence, Union
+from typing import Sequence
 
 import numpy as np
 
@@ -16,7 +16,7 @@ def accumulator_dtype(dtype: np.dtype) -> np.dtype:
     return dtype if dtype.kind in "iubc" else np.dtype(np.float32)
 
 
-def reduce_rows(rows: Union[np.ndarray, Sequence[np.ndarray]], op: str, out: np.ndarray) -> None:
+def reduce_rows(rows: np.ndarray | Sequence[np.ndarray], op: str, out: np.ndarray) -> None:
     """`out[...] = op over rows`, taken in row order.
 
     Args:

@@ -7,7 +7,7 @@ import contextlib
 import os
 import random
 from dataclasses import dataclass, field
-from typing import Any, ContextManager, Iterator, Optional
+from typing import Any, ContextManager, Iterator
 
 import mindspore as ms
 import numpy as np
@@ -54,9 +54,9 @@ class World:
     seed: int = 0
     launch: Launch = field(default_factory=Launch)
     prefetch: int = 1
-    gather_dtype: Optional[str] = None
-    trace: Optional[Trace] = None
-    micro_batches: Optional[int] = None
+    gather_dtype: str | None = None
+    trace: Trace | None = None
+    micro_batches: int | None = None
     _engines: dict[str, Engine] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -137,7 +137,7 @@ _cores: list[int] = []  # what this process may use, before the first world took
 _lost: list[BaseException] = []  # of worlds that were shut down: see `Engine.lost`
 
 
-def _check_gather_dtype(name: Optional[str]) -> None:
+def _check_gather_dtype(name: str | None) -> None:
     if name is not None and not (isinstance(name, str) and name in GATHER_DTYPES):
         raise ValueError(f"gather_dtype must be None or one of {', '.join(GATHER_DTYPES)}, not {name!r}")
 

@@ -11,7 +11,7 @@ import contextlib
 import sys
 import weakref
 from itertools import zip_longest
-from typing import Any, Callable, Iterator, Optional, Sequence
+from typing import Any, Callable, Iterator, Sequence
 
 import wrapt
 from mindspore import Parameter, Tensor, nn, ops
@@ -44,7 +44,7 @@ Tensors = tuple[Tensor, ...]
 
 # Called with the exception, or None, each time an outermost backward pass has ended. What they return is applied to the gradients
 # of all parameters that were asked for, before anybody sees them.
-backward_hooks: list[Callable[[Optional[BaseException]], Optional[Deliver]]] = []
+backward_hooks: list[Callable[[BaseException | None], Deliver | None]] = []
 
 NESTED = (
     "a gradient was taken inside of a function that is being differentiated (a gradient penalty, an adversarial example), through "

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from typing import ClassVar, Optional
+from typing import ClassVar
 
 import mindspore as ms
 
@@ -27,7 +27,7 @@ class Device:
     target: str
     rehearsed: bool = False
 
-    chosen: ClassVar[Optional[Device]] = None  # for this process, by `choose`
+    chosen: ClassVar[Device | None] = None  # for this process, by `choose`
 
     @property
     def on_host(self) -> bool:

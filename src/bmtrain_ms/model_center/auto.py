@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Optional, Sequence, Union
+from typing import Any, Sequence
 
 from ..comm import world as current_world
 from ..files.errors import agree_or_fail
@@ -15,10 +15,10 @@ from .staged import Stages
 
 
 def from_pretrained(
-    folder: Union[str, Path],
-    how: Optional[Spread] = None,
-    stages: Union[str, Sequence[int], Stages, None] = None,
-    dtype: Optional[str] = None,
+    folder: str | Path,
+    how: Spread | None = None,
+    stages: str | Sequence[int] | Stages | None = None,
+    dtype: str | None = None,
     *,
     pickles: bool = False,
     **changes: Any,
@@ -31,7 +31,7 @@ def from_pretrained(
     return family_of(folder).from_pretrained(folder, how, stages, dtype, pickles=pickles, **changes)
 
 
-def family_of(folder: Union[str, Path]) -> type[CausalLM]:
+def family_of(folder: str | Path) -> type[CausalLM]:
     """The class of models that a folder's `model_type` says. All ranks call it.
 
     Raises:

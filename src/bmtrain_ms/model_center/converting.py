@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any
 
 import mindspore as ms
 import numpy as np
@@ -35,8 +35,8 @@ def convert(
     read: str,
     write: str,
     *,
-    config: Optional[Path] = None,
-    dtype: Optional[str] = None,
+    config: Path | None = None,
+    dtype: str | None = None,
     max_shard_size: int | str = "5GB",
     pickles: bool = False,
 ) -> list[Path]:
@@ -81,7 +81,7 @@ def convert(
             raise CheckpointError(f"{out} cannot be written: {error}") from error
 
 
-def _written(source: Source, ours: Described, target: Target, out: Path, beside: Path, dtype: Optional[str]) -> list[Path]:
+def _written(source: Source, ours: Described, target: Target, out: Path, beside: Path, dtype: str | None) -> list[Path]:
     try:
         for name, (made, shape) in ours.items():
             count, step = math.prod(shape), max(1, PIECE // numpy_dtype(made).itemsize)
@@ -97,7 +97,7 @@ def _written(source: Source, ours: Described, target: Target, out: Path, beside:
     return paths
 
 
-def _config(beside: Path, dtype: Optional[str]) -> dict[str, Any]:
+def _config(beside: Path, dtype: str | None) -> dict[str, Any]:
     given = read_json(beside)
     return given if dtype is None else {**given, "dtype" if "dtype" in given else "torch_dtype": dtype}
 
@@ -108,7 +108,7 @@ def _type_in(files: Files, piece: Piece) -> Any:
     return info.dtype
 
 
-def _names(model: CausalLM, layout: str, files: Optional[Files]) -> Names:
+def _names(model: CausalLM, layout: str, files: Files | None) -> Names:
     """What tensors of a model are called in a layout; `files`: that are read, None: they are written."""
     family = model.FAMILY.model_types[0]
     if layout == "hf":

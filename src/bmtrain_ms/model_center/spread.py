@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Optional, Sequence, TypeVar, Union
+from typing import Sequence, TypeVar
 
 from mindspore import nn
 
@@ -34,7 +34,7 @@ class Spread:
             raise ValueError(f"zero_level must be 2 or 3, not {self.zero_level!r}")
 
 
-def spread(model: Model, how: Spread = Spread(), stages: Union[str, Sequence[int], Stages, None] = None) -> Model:
+def spread(model: Model, how: Spread = Spread(), stages: str | Sequence[int] | Stages | None = None) -> Model:
     """Have each repeated layer of a model gather its parameters as a whole, ahead of its call, divide all of them over the
     tensor-parallel ranks, and leave each rank of a pipeline its stages only; in place.
 
@@ -69,7 +69,7 @@ def spread(model: Model, how: Spread = Spread(), stages: Union[str, Sequence[int
         )
     if "stages" in vars(model) or any(isinstance(encoder.layers, TransformerBlockList) for encoder in encoders):
         raise ValueError(f"this {type(model).__name__} has been spread already: a model is spread once")
-    staged: Optional[StagedModel] = None
+    staged: StagedModel | None = None
     if stages is not None or current_world().mesh.pp > 1:
         stages = stages if isinstance(stages, Stages) else Stages(stages)
         staged = StagedModel(model, stages, how.recompute, current_world(), hold=how.zero_level == 2)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from dataclasses import dataclass, replace
-from typing import Any, Optional, Sequence, Union
+from typing import Any, Sequence
 
 import numpy as np
 from mindspore import Parameter, Tensor, nn
@@ -44,11 +44,11 @@ class Stages:
             fit.
     """
 
-    layout: Union[str, Sequence[int], None] = None
-    schedule: Optional[str] = None
+    layout: str | Sequence[int] | None = None
+    schedule: str | None = None
     chunks: int = 1
-    micro_batches: Optional[int] = None
-    group: Optional[int] = None
+    micro_batches: int | None = None
+    group: int | None = None
     batches: str = "all"
 
     def __post_init__(self) -> None:
@@ -73,9 +73,9 @@ class _Batch:
 
     ids: Tensor
     positions: Positions
-    targets: Optional[Tensor] = None
-    cache: Optional[KeyValueCache] = None
-    options: Optional[dict[str, Any]] = None
+    targets: Tensor | None = None
+    cache: KeyValueCache | None = None
+    options: dict[str, Any] | None = None
     share: float = 0.0  # of the mean over tokens of what routers add, in the whole batch's
 
 
@@ -137,9 +137,9 @@ class StagedModel:
     def logits(
         self,
         input_ids: Tensor,
-        padding: Optional[Tensor] = None,
-        cache: Optional[KeyValueCache] = None,
-        documents: Optional[Tensor] = None,
+        padding: Tensor | None = None,
+        cache: KeyValueCache | None = None,
+        documents: Tensor | None = None,
         last_only: bool = False,
     ) -> Tensor:
         """What calling the model returns, on every rank: the last stage sends it to all. No gradients.
@@ -258,7 +258,7 @@ class StagedModel:
             self._pipe.send([total], last, label).wait()
             return total
 
-    def _batch(self, ids: Tensor, padding: Any, cache: Optional[KeyValueCache], documents: Any) -> _Batch:
+    def _batch(self, ids: Tensor, padding: Any, cache: KeyValueCache | None, documents: Any) -> _Batch:
         if not self.numbers and cache is not None:  # no layer here tells how long the cache is
             padding, cache = None, None
         positions = Positions.of(ids, padding, cache, documents)
@@ -291,7 +291,7 @@ class StagedModel:
             found.append(Segment("the head", self._head, head, 1 + stage.last, False))
         return found or [Segment("nothing", lambda hidden, _: _same(hidden), [], 0, False)]
 
-    def _head(self, hidden: Optional[Tensor], batch: _Batch) -> Tensor:
+    def _head(self, hidden: Tensor | None, batch: _Batch) -> Tensor:
         hidden = self.encoder.norm(hidden)
         if batch.targets is None:
             return self.model.logits_of(hidden, batch.positions)
@@ -318,8 +318,8 @@ class StagedLoss(Scheduled):
 
     def __call__(
         self,
-        input_ids: Optional[Tensor],
-        targets: Optional[Tensor],
+        input_ids: Tensor | None,
+        targets: Tensor | None,
         padding: Any = None,
         documents: Any = None,
         weight: float = 1.0,
@@ -359,8 +359,8 @@ class StagedLoss(Scheduled):
         self,
         params: Sequence[Parameter],
         scale: float,
-        input_ids: Optional[Tensor],
-        targets: Optional[Tensor],
+        input_ids: Tensor | None,
+        targets: Tensor | None,
         padding: Any = None,
         documents: Any = None,
         weight: float = 1.0,
@@ -398,13 +398,13 @@ def _routers_share(reduction: str, targets: Tensor, options: dict[str, Any]) -> 
 
 
 def _layer(layer: Any, number: int) -> Any:
-    def run(hidden: Optional[Tensor], batch: _Batch) -> Tensor:
+    def run(hidden: Tensor | None, batch: _Batch) -> Tensor:
         return layer(hidden, batch.positions, None if batch.cache is None else batch.cache.layer(number))
 
     return run
 
 
-def _same(hidden: Optional[Tensor]) -> Tensor:
+def _same(hidden: Tensor | None) -> Tensor:
     assert hidden is not None
     return hidden * 1
 

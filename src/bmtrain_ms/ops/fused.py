@@ -19,7 +19,7 @@ from __future__ import annotations
 import functools
 import inspect
 import os
-from typing import Any, Callable, Optional, Sequence
+from typing import Any, Callable, Sequence
 
 import mindspore as ms
 import numpy as np
@@ -58,7 +58,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | Seen | None, scale
     return out[..., :width].reshape(batch, groups, rows, width)
 
 
-def operation() -> Optional[Callable[..., Tensor]]:
+def operation() -> Callable[..., Tensor] | None:
     """MindSpore's on Ascend, its stand-in in a rehearsal; None on the host, and where the environment says 0.
 
     Raises:

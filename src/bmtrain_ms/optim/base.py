@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import reprlib
 from abc import ABC, abstractmethod
-from typing import Any, Iterable, Optional, Sequence
+from typing import Any, Iterable, Sequence
 
 import mindspore as ms
 from mindspore import Parameter, Tensor
@@ -164,7 +164,7 @@ class ShardOptimizer(ABC):
         averaged = average_whole(self.parameters, list(grads), current_world() if is_initialized() else None)
         self.step(averaged)
 
-    def step(self, grads: Sequence[Optional[Tensor]], scale: float = 1.0) -> None:
+    def step(self, grads: Sequence[Tensor | None], scale: float = 1.0) -> None:
         """Update every parameter that has a gradient.
 
         Args:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Optional, Protocol, Sequence, runtime_checkable
+from typing import Any, Protocol, Sequence, runtime_checkable
 
 from mindspore import Parameter, Tensor
 
@@ -18,7 +18,7 @@ class Driver(Protocol):
         """All parameters, in the order in which `step` takes gradients."""
         ...
 
-    def step(self, grads: Sequence[Optional[Tensor]], scale: float = 1.0) -> None:
+    def step(self, grads: Sequence[Tensor | None], scale: float = 1.0) -> None:
         """Update the parameters by gradients of their shards times `scale`, one for each of `parameters`; None: it has none."""
         ...
 
@@ -59,11 +59,11 @@ class Schedule(Protocol):
         """Set the rates of groups that were added since."""
         ...
 
-    def settings(self) -> Optional[dict[str, Any]]:
+    def settings(self) -> dict[str, Any] | None:
         """What it was made with, and its position; None where nobody can tell."""
         ...
 
-    def state_dict(self) -> Optional[dict[str, Any]]:
+    def state_dict(self) -> dict[str, Any] | None:
         """What `load_state_dict` restores; None for no schedule."""
         ...
 
@@ -90,7 +90,7 @@ class OtherOptimizer:
         """All parameters, as the optimizer has them."""
         return list(self.optimizer.parameters)
 
-    def step(self, grads: Sequence[Optional[Tensor]], scale: float = 1.0) -> None:
+    def step(self, grads: Sequence[Tensor | None], scale: float = 1.0) -> None:
         """Hand the gradients on."""
         self.optimizer.step(grads, scale)
 
@@ -138,11 +138,11 @@ class OtherSchedule:
     def cover_new_groups(self) -> None:
         """Do nothing: it will see them in its own step."""
 
-    def settings(self) -> Optional[dict[str, Any]]:
+    def settings(self) -> dict[str, Any] | None:
         """None: nothing is known of the settings."""
         return None
 
-    def state_dict(self) -> Optional[dict[str, Any]]:
+    def state_dict(self) -> dict[str, Any] | None:
         """What it returns; None for no schedule."""
         return None if self._schedule is None else self._schedule.state_dict()
 

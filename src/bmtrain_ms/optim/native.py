@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from typing import Any, Optional, Sequence
+from typing import Any, Sequence
 
 import mindspore as ms
 from mindspore import Parameter, Tensor, nn
@@ -54,7 +54,7 @@ class NativeOptimizer:
         """All parameters, in the order in which the optimizer takes gradients."""
         return list(self.optimizer.parameters)
 
-    def step(self, grads: Sequence[Optional[Tensor]], scale: float = 1.0) -> None:
+    def step(self, grads: Sequence[Tensor | None], scale: float = 1.0) -> None:
         """Update all parameters by gradients of their shards times `scale`, in the order of `parameters`.
 
         Raises:

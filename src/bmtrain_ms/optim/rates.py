@@ -43,7 +43,7 @@ def group_rates(optimizer: Any) -> list[GroupRate]:
         raise TypeError(f"this {type(optimizer).__name__} has a schedule of its own; give it a constant learning_rate")
     else:
         raise TypeError(f"{type(optimizer).__name__} has no param_groups: it is not an optimizer that a schedule can drive")
-    known: list[Optional[float]] = getattr(optimizer, _OWN_RATES, [])[: len(rates)]
+    known: list[float | None] = getattr(optimizer, _OWN_RATES, [])[: len(rates)]
     new = rates[len(known) :]  # groups that were added later have the rate that they were given, too
     setattr(optimizer, _OWN_RATES, known + [None if default is None or np.float32(x) == np.float32(default) else x for x in new])
     return list(zip(getattr(optimizer, _OWN_RATES), setters))

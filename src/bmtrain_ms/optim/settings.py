@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 import math
 import reprlib
-from typing import Any, Optional
+from typing import Any
 
 from .driver import Driver, OtherOptimizer, Schedule
 
@@ -80,7 +80,7 @@ class Made:
         self._groups += groups[len(self._groups) :]
 
 
-def _chosen(mine: Settings, saved: Settings, asked: Settings, then: Optional[Settings], fresh: bool) -> tuple[Settings, Told, Told]:
+def _chosen(mine: Settings, saved: Settings, asked: Settings, then: Settings | None, fresh: bool) -> tuple[Settings, Told, Told]:
     """The settings of this run that were chosen otherwise than the saved; what these are, and what was only written by hand.
 
     Args:
@@ -107,7 +107,7 @@ def _choosable(schedule: Any, all_known: bool) -> Settings:
     return {k: v for k, v in schedule.state_dict().items() if k != "num_iter" and (all_known or k in known)}
 
 
-def _group_of(group: Settings, others: Any, index: int) -> Optional[Settings]:
+def _group_of(group: Settings, others: Any, index: int) -> Settings | None:
     """The one among `others`, which may be anything, that had the parameters of `group`, as loading finds it; None: none."""
     if not (isinstance(others, list) and all(isinstance(other, dict) for other in others)):
         return None

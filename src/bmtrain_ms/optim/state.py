@@ -20,7 +20,7 @@ def named_states(parameters: list[Parameter], states: list[dict[str, Tensor]]) -
     Raises:
         ValueError: two parameters have one name.
     """
-    named: dict[str, tuple[Optional[DistributedParameter], Tensor]] = {}
+    named: dict[str, tuple[DistributedParameter | None, Tensor]] = {}
     for p, state in zip(parameters, states):
         for kind, tensor in state.items():
             name = f"{kind}.{p.name}"

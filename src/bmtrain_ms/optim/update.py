@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple, Optional
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -68,9 +68,9 @@ class Update:
     m: np.ndarray
     v: np.ndarray
     grad: np.ndarray
-    low: Optional[np.ndarray]
+    low: np.ndarray | None
     coefficients: Coefficients
-    delta: Optional[Delta] = None
+    delta: Delta | None = None
 
     def chunks(self) -> list[Update]:
         """The update in pieces of `CHUNK` elements at most, which share its arrays."""

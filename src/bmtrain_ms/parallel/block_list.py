@@ -80,7 +80,7 @@ class PipelineTransformerBlockList(TransformerBlockList):
         return next(stage for stage, layers in enumerate(self._plan) if layer_id in layers)
 
     def construct(
-        self, *args: Any, batch_related: Sequence[Union[int, str]] = (), return_hidden_states: bool = False, **kwargs: Any
+        self, *args: Any, batch_related: Sequence[int | str] = (), return_hidden_states: bool = False, **kwargs: Any
     ) -> Any:
         """Run the chain; the class says what goes in and comes out.
 

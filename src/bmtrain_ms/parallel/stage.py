@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from typing import Any, Callable, Optional, Sequence
+from typing import Any, Callable, Sequence
 
 import mindspore as ms
 from mindspore import Parameter, Tensor
@@ -93,9 +93,7 @@ class Run:
         sums: by id of the parameter: gradients so far, float32.
     """
 
-    def __init__(
-        self, stage: Stage, table: Schedule, batches: Sequence[Any], params: Optional[dict[int, Parameter]], cotangent: Any
-    ):
+    def __init__(self, stage: Stage, table: Schedule, batches: Sequence[Any], params: dict[int, Parameter] | None, cotangent: Any):
         self._stage, self._table, self._batches, self._cotangent = stage, table, batches, cotangent
         self._params, self._context, self._rank = params, stage._context, stage._engine.rank
         self.arrived: dict[Place, Tensor] = {}
@@ -160,7 +158,7 @@ class Run:
         else:
             self.results[place] = hidden
 
-    def _through(self, segment: Segment, action: Action, hidden: Optional[Tensor], visits: list[Visit]) -> Tensor:
+    def _through(self, segment: Segment, action: Action, hidden: Tensor | None, visits: list[Visit]) -> Tensor:
         batch = self._batches[action.micro_batch]
         if self._params is None:
             return segment.run(hidden, batch)

@@ -10,7 +10,7 @@ recomputation is no special thing: the function runs unrecorded first, and is re
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Callable, Optional, Sequence
+from typing import Any, Callable, Sequence
 
 from mindspore import Parameter, Tensor, nn
 
@@ -32,7 +32,7 @@ class Segment:
     """
 
     name: str
-    run: Callable[[Optional[Tensor], Any], Tensor]
+    run: Callable[[Tensor | None, Any], Tensor]
     cells: Sequence[nn.Cell]
     number: int
     recompute: bool
@@ -64,7 +64,7 @@ class Visit:
         self._recorded: Recorded | None = None
         self._replay: Replay | None = None
 
-    def forward(self, hidden: Optional[Tensor]) -> Tensor:
+    def forward(self, hidden: Tensor | None) -> Tensor:
         """Run the segment; what `hidden` is needed for later is kept."""
         self._inputs = [] if hidden is None else [hidden]
         with self._context.draws.numbered(self._first):
@@ -76,7 +76,7 @@ class Visit:
             self._replay.ended([out], [])
             return out
 
-    def backward(self, cotangent: Tensor, into: Joined) -> Optional[Tensor]:
+    def backward(self, cotangent: Tensor, into: Joined) -> Tensor | None:
         """Gradients for the one of the result: that of the input is returned, those of weights are added to `into`. Once."""
         if not (self._inputs or self._weights):
             self.end()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Optional, Sequence, Union
+from typing import Any, Sequence
 
 from bmtrain_ms_base.data import IndexedFile, InstructionBatches, gpt_data
 from bmtrain_ms_base.data.gpt import open_files
@@ -14,7 +14,7 @@ from ..comm import World, gather_json
 from ..comm import world as current_world
 
 
-def place_of(in_world: Optional[World] = None) -> Place:
+def place_of(in_world: World | None = None) -> Place:
     """Where this rank stands, for `Storage`.
 
     Args:
@@ -31,11 +31,11 @@ def load_gpt_data(
     length: int,
     split: str = "969,30,1",
     seed: int = 1234,
-    cache: Optional[Union[str, Path]] = None,
+    cache: str | Path | None = None,
     *,
-    shared_storage: Optional[bool] = None,
+    shared_storage: bool | None = None,
     every_byte: bool = False,
-    in_world: Optional[World] = None,
+    in_world: World | None = None,
 ) -> list[Any]:
     """`bmtrain_ms.data.gpt_data` for all ranks: indices that are missing are made by one rank of each storage while the others
     wait, and all have to read the same data. All ranks call it together.
@@ -65,13 +65,13 @@ def load_gpt_data(
 
 
 def load_instructions(
-    prefix: Union[str, Path],
+    prefix: str | Path,
     length: int,
     global_batch: int,
     seed: int = 0,
     *,
     every_byte: bool = False,
-    in_world: Optional[World] = None,
+    in_world: World | None = None,
 ) -> InstructionBatches:
     """`bmtrain_ms.data.InstructionBatches` for all ranks, which have to read the same data. All ranks call it together.
 

@@ -12,7 +12,7 @@ saved keeps its precision, and gradients travel as they are. Cost of a gathered 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any, Optional, Sequence
+from typing import Any, Sequence
 
 import mindspore as ms
 import numpy as np
@@ -118,7 +118,7 @@ class BlockQuantised(Wire):
         return wide.reshape(ranks, -1)[:, :n].reshape(-1).astype(dtype)
 
 
-def wire_for(gather_dtype: Optional[str], dtype: Any) -> Optional[Wire]:
+def wire_for(gather_dtype: str | None, dtype: Any) -> Wire | None:
     """How a parameter of type `dtype` travels; None: as it is."""
     if gather_dtype is None:
         return None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Sequence
+from typing import Any, Dict, List, Mapping, NamedTuple, Sequence
 
 from bmtrain_ms_base.data.gpt_batches import RampUp, samples_for
 
@@ -39,7 +39,7 @@ class Conversion(NamedTuple):
     tuning: bool
 
 
-def settings_of_script(script: str, given: Mapping[str, str], family: Optional[str] = None) -> Conversion:
+def settings_of_script(script: str, given: Mapping[str, str], family: str | None = None) -> Conversion:
     """The settings that a shell script's training command means. Nothing is run.
 
     Args:
@@ -57,7 +57,7 @@ def settings_of_script(script: str, given: Mapping[str, str], family: Optional[s
     return settings_of_flags(words, family)
 
 
-def settings_of_flags(words: Sequence[str], family: Optional[str] = None) -> Conversion:
+def settings_of_flags(words: Sequence[str], family: str | None = None) -> Conversion:
     """The settings that a command line means: `torchrun ... pretrain_gpt.py --num-layers 8 ...`, or its flags alone.
 
     Raises:
@@ -169,7 +169,7 @@ def _packed(given: Given) -> bool:
     return positions and mask
 
 
-def _ranks(given: Given) -> Optional[int]:
+def _ranks(given: Given) -> int | None:
     if given.has("--worker-num"):
         return given.whole("--worker-num")
     if given.has("--nproc-per-node"):

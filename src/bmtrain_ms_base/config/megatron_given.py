@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from typing import Iterable, Optional, Sequence
+from typing import Iterable, Sequence
 
 from .megatron_flags import FLAGS, REFUSED, WITHOUT_MEANING
 
@@ -83,7 +83,7 @@ class Given:
         """Whether a flag was given."""
         return name in self.flags
 
-    def first(self, names: Iterable[str]) -> Optional[str]:
+    def first(self, names: Iterable[str]) -> str | None:
         """Which of several was given, the first of them, or None."""
         return next((name for name in names if name in self.flags), None)
 
@@ -97,14 +97,14 @@ class Given:
             return choices[0]
         return value
 
-    def number(self, name: str, default: Optional[float] = None, least: float = -math.inf) -> float:
+    def number(self, name: str, default: float | None = None, least: float = -math.inf) -> float:
         """A flag's number; `default`: Megatron's, which is told where it counts. None: the flag must be there."""
         value = self._parsed(name, default, float, "a number")
         if not math.isfinite(value) or value < least:
             self.problems.append(f"{name} {value}: must be finite" + ("" if math.isinf(least) else f" and at least {least:g}"))
         return value
 
-    def whole(self, name: str, default: Optional[int] = None, least: int = 1) -> int:
+    def whole(self, name: str, default: int | None = None, least: int = 1) -> int:
         """A flag's whole number; see `number`."""
         value = self._parsed(name, default, int, "a whole number")
         if value < least:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Optional
+from typing import Any
 
 from .megatron_given import Given, MegatronError
 
@@ -47,7 +47,7 @@ def family_of(given: Given) -> str:
     return "gpt2" if _norm(given) == "LayerNorm" and _positions(given) == "learned_absolute" else "llama"
 
 
-def model_section(given: Given, family: Optional[str]) -> dict[str, Any]:
+def model_section(given: Given, family: str | None) -> dict[str, Any]:
     """The section `model`: family, sizes and dtype; what is wrong is noted.
 
     Raises:

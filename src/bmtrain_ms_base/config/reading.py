@@ -7,7 +7,7 @@ import json
 import re
 import sys
 from pathlib import Path
-from typing import Any, Mapping, Optional, Sequence, Union
+from typing import Any, Mapping, Sequence
 
 from pydantic import BaseModel, ValidationError
 
@@ -21,7 +21,7 @@ class ConfigError(ValueError):
     """Settings that are wrong; its message is a line for each of them."""
 
 
-def read_settings(path: Optional[str], overrides: Sequence[str], ranks: int, tuning: bool = False) -> Settings:
+def read_settings(path: str | None, overrides: Sequence[str], ranks: int, tuning: bool = False) -> Settings:
     """The settings of a run.
 
     Args:
@@ -131,7 +131,7 @@ def _line(found: Mapping[str, Any]) -> str:
     return f"{place}: {wanted}, not {given!r}"
 
 
-def _names(place: Sequence[Union[str, int]]) -> list[str]:
+def _names(place: Sequence[str | int]) -> list[str]:
     section: Any = Settings
     for part in place:
         section = section.model_fields[part].annotation

@@ -6,7 +6,7 @@ import ast
 import operator
 import re
 from pathlib import PurePosixPath
-from typing import Callable, List, Mapping, NamedTuple, Optional, Sequence, Union
+from typing import Callable, List, Mapping, NamedTuple, Sequence, Union
 
 _ASSIGNMENT = re.compile(r"([A-Za-z_]\w*)(\+?)=")
 _NAME = re.compile(r"[A-Za-z_]\w*|\d+|[@*#?$!]")
@@ -140,7 +140,7 @@ def _expanded(words: Sequence[_Word], values: Mapping[str, _Value]) -> list[str]
 def _fields(word: _Word, values: Mapping[str, _Value]) -> list[str]:
     """What becomes of a word: quoted parts stay whole, what others expand to is split at blanks, arrays are their elements."""
     fields: list[str] = []
-    current: Optional[str] = None
+    current: str | None = None
     for part in word:
         elements = _array(part, values)
         if part.quoted and elements is None:
@@ -162,7 +162,7 @@ def _fields(word: _Word, values: Mapping[str, _Value]) -> list[str]:
     return fields if current is None else [*fields, current]
 
 
-def _array(part: _Part, values: Mapping[str, _Value]) -> Optional[list[str]]:
+def _array(part: _Part, values: Mapping[str, _Value]) -> list[str] | None:
     match = None if part.literal else re.fullmatch(r"\$\{(\w+)\[[@*]\]\}|\$([@*])", part.text)
     if match is None:
         return None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Optional, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -27,9 +27,9 @@ class Batch:
 
     ids: np.ndarray
     targets: np.ndarray
-    weights: Optional[np.ndarray] = None
-    documents: Optional[np.ndarray] = None
-    count: Optional[float] = None
+    weights: np.ndarray | None = None
+    documents: np.ndarray | None = None
+    count: float | None = None
     part: float = 1.0
 
     def __post_init__(self) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from dataclasses import dataclass
-from typing import Any, Mapping, Sequence, Union
+from typing import Any, Mapping, Sequence
 
 from .extras import DataError, needed
 from .rows import MISSING, Problem
@@ -29,7 +29,7 @@ TEMPLATES = {
 }
 
 
-def of_alpaca(values: Mapping[str, Any]) -> Union[Messages, Problem]:
+def of_alpaca(values: Mapping[str, Any]) -> Messages | Problem:
     """A row with an instruction, perhaps an input, a response, and perhaps a system's text and what was said before.
 
     Args:
@@ -55,7 +55,7 @@ def of_alpaca(values: Mapping[str, Any]) -> Union[Messages, Problem]:
     return checked(messages)
 
 
-def of_messages(turns: Any) -> Union[Messages, Problem]:
+def of_messages(turns: Any) -> Messages | Problem:
     """A list of turns, as OpenAI's `messages` (role, content) or ShareGPT's `conversations` (from, value) are."""
     if turns in (MISSING, None):
         return Problem("missing", "no conversation")
@@ -69,7 +69,7 @@ def of_messages(turns: Any) -> Union[Messages, Problem]:
     return checked(messages)
 
 
-def checked(messages: Messages) -> Union[Messages, Problem]:
+def checked(messages: Messages) -> Messages | Problem:
     """The messages, if they are texts and an assistant says something."""
     for i, message in enumerate(messages):
         if not isinstance(message["role"], str) or not isinstance(message["content"], str):
@@ -136,7 +136,7 @@ class ChatTemplate:
         except (self._errors, TypeError, KeyError) as error:
             raise DataError(f"the chat template refuses it: {error}") from error
 
-    def render(self, messages: Messages) -> Union[Rendered, Problem]:
+    def render(self, messages: Messages) -> Rendered | Problem:
         """The text, and what of it is to be learnt."""
         try:
             whole = self.text(messages)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from pathlib import Path
-from typing import Any, Optional, Sequence
+from typing import Any, Sequence
 
 import numpy as np
 
@@ -49,8 +49,8 @@ class GPTData:
         samples: int,
         length: int,
         seed: int = 1234,
-        chosen: Optional[range] = None,
-        cache: Optional[Path] = None,
+        chosen: range | None = None,
+        cache: Path | None = None,
         build: bool = True,
     ):
         self.file = path if isinstance(path, IndexedFile) else IndexedFile(path)
@@ -123,9 +123,7 @@ class Blend:
         DataError: weights that do not fit, or a part that has too few samples.
     """
 
-    def __init__(
-        self, parts: Sequence[Any], weights: Sequence[float], samples: int, cache: Optional[Path] = None, build: bool = True
-    ):
+    def __init__(self, parts: Sequence[Any], weights: Sequence[float], samples: int, cache: Path | None = None, build: bool = True):
         if len(parts) != len(weights) or len({part.length for part in parts}) != 1:
             raise DataError(f"a blend has a weight for each part, and parts of one length; not {len(parts)} and {len(weights)}")
         self._parts, self._weights = list(parts), [float(x) for x in weights]
@@ -171,7 +169,7 @@ def gpt_data(
     length: int,
     split: str = "969,30,1",
     seed: int = 1234,
-    cache: Optional[Path] = None,
+    cache: Path | None = None,
     build: bool = True,
 ) -> list[Any]:
     """Training, validation and test samples of a `--data-path`: a `GPTData` or a `Blend` each, None where there are none.

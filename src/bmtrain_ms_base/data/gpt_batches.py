@@ -5,7 +5,7 @@ from __future__ import annotations
 import bisect
 import dataclasses
 from dataclasses import dataclass
-from typing import Any, Optional, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -73,7 +73,7 @@ class GPTBatches:
         DataError: the ramp does not lead to the batch.
     """
 
-    def __init__(self, data: Samples, global_batch: int, packed: bool = True, ramp_up: Optional[RampUp] = None):
+    def __init__(self, data: Samples, global_batch: int, packed: bool = True, ramp_up: RampUp | None = None):
         self.data, self.global_batch = data, whole("global_batch", global_batch, 1)
         self._packed, self._ramp = packed, ramp_up
         self._phases = _phases(self.global_batch, ramp_up)
@@ -127,7 +127,7 @@ class GPTBatches:
         return tokens[:-1].astype(np.int32), targets, documents[:-1]
 
 
-def samples_for(steps: int, global_batch: int, ramp_up: Optional[RampUp] = None) -> int:
+def samples_for(steps: int, global_batch: int, ramp_up: RampUp | None = None) -> int:
     """How many samples a number of steps consumes.
 
     Raises:
@@ -138,7 +138,7 @@ def samples_for(steps: int, global_batch: int, ramp_up: Optional[RampUp] = None)
     return last.consumed + (steps - last.step) * last.size
 
 
-def _phases(target: int, ramp: Optional[RampUp]) -> list[_Phase]:
+def _phases(target: int, ramp: RampUp | None) -> list[_Phase]:
     if ramp is None:
         return [_Phase(0, 0, target)]
     start, increment, samples = (whole(f"ramp_up.{f.name}", getattr(ramp, f.name)) for f in dataclasses.fields(ramp))

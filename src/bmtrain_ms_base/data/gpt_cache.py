@@ -9,7 +9,7 @@ import json
 import os
 import shutil
 from pathlib import Path
-from typing import Any, Callable, Iterator, Mapping, Optional
+from typing import Any, Callable, Iterator, Mapping
 
 import numpy as np
 import xxhash
@@ -22,7 +22,7 @@ _CONTENTS = "contents.json"  # name of each array -> its form and a hash
 _CHUNK = 1 << 20  # numbers that are hashed at a time
 
 
-def cached(folder: Optional[Path], beside: str, known: Mapping[str, Any], build: Optional[Callable[[], Arrays]]) -> Arrays:
+def cached(folder: Path | None, beside: str, known: Mapping[str, Any], build: Callable[[], Arrays] | None) -> Arrays:
     """The arrays that belong to `known`, mapped from disk, and made first if they are not there or damaged.
 
     Args:
@@ -63,12 +63,12 @@ def cached(folder: Optional[Path], beside: str, known: Mapping[str, Any], build:
     return found
 
 
-def cache_home(folder: Optional[Path], beside: str) -> Optional[Path]:
+def cache_home(folder: Path | None, beside: str) -> Path | None:
     """Where indices that are missing would be made, see `cached`; None where no folder can be written."""
     return next((home for home in _homes(folder, beside) if _writable(home)), None)
 
 
-def _homes(folder: Optional[Path], beside: str) -> list[Path]:
+def _homes(folder: Path | None, beside: str) -> list[Path]:
     if folder is not None:
         return [Path(os.path.expanduser(folder))]
     user = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "bmtrain_ms" / "data"
@@ -90,7 +90,7 @@ def _locked(path: Path) -> Iterator[None]:
         yield
 
 
-def _load(folder: Path, whole: bool = True) -> Optional[Arrays]:
+def _load(folder: Path, whole: bool = True) -> Arrays | None:
     """What a folder has; None if it is not there, or not as it was written, which `whole` looks at byte by byte."""
     try:
         contents = json.loads((folder / _CONTENTS).read_text())

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Any, Optional, Sequence
+from typing import Any, Sequence
 
 import numpy as np
 
@@ -21,7 +21,7 @@ class SplitError(DataError):
     """A split that leaves nothing, where something is asked of it."""
 
 
-def split_ranges(split: str, sequences: int) -> list[Optional[range]]:
+def split_ranges(split: str, sequences: int) -> list[range | None]:
     """The sequences of training, validation and test, as Megatron divides them by e.g. `969,30,1`; None for a part of zero.
 
     Raises:
@@ -34,7 +34,7 @@ def split_ranges(split: str, sequences: int) -> list[Optional[range]]:
     ends = [0.0]
     for part in (np.array(parts) / np.sum(parts)).tolist():
         ends.append(ends[-1] + part)
-    found: list[Optional[range]] = []
+    found: list[range | None] = []
     for name, part, begin, end in zip(("training", "validation", "test"), parts, ends, ends[1:]):
         chosen = range(round(begin * float(sequences)), round(end * float(sequences)))
         if part and not chosen:

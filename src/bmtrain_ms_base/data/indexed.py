@@ -13,7 +13,7 @@ import json
 import os
 import struct
 from pathlib import Path
-from typing import Any, Callable, Iterable, Iterator, Optional, Sequence
+from typing import Any, Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 import xxhash
@@ -148,7 +148,7 @@ class IndexedFile:
         """How many tokens there are."""
         return os.fstat(self._file).st_size // self.dtype.itemsize
 
-    def read(self, sequence: int, start: int = 0, stop: Optional[int] = None) -> np.ndarray:
+    def read(self, sequence: int, start: int = 0, stop: int | None = None) -> np.ndarray:
         """Tokens of a sequence, or those from `start` to `stop` of them.
 
         Raises:
@@ -309,7 +309,7 @@ class IndexedWriter:
         self._files = [open(part, "wb") for part in self._parts]  # noqa: SIM115 - closed by __exit__
         self.sequences = 0
 
-    def add(self, ids: Any, lengths: Optional[Sequence[int]] = None) -> None:
+    def add(self, ids: Any, lengths: Sequence[int] | None = None) -> None:
         """Add a document of one sequence, or of several that have these lengths.
 
         Raises:
@@ -328,7 +328,7 @@ class IndexedWriter:
     def __enter__(self) -> IndexedWriter:
         return self
 
-    def __exit__(self, kind: Optional[type[BaseException]], *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         for file in self._files:
             file.flush()
             os.fsync(file.fileno())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import bisect
 import os
-from typing import Any, Iterator, Mapping, Sequence, Union
+from typing import Any, Iterator, Mapping, Sequence
 
 from . import rows
 from .batch import IGNORED
@@ -53,7 +53,7 @@ class InstructionRecipe:
             default = "conversations" if settings["kind"] == "sharegpt" else "messages"
             self._columns = [settings["keys"].get("turns", default)]
 
-    def rows(self, piece: Piece) -> Iterator[tuple[str, Union[Messages, Problem], int]]:
+    def rows(self, piece: Piece) -> Iterator[tuple[str, Messages | Problem, int]]:
         """(where it is, its messages or what is wrong, how long it is) of each row."""
         for place, values in rows.values(piece, self._columns, absent_ok=True):
             if isinstance(values, Problem):

@@ -9,7 +9,7 @@ import os
 import sys
 import time
 from pathlib import Path
-from typing import Any, Callable, Iterator, Protocol, Sequence, Union
+from typing import Any, Callable, Iterator, Protocol, Sequence
 
 import numpy as np
 
@@ -69,7 +69,7 @@ class TextRecipe:
     def __init__(self, tokenizer: TextTokenizer, keys: Sequence[str], end: Sequence[int]):
         self._tokenizer, self._keys, self._end = tokenizer, keys, list(end)
 
-    def rows(self, piece: Piece) -> Iterator[tuple[str, Union[rows.Texts, rows.Problem], int]]:
+    def rows(self, piece: Piece) -> Iterator[tuple[str, rows.Texts | rows.Problem, int]]:
         """The rows of a piece, see `Recipe.rows`."""
         for place, found in rows.documents(piece, self._keys):
             yield place, found, 0 if isinstance(found, rows.Problem) else sum(len(text) for texts in found for text in texts)

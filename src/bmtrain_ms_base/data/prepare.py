@@ -18,7 +18,7 @@ import sys
 import threading
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Callable, Iterator, Optional, Sequence
+from typing import Any, Callable, Iterator, Sequence
 
 import numpy as np
 
@@ -51,7 +51,7 @@ class PrepareOptions:
     prefix: str
     tokenizer: dict[str, Any]
     keys: Sequence[str] = ("text",)
-    instructions: Optional[dict[str, Any]] = None
+    instructions: dict[str, Any] | None = None
     append_eod: bool = False
     workers: int = 1
     skip: Sequence[str] = ("empty", "long")
@@ -227,7 +227,7 @@ class _Tally:
         self._sizes, self._report = sizes, report
         self._progress = Progress(sum(sizes))
         self._told: dict[int, tuple[int, int]] = {}  # documents and tokens of pieces that are under way
-        self.counts: list[Optional[dict[str, Any]]] = [None] * len(sizes)
+        self.counts: list[dict[str, Any] | None] = [None] * len(sizes)
         for number in range(len(sizes)):
             with contextlib.suppress(FileNotFoundError):
                 self.tell({**json.loads(piece_file(folder, number, "json").read_text()), "done": True}, aloud=False)
@@ -268,7 +268,7 @@ def _one_thread() -> Iterator[None]:
 
 def _share(folder: Path, waiting: list[int], workers: int, tell: Callable[[dict[str, Any]], None]) -> None:
     """Have workers do pieces, the next one for whoever is done with its last."""
-    reports: queue.Queue[tuple[int, Optional[str]]] = queue.Queue()
+    reports: queue.Queue[tuple[int, str | None]] = queue.Queue()
     words, environment = command(folder)
 
     def listen(which: int, pipe: Any) -> None:

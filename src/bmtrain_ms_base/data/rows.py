@@ -9,7 +9,7 @@ import io
 import json
 import re
 from dataclasses import dataclass
-from typing import Any, BinaryIO, Iterator, Sequence, Union, cast
+from typing import Any, BinaryIO, Iterator, Sequence, cast
 
 from .extras import needed
 from .sources import Piece, SourceError
@@ -40,7 +40,7 @@ class Problem:
 Texts = list[list[str]]  # for each key the texts of a document: one, or one for each sentence
 
 
-def documents(piece: Piece, keys: Sequence[str]) -> Iterator[tuple[str, Union[Texts, Problem]]]:
+def documents(piece: Piece, keys: Sequence[str]) -> Iterator[tuple[str, Texts | Problem]]:
     """(where it is, its texts or what is wrong with it) of each row of a piece, in order.
 
     Raises:
@@ -50,7 +50,7 @@ def documents(piece: Piece, keys: Sequence[str]) -> Iterator[tuple[str, Union[Te
         yield place, row if isinstance(row, Problem) else _texts(row, keys)
 
 
-def values(piece: Piece, keys: Sequence[str], absent_ok: bool = False) -> Iterator[tuple[str, Union[list[Any], Problem]]]:
+def values(piece: Piece, keys: Sequence[str], absent_ok: bool = False) -> Iterator[tuple[str, list[Any] | Problem]]:
     """(where it is, its values or what is wrong with it) of each row of a piece; what it lacks is `MISSING`.
 
     Args:
@@ -83,7 +83,7 @@ def values(piece: Piece, keys: Sequence[str], absent_ok: bool = False) -> Iterat
 MISSING = object()
 
 
-def _texts(row: list[Any], keys: Sequence[str]) -> Union[Texts, Problem]:
+def _texts(row: list[Any], keys: Sequence[str]) -> Texts | Problem:
     found: Texts = []
     for key, value in zip(keys, row):
         if value is MISSING or value is None:
@@ -110,7 +110,7 @@ def _is_utf8(text: str) -> bool:
         return False
 
 
-def _parsed(line: Union[str, bytes], keys: Sequence[str]) -> Union[list[Any], Problem]:
+def _parsed(line: str | bytes, keys: Sequence[str]) -> list[Any] | Problem:
     if not line.strip():
         return Problem("empty", "the line is blank")
     try:
@@ -121,13 +121,13 @@ def _parsed(line: Union[str, bytes], keys: Sequence[str]) -> Union[list[Any], Pr
         return Problem("broken", f"no JSON: {error}")
 
 
-def _picked(row: Any, keys: Sequence[str]) -> Union[list[Any], Problem]:
+def _picked(row: Any, keys: Sequence[str]) -> list[Any] | Problem:
     if not isinstance(row, dict):
         return Problem("broken", f"a row is an object of JSON, not {json.dumps(row)[:60]}")
     return [row.get(key, MISSING) for key in keys]
 
 
-def _lines(piece: Piece, file: BinaryIO) -> Iterator[tuple[str, Union[str, bytes]]]:
+def _lines(piece: Piece, file: BinaryIO) -> Iterator[tuple[str, str | bytes]]:
     """The lines whose first byte lies in the piece; text of a file of lines is decoded, whatever it is."""
     text = piece.source.kind == "txt"
     place = 0
@@ -145,7 +145,7 @@ def _lines(piece: Piece, file: BinaryIO) -> Iterator[tuple[str, Union[str, bytes
         place += len(line)
 
 
-def _table(piece: Piece, file: BinaryIO, keys: Sequence[str], absent_ok: bool) -> Iterator[tuple[str, Union[list[Any], Problem]]]:
+def _table(piece: Piece, file: BinaryIO, keys: Sequence[str], absent_ok: bool) -> Iterator[tuple[str, list[Any] | Problem]]:
     csv.field_size_limit(1 << 30)
     with _decoded(file) as text:
         reader = csv.reader(text, "excel-tab" if piece.source.kind == "tsv" else "excel", strict=True)
@@ -174,7 +174,7 @@ def _begins_array(file: BinaryIO) -> bool:
     return peeked.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"[")
 
 
-def _array(piece: Piece, file: BinaryIO, keys: Sequence[str]) -> Iterator[tuple[str, Union[list[Any], Problem]]]:
+def _array(piece: Piece, file: BinaryIO, keys: Sequence[str]) -> Iterator[tuple[str, list[Any] | Problem]]:
     """The elements of one array of JSON, without ever holding all of it."""
     with _decoded(file) as text:
         decoder, number, wanted, ended = json.JSONDecoder(), 0, _READ, False

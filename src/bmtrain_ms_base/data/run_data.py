@@ -6,7 +6,7 @@ import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Callable, Optional, Sequence
+from typing import Any, Callable, Sequence
 
 from .extras import DataError
 from .instructions import OUTPUTS
@@ -26,10 +26,10 @@ class RunText:
 
     text: Sequence[str]
     key: str
-    handler: Optional[str]
-    template: Optional[str]
-    tokenizer: Optional[str]
-    vocab_size: Optional[int]
+    handler: str | None
+    template: str | None
+    tokenizer: str | None
+    vocab_size: int | None
     length: int
     workers: int
 

@@ -15,7 +15,7 @@ import socket
 import threading
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Callable, Iterator, Mapping, Optional, Sequence, TypeVar
+from typing import Any, Callable, Iterator, Mapping, Sequence, TypeVar
 
 from .extras import DataError
 
@@ -69,7 +69,7 @@ class Storage:
         StorageError: ranks do not agree on `shared`, or a host has no rank of number 0.
     """
 
-    def __init__(self, place: Place, folders: Sequence[Optional[Path]] = (), shared: Optional[bool] = None):
+    def __init__(self, place: Place, folders: Sequence[Path | None] = (), shared: bool | None = None):
         self.place = place
         facts = place.gather([place.host, place.local_rank, place.name, shared, len(folders)])
         self._hosts: list[int] = [fact[0] for fact in facts]
@@ -97,7 +97,7 @@ class Storage:
     def _of_host(self) -> int:
         return self._first[self.place.host]
 
-    def _looked_for(self, folders: Sequence[Optional[Path]]) -> list[int]:
+    def _looked_for(self, folders: Sequence[Path | None]) -> list[int]:
         """For each folder the first rank of the first host whose file is seen here; this host's where there is none."""
         names = self.place.gather(f".bmtrain_ms-{secrets.token_hex(8)}.marker" if self.place.local_rank == 0 else "")
         written: list[Path] = []
@@ -113,7 +113,7 @@ class Storage:
             for path in written:
                 path.unlink(missing_ok=True)
 
-    def _seen(self, folder: Optional[Path], names: Sequence[str]) -> int:
+    def _seen(self, folder: Path | None, names: Sequence[str]) -> int:
         if folder is None:
             return self._of_host
         return next((first for first in self._first.values() if (folder / names[first]).exists()), self._of_host)
@@ -219,7 +219,7 @@ class _Work:
 
     def __init__(self, make: Callable[[], Any]):
         self._make, self._made = make, None
-        self.error: Optional[BaseException] = None
+        self.error: BaseException | None = None
         self._thread = threading.Thread(target=self._run, daemon=True, name="bmtrain_ms data")
         self._thread.start()
 
@@ -229,7 +229,7 @@ class _Work:
         except BaseException as error:  # whatever it is: the other ranks wait
             self.error = error
 
-    def answer(self, seconds: float) -> Optional[str]:
+    def answer(self, seconds: float) -> str | None:
         """After so many seconds at most: None: it is at work; an empty text: done; or why it has failed."""
         self._thread.join(seconds)
         if self._thread.is_alive():
@@ -244,7 +244,7 @@ def _listed(numbers: Sequence[int]) -> str:
     return ", ".join(map(str, numbers))
 
 
-def _written(folders: Sequence[Optional[Path]], name: str) -> Iterator[Path]:
+def _written(folders: Sequence[Path | None], name: str) -> Iterator[Path]:
     """Files of that name, where they can be made."""
     for folder in dict.fromkeys(folders):
         try:

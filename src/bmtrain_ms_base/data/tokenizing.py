@@ -7,7 +7,7 @@ import binascii
 import json
 import os
 from pathlib import Path
-from typing import Any, Optional, Protocol, Sequence
+from typing import Any, Protocol, Sequence
 
 import xxhash
 
@@ -41,7 +41,7 @@ class TextTokenizer(Protocol):
     """
 
     vocab_size: int
-    end: Optional[int]
+    end: int | None
     digest: str
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
@@ -100,7 +100,7 @@ def _chosen(path: str, kind: str) -> tuple[str, str]:
     folder = Path(path)
     names = [folder] if folder.is_file() else sorted(folder.iterdir())
 
-    def first(*ends: str) -> Optional[str]:
+    def first(*ends: str) -> str | None:
         return next((str(name) for end in ends for name in names if name.name.endswith(end)), None)
 
     tiktoken = first(".tiktoken", "tiktoken.model")
@@ -149,7 +149,7 @@ class _Known:
     """What the tokenizers of files have in common."""
 
     vocab_size: int
-    end: Optional[int] = None
+    end: int | None = None
     digest: str
 
     def __init__(self, path: str):
@@ -163,15 +163,15 @@ class _Known:
         """The text that ids stand for, see `TextTokenizer`."""
         raise NotImplementedError
 
-    def id_of(self, token: str) -> Optional[int]:
+    def id_of(self, token: str) -> int | None:
         """The id of a special token, or None."""
         raise NotImplementedError
 
-    def named(self, token: Any) -> Optional[int]:
+    def named(self, token: Any) -> int | None:
         """The id of a token as a config names it, which may be null; None: there is none. "None" is a word."""
         return self.id_of(token) if isinstance(token, str) else None
 
-    def find_end(self, name: Any, given: bool) -> Optional[int]:
+    def find_end(self, name: Any, given: bool) -> int | None:
         """The token that ends documents."""
         found = self.named(name)
         if found is None and given:
@@ -237,7 +237,7 @@ class HuggingFace(_Known):
         """Ids and the characters that each is made of, without tokens around the text."""
         return [(found.ids, found.offsets) for found in self._tokenizer.encode_batch(list(texts), add_special_tokens=False)]
 
-    def id_of(self, token: str) -> Optional[int]:
+    def id_of(self, token: str) -> int | None:
         """The id of a token, or None."""
         return self._tokenizer.token_to_id(token)
 
@@ -268,12 +268,12 @@ class _SentencePiece(_Known):
         """The text that ids stand for, see `TextTokenizer`."""
         return self._model.decode([int(x) for x in ids])
 
-    def id_of(self, token: str) -> Optional[int]:
+    def id_of(self, token: str) -> int | None:
         """The id of a token, or None."""
         found = self._model.piece_to_id(token)
         return None if found == self._model.unk_id() else found
 
-    def find_end(self, name: Any, given: bool) -> Optional[int]:
+    def find_end(self, name: Any, given: bool) -> int | None:
         """See `_Known`; the model itself knows which it is."""
         if not given and self._model.eos_id() >= 0:
             return self._model.eos_id()
@@ -313,7 +313,7 @@ class _TikToken(_Known):
         special = set(self._special.values())
         return self._encoding.decode([int(x) for x in ids if int(x) not in special])
 
-    def id_of(self, token: str) -> Optional[int]:
+    def id_of(self, token: str) -> int | None:
         """The id of a special token, or None."""
         return self._special.get(token)
 
@@ -343,7 +343,7 @@ class NullTokenizer:
     def __init__(self, size: str):
         if not size.isdigit() or int(size) < 1:
             raise TokenizerError(f"the null tokenizer takes how many ids there are (--vocab-size), not {size!r}")
-        self.end: Optional[int] = int(size)
+        self.end: int | None = int(size)
         self.vocab_size = int(size) + 1
         self.digest = f"null-{size}"
 

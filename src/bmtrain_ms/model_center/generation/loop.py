@@ -6,7 +6,7 @@ import contextlib
 import inspect
 import reprlib
 from dataclasses import dataclass
-from typing import Any, Callable, Iterator, Optional, Sequence, Union
+from typing import Any, Callable, Iterator, Sequence
 
 import mindspore as ms
 import numpy as np
@@ -41,7 +41,7 @@ class _Settings:
     length_penalty: float
     sequences: int
     ends: Any
-    stop: Optional[Callable[[list[int]], bool]]
+    stop: Callable[[list[int]], bool] | None
     seed: int
 
     def __post_init__(self) -> None:
@@ -84,10 +84,10 @@ def generate(
     num_beams: int = 1,
     length_penalty: float = 1.0,
     num_return_sequences: int = 1,
-    eos_id: Union[int, Sequence[int], None] = None,
-    stop: Optional[Callable[[list[int]], bool]] = None,
+    eos_id: int | Sequence[int] | None = None,
+    stop: Callable[[list[int]], bool] | None = None,
     seed: int = 0,
-    on_token: Optional[Callable[[np.ndarray], None]] = None,
+    on_token: Callable[[np.ndarray], None] | None = None,
 ) -> list[list[int]]:
     """Continue each prompt. All ranks call it together, with as many new tokens; their prompts may differ.
 
@@ -145,7 +145,7 @@ def stop_strings(decode: Callable[[list[int]], str], strings: Sequence[str], lon
 
 
 def _sampled(
-    model: Any, prompts: list[np.ndarray], settings: _Settings, on_token: Optional[Callable[[np.ndarray], None]]
+    model: Any, prompts: list[np.ndarray], settings: _Settings, on_token: Callable[[np.ndarray], None] | None
 ) -> list[list[int]]:
     rows = [prompt for prompt in prompts for _ in range(settings.sequences)]
     results: list[list[int]] = [[] for _ in rows]

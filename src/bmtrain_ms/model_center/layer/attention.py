@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Optional
+from typing import Any
 
 import mindspore as ms
 from mindspore import Tensor, nn
@@ -38,17 +38,17 @@ class Attention(nn.Cell):
         dim_in: int,
         num_heads: int,
         dim_head: int,
-        num_heads_kv: Optional[int] = None,
+        num_heads_kv: int | None = None,
         bias: bool = False,
         dtype: Any = ms.float32,
         init_std: float = 0.02,
-        rotary: Optional[RotaryEmbedding] = None,
+        rotary: RotaryEmbedding | None = None,
         *,
-        out_bias: Optional[bool] = None,
-        qk_norm_eps: Optional[float] = None,
-        scale: Optional[float] = None,
-        softcap: Optional[float] = None,
-        window: Optional[int] = None,
+        out_bias: bool | None = None,
+        qk_norm_eps: float | None = None,
+        scale: float | None = None,
+        softcap: float | None = None,
+        window: int | None = None,
     ):
         super().__init__()
         self.num_heads, self.dim_head, self.rotary = num_heads, dim_head, rotary
@@ -86,7 +86,7 @@ class Attention(nn.Cell):
         self.v_proj = ColumnParallelLinear.of(self.v_proj, parts=shared)
         self.num_heads, self.num_heads_kv = self.num_heads // ranks, self.num_heads_kv // shared
 
-    def construct(self, hidden: Tensor, positions: Positions, cache: Optional[LayerCache] = None) -> Tensor:
+    def construct(self, hidden: Tensor, positions: Positions, cache: LayerCache | None = None) -> Tensor:
         """hidden (tokens, dim_in) -> (tokens, dim_in); with a cache, tokens before these are looked at too."""
         batch, length = positions.batch, positions.length
         angles = None if self.rotary is None else positions.angles(self.rotary)

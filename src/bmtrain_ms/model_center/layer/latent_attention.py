@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Optional
+from typing import Any
 
 import mindspore as ms
 from mindspore import Tensor, nn, ops
@@ -43,7 +43,7 @@ class LatentAttention(nn.Cell):
         dim_nope: int,
         dim_rope: int,
         dim_value: int,
-        q_rank: Optional[int],
+        q_rank: int | None,
         kv_rank: int,
         rotary: RotaryEmbedding,
         *,
@@ -88,7 +88,7 @@ class LatentAttention(nn.Cell):
         self.kv_b_proj.gather_input = False  # the latent vectors travel with the rotated part, once
         self.o_proj = RowParallelLinear.of(self.o_proj)
 
-    def construct(self, hidden: Tensor, positions: Positions, cache: Optional[LayerCache] = None) -> Tensor:
+    def construct(self, hidden: Tensor, positions: Positions, cache: LayerCache | None = None) -> Tensor:
         """hidden (tokens, dim_in) -> (tokens, dim_in); with a cache, tokens before these are looked at too."""
         q_plain, q_turned = self._queries(hidden, positions)
         latent, k_turned = self._latent(hidden, positions)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Callable, Iterable, Optional
+from typing import Any, Callable, Iterable
 
 import mindspore as ms
 import numpy as np
@@ -42,7 +42,7 @@ class DecoderLayer(nn.Cell):
         self.mlp = mlp
         self.mlp_out_norm = norm() if sandwich else None
 
-    def construct(self, hidden: Tensor, positions: Positions, cache: Optional[LayerCache] = None) -> Tensor:
+    def construct(self, hidden: Tensor, positions: Positions, cache: LayerCache | None = None) -> Tensor:
         """hidden (tokens, dim_model) -> (tokens, dim_model)."""
         mixed = self.self_attn(self.input_layernorm(hidden), positions, cache)
         hidden = self._added(hidden, mixed, self.attention_out_norm)
@@ -50,7 +50,7 @@ class DecoderLayer(nn.Cell):
         out = self.mlp(x, positions.routing) if isinstance(self.mlp, MoE) else self.mlp(x)
         return self._added(hidden, out, self.mlp_out_norm)
 
-    def _added(self, hidden: Tensor, branch: Tensor, norm: Optional[nn.Cell]) -> Tensor:
+    def _added(self, hidden: Tensor, branch: Tensor, norm: nn.Cell | None) -> Tensor:
         branch = branch if norm is None else norm(branch)
         return functional.add(hidden, branch if self.scale == 1.0 else branch * self.scale)
 
@@ -71,11 +71,11 @@ class TransformerBlock(DecoderLayer):
         dim_ff: int,
         num_heads: int,
         dim_head: int,
-        num_heads_kv: Optional[int] = None,
+        num_heads_kv: int | None = None,
         norm_eps: float = 1e-5,
         dtype: Any = ms.float32,
         init_std: float = 0.02,
-        rotary: Optional[RotaryEmbedding] = None,
+        rotary: RotaryEmbedding | None = None,
     ):
         attention = Attention(dim_model, num_heads, dim_head, num_heads_kv, dtype=dtype, init_std=init_std, rotary=rotary)
         mlp = FeedForward(dim_model, dim_ff, dtype=dtype, init_std=init_std)
@@ -97,8 +97,8 @@ class Encoder(nn.Cell):
         self,
         layers: Iterable[nn.Cell],
         norm: nn.Cell,
-        embed_tokens: Optional[nn.Cell] = None,
-        embed_positions: Optional[nn.Cell] = None,
+        embed_tokens: nn.Cell | None = None,
+        embed_positions: nn.Cell | None = None,
         embed_scale: float = 1.0,
     ):
         super().__init__()
@@ -125,7 +125,7 @@ class Encoder(nn.Cell):
             hidden = hidden + self.embed_positions(from_host(places[positions.part]))
         return hidden
 
-    def construct(self, hidden: Tensor, positions: Positions, cache: Optional[KeyValueCache] = None) -> Tensor:
+    def construct(self, hidden: Tensor, positions: Positions, cache: KeyValueCache | None = None) -> Tensor:
         """hidden (tokens, dim), or ids (tokens,) of int32 where there is an embedding -> (tokens, dim).
 
         Divided, it takes all tokens on every rank and returns this rank's part of them; behind the last ones come rows of zeros

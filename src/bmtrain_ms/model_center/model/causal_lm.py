@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, ClassVar, Iterable, Optional, Sequence, TypeVar, Union
+from typing import Any, ClassVar, Iterable, Sequence, TypeVar
 
 import mindspore as ms
 from mindspore import Tensor, nn
@@ -46,13 +46,13 @@ class CausalLM(nn.Cell):
         layers: Iterable[nn.Cell],
         norm: nn.Cell,
         *,
-        embed_positions: Optional[nn.Cell] = None,
+        embed_positions: nn.Cell | None = None,
         embed_scale: float = 1.0,
         head_scale: float = 1.0,
     ):
         super().__init__()
         self.config, self.head_scale = config, head_scale
-        self.loaded_from: Optional[Path] = None  # a folder of Hugging Face's
+        self.loaded_from: Path | None = None  # a folder of Hugging Face's
         settings = {"dtype": getattr(ms, config.dtype), "init_std": config.embed_std or config.init_std}
         embed_tokens = Embedding(config.vocab_size, config.dim_model, **settings)
         self.model = Encoder(layers, norm, embed_tokens, embed_positions, embed_scale)
@@ -61,10 +61,10 @@ class CausalLM(nn.Cell):
     @classmethod
     def from_pretrained(
         cls: type[Model],
-        folder: Union[str, Path],
-        how: Optional[Spread] = None,
-        stages: Union[str, Sequence[int], Stages, None] = None,
-        dtype: Optional[str] = None,
+        folder: str | Path,
+        how: Spread | None = None,
+        stages: str | Sequence[int] | Stages | None = None,
+        dtype: str | None = None,
         *,
         pickles: bool = False,
         **changes: Any,
@@ -99,10 +99,10 @@ class CausalLM(nn.Cell):
 
     def save_pretrained(
         self,
-        folder: Union[str, Path],
+        folder: str | Path,
         *,
-        source: Union[str, Path, None] = None,
-        max_shard_size: Union[int, str] = "5GB",
+        source: str | Path | None = None,
+        max_shard_size: int | str = "5GB",
         proven: bool = True,
     ) -> None:
         """Write a folder that `transformers` loads: safetensors files, their index, the config, and what belongs beside them.
@@ -131,9 +131,9 @@ class CausalLM(nn.Cell):
     def construct(
         self,
         input_ids: Tensor,
-        padding: Optional[Tensor] = None,
-        cache: Optional[KeyValueCache] = None,
-        documents: Optional[Tensor] = None,
+        padding: Tensor | None = None,
+        cache: KeyValueCache | None = None,
+        documents: Tensor | None = None,
         last_only: bool = False,
     ) -> Tensor:
         """
@@ -156,8 +156,8 @@ class CausalLM(nn.Cell):
         self,
         input_ids: Tensor,
         targets: Tensor,
-        padding: Optional[Tensor] = None,
-        documents: Optional[Tensor] = None,
+        padding: Tensor | None = None,
+        documents: Tensor | None = None,
         weight: float = 1.0,
         **options: Any,
     ) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import warnings
 from dataclasses import dataclass, field
-from typing import Any, Callable, Iterable, Mapping, Optional, Sequence, Union
+from typing import Any, Callable, Iterable, Mapping, Sequence
 
 Box = tuple[slice, ...]
 
@@ -161,7 +161,7 @@ class Family:
 
     model_types: tuple[str, ...]
     architecture: str
-    fields: Mapping[str, Optional[str]] = field(default_factory=dict)
+    fields: Mapping[str, str | None] = field(default_factory=dict)
     fixed: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     defaults: Mapping[str, Any] = field(default_factory=dict)
     ignored: Iterable[str] = ()
@@ -269,7 +269,7 @@ def transposed(pattern: str, name: str) -> Rule:
     return Rule(pattern, pieces)
 
 
-def experts(pattern: str, single: str, fused: Union[str, None] = None, part: tuple[int, int] = (0, 1)) -> Rule:
+def experts(pattern: str, single: str, fused: str | None = None, part: tuple[int, int] = (0, 1)) -> Rule:
     """(experts, out, in): a tensor for each expert, called `single` with `{e}` for its number; or one for all, called `fused`,
     whose dim 1 has `part[1]` equal parts, of which this is number `part[0]` (transformers 5, in memory)."""
 

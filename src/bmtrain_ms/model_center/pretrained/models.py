@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from pathlib import Path
-from typing import Any, Mapping, Optional
+from typing import Any, Mapping
 
 import mindspore as ms
 import numpy as np
@@ -168,7 +168,7 @@ def _check_tie(path: Path, entry: Entry, source: Source) -> None:
         )
 
 
-def write_pretrained(model: Any, folder: str | Path, source: Optional[Path], max_shard_size: int | str) -> list[Path]:
+def write_pretrained(model: Any, folder: str | Path, source: Path | None, max_shard_size: int | str) -> list[Path]:
     """Write the parameters of a model, plain or spread, as Hugging Face has them; rank 0 writes, a piece of a tensor at a time.
 
     Args:
