@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 from mindspore import Parameter, Tensor
 
+from bmtrain_ms import DistributedParameter
+from bmtrain_ms.comm import Mesh, RecordingEngine, SimulatedEngine, World, world
 from bmtrain_ms.lr_scheduler import NoDecay
 from bmtrain_ms.optim import AdamOptimizer, GradientOverflowError, OptimManager, StepResult
 from tests.helpers.optim import Setting, copy_tensors, parameters, same, values
@@ -404,3 +406,19 @@ def test_manager_state_with_tensors(gather):
         s.run(3)
     assert same(first.everything(), second.everything())
     assert first.manager.state_dict(tensors=False) == second.manager.state_dict(tensors=False)
+
+
+def test_a_manager_of_another_world_steps_among_its_ranks():
+    """The current world has one rank; what is told, counted and cleared belongs to the one that was given."""
+    given = World(RecordingEngine(SimulatedEngine(0, 2)), Mesh(2, 0))
+    p = DistributedParameter(np.ones(4, np.float32), in_world=given, name="p")
+    manager = OptimManager(in_world=given)
+    manager.add_optimizer(AdamOptimizer([p], lr=0.5))
+    manager.backward(lambda: (p.gather() * 3.0).sum())
+    # this rank's half of the gradient, which is 3 everywhere: a simulated rank gets back what it gave
+    assert manager.clip_grad_norm(manager.optimizers[0].param_groups, 1.0) == pytest.approx(3 * 2**0.5)
+    before = world().everyone.clock.step
+    assert manager.step()
+    np.testing.assert_allclose(p.asnumpy(), 0.5, rtol=1e-5)
+    assert [name for name, _ in given.everyone.calls()] == ["all_gather", "reduce_scatter", "all_reduce"]
+    assert (given.everyone.clock.step, world().everyone.clock.step) == (1, before)
