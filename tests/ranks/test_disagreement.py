@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from typing import Any, Callable
 
 import mindspore as ms
@@ -249,3 +250,60 @@ def flood(world: Any) -> None:
 
 def test_many_operations_and_many_tensors(run_ranks: Callable):
     run_ranks(2, flood)
+
+
+def decided(world: Any, kind: str, what: str) -> str:
+    """The error of three steps, of which the odd rank makes the second by a decision of its own."""
+    engine = make_engine(kind)
+    with use_world(dataclasses.replace(world, everyone=engine)):
+        model = Model("", use_checkpoint=True)
+        model.check_names_and_refresh_name()
+        manager, x = bms.optim.OptimManager(), from_host(np.ones(4, np.float32))
+        optimizer = bms.optim.AdamOptimizer(model.trainable_params(), lr=0.5)
+        manager.add_optimizer(optimizer)
+        with pytest.raises(CommError) as caught:
+            for step in range(3):
+                manager.zero_grad()
+                manager.backward(lambda: model(x))
+                odd = step == 1 and engine.rank == ODD
+                if what == "clip":
+                    manager.clip_grad_norm(optimizer.param_groups, 0.25 if odd else 2.0)
+                if what == "zero" and odd:
+                    manager.zero_grad()
+                if what in ("lr", "betas") and odd:
+                    optimizer.param_groups[0][what] = 0.125 if what == "lr" else (0.5, 0.75)
+                if what == "discard" and odd:
+                    manager.discard_step()
+                elif not (what == "left out" and odd):
+                    manager.step()
+    engine.close()
+    return str(caught.value)
+
+
+DECIDED = {  # what the odd rank and the others are said to be; {}: a digest of settings
+    "left out": ("at step 8, after a step with rates 0.5 {}", "at step 9, after a step with rates 0.5 {}"),
+    "clip": (
+        "at step 9, after a step with rates 0.5, clipped to 0.25 {}",
+        "at step 9, after a step with rates 0.5, clipped to 2 {}",
+    ),
+    "zero": ("at step 9, after a step with no gradients, rates 0.5 {}", "at step 9, after a step with rates 0.5 {}"),
+    "lr": ("at step 9, after a step with rates 0.125 {}", "at step 9, after a step with rates 0.5 {}"),
+    "betas": ("at step 9, after a step with rates 0.5 {}", "at step 9, after a step with rates 0.5 {}"),
+    "discard": ("at step 9, after a step that was discarded", "at step 9, after a step with rates 0.5 {}"),
+}
+
+
+@pytest.mark.parametrize("what", DECIDED)
+@pytest.mark.parametrize("kind", ["node", "mpi"])
+def test_another_rule(run_ranks: Callable, kind: str, what: str):
+    """Each rank updates its shards, so one model would be updated by two rules: noticed when it is gathered next."""
+    odd, others = DECIDED[what]
+    digests = set()
+    for rank, text in enumerate(run_ranks(2, decided, kind=kind, what=what)):
+        digests.update(re.findall(r"\(other settings: ([0-9a-f]{8})\)", text))
+        text = re.sub(r"\(other settings: [0-9a-f]{8}\)", "{}", text)
+        mine, theirs = (odd, others) if rank == ODD else (others, odd)
+        assert f"rank {1 - rank} is {theirs}, and this rank {mine}: parameters would be updated by different rules" in text or (
+            f"rank {rank} is {mine}, and this rank {theirs}" in text and text.startswith(f"rank {1 - rank} failed: ")
+        ), text
+    assert len(digests) == (2 if what == "betas" else 1)

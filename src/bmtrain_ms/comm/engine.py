@@ -33,14 +33,20 @@ class CommTimeoutError(CommError):
 
 @dataclass
 class Clock:
-    """The training step, shared by all engines of a process so that errors can name it, and the launcher when the process ends."""
+    """The training step, shared by all engines of a process so that errors can name it, and the launcher when the process ends.
+
+    Attributes:
+        step: how many were made, skipped ones included.
+        rule: what the last one was made by (rates, clipping), in words: the same on all ranks that share parameters.
+    """
 
     step: int = 0
+    rule: str = ""
 
-    def __setattr__(self, name: str, step: int) -> None:
-        super().__setattr__(name, step)
-        if step:  # 0 is that of a new clock, of which there may be several
-            note(step)
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name == "step" and value:  # 0 is that of a new clock, of which there may be several
+            note(value)
 
 
 def note(step: int, doing: str = "") -> None:
@@ -57,10 +63,12 @@ class Label(str):
     """
 
     detail: tuple[str, ...]
+    one_rule: bool
 
-    def __new__(cls, text: str, detail: Sequence[str] = ()) -> Label:
+    def __new__(cls, text: str, detail: Sequence[str] = (), one_rule: bool = True) -> Label:
+        """`one_rule`: all who take part have updated their parameters by the same rule (`Clock.rule`)."""
         made = super().__new__(cls, text)
-        made.detail = tuple(detail)
+        made.detail, made.one_rule = tuple(detail), one_rule
         return made
 
 

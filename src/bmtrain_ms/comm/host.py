@@ -233,7 +233,10 @@ class HostEngine(Engine):
     ) -> Work:
         """`kind`: what else must be the same on every rank.  `pair`: (sender, receiver) of a message.  `root`: of a broadcast."""
         kind = kind if root is None else f"from rank {root}"
-        signature = signature_of(op, kind, label, arrays) if pair is None else signature_of("message", kind, "", arrays)
+        signature = signature_of("message", kind, "", arrays)
+        if pair is None:
+            rule = self.clock.rule if getattr(label, "one_rule", False) else ""
+            signature = signature_of(op, kind, label, arrays, f"at step {self.clock.step}{rule and f', after {rule}'}")
         self._note(op, label)
         peer = "" if pair is None else f" to rank {pair[1]}" if op == "send" else f" from rank {pair[0]}"
         return self._submit(Operation(op, pair, root, self._what(op + peer, label), signature, out, stages, arrays))
@@ -248,12 +251,12 @@ class HostEngine(Engine):
         return shared_tensor(np.empty(shape, numpy_dtype(dtype)))
 
 
-def signature_of(op: str, kind: str, label: str, arrays: Rows) -> str:
-    """What must agree between ranks: the operation, then one line for each tensor."""
+def signature_of(op: str, kind: str, label: str, arrays: Rows, when: str = "") -> str:
+    """What must agree between ranks: the operation, when it is issued, then one line for each tensor."""
     first = " ".join(filter(None, (op, kind))) + (f" ({label})" if label else "")
     sizes = "tensors of " + ", ".join(f"{x.size} {x.dtype}" for x in arrays)
     detail = getattr(label, "detail", ())
-    text = "\n".join([first, *detail, sizes])
+    text = "\n".join([first, when, *detail, sizes])
     if len(text.encode()) <= LARGEST_SIGNATURE:
         return text
     digest = hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
@@ -266,9 +269,15 @@ def disagreement(mine: str, theirs: str, peer: int) -> str:
     advice = "Every rank must issue the same operations in the same order: look for a branch that only some ranks take"
     if here[0] != there[0]:
         return f"rank {peer} issued {there[0]} instead. {advice}"
+    if here[1] != there[1]:
+        return (
+            f"rank {peer} is {there[1]}, and this rank {here[1]}: parameters would be updated by different rules. Every rank must "
+            "call step, zero_grad and clip_grad_norm alike and set the same rates: decide by what all know, e.g. the mean loss "
+            "(bmtrain_ms.distributed.all_reduce)"
+        )
     alike = "The models must be built alike on every rank"
     mine_only, theirs_only = here[len(there) - 1 : -1], there[len(here) - 1 : -1]
-    for a, b in zip(here[1:-1], there[1:-1]):
+    for a, b in zip(here[2:-1], there[2:-1]):
         if a != b:
             return f"rank {peer} has {b} where this rank has {a}. {alike}"
     if mine_only or theirs_only:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any, Protocol, Sequence, runtime_checkable
 
+import xxhash
 from mindspore import Parameter, Tensor
 
 from .state import StateTensors
@@ -74,6 +76,15 @@ class Schedule(Protocol):
     def check_state_dict(self, state: Any) -> Any:
         """What `load_state_dict` takes of `state`; raises ValueError where it would take nothing, and changes nothing."""
         ...
+
+
+def rule_of(drivers: Sequence[Driver], has_gradients: bool, max_norm: float | None) -> str:
+    """What a step is made by, in words that are the same on all ranks that decide alike: rates, clipping, a digest of the rest."""
+    groups = [{name: x for name, x in group.items() if name != "names"} for driver in drivers for group in driver.settings()]
+    rates = ", ".join(f"{float(group.pop('lr')):.9g}" for group in groups if "lr" in group)
+    clipped = "" if max_norm is None else f", clipped to {float(max_norm):.9g}"
+    rest = xxhash.xxh32_hexdigest(json.dumps(groups, default=lambda x: type(x).__name__).encode())
+    return f"a step with {'' if has_gradients else 'no gradients, '}rates {rates or 'unknown'}{clipped} (other settings: {rest})"
 
 
 class OtherOptimizer:

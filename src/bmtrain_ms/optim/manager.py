@@ -21,7 +21,7 @@ from ..ops.in_place import add_, scale_, square_sum
 from ..parallel import Scheduled
 from ..zero import DistributedParameter, context_of
 from .base import average_whole
-from .driver import Driver, Schedule
+from .driver import Driver, Schedule, rule_of
 from .native import adapted, adapted_schedule
 from .norms import checked_order, counts_here, parameters_of, total_norm
 from .overflow import GradientOverflowError, advice
@@ -111,6 +111,7 @@ class OptimManager:
         self._stepped = True  # the gradients that are there have been used
         self._grad_scale = grad_scale
         self._grad_norm: float | None = None
+        self._max_norm: float | None = None  # that gradients were clipped to
         self._grads: dict[int, Tensor] = {}  # id of parameter -> float32 shard of the scaled gradient
         self._elsewhere: set[int] = set()  # ids of those that another rank counts in norms
         context_of(self._world).managers.add(self)
@@ -267,6 +268,7 @@ class OptimManager:
             for i in ids:
                 self._grads[i] = scale_(self._grads[i], coefficient)
         self._grad_norm = unscaled = norm / self.grads_scale
+        self._max_norm = max_norm
         return unscaled
 
     def step(self) -> StepResult:
@@ -287,6 +289,9 @@ class OptimManager:
                 return self._skip()
         self._count()
         self._began = True
+        if self._world.everyone.lands_in_place:  # a device would be waited for, and has nobody who compares
+            self._world.everyone.clock.rule = rule_of(self.drivers, bool(self._grads), self._max_norm)
+        self._max_norm = None
         for driver, schedule in zip(self.drivers, self._schedules):
             schedule.cover_new_groups()
             with self._world.measure("optimizer step"):
@@ -304,6 +309,7 @@ class OptimManager:
     def discard_step(self) -> None:
         """Count a step without making it; its gradients are forgotten, and the next draws the same random numbers."""
         self._count(made=False)
+        self._world.everyone.clock.rule = "a step that was discarded"
         self.zero_grad()
 
     def state_dict(self, gather_opt: bool = False, tensors: bool = True) -> dict[str, Any]:

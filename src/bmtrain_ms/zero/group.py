@@ -111,7 +111,9 @@ class ParamGroup:
             engines = [self._hop(i, hop) for i in indices]
             for engine in dict.fromkeys(x for x in engines if x is not None):
                 places = [place for place, x in enumerate(engines) if x is engine]
-                work = Across(work, engine, places, self._label_of([indices[place] for place in places]))
+                label = self._label_of([indices[place] for place in places])
+                # stages may have groups of parameters of their own, with other rates
+                work = Across(work, engine, places, label if hop < 2 else Label(label, label.detail, one_rule=False))
         return work
 
     def told(self, indices: Sequence[int]) -> list[Tensor]:
