@@ -61,9 +61,11 @@ def assert_alike(a: dict[str, Any], b: dict[str, Any], tolerance: float = 1e-5) 
 
 
 def assert_same(results: list[dict[str, Any]]) -> None:
-    """All ranks have the same bits."""
+    """All ranks have the same bits, but each samples texts of its own."""
+    first = {name: x for name, x in results[0].items() if name != "sampled"}
     for other in results[1:]:
-        np.testing.assert_equal(other, results[0])
+        np.testing.assert_equal({name: x for name, x in other.items() if name != "sampled"}, first)
+        assert other["sampled"] != results[0]["sampled"]
 
 
 @pytest.fixture
@@ -143,3 +145,20 @@ def batch_of_five(world: World) -> str:
 
 def test_a_batch_that_does_not_divide(run_ranks):
     assert run_ranks(2, batch_of_five) == ["a global batch of 5 cannot be split evenly over 2 ranks"] * 2
+
+
+def sample(world: World, counts: list[int], **options: Any) -> list[list[int]]:
+    """Continuations of this rank's part of four prompts, `counts` of which each rank has."""
+    with use_world(World(world.everyone, world.mesh, seed=7)):
+        model = spread(Llama(LlamaConfig(**SIZES, init_std=0.1)))
+        bms.init_parameters(model)
+        first = sum(counts[: world.mesh.rank])
+        return generate(model, [*PROMPTS, [4, 4]][first : first + counts[world.mesh.rank]], 6, **options)
+
+
+@pytest.mark.parametrize("counts", [[2, 2], [1, 3], [3, 1]])
+def test_prompts_that_are_divided_are_continued_as_on_one_rank(run_ranks: Callable[..., list[Any]], counts: list[int]):
+    for options in ({"temperature": 1.0, "seed": 3}, {"temperature": 2.0, "num_return_sequences": 2, "eos_id": 5}, {}):
+        [whole] = run_ranks(1, sample, counts=[4], **options)
+        assert [row for rows in run_ranks(2, sample, counts=counts, **options) for row in rows] == whole
+    assert len(set(map(tuple, whole))) > 1

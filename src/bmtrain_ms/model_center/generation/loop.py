@@ -17,6 +17,7 @@ from bmtrain_ms_base.random import key_of, uniform
 
 from ...comm import all_ranks
 from ...comm import world as current_world
+from ...comm.agreement import gather_json
 from ...compat.autograd import no_grad
 from ...compat.runtime import from_host, host_array
 from ...zero import unwritten
@@ -92,8 +93,9 @@ def generate(
     """Continue each prompt. All ranks call it together, with as many new tokens; their prompts may differ.
 
     Prompts of different lengths are padded on the left; what is padded is not looked at. The result does not depend on the number
-    of ranks, nor on the other prompts' lengths beyond rounding. Nobody may write parameters meanwhile,
-    `on_token` and `stop` neither.
+    of ranks over which prompts are divided, nor on the other prompts' lengths beyond rounding: sampling draws by a row's place
+    among those of all data-parallel ranks, so the same prompt on each of them has other continuations. Nobody may write parameters
+    meanwhile, `on_token` and `stop` neither.
 
     Args:
         model: called as `CausalLM` is, with token ids, padding and a `KeyValueCache`.
@@ -150,11 +152,12 @@ def _sampled(
     rows = [prompt for prompt in prompts for _ in range(settings.sequences)]
     results: list[list[int]] = [[] for _ in rows]
     done = np.zeros(len(rows), bool)
+    first = _rows_before(len(rows)) if settings.temperature else 0
     for step, last in enumerate(steps := _Steps(model, rows, settings.most)):
-        words = np.random.Philox(key=key_of(settings.seed, "sample", step)).random_raw(-(-len(rows) // 4) * 4)
+        words = np.random.Philox(key=key_of(settings.seed, "sample", step)).random_raw(-(-(first + len(rows)) // 4) * 4)
         seen = [[*row, *new] for row, new in zip(rows, results)] if settings.repetition_penalty != 1.0 else []
         scores = penalised(last, seen, settings.repetition_penalty)
-        draws = uniform(words[: len(rows)])
+        draws = uniform(words[first : first + len(rows)])
         chosen = choose(scores, draws, settings.temperature, settings.top_k, settings.top_p, settings.min_p)
         steps.append(chosen)
         if on_token is not None:
@@ -186,6 +189,13 @@ def _beams(model: Any, prompts: list[np.ndarray], settings: _Settings) -> list[l
         if _all_done(settings, all(search.done for search in searches)):
             break
     return [tokens for search in searches for tokens in search.best(settings.sequences)]
+
+
+def _rows_before(own: int) -> int:
+    """How many rows the data-parallel ranks before this one have: a row draws by its place among the rows of all."""
+    world = current_world()
+    counts = gather_json(own, world.along("dp"), "rows to sample")
+    return sum(counts[: world.mesh.dp_rank])
 
 
 def _all_done(settings: _Settings, done: bool) -> bool:
