@@ -21,6 +21,7 @@ from mindspore import Parameter, nn
 from bmtrain_ms_base.tree import flatten
 
 from .comm import world as current_world
+from .compat.autograd import recording
 from .compat.cells import child_table, drop_rate, parameter_lists, parameter_table
 from .compat.habits import refuse_recompute
 from .compat.runtime import from_host, host_array, is_float
@@ -209,7 +210,13 @@ def _count_elements(model: nn.Cell, report: WrapReport) -> None:
 
 def _have_reads_gather(model: nn.Cell) -> None:
     """Parameters of cells that are reached without going through a Block are gathered when they are read, also where a Block has
-    them as well."""
+    them as well; those of Blocks as `_Reads` says."""
+    if not _is_wrapped(model):
+        reads = _Reads(model)
+        model.__dict__["construct"] = reads.construct
+        for _, cell in _cells(model):
+            if vars(cell).get("_in_block"):
+                vars(cell)["_in_block"] = reads
     outside = [model]
     reached: set[int] = set()
     while outside:
@@ -218,6 +225,28 @@ def _have_reads_gather(model: nn.Cell) -> None:
             reached.add(id(cell))
             vars(cell).pop("_in_block", None)
             outside += [child for child in child_table(cell).values() if child is not None]
+
+
+class _Reads:
+    """Whether a parameter of a Block is itself what somebody gets who reads it through its cell, while the Block does not run.
+
+    It is to those who freeze it or write it. While the model runs, or is differentiated, the whole is meant, as of any model
+    (weight normalisation, a head that borrows a layer's weight): then it is gathered.
+    """
+
+    def __init__(self, model: nn.Cell):
+        self._construct, self._running = model.construct, 0
+
+    def construct(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the model."""
+        self._running += 1
+        try:
+            return self._construct(*args, **kwargs)
+        finally:
+            self._running -= 1
+
+    def __bool__(self) -> bool:
+        return not (self._running or recording())
 
 
 @dataclass

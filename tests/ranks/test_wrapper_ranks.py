@@ -288,3 +288,44 @@ def test_no_rank_ever_holds_a_model_that_was_not_initialised():
         pool.kill()
     print(f"MiB beyond the shards: {[round(peak / 2**20, 1) for peak in peaks]}")
     assert all(peak < 24 << 20 for peak in peaks), "the other half of the model is 64 MiB"
+
+
+class Borrows(Stack):
+    """Divides by the norm of a layer's weight, and uses another layer's weight in the head."""
+
+    def construct(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        x = ops.matmul(x, self.layers[1].b.weight)
+        return self.head(x / ops.sqrt((self.layers[0].a.weight ** 2).sum()))
+
+
+def borrowed(world: World) -> None:
+    """Weights of Blocks that are read through their cells: whole while the model runs, and the parameter itself otherwise."""
+    x, plain = x_of(seed=world.everyone.rank), built(Borrows)
+    with use_world(recorded(world)):
+        model = bms.BMTrainModelWrapper(built(Borrows), verbose=False)
+        assert len(model.wrap_report.blocks) == 2
+        for penalty in (False, True):  # a loss reads weights too
+
+            def forward(cell: nn.Cell, penalty: bool = penalty) -> Tensor:
+                loss = square(cell, x)
+                return loss + 0.1 * (cell.layers[1].a.weight ** 2).sum() if penalty else loss
+
+            loss, grads = ms.value_and_grad(lambda: forward(model), None, list(model.trainable_params()))()
+            expected, theirs = ms.value_and_grad(lambda: forward(plain), None, list(plain.trainable_params()))()
+            np.testing.assert_allclose(loss.asnumpy(), expected.asnumpy(), rtol=1e-6)
+            for p, grad, mean in zip(model.trainable_params(), grads, mean_over_ranks(world, list(theirs))):
+                start, stop = p.owned
+                got = grad.asnumpy().reshape(-1)[: stop - start]
+                np.testing.assert_allclose(got, mean.reshape(-1)[start:stop], rtol=1e-5, atol=1e-6, err_msg=p.name)
+        np.testing.assert_allclose(model(x).asnumpy(), plain(x).asnumpy(), rtol=1e-6, atol=1e-7)  # an evaluation
+        frozen = model.layers[0].a.weight
+        assert isinstance(frozen, bms.DistributedParameter)
+        frozen.requires_grad = False
+        assert len(model.trainable_params()) == len(plain.trainable_params()) - 1
+
+
+def test_weights_of_blocks_that_others_read(run_ranks):
+    run_ranks(1, borrowed)
+    run_ranks(2, borrowed)

@@ -422,3 +422,14 @@ def test_a_manager_of_another_world_steps_among_its_ranks():
     np.testing.assert_allclose(p.asnumpy(), 0.5, rtol=1e-5)
     assert [name for name, _ in given.everyone.calls()] == ["all_gather", "reduce_scatter", "all_reduce"]
     assert (given.everyone.clock.step, world().everyone.clock.step) == (1, before)
+
+
+def test_a_parameter_that_is_given_twice_is_clipped_once():
+    once, twice = Setting(), Setting()
+    for s, params in (
+        (once, [once.weight, once.bias]),
+        (twice, [{"params": [twice.weight]}, {"params": [twice.weight, twice.bias]}]),
+    ):
+        s.backward(0)
+        assert s.manager.clip_grad_norm(params, 0.5) > 0.5
+    assert same(once.grads(), twice.grads())

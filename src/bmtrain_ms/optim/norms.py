@@ -126,10 +126,11 @@ def _scalar(x: float) -> Tensor:
 
 
 def parameters_of(what: Any) -> list[Parameter]:
-    """The parameters of an optimizer, of groups, or of a list."""
+    """The parameters of an optimizer, of groups, or of a list; each once, also where groups overlap."""
     if isinstance(what, Parameter):
         return [what]
     items: Any = getattr(what, "param_groups", None) or getattr(what, "parameters", what)
     if isinstance(items, dict) or not isinstance(items, Iterable):
         raise TypeError(f"clip_grad_norm takes an optimizer, its param_groups or a list of parameters, not {type(what).__name__}")
-    return [p for item in items for p in (item["params"] if isinstance(item, dict) else [item])]
+    found = (p for item in items for p in (item["params"] if isinstance(item, dict) else [item]))
+    return list({id(p): p for p in found}.values())

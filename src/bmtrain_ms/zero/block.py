@@ -169,7 +169,7 @@ def _slots_of(module: nn.Cell) -> Slots:
     slots = Slots(module)
     for _, places in slots.places:
         for cell, _ in places:
-            vars(cell)["_in_block"] = True
+            vars(cell).setdefault("_in_block", True)
     return slots
 
 
