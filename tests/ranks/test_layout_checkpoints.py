@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import bmtrain_ms as bms
-from bmtrain_ms.checkpoint import Checkpointer
+from bmtrain_ms.checkpoint import Checkpointer, CheckpointError
 from bmtrain_ms.comm import Mesh, SingleEngine, World, use_world
 from tests.helpers.layouts import EXPERTS, Case, batch_of, model_of, parts, whole
 
@@ -133,3 +133,21 @@ def test_the_same_layout_goes_on_to_the_bit(run_ranks: Run, tmp_path: Path, case
         for name, (layout, values) in a["last"].items():
             assert b["last"][name][0] == layout
             np.testing.assert_array_equal(b["last"][name][1], values, err_msg=name)
+
+
+def uneven(world: World, folder: Path) -> str:
+    """The first stage alone has a group for its embedding."""
+    with use_world(Case(pp=2).world(world)):
+        model = model_of(Case(pp=2), {**SIZES, "tied": False})
+        params = model.trainable_params()
+        groups = [{"params": [p for p in params if ("embed" in p.name) is chosen]} for chosen in (True, False)]
+        manager = bms.optim.OptimManager()
+        manager.add_optimizer(bms.optim.AdamOptimizer([group for group in groups if group["params"]]))
+        with pytest.raises(CheckpointError) as caught:
+            Checkpointer(folder / "run", model, manager)
+    return str(caught.value)
+
+
+def test_groups_that_not_all_stages_have_are_refused_before_training(run_ranks: Run, tmp_path: Path):
+    text = "optimizer 0 has [1, 2] groups on different ranks: make as many on each, empty where a stage has no parameter of one"
+    assert run_ranks(2, uneven, folder=tmp_path) == [text] * 2

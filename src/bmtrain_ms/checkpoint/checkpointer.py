@@ -40,7 +40,7 @@ from .pieces import names_that_differ, pieces_to_write
 from .places import Place
 from .run_state import checked_extra, checked_keep, checked_step, collected_state
 from .sharded import useful_threads, write_rank_file
-from .stages import Known, everybodys
+from .stages import Known, check_groups, everybodys
 from .training import check_complete, entries_to_save
 from .writer import Writer
 
@@ -79,6 +79,7 @@ class Checkpointer:
         on_busy: when `save` comes while one is in the background: `wait` for it, or `refuse`.
 
     Raises:
+        CheckpointError: stages whose optimizers have other numbers of groups.
         TypeError: an option of another type.
         ValueError: an option out of range; or the manager trains parameters that the model does not have, which would not be saved
             (this `save` and `load` raise too), or two of the model have one name.
@@ -106,6 +107,7 @@ class Checkpointer:
         self._shared = _truth("shared_storage", shared_storage)
         self._is_chief = (self._world.everyone.rank if shared_storage else self._world.launch.local_rank) == 0
         self._place = Place.of(self._world, shared_storage)
+        check_groups(manager, self._world)
         self._running: _Saving | None = None
         self._snapshots: dict[str, np.ndarray] = {}
         self._lock: FolderLock | None = None  # the chief's

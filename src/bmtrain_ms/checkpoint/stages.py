@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass, replace
-from typing import Any, Iterable, Mapping
+from typing import Any, Iterable, Mapping, Sequence
 
 import xxhash
 
@@ -98,6 +98,25 @@ def without(there: Described, elsewhere: set[str], prefix: str, of_master: Any) 
     return {name: x for name, x in there.items() if name not in known and of_master(name) not in elsewhere}
 
 
+def check_groups(manager: OptimManager, world: World) -> None:
+    """Raise CheckpointError, on every rank, where ranks have other numbers of groups: nothing could be saved of them."""
+    if ranks_differ(world):
+        counts = [len(driver.settings()) for driver in manager.drivers]
+        _refuse_other_counts(gather_json(counts, world.everyone, "groups of optimizers"))
+
+
+def _refuse_other_counts(counts: Sequence[Sequence[int]]) -> None:
+    """`counts`: by rank, of each optimizer."""
+    if len({len(x) for x in counts}) > 1:
+        raise CheckpointError(f"ranks have other numbers of optimizers: {sorted({len(x) for x in counts})}; make as many on each")
+    for i, column in enumerate(zip(*counts)):
+        if len(set(column)) > 1:
+            raise CheckpointError(
+                f"optimizer {i} has {sorted(set(column))} groups on different ranks: make as many on each, empty where a stage has "
+                "no parameter of one"
+            )
+
+
 def state_of_all(manager: OptimManager, world: World) -> dict[str, Any]:
     """`manager.state_dict(tensors=False)`, with the parameters of all ranks in its groups. All ranks call it.
 
@@ -108,16 +127,12 @@ def state_of_all(manager: OptimManager, world: World) -> dict[str, Any]:
     if not ranks_differ(world):
         return mine
     states = gather_json(mine, world.everyone, "checkpoint state")
+    _refuse_other_counts([[len(optimizer.get("groups", ())) for optimizer in state["optimizers"]] for state in states])
     merged = copy.deepcopy(states[0])
     for i, optimizer in enumerate(merged["optimizers"]):
         if "groups" not in optimizer:
             continue
         all_groups = [state["optimizers"][i]["groups"] for state in states]
-        if len({len(groups) for groups in all_groups}) > 1:
-            raise CheckpointError(
-                f"optimizer {i} has {sorted({len(groups) for groups in all_groups})} groups on different ranks: make as many on "
-                "each, empty where a stage has no parameter of one"
-            )
         steps = {name: step for state in states for name, step in _steps(state["optimizers"][i])}
         _join_names(optimizer["groups"], all_groups)
         optimizer["steps"] = [steps[name] for group in optimizer["groups"] for name in group["names"]]
