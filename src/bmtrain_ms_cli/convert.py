@@ -37,10 +37,10 @@ def run(arguments: argparse.Namespace) -> int:
     """Do what the command line says; returns an exit code.
 
     Raises:
-        DataError: what is read is in the folder that is to be written.
+        DataError: what is to be written is no folder, or what is read is in it.
         CheckpointError: files are missing, damaged, do not fit their config, or cannot be written.
     """
-    _refuse_same(arguments)
+    _check_out(arguments)
     os.environ.setdefault("GLOG_v", "3")  # MindSpore's C++ log: errors only
     from bmtrain_ms.checkpoint import CheckpointError
     from bmtrain_ms.model_center.converting import convert
@@ -60,10 +60,12 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _refuse_same(arguments: argparse.Namespace) -> None:
-    """What is written takes the place of a model that is there: that must not be the one that is read."""
+def _check_out(arguments: argparse.Namespace) -> None:
+    """Refuse a place that cannot be written: no folder, or the one that is read, whose model would be replaced."""
     from bmtrain_ms_base.data.extras import DataError
 
+    if arguments.out.exists() and not arguments.out.is_dir():
+        raise DataError(f"{arguments.out} is not a folder: give one to write to, it is made if it is not there")
     for given in (arguments.path, getattr(arguments, "config", None)):
         if given is None:
             continue

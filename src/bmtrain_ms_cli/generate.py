@@ -199,7 +199,8 @@ def _lines(writer: _Writer) -> Iterator[str]:
 def _template(folder: Path, config: dict[str, Any]) -> Any:
     from bmtrain_ms_base.data.chat import load_template
 
-    return load_template(None, str(folder), config)
+    advice = "--chat needs one, as tokenizer_config.json's chat_template or a file chat_template.jinja; --prompt does without"
+    return load_template(None, str(folder), config, advice)
 
 
 def _ends(folder: Path, tokenizer: Any) -> list[int]:

@@ -132,6 +132,11 @@ def test_logits_that_are_not_finite_are_told_in_one_line(folder, tmp_path, capsy
     assert "the logits for new token 0 are not finite" in refused(capsys, path.parent, "--prompt", "abc")
 
 
+def test_a_tokenizer_without_a_template(folder, tmp_path, capsys):
+    bare = copied(folder, tmp_path / "x", "tokenizer_config.json", chat_template=None)
+    assert "has no chat template: --chat needs one, as tokenizer_config.json's chat_template" in refused(capsys, bare, "--chat")
+
+
 def test_an_error_after_some_tokens_begins_a_line(folder, capsys, monkeypatch):
     def fail(*_: object, on_token: Callable[[np.ndarray], None], **__: object) -> None:
         on_token(np.array([70]))

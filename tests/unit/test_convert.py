@@ -229,7 +229,7 @@ def test_what_cannot_be_converted(tmp_path: Path, capsys: pytest.CaptureFixture[
     says("config.json does not exist", "ms2hf", tmp_path / "x" / "model.safetensors", tmp_path / "out", "--config", tmp_path)
     assert not (tmp_path / "out").exists()
     (tmp_path / "file").write_text("")
-    says("file cannot be written", "recast", folder, tmp_path / "file")
+    says("file is not a folder: give one to write to", "recast", folder, tmp_path / "file")
     with pytest.raises(ValueError, match="read one of hf, ms, bmtrain_mindspore, megatron, and write hf or ms, not 'hf' and 'x'"):
         convert(folder, tmp_path / "out", "hf", "x")
     with pytest.raises(ValueError, match="dtype must be one of float32, float16, bfloat16, not 'int8'"):
