@@ -21,7 +21,7 @@ def add(commands: Commands) -> argparse.ArgumentParser:
     for name, text in _TEXTS.items():
         action = actions.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
         action.add_argument("path", type=path, help="a folder, an index or a safetensors file")
-        action.add_argument("out", type=path, help="folder; files that other names stand for are replaced at the end")
+        action.add_argument("out", type=path, help="another folder; a model that is there is replaced at the end")
         action.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), help="of all tensors (default: as they are)")
         action.add_argument("--max-shard-size", default="5GB", help="largest file, e.g. 200MiB (default 5GB)")
         if name == "ms2hf":
@@ -37,8 +37,10 @@ def run(arguments: argparse.Namespace) -> int:
     """Do what the command line says; returns an exit code.
 
     Raises:
+        DataError: what is to be written is no folder, or what is read is in it.
         CheckpointError: files are missing, damaged, do not fit their config, or cannot be written.
     """
+    _check_out(arguments)
     os.environ.setdefault("GLOG_v", "3")  # MindSpore's C++ log: errors only
     from bmtrain_ms.checkpoint import CheckpointError
     from bmtrain_ms.model_center.converting import convert
@@ -56,3 +58,20 @@ def run(arguments: argparse.Namespace) -> int:
     except ValueError as error:
         raise CheckpointError(str(error)) from error
     return 0
+
+
+def _check_out(arguments: argparse.Namespace) -> None:
+    """Refuse a place that cannot be written: no folder, or the one that is read, whose model would be replaced."""
+    from bmtrain_ms_base.data.extras import DataError
+
+    if arguments.out.exists() and not arguments.out.is_dir():
+        raise DataError(f"{arguments.out} is not a folder: give one to write to, it is made if it is not there")
+    for given in (arguments.path, getattr(arguments, "config", None)):
+        if given is None:
+            continue
+        folder = given if given.is_dir() else given.parent
+        if folder.is_dir() and arguments.out.is_dir() and os.path.samefile(folder, arguments.out):
+            raise DataError(
+                f"{arguments.out} is the folder that {given} is read from, and what is written would replace the model in it: "
+                "give another folder to write to"
+            )

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import math
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, Sequence
+from typing import TYPE_CHECKING, Any, Callable, NoReturn, Sequence
 
 if TYPE_CHECKING:  # what `add` of each command is given; generic for type checkers only
     Commands = argparse._SubParsersAction[argparse.ArgumentParser]
@@ -91,6 +92,43 @@ def number(text: str) -> float:
         return float(text)
     except ValueError:
         raise argparse.ArgumentTypeError(f"must be a number, not {text!r}") from None
+
+
+def number_from(least: float, most: float = math.inf, above: bool = False) -> Callable[[str], float]:
+    """What reads a number of at least `least`, or above it, and at most `most`; infinity and NaN are none."""
+    limits = [f"above {least:g}" if above else f"at least {least:g}", *([f"at most {most:g}"] if most < math.inf else [])]
+
+    def read(text: str) -> float:
+        value = number(text)
+        if not math.isfinite(value) or not (least < value if above else least <= value) or value > most:
+            raise argparse.ArgumentTypeError(f"must be {' and '.join(limits)}, not {text}")
+        return value
+
+    return read
+
+
+def not_negative(text: str) -> int:
+    """A whole number of at least 0."""
+    value = whole(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"must be at least 0, not {value}")
+    return value
+
+
+def some_text(text: str) -> str:
+    """A text that is not empty, and can be written as UTF-8."""
+    if not text:
+        raise argparse.ArgumentTypeError("must be a text that is not empty")
+    return utf8(text)
+
+
+def utf8(text: str) -> str:
+    """A text that can be written as UTF-8; the shell hands over whatever bytes it was given."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise argparse.ArgumentTypeError(f"must be UTF-8, not {text!r}") from None
+    return text
 
 
 def path(text: str) -> Path:

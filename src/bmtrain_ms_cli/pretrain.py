@@ -65,6 +65,7 @@ def run(arguments: argparse.Namespace, tuning: bool = False) -> int:
         config = None if arguments.config is None else os.path.abspath(arguments.config)
         with _in_folder(arguments.folders):
             settings = read_settings(config, _overrides(arguments), started, tuning)
+            _check_out(settings)
         _check_model(settings)
     except ConfigError as error:
         lines = str(error).splitlines()
@@ -112,6 +113,14 @@ def _overrides(arguments: argparse.Namespace) -> list[str]:
             raise LaunchError(f"{word}: settings are written --section.key=value, as --train.steps=1000")
         found.append(word[2:])
     return found
+
+
+def _check_out(settings: Any) -> None:
+    from bmtrain_ms_base.config import ConfigError
+
+    out = Path(settings.out).expanduser()
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"out: {settings.out} is not a folder: name one, it is made if it is not there")
 
 
 def _check_model(settings: Any) -> None:

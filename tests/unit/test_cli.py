@@ -467,3 +467,22 @@ def test_signals_are_passed_on_and_nothing_stays(tmp_path, signum):
         wait_until(lambda: not any(map(alive, ranks)))
     finally:
         launcher.kill()
+
+
+@pytest.mark.parametrize("command", ["pretrain", "finetune"])
+def test_a_run_whose_folder_is_a_file_is_refused_before_it_begins(tmp_path, capsys, command):
+    (tmp_path / "out").write_text("")
+    (tmp_path / "text.txt").write_text("a text\n")
+    (tmp_path / "config.json").write_text("{}")
+    model = "--model.family=llama" if command == "pretrain" else f"--model.pretrained={tmp_path}"
+    words = [
+        model,
+        "--train.steps=1",
+        "--tokenizer.path=x",
+        f"--data.text=['{tmp_path / 'text.txt'}']",
+        f"--out={tmp_path / 'out'}",
+    ]
+    assert main([command, *words]) == 2
+    assert (
+        capsys.readouterr().err == f"bmtrain-ms: out: {tmp_path / 'out'} is not a folder: name one, it is made if it is not there\n"
+    )

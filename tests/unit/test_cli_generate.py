@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 from pathlib import Path
+from typing import Callable
 
+import numpy as np
 import pytest
+import safetensors.numpy
 
 import bmtrain_ms as bms
 from bmtrain_ms.model_center import save_adapters
@@ -59,23 +63,94 @@ def test_a_conversation_goes_on_until_an_empty_line(folder, capsys, monkeypatch)
     assert said(capsys, folder, "--chat", "--system", "be short").count("\n") >= 2
 
 
+def refused(capsys: pytest.CaptureFixture, folder: Path, *options: str) -> str:
+    """What is said of it: one line, of a command that writes nothing else and ends with 2."""
+    try:
+        code = main(["generate", "--model", str(folder), *options])
+    except SystemExit as end:
+        code = end.code
+    told = capsys.readouterr()
+    assert code == 2 and told.err.count("\n") == 1 and told.err.startswith("bmtrain-ms") and not told.out
+    return told.err
+
+
 @pytest.mark.parametrize(
     "options, text",
     [
         (["--prompt", "a", "--chat"], "give either --prompt TEXT, or --chat"),
         ([], "give either --prompt TEXT, or --chat"),
         (["--prompt", "a", "--system", "b"], "--system is for --chat"),
-        (["--prompt", "a", "--top-p", "0"], "0 < top_p <= 1"),
+        (["--prompt", "a", "--top-p", "0"], "--top-p: must be above 0 and at most 1, not 0 "),
+        (["--prompt", "a", "--top-p", "2"], "--top-p: must be above 0 and at most 1, not 2 "),
+        (["--prompt", "a", "--top-k", "-1"], "--top-k: must be at least 0, not -1 "),
+        (["--prompt", "a", "--temperature", "-1"], "--temperature: must be at least 0, not -1 "),
+        (["--prompt", "a", "--temperature", "inf"], "--temperature: must be at least 0, not inf "),
+        (["--prompt", "a", "--min-p", "2"], "--min-p: must be at least 0 and at most 1, not 2 "),
+        (["--prompt", "a", "--repetition-penalty", "0"], "--repetition-penalty: must be above 0, not 0 "),
+        (["--prompt", "a", "--stop", ""], "--stop: must be a text that is not empty"),
+        (["--prompt", "a\udcff"], "--prompt: must be UTF-8, not 'a\\udcff'"),
         (["--prompt", "", "--temperature", "1"], "an empty prompt has no tokens to continue"),
-        (["--prompt", "a", "--beams", "2", "--temperature", "1"], "leave the temperature at 0"),
+        (
+            ["--prompt", "a", "--beams", "2", "--temperature", "1"],
+            "--beams 2 takes the most likely text: leave the temperature at 0",
+        ),
+        (
+            ["--prompt", "a", "--adapters", "nowhere"],
+            "--adapters nowhere: there is no such folder; give one that bmtrain-ms finetune",
+        ),
     ],
 )
-def test_what_cannot_be_done_is_one_line(folder, capsys, options, text):
-    assert main(["generate", "--model", str(folder), *options]) == 2
-    error = capsys.readouterr().err
-    assert text in error and error.count("\n") == 1 and error.startswith("bmtrain-ms: ")
+def test_what_cannot_be_done_is_one_line(folder, capsys, monkeypatch, options, text):
+    monkeypatch.setattr(bms, "init_distributed", None)  # all of it is seen before
+    assert text in refused(capsys, folder, *options)
 
 
-def test_a_folder_without_a_model(tmp_path, capsys):
-    assert main(["generate", "--model", str(tmp_path / "x"), "--prompt", "a"]) == 2
-    assert "there is no tokenizer" in capsys.readouterr().err
+def copied(folder: Path, to: Path, file: str, **changes: object) -> Path:
+    shutil.copytree(folder, to)
+    path = to / file
+    path.write_text(json.dumps({**(json.loads(path.read_text()) if path.exists() else {}), **changes}))
+    return to
+
+
+def test_an_error_comes_before_the_prompt_is_shown(folder, tmp_path, capsys):
+    """And has the file, the field and the value."""
+    wrong = copied(folder, tmp_path / "x", "config.json", rms_norm_eps="x")
+    assert f"{wrong / 'config.json'}: rms_norm_eps must be a number, not 'x'" in refused(capsys, wrong, "--prompt", "abc")
+    small = copied(folder, tmp_path / "y", "generation_config.json", eos_token_id="x")
+    text = f"{small / 'generation_config.json'}: eos_token_id must be a token's number, or a list of some, not 'x'"
+    assert text in refused(capsys, small, "--prompt", "abc")
+    (small / "generation_config.json").write_text("{")
+    assert "generation_config.json cannot be read: " in refused(capsys, small, "--prompt", "abc")
+    (small / "tokenizer_config.json").write_text("[]")
+    assert "tokenizer_config.json is damaged: it is not an object" in refused(capsys, small, "--prompt", "abc")
+
+
+def test_logits_that_are_not_finite_are_told_in_one_line(folder, tmp_path, capsys):
+    path = shutil.copytree(folder, tmp_path / "x") / "model.safetensors"
+    tensors = safetensors.numpy.load_file(path)
+    safetensors.numpy.save_file({**tensors, "model.norm.weight": tensors["model.norm.weight"] * np.nan}, path)
+    assert "the logits for new token 0 are not finite" in refused(capsys, path.parent, "--prompt", "abc")
+
+
+def test_a_tokenizer_without_a_template(folder, tmp_path, capsys):
+    bare = copied(folder, tmp_path / "x", "tokenizer_config.json", chat_template=None)
+    assert "has no chat template: --chat needs one, as tokenizer_config.json's chat_template" in refused(capsys, bare, "--chat")
+
+
+def test_an_error_after_some_tokens_begins_a_line(folder, capsys, monkeypatch):
+    def fail(*_: object, on_token: Callable[[np.ndarray], None], **__: object) -> None:
+        on_token(np.array([70]))
+        raise FloatingPointError("not finite")
+
+    monkeypatch.setattr("bmtrain_ms.model_center.generation.generate", fail)
+    assert main(["generate", "--model", str(folder), "--prompt", "abc"]) == 2
+    told = capsys.readouterr()
+    assert told.out.startswith("abc") and told.out.endswith("\n") and told.err == "bmtrain-ms: not finite\n"
+
+
+def test_a_folder_without_a_model(folder, tmp_path, capsys):
+    text = "; give one of Hugging Face's: config.json, weights, tokenizer"
+    assert f"--model {tmp_path / 'x'}: there is no such folder{text}" in refused(capsys, tmp_path / "x", "--prompt", "a")
+    assert f"--model {tmp_path}: the folder has no config.json{text}" in refused(capsys, tmp_path, "--prompt", "a")
+    text = f"--adapters {tmp_path}: the folder has no adapter_config.json; give one that bmtrain-ms finetune"
+    assert text in refused(capsys, folder, "--prompt", "a", "--adapters", str(tmp_path))

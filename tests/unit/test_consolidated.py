@@ -229,7 +229,7 @@ def test_an_index_that_names_what_is_not_beside_it(tmp_path, name):
         (b"[]", "is damaged: "),
         (b"3", "is damaged: "),
         (b"{}", "is damaged: it has no 'weight_map'"),
-        (b'{"weight_map": []}', "is damaged: "),
+        (b'{"weight_map": []}', r"is damaged: its weight_map must be an object, tensors' names and their files, not \[\]"),
         (b'{"weight_map": {}}', "names no file"),
         (b"[" * 100_000, "is damaged: "),
     ],

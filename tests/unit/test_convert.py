@@ -54,8 +54,34 @@ def test_other_types_and_sizes(tmp_path: Path, capsys: pytest.CaptureFixture[str
         assert dtype == "BFloat16" and shape == right.shape
         upper = (np.frombuffer(data, np.uint16).astype(np.uint32) << 16).view(np.float32)
         np.testing.assert_allclose(upper, right.reshape(-1), rtol=2**-8)
-    assert run("recast", tmp_path / "out", tmp_path / "out") == 0  # into itself: one file
+    assert run("recast", folder, tmp_path / "out") == 0  # over another model: one file
     assert sorted(os.listdir(tmp_path / "out")) == ["config.json", "model.safetensors"]
+
+
+@pytest.mark.parametrize("action", ["hf2ms", "ms2hf", "recast"])
+def test_what_is_read_is_never_replaced(tmp_path: Path, capsys: pytest.CaptureFixture[str], action: str, monkeypatch: Any):
+    """Whatever the folder is called: its values may be the only ones of their type."""
+    folder = make(tmp_path / "hf", "llama")
+    (tmp_path / "link").symlink_to(folder)
+    before = bits(folder)
+    monkeypatch.chdir(tmp_path)
+    for given, out in (
+        (folder, folder),
+        (folder, f"{folder}/"),
+        (folder, "hf/../hf"),
+        ("link", folder),
+        (folder, "link"),
+        (folder / "model.safetensors", folder),
+    ):
+        assert run(action, given, out, "--dtype", "float16") == 2
+        told = capsys.readouterr()
+        assert f"is the folder that {given} is read from, and what is written would replace the model in it" in told.err
+        assert told.err.count("\n") == 1 and not told.out
+    assert bits(folder) == before and sorted(os.listdir(folder)) == ["config.json", "model.safetensors"]
+    if action == "ms2hf":
+        shutil.copytree(folder, tmp_path / "own")
+        assert run(action, tmp_path / "own", folder, "--config", "link") == 2
+        assert "is the folder that link is read from" in capsys.readouterr().err
 
 
 def of_earlier_port(family: str) -> dict[str, np.ndarray]:
@@ -203,7 +229,7 @@ def test_what_cannot_be_converted(tmp_path: Path, capsys: pytest.CaptureFixture[
     says("config.json does not exist", "ms2hf", tmp_path / "x" / "model.safetensors", tmp_path / "out", "--config", tmp_path)
     assert not (tmp_path / "out").exists()
     (tmp_path / "file").write_text("")
-    says("file cannot be written", "recast", folder, tmp_path / "file")
+    says("file is not a folder: give one to write to", "recast", folder, tmp_path / "file")
     with pytest.raises(ValueError, match="read one of hf, ms, bmtrain_mindspore, megatron, and write hf or ms, not 'hf' and 'x'"):
         convert(folder, tmp_path / "out", "hf", "x")
     with pytest.raises(ValueError, match="dtype must be one of float32, float16, bfloat16, not 'int8'"):

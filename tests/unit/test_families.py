@@ -146,7 +146,7 @@ def test_windows_of_configs(model: str, fields: dict[str, Any], window: int, ful
         (
             "Qwen2",
             {"use_sliding_window": True, "layer_types": ["full_attention"]},
-            "layer_types has 1 entries, and there are 2 layers",
+            "layer_types has 1 entries, and num_hidden_layers says 2",
         ),
         (
             "Mistral",

@@ -149,6 +149,11 @@ def test_where_a_template_comes_from(tmp_path):
         load_template(None, str(tmp_path), {})
     with pytest.raises(DataError, match="there is no chat template odd: --prompt-type takes chatml, alpaca, or a file"):
         load_template("odd", str(tmp_path), {"chat_template": "x"})
+    for odd in (5, [5], [{"name": "default"}]):
+        with pytest.raises(DataError, match="has no chat template: write one"):
+            load_template(None, str(tmp_path), {"chat_template": odd}, "write one")
+    with pytest.raises(DataError, match="the chat template refuses it: division by zero"):
+        ChatTemplate("{{ 1 / 0 }}", {}).text([])
     named = [{"name": "tools", "template": "x"}, {"name": "default", "template": "y"}]
     assert load_template(None, str(tmp_path), {"chat_template": named}).text([]) == "y"
     (tmp_path / "chat_template.jinja").write_text("file")

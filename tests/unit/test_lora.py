@@ -199,7 +199,13 @@ def test_adapters_come_back_from_pefts_files(tmp_path, spreads: bool):
     [
         ({"peft_type": "IA3"}, "is not of LoRA adapters"),
         ({"use_dora": True}, "asks for what is not computed here: use_dora=True"),
-        ({"r": None}, "names no rank"),
+        ({"r": None}, "adapter_config.json: r must be a whole number of at least 1, not None"),
+        ({"r": "3"}, "adapter_config.json: r must be a whole number of at least 1, not '3'"),
+        ({"target_modules": 5}, "target_modules must be a list of layers' names, or a regular expression, not 5"),
+        ({"target_modules": "("}, r"target_modules must be a list of layers' names, or a regular expression, not '\('"),
+        ({"lora_alpha": "x"}, "lora_alpha must be a number, not 'x'"),
+        ({"lora_dropout": 1.5}, "lora_dropout must be a number of at least 0 and below 1, not 1.5"),
+        ({"use_rslora": "false"}, "use_rslora must be true or false, not 'false'"),
         ({"r": 4}, r"of shape \(3, \d+\), and the layer's weight has .*; its adapter_config.json says r=4"),
         (
             {"target_modules": ["q_proj"]},
@@ -226,5 +232,8 @@ def test_adapters_of_another_model_are_refused_before_anything_changes(tmp_path)
     assert [p.name for p in other.get_parameters()] == names
     with pytest.raises(CheckpointError, match="has no adapters to write: give it some by"):
         save_adapters(other, tmp_path)
-    with pytest.raises(CheckpointError, match=r"adapter_config.json cannot be read"):
+    text = (
+        r"nowhere has no adapter_config.json, so it has no adapters: give the folder that bmtrain_ms.model_center.save_adapters, "
+    )
+    with pytest.raises(CheckpointError, match=text):
         load_adapters(other, tmp_path / "nowhere")

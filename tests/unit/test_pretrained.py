@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from bmtrain_ms.files.entries import Entry
 from bmtrain_ms.model_center import PretrainedError, Spread, from_pretrained, spread
 from bmtrain_ms.model_center.model import FAMILIES, Grok1, Grok1Config, Llama, LlamaConfig, MiniCPM, MiniCPMConfig, Mixtral, Qwen2
 from bmtrain_ms.model_center.pretrained import load_pretrained
+from bmtrain_ms.model_center.pretrained.family import IGNORED
 from bmtrain_ms.model_center.pretrained.reading import Files, Source, blocks, choose, runs
 from bmtrain_ms.model_center.pretrained.writing import Target
 from bmtrain_ms_base.layout import Layout, Split
@@ -232,6 +234,52 @@ def test_another_family_and_many_differences(tmp_path: Path):
         from_pretrained(make(tmp_path / "y", "llama", hidden_act="relu"))
     with pytest.raises(CheckpointError, match=r"config.json cannot be used: .*unexpected keyword argument 'depth'"):
         from_pretrained(make(tmp_path / "y", "llama"), depth=3)
+
+
+@pytest.mark.parametrize(
+    "family, changes, text",
+    [
+        ("llama", {"rms_norm_eps": "x"}, "rms_norm_eps must be a number, not 'x'"),
+        ("llama", {"rms_norm_eps": math.nan}, "rms_norm_eps must be a number, not nan"),
+        ("llama", {"hidden_size": 8.5}, "hidden_size must be a whole number of at least 0, not 8.5"),
+        ("llama", {"num_hidden_layers": True}, "num_hidden_layers must be a whole number of at least 0, not True"),
+        ("llama", {"tie_word_embeddings": "false"}, "tie_word_embeddings must be true or false, not 'false'"),
+        ("llama", {"rope_parameters": "x"}, "rope_parameters must be an object, not 'x'"),
+        (
+            "llama",
+            {"rope_theta": "x", "vocab_size": []},
+            "vocab_size must be a whole number of at least 0, not []; rope_theta must be a number,",
+        ),
+        ("llama", {"rope_parameters": {"rope_theta": "x"}}, "rope_parameters.rope_theta must be a number, not 'x'"),
+        ("llama", {"rope_scaling": {"rope_type": "yarn", "factor": [2]}}, "rope_scaling.factor must be a number, not [2]"),
+        ("llama", {"architectures": 5}, "architectures must be a list of texts, not 5"),
+        ("llama", {"model_type": "llama", "dtype": 5}, "dtype must be a text, not 5"),
+        ("llama", {"hidden_size": 0}, "dim_model must be at least 1, not 0 (dim_model is hidden_size there)"),
+        ("qwen3_moe", {"mlp_only_layers": ["a"]}, "mlp_only_layers must be a list of whole numbers, not ['a']"),
+        ("qwen2", {"layer_types": 5}, "layer_types must be a list of texts, not 5"),
+        ("qwen2", {"sliding_window": "7"}, "sliding_window must be a whole number of at least 0, not '7'"),
+        ("gpt2", {"n_embd": "x"}, "n_embd must be a whole number of at least 0, not 'x'"),
+    ],
+)
+def test_values_of_another_type_are_told_with_file_and_field(tmp_path: Path, family: str, changes: dict[str, Any], text: str):
+    folder = make(tmp_path / "x", family, **changes)
+    with pytest.raises(PretrainedError) as info:
+        from_pretrained(folder, dtype="float32")
+    assert str(info.value).startswith(f"{folder / 'config.json'}: {text}") and "\n" not in str(info.value)
+
+
+@pytest.mark.parametrize("family", WRITTEN)
+def test_no_value_of_a_config_is_a_riddle(tmp_path: Path, family: str):
+    """Whatever stands where something else should: it changes nothing, or the error has the file and the field."""
+    for name in WRITTEN[family]["config"].keys() - IGNORED:
+        for value in ("x", 0, -1, [[]]):
+            folder = make(tmp_path / "x", family, **{name: value})
+            try:
+                from_pretrained(folder, dtype="float32")
+            except CheckpointError as error:
+                told = str(error)
+                there = "config.json" in told and (name in told or value in (0, -1))  # of the right type: the file at least
+                assert there or "does not fit the model" in told, (name, value, told)
 
 
 def test_files_that_are_damaged(tmp_path: Path):

@@ -13,6 +13,7 @@ import json
 import math
 import os
 import re
+import reprlib
 import shutil
 from fractions import Fraction
 from pathlib import Path
@@ -235,6 +236,8 @@ def weight_map(path: Path, ending: str = ".safetensors") -> list[tuple[Path, lis
     try:
         weights: Any = parsed_json(text)["weight_map"]
         files: dict[str, list[str]] = {}
+        if not isinstance(weights, dict):
+            raise ValueError(f"its weight_map must be an object, tensors' names and their files, not {reprlib.repr(weights)}")
         for name, file in weights.items():
             if not isinstance(file, str) or not (_PLAIN.fullmatch(file) and file.endswith(ending)):
                 raise ValueError(f"tensor {name} is said to be in {file!r}, which is not the name of a file beside the index")

@@ -19,7 +19,7 @@ from .auto import family_of
 from .model import CausalLM
 from .pretrained.family import Piece, same
 from .pretrained.folder import read_json, write_beside
-from .pretrained.models import matched, read_config
+from .pretrained.models import matched, model_of
 from .pretrained.names import earlier_port, megatron
 from .pretrained.reading import Files, Names, Source
 from .pretrained.writing import Described, Target
@@ -69,7 +69,7 @@ def convert(
         path = path / _EARLIER_FILE
     with use_world(World(SingleEngine(), Mesh(1, 0))) as one, Files(path, pickles) as files:
         kind: Any = family_of(beside)
-        model = kind(read_config(kind, beside, {}))
+        model = model_of(kind, beside, {})
         entries = model_entries(model)
         shapes = {name: entry.shape for name, entry in entries.items()}
         found = matched(model, files, _names(model, read, files), shapes, entries, one)

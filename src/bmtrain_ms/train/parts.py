@@ -23,7 +23,7 @@ from ..comm import world as current_world
 from ..model_center import Spread, Stages, spread
 from ..model_center.auto import family_of
 from ..model_center.model import FAMILIES, CausalLM
-from ..model_center.pretrained.models import load_pretrained, read_config
+from ..model_center.pretrained.models import load_pretrained, model_of
 from ..nn import add_lora
 from ..optim import AdamOffloadOptimizer, AdamOptimizer, OptimManager
 from ..zero import init_parameters
@@ -108,7 +108,7 @@ def make_model(settings: Settings, vocab_size: int | None) -> CausalLM:
     try:
         if folder is not None:
             kind: Any = family_of(folder)
-            model = kind(read_config(kind, folder, {**changes, **chosen.sizes}))
+            model = model_of(kind, folder, {**changes, **chosen.sizes})
         else:
             kind = families()[str(chosen.family)]
             model = kind(config_of(settings, vocab_size))

@@ -133,7 +133,7 @@ class ChatTemplate:
         """
         try:
             return self._template.render(messages=messages, add_generation_prompt=prompt, **self._tokens)
-        except (self._errors, TypeError, KeyError) as error:
+        except Exception as error:  # a template is somebody's program
             raise DataError(f"the chat template refuses it: {error}") from error
 
     def render(self, messages: Messages) -> Rendered | Problem:
@@ -153,13 +153,17 @@ class ChatTemplate:
         return Rendered(whole, spans)
 
 
-def load_template(choice: str | None, folder: str, config: Mapping[str, Any]) -> ChatTemplate:
+_ADVICE = f"--prompt-type takes {', '.join(TEMPLATES)}, or a file"
+
+
+def load_template(choice: str | None, folder: str, config: Mapping[str, Any], advice: str = "") -> ChatTemplate:
     """The chat template that was chosen, or that of a tokenizer's folder.
 
     Args:
         choice: one of `TEMPLATES`, or a file; None: the folder's.
         folder: of the tokenizer.
         config: of its `tokenizer_config.json`.
+        advice: what to do where there is none, if that is not the option `--prompt-type`.
 
     Raises:
         DataError: there is none.
@@ -172,9 +176,9 @@ def load_template(choice: str | None, folder: str, config: Mapping[str, Any]) ->
             return ChatTemplate(file.read(), config)
     found = config.get("chat_template")
     if isinstance(found, list):
-        found = next((entry["template"] for entry in found if entry.get("name") == "default"), None)
+        default = (entry for entry in found if isinstance(entry, dict) and entry.get("name") == "default")
+        found = next((entry.get("template") for entry in default), None)
     if choice is not None or not isinstance(found, str):
-        known = ", ".join(TEMPLATES)
         what = f"there is no chat template {choice}" if choice else f"the tokenizer in {folder} has no chat template"
-        raise DataError(f"{what}: --prompt-type takes {known}, or a file")
+        raise DataError(f"{what}: {advice or _ADVICE}")
     return ChatTemplate(found, config)

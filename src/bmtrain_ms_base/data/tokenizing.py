@@ -137,6 +137,8 @@ def read_config(folder: str) -> dict[str, Any]:
                     read = json.load(file)
             except ValueError as error:
                 raise TokenizerError(f"{path} is no JSON: {error}") from error
+            if not isinstance(read, dict):
+                raise TokenizerError(f"{path} is damaged: it is not an object")
             found.update({key: _text_of(value) for key, value in read.items() if value is not None})
     return found
 

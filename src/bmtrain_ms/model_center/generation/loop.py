@@ -25,6 +25,14 @@ from ..layer import KeyValueCache
 from .beams import Beams
 from .sampling import choose, penalised
 
+_LIMITS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "most": (lambda x: x >= 1, "at least 1"),
+    "temperature": (lambda x: x >= 0, "at least 0"),
+    "top_k": (lambda x: x >= 0, "at least 0, which is all"),
+    "top_p": (lambda x: 0 < x <= 1, "above 0 and at most 1"),
+    "min_p": (lambda x: 0 <= x <= 1, "between 0 and 1"),
+    "repetition_penalty": (lambda x: x > 0, "above 0"),
+}
 _TOLD = {"most": "max_new_tokens", "beams": "num_beams", "sequences": "num_return_sequences"}
 
 
@@ -53,13 +61,9 @@ class _Settings:
             object.__setattr__(self, name, number(name, getattr(self, name)))
         ends = self.ends if isinstance(self.ends, Sequence) else [] if self.ends is None else [self.ends]
         object.__setattr__(self, "ends", tuple(whole("eos_id", x) for x in ends))
-        if not self.temperature >= 0 or self.top_k < 0 or not 0 < self.top_p <= 1 or self.most < 1:
-            raise ValueError(
-                f"need temperature >= 0, top_k >= 0, 0 < top_p <= 1, max_new_tokens >= 1, not {self.temperature}, {self.top_k}, "
-                f"{self.top_p}, {self.most}"
-            )
-        if not 0 <= self.min_p <= 1 or not self.repetition_penalty > 0:
-            raise ValueError(f"need 0 <= min_p <= 1, repetition_penalty > 0, not {self.min_p}, {self.repetition_penalty}")
+        for name, (fits, text) in _LIMITS.items():
+            if not fits(getattr(self, name)):
+                raise ValueError(f"{_TOLD.get(name, name)} must be {text}, not {getattr(self, name)}")
         if self.beams > 1 and self.temperature:
             raise ValueError("num_beams takes the most likely continuations: leave the temperature at 0")
         if self.beams > 1 and self.sequences > self.beams:

@@ -13,7 +13,7 @@ from ...nn import ColumnParallelLinear, functional
 from ...zero import undisturbed
 from ..layer import Embedding, Encoder, KeyValueCache, Linear, Positions
 from ..pretrained.family import Family
-from ..pretrained.models import load_pretrained, prove, read_config, write_pretrained
+from ..pretrained.models import load_pretrained, model_of, prove, write_pretrained
 from ..spread import Spread, spread
 from ..staged import Stages
 from ..targets import targets_that_count
@@ -89,8 +89,7 @@ class CausalLM(nn.Cell):
                 unexpected, or of another shape or type, in a table.
             CheckpointError: a file is missing, damaged or truncated. Both on every rank alike.
         """
-        make: Any = cls  # families take their config alone
-        model = make(read_config(cls, folder, changes if dtype is None else {**changes, "dtype": dtype}))
+        model = model_of(cls, folder, changes if dtype is None else {**changes, "dtype": dtype})
         if how is not None or stages is not None:
             spread(model, how or Spread(), stages)
         load_pretrained(model, folder, pickles)

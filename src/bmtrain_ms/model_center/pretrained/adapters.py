@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 import re
+import reprlib
 from pathlib import Path
-from typing import Any
+from typing import Any, Callable
 
 import numpy as np
 from mindspore import nn
@@ -22,6 +24,17 @@ from ...nn import add_lora
 from ...nn.lora import layers_to_adapt
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_NEEDED = ("r", "target_modules")
+_VALUES: dict[str, tuple[Callable[[Any], bool], str]] = {  # null is the default where it is not needed
+    "r": (lambda x: isinstance(x, int) and not isinstance(x, bool) and x > 0, "a whole number of at least 1"),
+    "target_modules": (
+        lambda x: _is_pattern(x) or (isinstance(x, list) and bool(x) and all(isinstance(name, str) for name in x)),
+        "a list of layers' names, or a regular expression",
+    ),
+    "lora_alpha": (lambda x: _is_number(x) and math.isfinite(x), "a number"),
+    "lora_dropout": (lambda x: _is_number(x) and 0 <= x < 1, "a number of at least 0 and below 1"),
+    "use_rslora": (lambda x: isinstance(x, bool), "true or false"),
+}
 _PREFIX = "base_model.model."
 _MARK = ".lora_"
 
@@ -85,7 +98,7 @@ def load_adapters(model: nn.Cell, folder: str | Path) -> list[str]:
     targets = config["target_modules"]
     pattern = targets if isinstance(targets, str) else rf"(^|\.)({'|'.join(map(re.escape, targets))})$"
     _check_names(model, set(there), pattern, path)
-    alpha, dropout = config.get("lora_alpha", 8), config.get("lora_dropout", 0.0)
+    alpha, dropout = (default if config.get(n) is None else config[n] for n, default in (("lora_alpha", 8), ("lora_dropout", 0.0)))
     paths = add_lora(model, pattern, config["r"], alpha, dropout=dropout, rslora=bool(config.get("use_rslora")))
     for p in model.get_parameters():
         if _MARK in p.name:
@@ -115,9 +128,10 @@ def _config_of(model: nn.Cell, names: list[str], base: str) -> dict[str, Any]:
 
 
 def _read_config(path: Path) -> dict[str, Any]:
+    _refuse_missing(path, CONFIG)
     try:
         config = json.loads((path / CONFIG).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path / CONFIG} cannot be read: {error}") from None
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
         raise CheckpointError(f"{path / CONFIG} is not of LoRA adapters: they are what is computed here")
@@ -128,12 +142,33 @@ def _read_config(path: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{path / CONFIG} asks for what is not computed here: {', '.join(f'{n}={config[n]!r}' for n in wrong)}"
         )
-    if not isinstance(config.get("r"), int) or not config.get("target_modules"):
-        raise CheckpointError(f"{path / CONFIG} names no rank (r) or no target_modules")
+    for name, (fits, text) in _VALUES.items():
+        if (name in _NEEDED or config.get(name) is not None) and not fits(config.get(name)):
+            raise CheckpointError(f"{path / CONFIG}: {name} must be {text}, not {reprlib.repr(config.get(name))}")
     return config
 
 
+def _refuse_missing(path: Path, file: str) -> None:
+    if not (path / file).is_file():
+        raise CheckpointError(
+            f"{path} has no {file}, so it has no adapters: give the folder that bmtrain_ms.model_center.save_adapters, "
+            "bmtrain-ms finetune with a section lora (its out/adapters), or PEFT's save_pretrained wrote"
+        )
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _is_pattern(value: Any) -> bool:
+    try:
+        return isinstance(value, str) and bool(re.compile(value)) and bool(value)
+    except re.error:
+        return False
+
+
 def _read_weights(path: Path) -> dict[str, np.ndarray]:
+    _refuse_missing(path, WEIGHTS)
     try:
         return {name.removeprefix(_PREFIX): values for name, values in load_file(str(path / WEIGHTS)).items()}
     except (OSError, SafetensorError) as error:

@@ -294,7 +294,7 @@ def _window(config: Mapping[str, Any], kind: str, default: int) -> dict[str, Any
     types = list(config.get("layer_types") or ())
     layers = config.get("num_hidden_layers", len(types))
     if types and len(types) != layers:
-        raise ConfigError(f"layer_types has {len(types)} entries, and there are {layers} layers")
+        raise ConfigError(f"layer_types has {len(types)} entries, and num_hidden_layers says {layers}")
     if not window:
         if "sliding_attention" in types:
             raise ConfigError("layer_types has 'sliding_attention', and sliding_window, or use_sliding_window, says no window")

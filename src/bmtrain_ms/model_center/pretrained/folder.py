@@ -6,13 +6,16 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Mapping
+from typing import Any, Mapping, TypeVar
 
 from ...files.errors import CheckpointError
 from ...files.format import RegularFile, parsed_json
 from ...files.replacing import replace_text
 from .differences import PretrainedError
-from .family import ConfigError, Family
+from .family import COMMON, ConfigError, Family
+from .kinds import with_their_names, wrong_kinds
+
+Config = TypeVar("Config")
 
 CONFIG = "config.json"
 # Of tokenizers, chat templates, generation; and the code of models that transformers does not have (`auto_map`).
@@ -61,12 +64,30 @@ def read_json(folder: Path) -> dict[str, Any]:
     return found
 
 
-def fields_of(family: Family, given: Mapping[str, Any], path: Path) -> dict[str, Any]:
-    """Fields of our config, of a `config.json` that says what is computed here.
+def config_of(
+    family: Family, kind: type[Config], given: Mapping[str, Any], path: Path, changes: Mapping[str, Any] | None = None
+) -> Config:
+    """One of our configs, of a `config.json` that says what is computed here; `changes`: fields of ours that are to be others.
 
     Raises:
-        PretrainedError: it is of another family, or says something else.
+        PretrainedError: it is of another family, a value has another type than its field, or it says something else.
+        TypeError, ValueError: the changes do not fit.
     """
+    names = {**COMMON, **family.fields}
+    wrong = wrong_kinds(given, names, kind)
+    if wrong:
+        raise PretrainedError(f"{path / CONFIG}: {'; '.join(wrong)}")
+    fields = _fields_of(family, given, path)
+    try:
+        return kind(**{**fields, **(changes or {})})
+    except (TypeError, ValueError) as error:
+        if any(name in str(error) for name in changes or {}):
+            raise
+        there = {name: ours for name, ours in names.items() if name in given}
+        raise PretrainedError(f"{path / CONFIG}: {with_their_names(str(error), there)}") from error
+
+
+def _fields_of(family: Family, given: Mapping[str, Any], path: Path) -> dict[str, Any]:
     architectures = given.get("architectures") or []
     if architectures and not any(str(name).endswith(_HEADS) for name in architectures):
         raise PretrainedError(
@@ -90,7 +111,7 @@ def config_json(family: Family, config: Any, source: Path | None) -> dict[str, A
     if source is None:
         return ours
     given = read_json(source)
-    found = type(config)(**fields_of(family, given, source))
+    found = config_of(family, type(config), given, source)
     if replace(found, dtype=config.dtype) == config:
         return {**given, "dtype" if "dtype" in given else "torch_dtype": config.dtype}
     return {**{name: value for name, value in given.items() if name not in _RESTATED}, **ours}

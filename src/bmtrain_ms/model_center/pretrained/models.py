@@ -18,8 +18,9 @@ from ...files.entries import Entry, apply_entries, model_entries
 from ...files.errors import agree_or_fail
 from ...files.gathering import Whole
 from .differences import Difference, PretrainedError, table
-from .family import Piece
-from .folder import CONFIG, config_json, fields_of, read_json, write_beside
+from .family import COMMON, Piece
+from .folder import CONFIG, config_json, config_of, read_json, write_beside
+from .kinds import with_their_names
 from .reading import Files, Names, Source, choose, compare
 from .writing import Target
 
@@ -40,11 +41,28 @@ def read_config(kind: Any, folder: str | Path, changes: Mapping[str, Any]) -> An
     """
     path, error, config = Path(folder).expanduser(), None, None
     try:
-        config = kind.CONFIG(**{**fields_of(kind.FAMILY, read_json(path), path), **changes})
+        config = config_of(kind.FAMILY, kind.CONFIG, read_json(path), path, changes)
     except Exception as caught:  # whatever it is: the other ranks wait
         error = caught
     agree_or_fail(current_world().everyone, error, f"{path / CONFIG} cannot be used")
     return config
+
+
+def model_of(kind: Any, folder: str | Path, changes: Mapping[str, Any]) -> Any:
+    """A model as a folder's config says, with values that are not the files'. See `read_config`.
+
+    Raises:
+        PretrainedError: the config says what such a model cannot be.
+        TypeError, ValueError: the changes do.
+    """
+    config = read_config(kind, folder, changes)
+    try:
+        return kind(config)
+    except (TypeError, ValueError) as error:
+        if any(name in str(error) for name in changes):
+            raise
+        names = {**COMMON, **kind.FAMILY.fields}
+        raise PretrainedError(f"{Path(folder).expanduser() / CONFIG}: {with_their_names(str(error), names)}") from error
 
 
 def load_pretrained(model: Any, folder: str | Path, pickles: bool = False) -> None:
