@@ -569,4 +569,5 @@ def test_paths_may_begin_at_home(tmp_path, monkeypatch):
     config = bms.model_center.model.LlamaConfig(vocab_size=8, dim_model=8, num_heads=2, dim_ff=8, num_layers=1)
     config.to_json_file("~/config.json")
     assert bms.model_center.model.LlamaConfig.from_json_file("~/config.json") == config
-    assert {path.name for path in tmp_path.iterdir()} == {"x.safetensors", "folder", "run", "state.safetensors", "config.json"}
+    made = {path.name for path in tmp_path.iterdir()} - {".cache"}  # of loops that are compiled here for the first time
+    assert made == {"x.safetensors", "folder", "run", "state.safetensors", "config.json"}
