@@ -15,7 +15,22 @@ from bmtrain_ms.comm import Mesh, RecordingEngine, SingleEngine, World, use_worl
 from bmtrain_ms.model_center import Spread
 from bmtrain_ms.model_center.generation import generate
 from bmtrain_ms.model_center.layer import Positions
-from tests.helpers.layouts import BATCH, EXPERTS, LAYOUTS, LENGTH, MANY, MIXTURES, Case, alone, batch_of, model_of, train, whole
+from bmtrain_ms.nn import Router
+from tests.helpers.layouts import (
+    BATCH,
+    EXPERTS,
+    KEPT,
+    LAYOUTS,
+    LENGTH,
+    MANY,
+    MIXTURES,
+    Case,
+    alone,
+    batch_of,
+    model_of,
+    train,
+    whole,
+)
 
 Run = Callable[..., list[Any]]
 STEPS = 20
@@ -58,6 +73,35 @@ def test_training_is_that_of_one_rank(run_ranks: Run, case: Case):
 def test_training_of_experts_is_that_of_one_rank(run_ranks: Run, case: Case):
     right = one_rank(tuple(EXPERTS.items()), STEPS)
     compare(run_ranks(case.ranks, train, case=case, steps=STEPS, sizes=EXPERTS), right, 2e-5)
+
+
+def looked_at(world: World, case: Case, looks: bool) -> list[float]:
+    """Losses, norms and what routers have counted; where it looks, it evaluates and calls the model before every backward pass."""
+    with use_world(case.world(world)) as here:
+        model = model_of(case, {**EXPERTS, "num_layers": 2, "dense_layers": (), "balance": "global_batch"})
+        manager = bms.optim.OptimManager()
+        optimizer = bms.optim.AdamOptimizer(model.trainable_params(), lr=1e-2)
+        manager.add_optimizer(optimizer)
+        found: list[float] = []
+        for step in range(2):
+            manager.zero_grad()
+            for part in range(2):
+                if looks:
+                    held = batch_of(100, here.mesh.dp_rank, case.dp)
+                    model.loss(*held)
+                    model(held[0])
+                batch = batch_of(2 * step + part, here.mesh.dp_rank, case.dp)
+                found.append(manager.backward(model.loss, *batch).asnumpy().item())
+            counts = [cell.seen() for _, cell in model.cells_and_names() if isinstance(cell, Router)]
+            assert all(seen.sum() == 2 * BATCH * LENGTH * 3 // case.dp for seen in counts)
+            found += [manager.clip_grad_norm(optimizer.param_groups, 1.0), *np.concatenate(counts).tolist()]
+            manager.step()
+        return found
+
+
+@pytest.mark.parametrize("case", [Case(), Case(how=KEPT), Case(dp=2), Case(pp=2), Case(pp=2, how=KEPT)], ids=str)
+def test_looking_at_a_model_with_experts_does_not_change_its_training(run_ranks: Run, case: Case):
+    assert run_ranks(case.ranks, looked_at, case=case, looks=True) == run_ranks(case.ranks, looked_at, case=case, looks=False)
 
 
 @pytest.mark.parametrize("case", [Case(tp=2), Case(tp=4), Case(tp=2, dp=2)], ids=str)

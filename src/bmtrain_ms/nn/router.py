@@ -5,7 +5,8 @@ A balance loss is a mean over tokens: token t of group g has E / k * sum_e P[t, 
 the group's T tokens (before any is dropped) and P are scores that sum to 1: 1 where all experts have as many. Groups: what this
 data-parallel rank has of the batch (`micro_batch`), what all ranks have, together with the micro-batches of the step so far
 (`global_batch`: Qiu et al., 2025), or each sequence (`sequence`: DeepSeek-V3). The counts have no derivative. So the loss weighs
-what it weighs against the mean loss of the tokens, whatever the number of micro-batches and ranks.
+what it weighs against the mean loss of the tokens, whatever the number of micro-batches and ranks. Evaluation and generation are
+no part of a step: a pass whose gradient nobody takes has the counts that it makes itself.
 
 It enters beside the hidden states, which stay one tensor: routers note in the pass's `Routing` what they add, `Routing.add_losses`
 adds it to the loss, and in backward, where it comes first, learns how much the loss counts; routers add the gradients of theirs.
@@ -25,7 +26,7 @@ from bmtrain_ms_base.mesh import nearest_divisors
 
 from ..comm import World, reduce_numbers
 from ..comm import world as current_world
-from ..compat.autograd import custom_vjp, no_grad, recording
+from ..compat.autograd import custom_vjp, differentiated, no_grad, recording
 from ..compat.cells import parameter_table
 from ..compat.runtime import from_host, host_array
 from ..zero import DistributedModule, DistributedParameter, context_of, empty
@@ -301,15 +302,19 @@ class Router(DistributedModule):
         return self.parameter("weight").world
 
     def seen(self) -> np.ndarray:
-        """(experts,) int64: how often each was chosen since the step began, by this rank's tokens, where passes had a `Routing`."""
+        """(experts,) int64: how often each was chosen since the step began, by this rank's tokens, in passes that had a `Routing`
+        and whose gradient was taken."""
         return self._seen.at(self.world.everyone.clock.step).own_counts
 
-    def note(self, choices: np.ndarray, routing: Routing, tokens: np.ndarray) -> _Note:
-        """Count the choices of a pass, once: what is repeated finds what was noted. Ranks may count together."""
+    def note(self, choices: np.ndarray, routing: Routing, tokens: np.ndarray, trains: bool) -> _Note:
+        """Count the choices of a pass, once: what is repeated finds what was noted. Ranks may count together.
+
+        A pass whose gradient nobody takes has losses of its own choices, and is no part of the step.
+        """
         noted = routing.noted(self, choices)
         if noted is not None:
             return noted
-        seen = self._seen.at(self.world.everyone.clock.step)
+        seen = self._seen.at(self.world.everyone.clock.step) if trains else _Seen(self.experts)
         counts = np.bincount(choices[tokens].reshape(-1), minlength=self.experts)
         seen.own_counts += counts
         kind, load = self.config.balance, None
@@ -342,7 +347,7 @@ class _Choosing:
 
     def __init__(self, router: Router, routing: Routing | None, tokens: np.ndarray | None):
         self.router, self.config, self.routing, self.tokens = router, router.config, routing, tokens
-        self.choices = np.zeros((0, 0), np.int32)
+        self.choices, self.trains = np.zeros((0, 0), np.int32), differentiated()
         self.note: _Note | None = None
 
     def forward(self, logits: Tensor) -> tuple[Tensors, Tensors]:
@@ -386,7 +391,7 @@ class _Choosing:
 
     def _note(self, logits: Tensor, scores: Tensor, routing: Routing) -> None:
         config = self.config
-        self.note = self.router.note(self.choices, routing, routing.check(logits.shape[0]))
+        self.note = self.router.note(self.choices, routing, routing.check(logits.shape[0]), self.trains)
         if self.note.values or not config.has_losses:
             return
         tokens = max(1, routing.sizes()[0])
@@ -423,7 +428,7 @@ def update_router_bias(model: nn.Cell) -> None:
     """Move the biases of all routers by what the step's tokens have chosen: bias += rate * sign(mean count - count).
 
     Once for a step, after it was made, by all ranks together; counts are those of all ranks and micro-batches whose passes had a
-    `Routing`. After a skipped step leave it out: what was chosen then is forgotten.
+    `Routing`, and a gradient: not evaluation. After a skipped step leave it out: what was chosen then is forgotten.
     """
     routers = [cell for _, cell in model.cells_and_names() if isinstance(cell, Router) and cell.config.bias]
     routers = list({id(router): router for router in routers}.values())
