@@ -306,6 +306,20 @@ class Router(DistributedModule):
         and whose gradient was taken."""
         return self._seen.at(self.world.everyone.clock.step).own_counts
 
+    def counts(self) -> dict[str, Any] | None:
+        """The `step` that counts are of, this rank's `own`, and those of `all` ranks, for a checkpoint; None: nobody waits for any,
+        on all ranks that have the router."""
+        seen = self._seen
+        if seen.step != self.world.everyone.clock.step and not (self.config.bias and seen.step >= 0):
+            return None
+        return {"step": seen.step, "own": seen.own_counts.tolist(), "all": seen.all_counts.tolist()}
+
+    def restore_counts(self, saved: dict[str, Any] | None) -> None:
+        """Go on from what `counts` returned."""
+        self._seen = _Seen(self.experts)
+        if saved is not None:
+            self._seen.step, self._seen.own_counts[:], self._seen.all_counts[:] = saved["step"], saved["own"], saved["all"]
+
     def note(self, choices: np.ndarray, routing: Routing, tokens: np.ndarray, trains: bool) -> _Note:
         """Count the choices of a pass, once: what is repeated finds what was noted. Ranks may count together.
 
@@ -441,4 +455,4 @@ def update_router_bias(model: nn.Cell) -> None:
         bias: Any = parameter_table(router)["e_score_correction_bias"]
         step = np.sign(mine.mean() - mine) * router.config.bias_rate
         bias.set_data(from_host((host_array(bias) + step).astype(np.float32)))
-        router._seen.own_counts[:] = 0
+        router.restore_counts(None)
