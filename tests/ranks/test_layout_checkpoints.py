@@ -12,6 +12,7 @@ import pytest
 import bmtrain_ms as bms
 from bmtrain_ms.checkpoint import Checkpointer, CheckpointError
 from bmtrain_ms.comm import Mesh, SingleEngine, World, use_world
+from bmtrain_ms.model_center import Stages
 from tests.helpers.layouts import EXPERTS, Case, batch_of, model_of, parts, whole
 
 Run = Callable[..., list[Any]]
@@ -151,3 +152,61 @@ def uneven(world: World, folder: Path) -> str:
 def test_groups_that_not_all_stages_have_are_refused_before_training(run_ranks: Run, tmp_path: Path):
     text = "optimizer 0 has [1, 2] groups on different ranks: make as many on each, empty where a stage has no parameter of one"
     assert run_ranks(2, uneven, folder=tmp_path) == [text] * 2
+
+
+WITH_COUNTS = {**EXPERTS, "num_layers": 2, "dense_layers": (), "balance": "global_batch"}
+ONE_PIECE = Stages(micro_batches=1)  # the balance over what a step has so far depends on its pieces
+
+
+def accumulating(world: World, case: Case, folder: Path, start: int, stop: int) -> dict[str, Any]:
+    """Backward passes from `start` to `stop` of a second step of three, saved behind each; losses, norms, what routers count."""
+    with use_world(case.world(world)) as here:
+        model = model_of(case, WITH_COUNTS)
+        manager = bms.optim.OptimManager()
+        manager.add_optimizer(bms.optim.AdamOptimizer(model.trainable_params(), lr=1e-2))
+        checkpointer = Checkpointer(folder, model, manager)
+        routers = {cell.weight.name: cell for _, cell in model.cells_and_names() if isinstance(cell, bms.nn.Router)}
+        if start:
+            checkpointer.load()
+        else:
+            manager.backward(model.loss, *batch_of(9, here.mesh.dp_rank, case.dp))
+            manager.step()
+            manager.zero_grad()
+        losses = []
+        for i in range(start, stop):
+            loss = manager.backward(model.loss, *batch_of(i, here.mesh.dp_rank, case.dp))
+            losses.append(bms.sum_loss(loss).asnumpy().item())
+            checkpointer.save(i + 1)
+        checkpointer.close()
+        norm = manager.clip_grad_norm(manager.optimizers[0].param_groups, 1.0)
+        seen = {name: router.seen().copy() for name, router in routers.items()}
+        manager.step()
+        return {"losses": losses, "norm": norm, "seen": seen}
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        (Case(), Case()),
+        (Case(dp=2), Case(dp=2)),
+        (Case(dp=2), Case()),
+        (Case(), Case(dp=2, ep=2)),
+        (Case(pp=2, stages=ONE_PIECE), Case(pp=2, stages=ONE_PIECE)),
+        (Case(tp=2), Case(pp=2, stages=ONE_PIECE)),
+        (Case(pp=2, stages=ONE_PIECE), Case(pp=2, stages=Stages([0, 2], micro_batches=1))),
+    ],
+    ids=str,
+)
+def test_a_step_under_way_goes_on_with_the_counts_of_routers(run_ranks: Run, tmp_path: Path, first: Case, second: Case):
+    right = run_ranks(1, accumulating, case=Case(), folder=tmp_path / "alone", start=0, stop=3)[0]
+    before = run_ranks(first.ranks, accumulating, case=first, folder=tmp_path / "run", start=0, stop=2)
+    after = run_ranks(second.ranks, accumulating, case=second, folder=tmp_path / "run", start=2, stop=3)
+    np.testing.assert_allclose(before[0]["losses"] + after[0]["losses"], right["losses"], rtol=2e-5)
+    np.testing.assert_allclose(after[0]["norm"], right["norm"], rtol=1e-4)
+    for name, counts in right["seen"].items():
+        assert sum(answer["seen"].get(name, 0) for answer in after).tolist() == counts.tolist()
+    if first == second:
+        through = run_ranks(first.ranks, accumulating, case=first, folder=tmp_path / "through", start=0, stop=3)
+        for a, b in zip(after, through):
+            assert a["norm"] == b["norm"]
+            assert all(np.array_equal(a["seen"][name], b["seen"][name]) for name in b["seen"])

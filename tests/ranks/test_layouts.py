@@ -12,10 +12,27 @@ from mindspore import Tensor
 
 import bmtrain_ms as bms
 from bmtrain_ms.comm import Mesh, RecordingEngine, SingleEngine, World, use_world
-from bmtrain_ms.model_center import Spread
+from bmtrain_ms.model_center import Spread, Stages
 from bmtrain_ms.model_center.generation import generate
 from bmtrain_ms.model_center.layer import Positions
-from tests.helpers.layouts import BATCH, EXPERTS, LAYOUTS, LENGTH, MANY, MIXTURES, Case, alone, batch_of, model_of, train, whole
+from bmtrain_ms.nn import Router
+from tests.helpers.layouts import (
+    BATCH,
+    EXPERTS,
+    KEPT,
+    LAYOUTS,
+    LENGTH,
+    MANY,
+    MIXTURES,
+    VOCAB,
+    Case,
+    alone,
+    batch_of,
+    model_of,
+    parts,
+    train,
+    whole,
+)
 
 Run = Callable[..., list[Any]]
 STEPS = 20
@@ -58,6 +75,89 @@ def test_training_is_that_of_one_rank(run_ranks: Run, case: Case):
 def test_training_of_experts_is_that_of_one_rank(run_ranks: Run, case: Case):
     right = one_rank(tuple(EXPERTS.items()), STEPS)
     compare(run_ranks(case.ranks, train, case=case, steps=STEPS, sizes=EXPERTS), right, 2e-5)
+
+
+def looked_at(world: World, case: Case, looks: bool) -> list[float]:
+    """Losses, norms and what routers have counted; where it looks, it evaluates and calls the model before every backward pass."""
+    with use_world(case.world(world)) as here:
+        model = model_of(case, {**EXPERTS, "num_layers": 2, "dense_layers": (), "balance": "global_batch"})
+        manager = bms.optim.OptimManager()
+        optimizer = bms.optim.AdamOptimizer(model.trainable_params(), lr=1e-2)
+        manager.add_optimizer(optimizer)
+        found: list[float] = []
+        for step in range(2):
+            manager.zero_grad()
+            for part in range(2):
+                if looks:
+                    held = batch_of(100, here.mesh.dp_rank, case.dp)
+                    model.loss(*held)
+                    model(held[0])
+                batch = batch_of(2 * step + part, here.mesh.dp_rank, case.dp)
+                found.append(manager.backward(model.loss, *batch).asnumpy().item())
+            counts = [cell.seen() for _, cell in model.cells_and_names() if isinstance(cell, Router)]
+            assert all(seen.sum() == 2 * BATCH * LENGTH * 3 // case.dp for seen in counts)
+            found += [manager.clip_grad_norm(optimizer.param_groups, 1.0), *np.concatenate(counts).tolist()]
+            manager.step()
+        return found
+
+
+@pytest.mark.parametrize("case", [Case(), Case(how=KEPT), Case(dp=2), Case(pp=2), Case(pp=2, how=KEPT)], ids=str)
+def test_looking_at_a_model_with_experts_does_not_change_its_training(run_ranks: Run, case: Case):
+    assert run_ranks(case.ranks, looked_at, case=case, looks=True) == run_ranks(case.ranks, looked_at, case=case, looks=False)
+
+
+def padded(world: World, case: Case, balance: str, reduction: str) -> dict[str, Any]:
+    """The loss, the norm and gradients of rows of unequal lengths, weighed by their targets; and the mean of evaluations."""
+    lengths = np.array([6, 5, 1, 2])
+    ids = np.random.default_rng(0).integers(0, VOCAB, (BATCH, LENGTH)).astype(np.int32)
+    real = np.arange(LENGTH) < lengths[:, None]
+    targets = np.where(real, ids, -100).astype(np.int32)
+    with use_world(case.world(world)) as here:
+        rank, dp = here.mesh.dp_rank, case.dp
+        model = model_of(case, {**EXPERTS, "balance": balance, "balance_coef": 0.5})
+        manager = bms.optim.OptimManager()
+        params = model.trainable_params()
+        manager.add_optimizer(bms.optim.AdamOptimizer(params))
+        mine = [Tensor(np.ascontiguousarray(x[rank * BATCH // dp :][: BATCH // dp])) for x in (ids, targets, real)]
+        share = lengths.reshape(dp, -1).sum(1)[rank] * dp / lengths.sum()  # of this rank's mean
+        evaluated = model.loss(*mine) * float(share)
+        if reduction == "mean":
+            loss = manager.backward(model.loss, *mine, None, float(share))
+        else:
+            loss = manager.backward(model.loss, *mine, None, 1.0, reduction="sum") * float(dp / lengths.sum())
+        scale = 1.0 if reduction == "mean" else dp / lengths.sum()
+        return {
+            "loss": here.along("dp").all_reduce([loss.reshape(1)], "mean").wait()[0].asnumpy().item(),
+            "evaluated": here.along("dp").all_reduce([evaluated.reshape(1)], "mean").wait()[0].asnumpy().item(),
+            "norm": manager.clip_grad_norm(params, 1e9) * scale,
+            "grads": parts({p.name: (p.layout, manager.grad(p) * float(scale / manager.grads_scale)) for p in params}),
+        }
+
+
+PADDED = [
+    (Case(dp=2), "sequence"),
+    (Case(dp=2, ep=2), "global_batch"),
+    (Case(tp=2), "sequence"),
+    (Case(tp=2, dp=2, ep=2), "sequence"),
+    (Case(pp=2, stages=Stages(micro_batches=2)), "sequence"),
+    (Case(pp=2, dp=2, stages=Stages(micro_batches=2)), "sequence"),
+]
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize(("case", "balance"), PADDED, ids=str)
+def test_unequal_numbers_of_tokens_are_balanced_as_on_one_rank(run_ranks: Run, case: Case, balance: str, reduction: str):
+    right = run_ranks(1, padded, case=Case(), balance=balance, reduction="mean")[0]
+    answers = run_ranks(case.ranks, padded, case=case, balance=balance, reduction=reduction)
+    for answer in answers:
+        assert answer["loss"] == pytest.approx(right["loss"], rel=1e-5)
+        assert answer["norm"] == pytest.approx(right["norm"], rel=1e-5)
+        if balance == "sequence":  # evaluating does not ask other ranks
+            assert answer["evaluated"] == pytest.approx(right["evaluated"], rel=1e-5)
+    found, expected = whole([answer["grads"] for answer in answers]), whole([right["grads"]])
+    largest = max(np.abs(grad).max() for grad in expected.values())
+    for name, grad in found.items():
+        np.testing.assert_allclose(grad, expected[name], rtol=0, atol=2e-5 * largest, err_msg=name)
 
 
 @pytest.mark.parametrize("case", [Case(tp=2), Case(tp=4), Case(tp=2, dp=2)], ids=str)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,9 @@ from mindspore import Parameter, Tensor, nn, ops
 
 import bmtrain_ms as bms
 from bmtrain_ms.checkpoint import Checkpointer, load_training
+from bmtrain_ms.checkpoint.run_state import checked_state, collected_state
+from bmtrain_ms.files.errors import CheckpointError
+from bmtrain_ms.nn import Router, RouterConfig, Routing, update_router_bias
 from bmtrain_ms.optim import AdamOptimizer, OptimManager
 
 pytestmark = pytest.mark.usefixtures("single_world")
@@ -137,3 +141,75 @@ def test_frozen_parameters_and_buffers_come_back(tmp_path):
     third = Model(3.0)
     bms.load(third, Path(tmp_path, "whole"))
     assert values(third) == [1.0, 1.0, 3.0][: len(values(third))]
+
+
+class Choosing(bms.DistributedModule):
+    """A router whose counts `update_router_bias` waits for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = Router(4, 4, 2, RouterConfig("sigmoid", bias=True))
+
+    def construct(self, x: Any) -> Any:
+        return self.gate(x, Routing()).weights[:, 0].sum()
+
+
+def counted() -> tuple[Any, OptimManager, Any]:
+    model = Choosing()
+    bms.init_parameters(model)
+    return model, managed(model), model.gate
+
+
+def test_what_a_router_has_counted_comes_back(tmp_path):
+    """Also between a step and what moves the bias by it; a load forgets what was counted here."""
+    model, manager, router = counted()
+    manager.backward(model, X)
+    checkpoints = Checkpointer(tmp_path, model, manager)
+    checkpoints.save(0)
+    manager.step()
+    checkpoints.save(1)
+    update_router_bias(model)
+    checkpoints.save(2)
+    checkpoints.close()
+    other, again, its = counted()
+    loads = Checkpointer(tmp_path, other, again)
+    loads.load(tmp_path / "step-00000000")
+    assert its.seen().sum() == 4
+    loads.load(tmp_path / "step-00000001")
+    update_router_bias(other)
+    assert np.array_equal(its.e_score_correction_bias.asnumpy(), router.e_score_correction_bias.asnumpy())
+    assert its.e_score_correction_bias.asnumpy().any()
+    again.zero_grad()
+    again.backward(other, X)
+    loads.load(tmp_path / "step-00000002")
+    assert its.counts() is None and not its.seen().any()
+
+
+@pytest.mark.parametrize(
+    ("counts", "text"),
+    [
+        ({}, "its counts of routers are no list"),
+        ([{"gate.weight": {"step": -1, "own": [0] * 4, "all": [0] * 4}}], "counts of router gate.weight are of no step"),
+        ([{"gate.weight": {"step": 0, "own": [0] * 3, "all": [0] * 4}}], "are no numbers of its 4 experts"),
+        ([{"gate.weight": {"step": 0, "own": [0] * 4, "all": [0.5] * 4}}], "are no numbers of its 4 experts"),
+        ([{"gate.weight": {"step": 0, "own": [0] * 4}}], "has no 'all'"),
+    ],
+)
+def test_counts_that_are_none_are_refused(single_world, counts, text):
+    model, manager, router = counted()
+    manager.backward(model, X)
+    before = router.counts()
+    state = json.loads(json.dumps(collected_state(model, manager, single_world, 1, {}, True)))
+    state["routers"] = counts
+    with pytest.raises(CheckpointError, match=text):
+        checked_state(state, model, manager, single_world, True, "it")
+    assert router.counts() == before
+
+
+def test_a_checkpoint_of_before_routers_were_saved_is_loaded(single_world):
+    model, manager, router = counted()
+    state = json.loads(json.dumps(collected_state(model, manager, single_world, 1, {}, True)))
+    del state["routers"]
+    manager.backward(model, X)
+    checked_state(state, model, manager, single_world, True, "it").restore(manager, single_world, "own")
+    assert router.counts() is None

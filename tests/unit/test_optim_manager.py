@@ -9,12 +9,14 @@ from typing import Any, Callable
 import mindspore as ms
 import numpy as np
 import pytest
-from mindspore import Parameter, Tensor
+from mindspore import Parameter, Tensor, nn
 
+import bmtrain_ms as bms
 from bmtrain_ms import DistributedParameter
-from bmtrain_ms.comm import Mesh, RecordingEngine, SimulatedEngine, World, world
+from bmtrain_ms.comm import Mesh, RecordingEngine, SimulatedEngine, SingleEngine, World, use_world, world
 from bmtrain_ms.lr_scheduler import NoDecay
-from bmtrain_ms.optim import AdamOptimizer, GradientOverflowError, OptimManager, StepResult
+from bmtrain_ms.nn import RouterConfig
+from bmtrain_ms.optim import AdamOptimizer, GradientOverflowError, OptimManager, StepResult, clip_grad_norm, end_step
 from tests.helpers.optim import Setting, copy_tensors, parameters, same, values
 
 pytestmark = pytest.mark.usefixtures("single_world")
@@ -433,3 +435,68 @@ def test_a_parameter_that_is_given_twice_is_clipped_once():
         s.backward(0)
         assert s.manager.clip_grad_norm(params, 0.5) > 0.5
     assert same(once.grads(), twice.grads())
+
+
+class Mixture(bms.DistributedModule):
+    """What has another state in every step: a router balanced over the step's tokens, and dropout."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = bms.nn.Router(4, 4, 2, RouterConfig(balance="global_batch", balance_coef=0.5))
+        self.drop, self.out = bms.nn.Dropout(0.3), bms.nn.Linear(4, 4)
+        bms.init_parameters(self)
+        self.set_train()
+
+    def construct(self, x: Tensor) -> Tensor:
+        told = bms.nn.Routing()
+        return told.add_losses((self.drop(self.out(x)) ** 2).mean() + self.gate(x, told).weights[:, 0].mean())
+
+
+def trained(own: bool, kinds: Callable[..., Any] = AdamOptimizer) -> list[float]:
+    """Losses of four steps of two micro-batches each; `own`: as MindSpore spells it, with two optimizers."""
+    with use_world(World(SingleEngine(), Mesh(1, 0), seed=5)) as here:
+        model, found, random = Mixture(), [], np.random.default_rng(1)
+        params = [model.gate.trainable_params(), model.out.trainable_params()]
+        optimizers, manager = [kinds(x, lr=0.1) if own else AdamOptimizer(x, lr=0.1) for x in params], OptimManager()
+        for optimizer in () if own else optimizers:
+            manager.add_optimizer(optimizer)
+        for step in range(4):
+            manager.zero_grad()
+            total: Any = None
+            for _ in range(2):
+                x = Tensor(random.normal(size=(5, 4)).astype(np.float32))
+                if not own:
+                    found.append(manager.backward(model, x).asnumpy().item())
+                    continue
+                loss, grads = ms.value_and_grad(model, None, [*params[0], *params[1]])(x)
+                found.append(loss.asnumpy().item())
+                total = grads if total is None else [a + b for a, b in zip(total, grads)]
+            if own:
+                grads, _ = clip_grad_norm([*params[0], *params[1]], total, 1e9)
+                optimizers[0](grads[: len(params[0])])
+                optimizers[1](grads[len(params[0]) :])
+                if kinds is not AdamOptimizer:
+                    end_step()
+            else:
+                manager.step()
+            assert here.everyone.clock.step == step + 1
+        return found
+
+
+def test_an_optimizer_that_steps_by_itself_ends_the_step_once():
+    """For routers and dropout, as the manager does, which does it once, too."""
+    assert trained(own=True) == trained(own=False)
+
+
+def test_the_step_of_another_optimizer_is_ended_by_who_calls_it():
+    other, right = trained(own=True, kinds=lambda params, lr: nn.SGD(params, lr)), trained(own=False)
+    assert other[:2] == right[:2] and len(set(other)) == 8  # then parameters are others
+
+
+def test_a_step_that_is_left_out_draws_the_same_again(single_world):
+    drop, x = bms.nn.Dropout(0.5).set_train(), Tensor(np.ones(64, np.float32))
+    first = drop(x).asnumpy()
+    end_step(made=False)
+    assert np.array_equal(drop(x).asnumpy(), first)
+    end_step()
+    assert not np.array_equal(drop(x).asnumpy(), first)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from mindspore import Parameter, Tensor
 
+from bmtrain_ms.compat.autograd import no_grad
 from bmtrain_ms.compat.cells import parameter_table
 from bmtrain_ms.nn import ROUTERS, Router, RouterConfig, Routing, update_router_bias
 
@@ -34,6 +35,18 @@ def gradient(config: RouterConfig, logits: np.ndarray, routing: dict[str, Any], 
 
     value, grads = ms.value_and_grad(loss, None, [x])()
     return value.asnumpy().item() / 3.0 / weight, grads[0].asnumpy() / 3.0 / weight
+
+
+def recorded(call: Any, logits: np.ndarray = LOGITS) -> Any:
+    """What a call of a router returns in a pass whose gradient is taken."""
+    found, x = [], Parameter(Tensor(logits), name="x")
+
+    def loss() -> Tensor:
+        found.append(call(x * 1.0))
+        return found[0].weights.sum()
+
+    ms.value_and_grad(loss, None, [x])()
+    return found[0]
 
 
 def softmax(x: np.ndarray) -> np.ndarray:
@@ -150,7 +163,8 @@ def test_the_bias_is_for_the_choice_only_and_moves_towards_balance():
     made = router(config)
     assert [p.name for p in made.get_parameters()][1].endswith("e_score_correction_bias")
     told = Routing(tokens=np.array([True, True, True, False]))
-    assert made(Tensor(LOGITS), told).experts.tolist()[:3] == [[0, 1], [2, 0], [0, 3]]
+    choice = recorded(lambda x: made(x, told))
+    assert choice.experts.tolist()[:3] == [[0, 1], [2, 0], [0, 3]]
     assert made.seen().tolist() == [3, 1, 1, 1]
     update_router_bias(made)
     bias: Any = parameter_table(made)["e_score_correction_bias"]
@@ -160,6 +174,41 @@ def test_the_bias_is_for_the_choice_only_and_moves_towards_balance():
     assert choice.experts.tolist()[0] == [1, 3]
     sigmoid = 1 / (1 + np.exp(-LOGITS[0, [1, 3]]))
     np.testing.assert_allclose(choice.weights.asnumpy()[0], sigmoid / sigmoid.sum(), rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["micro_batch", "global_batch"])
+def test_a_pass_whose_gradient_nobody_takes_counts_for_itself_alone(kind: str):
+    """Neither its choices in the step's, nor the step's in its loss; also inside of a function that is differentiated."""
+    config = RouterConfig(balance=kind, balance_coef=0.5)
+    made, other = router(config), np.flip(LOGITS, 1).copy()
+
+    def looked() -> float:
+        told, before = Routing(), made.seen().tolist()
+        loss = told.add_losses((made(Tensor(other), told).weights * 0.0).sum())
+        assert made.seen().tolist() == before
+        return loss.asnumpy().item()
+
+    def trained(look: bool) -> list[float]:
+        found = []
+        for logits in (LOGITS, LOGITS[::2].copy()):
+            x = Parameter(Tensor(logits), name="x")
+
+            def loss(x: Parameter = x) -> Tensor:
+                if look:
+                    with no_grad():
+                        looked()
+                told = Routing()
+                return told.add_losses((made(x * 1.0, told).weights * 0.0).sum())
+
+            value, grads = ms.value_and_grad(loss, None, [x])()
+            found += [value.asnumpy().item(), *grads[0].asnumpy().reshape(-1).tolist()]
+            assert not look or looked() == alone
+        made.world.everyone.clock.step += 1
+        return found
+
+    alone = looked()
+    assert trained(True) == trained(False)
+    assert made.seen().tolist() == [0, 0, 0, 0]
 
 
 def test_deepseek_v3_chooses_in_groups():

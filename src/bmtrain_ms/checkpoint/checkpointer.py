@@ -62,10 +62,11 @@ class Checkpointer:
     """Checkpoints of one training run in one folder. All ranks make one, and call its methods together.
 
     What is saved: the model, every optimizer's masters, moments and steps, schedules, loss scaler, gradients that have been
-    accumulated, the counters of stateless randomness, Python's and NumPy's generators, and `extra`. The same number of ranks with
-    the same seed, which is compared, goes on bit by bit as if it had never stopped; another number to the rounding of sums over
-    ranks. What is whole on every rank and not the same there, e.g. running statistics of batches, is saved of every rank: each goes
-    on with its own; of another number of ranks m, rank r goes on with that of rank r * n // m of the n that saved.
+    accumulated, the counters of stateless randomness, Python's and NumPy's generators, what routers have counted, and `extra`. The
+    same number of ranks with the same seed, which is compared, goes on bit by bit as if it had never stopped; another number to the
+    rounding of sums over ranks. What is whole on every rank and not the same there, e.g. running statistics of batches, is saved of
+    every rank: each goes on with its own; of another number of ranks m, rank r goes on with that of rank r * n // m of the n that
+    saved.
 
     A checkpoint appears under its name complete, checked, and on the disk, or not at all; `latest` moves after that. Without shared
     storage it gets its name on all hosts or on none, and what it replaces goes when all have it.
@@ -137,7 +138,7 @@ class Checkpointer:
             self.finish()
         self.lock()
         entries, known = everybodys(entries_to_save(self._model, self._manager), self._world)
-        state = collected_state(self._manager, self._world, step, copied, self._shared)
+        state = collected_state(self._model, self._manager, self._world, step, copied, self._shared)
         apart = names_that_differ(entries, self._world)
         arrays = self._owned(entries, apart)
         target = self._begin(step)

@@ -117,7 +117,8 @@ class Loader:
                 entries, sources = entries_to_load(self.model, self.manager, reader.described)
                 named = without(as_named_here(reader.described, sources), elsewhere, GRADIENT, of_master)
                 result = compare(named, entries, strict, str(folder))
-                state = checked_state(state_named_now(self.model, reader.index.state), self.manager, world, strict, str(folder))
+                raw = state_named_now(self.model, reader.index.state)
+                state = checked_state(raw, self.model, self.manager, world, strict, str(folder))
             except Exception as caught:  # whatever it is: the other ranks wait
                 error = caught
             agree_or_fail(world.everyone, error, what)

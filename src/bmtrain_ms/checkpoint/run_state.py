@@ -11,13 +11,16 @@ from importlib import metadata
 from typing import Any
 
 import numpy as np
+from mindspore import nn
 
 from ..comm import World, gather_json
 from ..compat import versions
 from ..files.errors import CheckpointError
 from ..files.format import is_count
+from ..nn import Router
 from ..optim import OptimManager
 from ..zero import context_of
+from .routers import Counts, counts_to_restore, router_counts
 from .stages import state_of_all, state_of_rank
 
 _NUMPY_WORDS = 624  # of its generator's state
@@ -33,6 +36,7 @@ class RunState:
         clock, draw_step, draws: steps that were counted, those of them that were made, and random draws in the step.
         generators: states of Python's and NumPy's, of this rank; None: not saved.
         strict: whether the optimizers have the same parameters.
+        routers: what this rank's routers have counted.
     """
 
     step: int
@@ -43,6 +47,7 @@ class RunState:
     draws: int
     generators: tuple[Any, Any] | None
     strict: bool
+    routers: list[tuple[Router, Counts | None]]
 
     def restore(self, manager: OptimManager, world: World, keep: str) -> None:
         """Go on from it; `keep` as in `OptimManager.load_state_dict`."""
@@ -53,6 +58,8 @@ class RunState:
         if self.generators is not None:
             random.setstate(self.generators[0])
             np.random.set_state(self.generators[1])
+        for router, counts in self.routers:
+            router.restore_counts(counts)
 
 
 def checked_keep(keep: Any) -> str:
@@ -97,10 +104,13 @@ def mesh_of(world: World) -> dict[str, int]:
     return {"ranks": mesh.world, "shard_size": mesh.shard, **{x: mesh.size(x) for x in ("tp", "pp", "ep") if mesh.size(x) > 1}}
 
 
-def collected_state(manager: OptimManager, world: World, step: int, extra: dict[str, Any], shared: bool) -> dict[str, Any]:
+def collected_state(
+    model: nn.Cell, manager: OptimManager, world: World, step: int, extra: dict[str, Any], shared: bool
+) -> dict[str, Any]:
     """What `checked_state` takes; JSON can hold it. All ranks call it."""
     kind, keys, position, has_gauss, cached = np.random.get_state()
     mine = {"python": random.getstate(), "numpy": [kind, keys.tolist(), position, has_gauss, cached]}
+    everybody = gather_json([mine, router_counts(model)], world.everyone, "checkpoint generators")
     return {
         "step": step,
         "extra": extra,
@@ -109,7 +119,8 @@ def collected_state(manager: OptimManager, world: World, step: int, extra: dict[
         "clock": world.everyone.clock.step,
         "draws": context_of(world).draws.count,
         "draw_step": context_of(world).draws.step,
-        "generators": gather_json(mine, world.everyone, "checkpoint generators"),
+        "generators": [generators for generators, _ in everybody],
+        "routers": [counts for _, counts in everybody],
         "mesh": mesh_of(world),
         "layout": gather_json(world.launch.local_size, world.everyone, "checkpoint layout"),
         "shared_storage": shared,
@@ -117,7 +128,7 @@ def collected_state(manager: OptimManager, world: World, step: int, extra: dict[
     }
 
 
-def checked_state(raw: Any, manager: OptimManager, world: World, strict: bool, where: str) -> RunState:
+def checked_state(raw: Any, model: nn.Cell, manager: OptimManager, world: World, strict: bool, where: str) -> RunState:
     """What was collected; nothing is changed by looking at it.
 
     Args:
@@ -128,7 +139,7 @@ def checked_state(raw: Any, manager: OptimManager, world: World, strict: bool, w
         CheckpointError: it is damaged, does not fit the manager, or (strict) is of another seed.
     """
     try:
-        seed, state = raw["seed"], _parsed(raw, manager, world, strict)
+        seed, state = raw["seed"], _parsed(raw, model, manager, world, strict)
         if type(seed) is not int:
             raise TypeError(f"its seed is {seed!r}")
     except (KeyError, TypeError, ValueError, IndexError, OverflowError, AttributeError) as error:
@@ -142,7 +153,7 @@ def checked_state(raw: Any, manager: OptimManager, world: World, strict: bool, w
     return state
 
 
-def _parsed(raw: Any, manager: OptimManager, world: World, strict: bool) -> RunState:
+def _parsed(raw: Any, model: nn.Cell, manager: OptimManager, world: World, strict: bool) -> RunState:
     extra, generators = raw["extra"], raw.get("generators")
     if not isinstance(extra, dict):
         raise TypeError(f"its extra is {extra!r}, not an object")
@@ -157,7 +168,8 @@ def _parsed(raw: Any, manager: OptimManager, world: World, strict: bool) -> RunS
     mine = None
     if generators is not None:
         mine = _generators(generators[world.everyone.rank if len(generators) == world.everyone.size else 0])
-    return RunState(step, extra, of_manager, clock, draw_step, draws, mine, strict)
+    routers = counts_to_restore(raw.get("routers"), model, world, raw.get("mesh") == mesh_of(world))
+    return RunState(step, extra, of_manager, clock, draw_step, draws, mine, strict, routers)
 
 
 def _generators(mine: Any) -> tuple[Any, Any]:

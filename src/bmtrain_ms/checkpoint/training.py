@@ -60,7 +60,7 @@ def load_file(file_name: str | Path, model: nn.Cell, manager: OptimManager, stri
         renamed = named_now(model, there)
         now = {renamed.get(name, name): what for name, what in there.items()}
         compare(now, entries, strict, str(file_name))  # first: it says best what is different
-        state = checked_state(state_named_now(model, raw), manager, world, strict, str(file_name))
+        state = checked_state(state_named_now(model, raw), model, manager, world, strict, str(file_name))
     except Exception as caught:  # whatever it is: the other ranks wait
         error = caught
     agree_or_fail(world.everyone, error, f"{file_name} cannot be loaded")

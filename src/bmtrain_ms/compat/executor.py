@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 from dataclasses import dataclass
+from typing import Iterator
 
 try:  # since 2.9 the old module warns on import
     from mindspore.graph import api as _api
@@ -25,6 +27,7 @@ class UnderWay:
         depth: backward passes; recomputation nests them.
         forwards: recorded forward passes of `value_and_grad`.
         joins: backward passes that are made of several.
+        set_aside: functions that run unrecorded because their derivative is ours, or is recorded later.
         younger: whether the function whose backward pass it is has younger ones.
         hookable: contexts that want hooks on outputs of `custom_op`.
         closed: contexts in which no gradient may be taken.
@@ -33,6 +36,7 @@ class UnderWay:
     depth: int = 0
     forwards: int = 0
     joins: int = 0
+    set_aside: int = 0
     younger: bool = False
     hookable: int = 0
     closed: int = 0
@@ -44,3 +48,20 @@ under_way = UnderWay()
 def recording() -> bool:
     """Whether operations executed now are recorded for a backward pass."""
     return executor.grad_flag() and executor.enable_grad()
+
+
+def differentiated() -> bool:
+    """Whether what is executed now belongs to a pass whose gradient is taken, recorded now or later or in a way of ours; not so in
+    evaluation and generation."""
+    return under_way.set_aside > 0 or recording()
+
+
+@contextlib.contextmanager
+def set_aside() -> Iterator[None]:
+    """Run what is differentiated later without recording it: it is to be run again, recorded, for its gradient."""
+    under_way.set_aside += 1
+    try:
+        with no_grad():
+            yield
+    finally:
+        under_way.set_aside -= 1

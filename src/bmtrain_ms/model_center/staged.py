@@ -13,7 +13,7 @@ from bmtrain_ms_base import schedule, stages
 from bmtrain_ms_base.checks import whole
 from bmtrain_ms_base.layout import part_of
 
-from ..comm import World
+from ..comm import World, reduce_numbers
 from ..comm.agreement import all_gather_bytes
 from ..compat.autograd import no_grad, recording
 from ..compat.cells import child_table, parameter_table
@@ -76,7 +76,6 @@ class _Batch:
     targets: Tensor | None = None
     cache: KeyValueCache | None = None
     options: dict[str, Any] | None = None
-    share: float = 0.0  # of the mean over tokens of what routers add, in the whole batch's
 
 
 class StagedModel:
@@ -195,10 +194,17 @@ class StagedModel:
             batch = self._batch(_rows(ids, part), _rows(padding, part), None, _rows(documents, part))
             batch.targets, batch.options = _rows(targets, part), options
             found.append(batch)
-        tokens = sum(batch.positions.tokens for batch in found)
-        for batch in found:
-            batch.share = batch.positions.tokens / tokens if tokens else 0.0
         return found
+
+    def routers_weight(self, batches: list[_Batch], of_mean: float, trains: bool) -> float:
+        """What the sum over this rank's tokens of what routers add is multiplied with, so that it is `of_mean` times the mean over
+        its tokens; `trains`: over those of all data-parallel ranks, which call it together, as `Routing.add_losses` has it."""
+        if not self._routed:
+            return 0.0
+        tokens = sum(batch.positions.tokens for batch in batches)
+        if trains:
+            tokens, of_mean = reduce_numbers(self.world.along("dp"), [tokens, of_mean], "router, tokens").tolist()
+        return of_mean / max(1.0, tokens)
 
     def evaluated(self, batches: list[_Batch]) -> list[Tensor]:
         """Losses of micro-batches; those of the last stage, none elsewhere."""
@@ -209,11 +215,11 @@ class StagedModel:
     ) -> tuple[list[Tensor], list[Tensor]]:
         """Losses and gradients, as `Stage.train` makes them; gradients of a table on two stages are the sum of both.
 
-        `routers`: what the mean over all tokens of what routers add is multiplied with.
+        `routers`: what the sum over the tokens of what routers add is multiplied with.
         """
         if self._routed:
+            counts = routers * self.world.mesh.tp  # each tensor-parallel rank's routers add their rows' only
             for batch in batches:
-                counts = routers * batch.share * self.world.mesh.tp  # each tensor-parallel rank's routers add their rows' only
                 batch.positions.routing.pull(from_host(np.array(counts, np.float32)))
         scale = from_host(np.array([cotangent], np.float32))
         losses, grads = self._ran.train(self.table, batches, params, scale)
@@ -228,10 +234,10 @@ class StagedModel:
         return self._from_last(from_host(np.array([total * scale], np.float32)), "loss").reshape(())
 
     def of_routers(self, batches: list[_Batch]) -> float:
-        """The mean over all tokens of what the routers of all stages add, on every rank of the pipeline."""
+        """The sum over the tokens of what the routers of all stages add, on every rank of the pipeline."""
         if not self._routed:
             return 0.0
-        total = np.array([sum(batch.positions.routing.value() * batch.share for batch in batches)], np.float32)
+        total = np.array([sum(batch.positions.routing.value() for batch in batches)], np.float32)
         with no_grad():
             found = from_host(total)
             for axis in ("tp", "pp"):
@@ -345,7 +351,8 @@ class StagedLoss(Scheduled):
             return self._staged.all_from_last(found, input_ids.shape[0] * input_ids.shape[1]) * weight
         share = weight * _share(reduction, targets, rest)
         loss = self._staged.from_last(found, share)
-        return loss + self._staged.of_routers(batches) * _routers_share(reduction, targets, rest)
+        of_routers = self._staged.routers_weight(batches, _routers_share(reduction, targets, rest), trains=False)
+        return loss + self._staged.of_routers(batches) * of_routers
 
     def differentiated(self, params: Sequence[Parameter], scale: float, *args: Any, **kwargs: Any) -> tuple[Tensor, list[Tensor]]:
         """The loss and its gradients, see `Scheduled`.
@@ -377,7 +384,7 @@ class StagedLoss(Scheduled):
         share = weight * _share(reduction, targets, options)
         per_token = {**options, "reduction": "sum"}
         batches = self._staged.batches(number, input_ids, targets, padding, documents, per_token)
-        of_routers = _routers_share(reduction, targets, options)
+        of_routers = self._staged.routers_weight(batches, _routers_share(reduction, targets, options), trains=True)
         losses, grads = self._staged.trained(batches, params, scale * share, scale * of_routers)
         return self._staged.from_last(losses, share) + self._staged.of_routers(batches) * of_routers, grads
 

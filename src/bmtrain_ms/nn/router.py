@@ -5,7 +5,10 @@ A balance loss is a mean over tokens: token t of group g has E / k * sum_e P[t, 
 the group's T tokens (before any is dropped) and P are scores that sum to 1: 1 where all experts have as many. Groups: what this
 data-parallel rank has of the batch (`micro_batch`), what all ranks have, together with the micro-batches of the step so far
 (`global_batch`: Qiu et al., 2025), or each sequence (`sequence`: DeepSeek-V3). The counts have no derivative. So the loss weighs
-what it weighs against the mean loss of the tokens, whatever the number of micro-batches and ranks.
+what it weighs against the mean loss of the tokens, whatever the number of micro-batches and ranks; also where ranks, or the
+micro-batches of a pipeline, have unequal numbers of tokens (padding): the mean is that over the tokens of all of them. Several
+backward passes of one step weigh alike; scale their losses where they should not. Evaluation and generation are no part of a step:
+a pass whose gradient nobody takes has the counts that it makes itself, and a mean over this data-parallel rank's tokens.
 
 It enters beside the hidden states, which stay one tensor: routers note in the pass's `Routing` what they add, `Routing.add_losses`
 adds it to the loss, and in backward, where it comes first, learns how much the loss counts; routers add the gradients of theirs.
@@ -23,9 +26,9 @@ from mindspore import Parameter, Tensor, nn, ops
 from bmtrain_ms_base.checks import number, whole
 from bmtrain_ms_base.mesh import nearest_divisors
 
-from ..comm import World, reduce_numbers
+from ..comm import Engine, World, reduce_numbers
 from ..comm import world as current_world
-from ..compat.autograd import custom_vjp, no_grad, recording
+from ..compat.autograd import custom_vjp, differentiated, no_grad, recording
 from ..compat.cells import parameter_table
 from ..compat.runtime import from_host, host_array
 from ..zero import DistributedModule, DistributedParameter, context_of, empty
@@ -131,35 +134,45 @@ class Routing:
         self.tokens = None if tokens is None else np.asarray(tokens, bool)
         self.sequences = None if sequences is None else np.asarray(sequences, np.int64)
         self._world = in_world or current_world()
-        self._sizes: tuple[int, int] | None = None
+        self._number: int | None = None
         self._notes: list[_Note] = []
         self._pulled: Tensor | None = None
 
     def add_losses(self, loss: Tensor, weight: float = 1.0) -> Tensor:
-        """The loss and what the routers add to it. All tensor-parallel ranks call it together, once, behind the last router.
+        """The loss and what the routers add to it. All ranks of a stage call it together, once, behind the last router.
+
+        What is added is the sum over this data-parallel rank's tokens, divided by the mean number of tokens of such ranks: so the
+        mean over ranks, which gradients are, is that over all tokens, however many each rank has. Where no gradient is taken it is
+        the mean over this rank's tokens, which knows of no other rank's.
 
         Args:
             loss: float32, a scalar.
             weight: of tokens in it: 1 where it is their mean; where it is their sum, of which a mean over more batches is made
-                later, the number of this data-parallel rank's tokens that count.
+                later, the number of this data-parallel rank's tokens that count. Its mean over these ranks is used.
         """
         engine, ranks = self._world.along("tp"), self._world.mesh.tp
+        of_all = self._world.stage if differentiated() else engine
 
-        def forward(loss: Tensor) -> tuple[Tensors, None]:
-            values = [value for note in self._notes for value in note.values]
-            if not values:
-                return (loss * 1.0,), None
-            total = sum(values[1:], values[0]).reshape(1)
-            return (loss + engine.all_reduce([total], label="router losses").wait()[0].reshape(()) * weight,), None
+        def forward(loss: Tensor) -> tuple[Tensors, float]:
+            if not self.has_losses:
+                return (loss * 1.0,), 0.0
+            of_token = self._weight_of_token(weight, of_all)
+            total = engine.all_reduce([self._total().reshape(1)], label="router losses").wait()[0]
+            return (loss + total.reshape(()) * of_token,), of_token
 
-        def backward(_: Tensors, __: None, grads: Tensors) -> Tensors:
-            self._pulled = grads[0].reshape(()) * (weight * ranks)  # every tensor-parallel rank has all of the loss
+        def backward(_: Tensors, of_token: float, grads: Tensors) -> Tensors:
+            self._pulled = grads[0].reshape(()) * (of_token * ranks)  # every tensor-parallel rank has all of the loss
             return grads
 
         return custom_vjp(forward, backward, loss)[0]
 
+    def _weight_of_token(self, weight: float, of_all: Engine) -> float:
+        mine = [0 if self.tokens is None else self.tokens.sum(), weight / self._world.mesh.tp]
+        tokens, weights = reduce_numbers(of_all, mine, "router, tokens").tolist()
+        return weights / max(1.0, tokens)
+
     def pull(self, counts: Tensor) -> None:
-        """Say how much what routers add counts, where not `add_losses` does: in pipeline stages."""
+        """Say how much what routers add for a token counts, where not `add_losses` does: in pipeline stages."""
         self._pulled = counts
 
     @property
@@ -167,28 +180,29 @@ class Routing:
         """Whether a router has noted some."""
         return any(note.values for note in self._notes)
 
+    def _total(self) -> Tensor:
+        values = [value for note in self._notes for value in note.values]
+        return sum(values[1:], values[0])
+
     def value(self) -> float:
-        """What this rank's routers add."""
-        return sum(float(host_array(value)) for note in self._notes for value in note.values)
+        """What this rank's routers add, summed over its tokens."""
+        return float(host_array(self._total())) if self.has_losses else 0.0
 
     @property
     def pulled(self) -> Tensor:
-        """The factor of what a router adds to the loss, which its backward multiplies with."""
+        """The factor of what a router adds for a token, which its backward multiplies with."""
         if self._pulled is None:
             raise RuntimeError("a router has losses, and nobody adds them to the loss: return routing.add_losses(loss)")
         return self._pulled
 
-    def sizes(self) -> tuple[int, int]:
-        """Tokens, and sequences, of this data-parallel rank; asked of the tensor-parallel ranks once."""
-        if self._sizes is None:
-            if self.tokens is None:
-                raise RuntimeError("the rows are not known yet")
-            sequences = 1 if self.sequences is None else int(self.sequences.max(initial=0)) + 1
-            mine = np.array([self.tokens.sum(), sequences], np.int32)
+    def number_of_sequences(self) -> int:
+        """How many sequences this data-parallel rank has; asked of the tensor-parallel ranks once."""
+        if self._number is None:
+            mine = np.array([int(self.sequences.max(initial=0)) + 1], np.int32)
             with no_grad():
-                found = host_array(self._world.along("tp").all_gather([from_host(mine)], label="router, tokens").wait()[0])
-            self._sizes = int(found.reshape(-1, 2)[:, 0].sum()), int(found.reshape(-1, 2)[:, 1].max())
-        return self._sizes
+                found = self._world.along("tp").all_gather([from_host(mine)], label="router, sequences").wait()[0]
+            self._number = int(host_array(found).max())
+        return self._number
 
     def check(self, rows: int) -> np.ndarray:
         """(rows,) bool, which of so many rows are tokens.
@@ -219,7 +233,7 @@ class Routing:
 
 @dataclass
 class _Note:
-    """`load`: (groups, experts) float32, E / k * c / T.  `values`: of this rank's rows' losses."""
+    """`load`: (groups, experts) float32, E / k * c / T.  `values`: losses, summed over this rank's tokens."""
 
     router: Router
     choices: np.ndarray
@@ -301,22 +315,40 @@ class Router(DistributedModule):
         return self.parameter("weight").world
 
     def seen(self) -> np.ndarray:
-        """(experts,) int64: how often each was chosen since the step began, by this rank's tokens, where passes had a `Routing`."""
+        """(experts,) int64: how often each was chosen since the step began, by this rank's tokens, in passes that had a `Routing`
+        and whose gradient was taken."""
         return self._seen.at(self.world.everyone.clock.step).own_counts
 
-    def note(self, choices: np.ndarray, routing: Routing, tokens: np.ndarray) -> _Note:
-        """Count the choices of a pass, once: what is repeated finds what was noted. Ranks may count together."""
+    def counts(self) -> dict[str, Any] | None:
+        """The `step` that counts are of, this rank's `own`, and those of `all` ranks, for a checkpoint; None: nobody waits for any,
+        on all ranks that have the router."""
+        seen = self._seen
+        if seen.step != self.world.everyone.clock.step and not (self.config.bias and seen.step >= 0):
+            return None
+        return {"step": seen.step, "own": seen.own_counts.tolist(), "all": seen.all_counts.tolist()}
+
+    def restore_counts(self, saved: dict[str, Any] | None) -> None:
+        """Go on from what `counts` returned."""
+        self._seen = _Seen(self.experts)
+        if saved is not None:
+            self._seen.step, self._seen.own_counts[:], self._seen.all_counts[:] = saved["step"], saved["own"], saved["all"]
+
+    def note(self, choices: np.ndarray, routing: Routing, tokens: np.ndarray, trains: bool) -> _Note:
+        """Count the choices of a pass, once: what is repeated finds what was noted. Ranks may count together.
+
+        A pass whose gradient nobody takes has losses of its own choices, and is no part of the step.
+        """
         noted = routing.noted(self, choices)
         if noted is not None:
             return noted
-        seen = self._seen.at(self.world.everyone.clock.step)
+        seen = self._seen.at(self.world.everyone.clock.step) if trains else _Seen(self.experts)
         counts = np.bincount(choices[tokens].reshape(-1), minlength=self.experts)
         seen.own_counts += counts
         kind, load = self.config.balance, None
         if kind == "sequence":
             if routing.sequences is None:
                 raise ValueError("the balance of sequences needs to know them: Routing(sequences=...), one number for each row")
-            counts = np.zeros((routing.sizes()[1], self.experts), np.int64)
+            counts = np.zeros((routing.number_of_sequences(), self.experts), np.int64)
             np.add.at(counts, (routing.sequences[tokens, None], choices[tokens]), 1)
             load = self._summed(counts, "tp")
         elif kind == "micro_batch":
@@ -342,7 +374,7 @@ class _Choosing:
 
     def __init__(self, router: Router, routing: Routing | None, tokens: np.ndarray | None):
         self.router, self.config, self.routing, self.tokens = router, router.config, routing, tokens
-        self.choices = np.zeros((0, 0), np.int32)
+        self.choices, self.trains = np.zeros((0, 0), np.int32), differentiated()
         self.note: _Note | None = None
 
     def forward(self, logits: Tensor) -> tuple[Tensors, Tensors]:
@@ -367,7 +399,7 @@ class _Choosing:
         if config.renormalise:
             grad = (grad - (grad * raw).sum(-1, keepdims=True) / total) / total
         grad = ops.tensor_scatter_elements(ops.zeros_like(scores), index, grad, 1)
-        counts_for = self._counts_for() if config.has_losses and self.routing is not None else None
+        counts_for = self.routing.pulled if config.has_losses and self.routing is not None else None
         if counts_for is not None and config.balance is not None:
             slope = self._load() * (counts_for * config.balance_coef)
             if config.score == "sigmoid":
@@ -386,20 +418,15 @@ class _Choosing:
 
     def _note(self, logits: Tensor, scores: Tensor, routing: Routing) -> None:
         config = self.config
-        self.note = self.router.note(self.choices, routing, routing.check(logits.shape[0]))
+        self.note = self.router.note(self.choices, routing, routing.check(logits.shape[0]), self.trains)
         if self.note.values or not config.has_losses:
             return
-        tokens = max(1, routing.sizes()[0])
         if config.balance is not None:
             every = scores if config.score == "softmax" else scores / (scores.sum(-1, keepdims=True) + _LEAST)
-            self.note.values.append((every * self._load()).sum() * (config.balance_coef / tokens))
+            self.note.values.append((every * self._load()).sum() * config.balance_coef)
         if config.z_coef:
             sums = _log_sums(logits) * self._marks()
-            self.note.values.append((sums * sums).sum() * (config.z_coef / tokens))
-
-    def _counts_for(self) -> Tensor:
-        """What the loss of one token counts for in the pass's."""
-        return self.routing.pulled * (1.0 / max(1, self.routing.sizes()[0]))
+            self.note.values.append((sums * sums).sum() * config.z_coef)
 
     def _marks(self) -> Tensor:
         """(rows, 1): 1 for tokens, 0 for others."""
@@ -423,7 +450,7 @@ def update_router_bias(model: nn.Cell) -> None:
     """Move the biases of all routers by what the step's tokens have chosen: bias += rate * sign(mean count - count).
 
     Once for a step, after it was made, by all ranks together; counts are those of all ranks and micro-batches whose passes had a
-    `Routing`. After a skipped step leave it out: what was chosen then is forgotten.
+    `Routing`, and a gradient: not evaluation. After a skipped step leave it out: what was chosen then is forgotten.
     """
     routers = [cell for _, cell in model.cells_and_names() if isinstance(cell, Router) and cell.config.bias]
     routers = list({id(router): router for router in routers}.values())
@@ -436,4 +463,4 @@ def update_router_bias(model: nn.Cell) -> None:
         bias: Any = parameter_table(router)["e_score_correction_bias"]
         step = np.sign(mine.mean() - mine) * router.config.bias_rate
         bias.set_data(from_host((host_array(bias) + step).astype(np.float32)))
-        router._seen.own_counts[:] = 0
+        router.restore_counts(None)

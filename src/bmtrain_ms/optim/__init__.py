@@ -1,6 +1,7 @@
 """Optimizers over shards, and the manager that drives them."""
 
 from .adam import AdamOptimizer
+from .base import end_step
 from .driver import Driver
 from .manager import OptimManager
 from .native import NativeOptimizer
@@ -19,4 +20,5 @@ __all__ = [
     "StepResult",
     "all_finite",
     "clip_grad_norm",
+    "end_step",
 ]

@@ -38,6 +38,23 @@ def announce_change(parameters: Iterable[Parameter]) -> None:
         context_of(touched).pipeline.parameters_changed()
 
 
+def end_step(made: bool = True, *, in_world: World | None = None) -> None:
+    """Say that a training step is over: routers count anew, and what is drawn next (dropout) is another step's.
+
+    `OptimManager.step` does it, and an optimizer of ours that steps by itself. It is for loops of your own that update by another
+    optimizer, and (`made=False`) for a step that they leave out, so that the next one draws what it would have drawn.
+
+    Args:
+        made: whether parameters were updated.
+        in_world: default: the current world.
+    """
+    world = in_world or current_world()
+    context = context_of(world)
+    world.everyone.clock.step += 1
+    context.draws.next_step(made)
+    context.pulled = False
+
+
 class ParamState(ABC):
     """One parameter's share of an optimizer's state."""
 
@@ -157,7 +174,8 @@ class ShardOptimizer(ABC):
     def __call__(self, grads: Sequence[Tensor]) -> None:
         """MindSpore's spelling: `grads` as `value_and_grad(forward, None, optimizer.parameters)` returns them.
 
-        Those of parameters that are not sharded are averaged over the ranks here; the others are means already.
+        Those of parameters that are not sharded are averaged over the ranks here; the others are means already. It ends the step,
+        see `step`.
         """
         if len(grads) != len(self.parameters):  # before any rank waits for another
             raise ValueError(f"{len(grads)} gradients for {len(self.parameters)} parameters")
@@ -166,6 +184,10 @@ class ShardOptimizer(ABC):
 
     def step(self, grads: Sequence[Tensor | None], scale: float = 1.0) -> None:
         """Update every parameter that has a gradient.
+
+        It ends the training step (`end_step`), unless no backward pass has ended since the last step did: so one does under an
+        `OptimManager`, and of several optimizers that are stepped one after another the first. Optimizers with a backward pass
+        of their own before each of them, as for adversarial networks, make a step each.
 
         Args:
             grads: for each of `parameters`, in their order, the gradient of its shard, any dtype; None: it has none.
@@ -187,6 +209,15 @@ class ShardOptimizer(ABC):
             self._check_fit(p, grad)  # compiled loops do not look
         announce_change(self.parameters)
         self._update(updates, scale)
+        self._end_step()
+
+    def _end_step(self) -> None:
+        worlds = {p.world for p in self.parameters if isinstance(p, DistributedParameter)}
+        if not worlds and is_initialized():
+            worlds = {current_world()}
+        for world in worlds:
+            if context_of(world).pulled:
+                end_step(in_world=world)
 
     def _refuse_appended(self) -> None:
         """Groups may go, and parameters may change their group; new ones need a state."""

@@ -20,7 +20,7 @@ from ..compat.runtime import from_host
 from ..ops.in_place import add_, scale_, square_sum
 from ..parallel import Scheduled
 from ..zero import DistributedParameter, context_of
-from .base import average_whole
+from .base import average_whole, end_step
 from .driver import Driver, Schedule, rule_of
 from .native import adapted, adapted_schedule
 from .norms import checked_order, counts_here, parameters_of, total_norm
@@ -285,9 +285,9 @@ class OptimManager:
             if self._grad_norm is None:
                 self._grad_norm = norm / self.grads_scale
             if not math.isfinite(norm):
-                self._count(made=False)
+                end_step(made=False, in_world=self._world)
                 return self._skip()
-        self._count()
+        end_step(in_world=self._world)
         self._began = True
         if self._world.everyone.lands_in_place:  # a device would be waited for, and has nobody who compares
             self._world.everyone.clock.rule = rule_of(self.drivers, bool(self._grads), self._max_norm)
@@ -308,7 +308,7 @@ class OptimManager:
 
     def discard_step(self) -> None:
         """Count a step without making it; its gradients are forgotten, and the next draws the same random numbers."""
-        self._count(made=False)
+        end_step(made=False, in_world=self._world)
         self._world.everyone.clock.rule = "a step that was discarded"
         self.zero_grad()
 
@@ -441,10 +441,6 @@ class OptimManager:
         shared = [names[i] for i, count in counts.items() if count > 1]
         if shared:
             raise ValueError(f"another optimizer has parameter {shared[0]} already: it would be updated twice")
-
-    def _count(self, made: bool = True) -> None:
-        self._world.everyone.clock.step += 1
-        context_of(self._world).draws.next_step(made)
 
     def _scaled(self, loss: Tensor, scale: float) -> Tensor:
         factor = scale * self._factor

@@ -15,7 +15,7 @@ from typing import Any, Callable, Sequence
 from mindspore import Parameter, Tensor, nn
 
 from ..comm import World
-from ..compat.autograd import Joined, Recorded, no_grad, record
+from ..compat.autograd import Joined, Recorded, record, set_aside
 from ..zero import Block, Pass, Replay, context_of
 
 
@@ -71,7 +71,7 @@ class Visit:
             if not self._segment.recompute:
                 return self._record()
             self._replay = Replay(self._context.draws, self._looks)
-            with no_grad(), self._context.within(self._pass):
+            with set_aside(), self._context.within(self._pass):
                 out = self._segment.run(hidden, self._batch)
             self._replay.ended([out], [])
             return out

@@ -28,6 +28,7 @@ class ZeroContext:
         self.pipeline = GatherPipeline(self.pool, world.prefetch)
         self.reducer = Reducer()
         self.draws = Draws(world.seed)
+        self.pulled = False  # a backward pass has ended since the last step
         self._mesh = world.mesh
         self._divided: bool | None = None  # whether models divided over stages have other rows on each; None: there is none yet
         self.anchor: Parameter | None = None  # what every backward pass has to ask for, so that it comes to all stages
@@ -101,6 +102,7 @@ class ZeroContext:
         deliver = self.reducer.end_of_backward(failed=error is not None)
         self.pipeline.end_sequence()
         self.current.end()
+        self.pulled = self.pulled or error is None
         return deliver
 
 

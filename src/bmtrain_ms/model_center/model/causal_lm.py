@@ -170,8 +170,9 @@ class CausalLM(nn.Cell):
             options: of `nn.functional.linear_cross_entropy`.
 
         Returns:
-            float32, a scalar: the mean over the targets that count, and the mean over the tokens of what routers add; for
-            `reduction="sum"` both times the number of targets that count; for "none" (batch * length,), without the routers'.
+            float32, a scalar: the mean over the targets that count, and the mean over the tokens of what routers add, so that where
+            gradients are taken the mean over ranks is that over the tokens of all (`nn.Routing.add_losses`); for `reduction="sum"`
+            both times the number of targets that count; for "none" (batch * length,), without the routers'.
 
         Raises:
             ValueError: routers have losses, gradients are taken, and the reduction is "none".
