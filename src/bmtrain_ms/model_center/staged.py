@@ -20,7 +20,7 @@ from ..compat.cells import child_table, parameter_table
 from ..compat.runtime import from_host, host_array
 from ..nn import Router
 from ..ops.in_place import add_
-from ..parallel import Scheduled, Segment, Stage
+from ..parallel import Part, Scheduled, Segment, Stage, outside, refuse_shared
 from ..zero import ParamGroup, context_of
 from .layer import Encoder, KeyValueCache, Positions
 from .targets import targets_that_count
@@ -93,7 +93,7 @@ class StagedModel:
 
     Raises:
         TypeError: the model has no such parts.
-        ValueError: the layers cannot be divided so, or a rank would hold nothing.
+        ValueError: the layers cannot be divided so, a rank would hold nothing, or ranks would share a parameter.
     """
 
     def __init__(self, model: Any, how: Stages, recompute: bool, world: World, hold: bool):
@@ -108,6 +108,7 @@ class StagedModel:
         routers = [cell for _, cell in model.cells_and_names() if isinstance(cell, Router)]
         self._routed = any(router.config.has_losses for router in routers)  # on any stage
         self._refuse_empty_ranks()
+        self._refuse_shared(layers)
         self._dtype = host_array(_table_of(self.encoder)).dtype
         self.numbers = [number for stage in self.own for number in stage.layers]
         self.first, self.last = any(s.embedding for s in self.own), any(s.head for s in self.own)
@@ -304,6 +305,23 @@ class StagedModel:
                     f"rank {rank} of the {self.table.p} of the pipeline would hold neither a layer nor the embedding nor the head: "
                     "use fewer stages, or another layout"
                 )
+
+    def _refuse_shared(self, layers: list[nn.Cell]) -> None:
+        """Raise ValueError where parts of different ranks share a parameter, other than a tied table."""
+        p, encoder = self.table.p, self.encoder
+        if p == 1:
+            return
+        of = {number: s % p for s, stage in enumerate(self.plan) for number in stage.layers}
+        first, last = (next(s % p for s, stage in enumerate(self.plan) if getattr(stage, name)) for name in ("embedding", "head"))
+        ends = [("the embedding", first, encoder.embed_tokens), ("the embedding of positions", first, encoder.embed_positions)]
+        ends += [("the norm behind the layers", last, encoder.norm), ("the head", last, self.model.lm_head)]
+        parts = [Part(name, rank, cell.parameters_and_names()) for name, rank, cell in ends if cell is not None]
+        parts[1:1] = [Part(f"layer {i}", of[i], layer.parameters_and_names()) for i, layer in enumerate(layers)]
+        rest = outside(self.model, [encoder.layers, *(cell for _, _, cell in ends)])
+        refuse_shared(
+            [*parts, Part("the rest of the model", None, rest)],
+            "keep the layers that share it in one stage (stages=), or give each its own; a tied embedding is config.tied",
+        )
 
 
 class StagedLoss(Scheduled):
