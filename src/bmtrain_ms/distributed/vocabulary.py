@@ -40,6 +40,7 @@ def parallel_embedding(ids: Tensor, table: Tensor, first: int, vocab_size: int, 
         raise ValueError(
             f"{places.shape[0]} rows cannot be scattered over {engine.size} tensor-parallel ranks: pad them to a multiple"
         )
+    engine.compare("input ids", places)
     owned = (places >= first) & (places < first + table.shape[0])
     found = _masked(embedding(from_host(np.where(owned, places - first, 0)), table), owned)
     if engine.size == 1:
@@ -121,6 +122,7 @@ def _part(engine: Engine, rule: LossRule, columns: int) -> Part:
         )
     if engine.size == 1:
         return loss.WHOLE
+    engine.compare("targets", np.stack([rule.labels, rule.counts]))
     owned = (rule.labels >= first) & (rule.labels < stop)
     wide = np.float64 if engine.lands_in_place else np.float32  # which HCCL does not sum
 

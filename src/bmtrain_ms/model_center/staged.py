@@ -152,6 +152,7 @@ class StagedModel:
                 "a model in pipeline stages makes its gradients micro-batch by micro-batch: train it with "
                 "manager.backward(model.loss, *batch); calling it, or model.loss, is for evaluation and generation"
             )
+        self.compare(input_ids, None, padding, documents)
         batch = self._batch(input_ids, padding, cache, documents)
         batch.positions.last_only = last_only
         found = self._ran.evaluate(self._forward_table(1), [batch])
@@ -178,6 +179,16 @@ class StagedModel:
             raise ValueError(f"{what} of a pipeline with batches='first': give it to the first one, and None to the others")
         with np.load(io.BytesIO(parts[0])) as found:
             return tuple(from_host(found[str(i)]) if str(i) in found else None for i in range(len(tensors)))
+
+    def compare(self, input_ids: Tensor, targets: Any, padding: Any, documents: Any, weight: float = 1.0) -> None:
+        """Fail, on every rank, where the ranks of a pipeline were given different batches; on devices nobody looks."""
+        given = {"input ids": input_ids, "targets": targets, "padding": padding, "documents": documents}
+        for what, value in given.items():
+            self._pipe.compare(what, value)
+        for engine in (self._pipe, self.world.along("tp")):
+            engine.compare("weight of the loss", float(weight))
+        if self._pipe.lands_in_place:
+            self._pipe.barrier("batches are the same").wait()
 
     @property
     def _ran(self) -> Stage:
@@ -355,6 +366,7 @@ class StagedLoss(Scheduled):
             )
         reduction, rest = options.pop("reduction", "mean"), options
         input_ids, targets, padding, documents = self._staged.given(input_ids, targets, padding, documents)
+        self._staged.compare(input_ids, targets, padding, documents, weight)
         number = min(self._staged.table.m, input_ids.shape[0])
         per_token = {**rest, "reduction": "none" if reduction == "none" else "sum"}
         batches = self._staged.batches(number, input_ids, targets, padding, documents, per_token)
@@ -386,6 +398,7 @@ class StagedLoss(Scheduled):
         **options: Any,
     ) -> tuple[Tensor, list[Tensor]]:
         input_ids, targets, padding, documents = self._staged.given(input_ids, targets, padding, documents)
+        self._staged.compare(input_ids, targets, padding, documents, weight)
         number, rows = self._staged.table.m, input_ids.shape[0]
         if rows < number:
             raise ValueError(
