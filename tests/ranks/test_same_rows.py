@@ -80,3 +80,32 @@ def test_ranks_that_are_given_other_rows_than_each_other(run_ranks: Run, case: C
             f" was given other {GIVEN[what]} than this rank: ranks that differ along tp or pp only must be given the same" in text
         )
         assert text.endswith("Choose rows by world().mesh.dp_rank of mesh.dp, not by the global rank")
+
+
+def wrong_ids(world: World, case: Case) -> list[str]:
+    """What is said of ids that are none: one is negative, and they are no whole numbers."""
+    texts = []
+    for what in ("negative", "fractions", "truths"):
+        engine = make_engine("node") if case.ranks > 1 else world.everyone
+        with use_world(case.world(World(engine, world.mesh))):
+            model, ids = model_of(case, {}), np.ones((4, 6), np.int32)
+            ids[3, 2] = -1 if what == "negative" else 1
+            with pytest.raises((ValueError, TypeError)) as error:
+                given = ids.astype({"negative": np.int32, "fractions": np.float32, "truths": bool}[what])
+                model.loss(Tensor(given), Tensor(np.ones((4, 6), np.int32)))
+        if engine is not world.everyone:
+            engine.close()
+        texts.append(f"{type(error.value).__name__}: {error.value}")
+    return texts
+
+
+@pytest.mark.parametrize("case", [Case(), Case(dp=2), Case(tp=2)], ids=str)
+def test_ids_that_are_none_are_refused_in_every_layout(run_ranks: Run, case: Case):
+    for negative, fractions, truths in run_ranks(case.ranks, wrong_ids, case=case):
+        assert negative.startswith("ValueError: ids ")
+        assert "-1" in negative
+        assert (
+            fractions
+            == "TypeError: ids are whole numbers, of type int32 or int64, not Float32: convert them with ids.astype(ms.int32)"
+        )
+        assert truths.startswith("TypeError: ids are whole numbers, of type int32 or int64, not Bool:")

@@ -15,7 +15,7 @@ from ..compat.autograd import custom_vjp, no_grad
 from ..compat.runtime import from_host, host_array
 from ..ops import chosen, embedding, loss
 from ..ops.loss import Part
-from ..ops.rules import LossRule, Sums
+from ..ops.rules import LossRule, Sums, refuse_fractions
 from .ops import all_reduce, reduce_scatter
 
 
@@ -31,8 +31,10 @@ def parallel_embedding(ids: Tensor, table: Tensor, first: int, vocab_size: int, 
         (rows, ..., dim), or (rows / ranks, ..., dim).
 
     Raises:
+        TypeError: ids are no whole numbers.
         ValueError: an id is outside of the vocabulary, or the rows cannot be scattered.
     """
+    refuse_fractions(ids)
     places = host_array(ids).reshape(ids.shape)
     if places.size and not -1 <= places.min() <= places.max() < vocab_size:
         raise ValueError(f"ids lie in [{places.min()}, {places.max()}], the vocabulary has {vocab_size}")

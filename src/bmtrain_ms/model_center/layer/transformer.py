@@ -8,7 +8,7 @@ import mindspore as ms
 import numpy as np
 from mindspore import Tensor, nn
 
-from ...compat.runtime import from_host
+from ...compat.runtime import from_host, host_array
 from ...nn import MoE, functional
 from .attention import Attention
 from .cache import KeyValueCache, LayerCache
@@ -116,6 +116,10 @@ class Encoder(nn.Cell):
     def embed(self, ids: Tensor, positions: Positions) -> Tensor:
         """ids (tokens,) of int32 -> what the first layer is given: (tokens, dim), or this rank's part of them."""
         assert self.embed_tokens is not None
+        if self.ranks > 1 and ids.size and int(host_array(ids).min()) < 0:  # -1 stands for padding, of which there is none yet
+            raise ValueError(
+                f"ids begin at 0, and the lowest that was given is {int(host_array(ids).min())}: padding has an id too"
+            )
         hidden = self.embed_tokens(positions.with_padding(ids, -1))
         if self.embed_scale != 1.0:
             hidden = hidden * self.embed_scale
