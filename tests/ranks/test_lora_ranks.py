@@ -17,7 +17,7 @@ from bmtrain_ms.compat.autograd import no_grad
 from bmtrain_ms.files.errors import CheckpointError
 from bmtrain_ms.model_center import Spread, Stages, load_adapters, save_adapters, spread
 from bmtrain_ms.model_center.model import DeepseekV2, DeepseekV2Config, Llama, LlamaConfig
-from bmtrain_ms.nn import add_lora, merge_lora
+from bmtrain_ms.nn import add_lora, freeze, merge_lora, thaw
 from tests.helpers.layouts import SIZES, Case, batch_of, parts, whole
 from tests.ranks.test_layouts import compare
 
@@ -146,3 +146,26 @@ def test_adapters_that_no_stage_has_a_layer_for_are_refused_on_all(run_ranks: Ca
     run_ranks(1, trained, case=Case(), folder=tmp_path)
     told = run_ranks(2, misfit, folder=tmp_path)
     assert told[0] == told[1] and "has other adapters than its adapter_config.json says of this Llama" in told[0]
+
+
+def frozen(world: World, stages: Any) -> list[Any]:
+    """What ranks of a pipeline freeze and adapt that do not all have it, and what is said where nobody has."""
+    case = Case(pp=2, stages=stages)
+    with use_world(case.world(world)):
+        model = spread(Llama(LlamaConfig(**SIZES, num_heads_kv=2)), case.how, case.stages)
+        done = [freeze(model, "embed_tokens"), thaw(model, "lm_head"), freeze(model, r"layers\.1\.mlp\.up_proj")]
+        for function in (freeze, thaw):
+            with pytest.raises(ValueError, match=r"^no parameter of this Llama has 'nothing' in its name"):
+                function(model, "nothing")
+        with pytest.raises(ValueError, match=r"^no Linear layer has 'nothing' in its path"):
+            add_lora(model, "nothing")
+        trained = [p.name for p in model.get_parameters() if not p.requires_grad]
+        return [done, trained, add_lora(model, "layers.1.*q_proj")]
+
+
+@pytest.mark.parametrize("stages", [[1, 1], "E|ttL"], ids=str)
+def test_what_some_stages_do_not_have_is_frozen_and_adapted(run_ranks: Any, stages: Any):
+    first, last = run_ranks(2, frozen, stages=Stages(stages))
+    up = "model.layers.1.mlp.up_proj.weight"
+    assert first == [[["model.embed_tokens.weight"], [], []], ["model.embed_tokens.weight"], []]
+    assert last == [[[], ["lm_head.weight"], [up]], [up], ["model.layers.1.self_attn.q_proj"]]

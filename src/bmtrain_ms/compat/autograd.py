@@ -411,6 +411,8 @@ def _clear() -> None:
 def _record(wrapped: Any, instance: Any, args: tuple, kwargs: dict) -> Any:
     if under_way.closed:
         raise RuntimeError(NESTED)
+    if args and hasattr(args[0], "refuse_recording"):
+        args[0].refuse_recording()  # 2.5 does not say that it records what is neither a function nor a Cell
     return _clear_after_failure(wrapped, instance, args, kwargs)
 
 

@@ -360,10 +360,7 @@ class StagedLoss(Scheduled):
             RuntimeError: it is called inside of a function that is being differentiated.
         """
         if recording():
-            raise RuntimeError(
-                "the loss of a model in pipeline stages makes its gradients itself: pass it to the manager as it is, "
-                "manager.backward(model.loss, *batch), and not a function that calls it"
-            )
+            self.refuse_recording()
         reduction, rest = options.pop("reduction", "mean"), options
         input_ids, targets, padding, documents = self._staged.given(input_ids, targets, padding, documents)
         self._staged.compare(input_ids, targets, padding, documents, weight)
@@ -376,6 +373,15 @@ class StagedLoss(Scheduled):
         share = weight * _share(reduction, targets, rest)
         loss = self._staged.from_last(found, share)
         return loss + self._staged.of_routers(batches) * _routers_share(reduction, targets, rest)
+
+    __name__, __code__ = "loss", __call__.__code__  # MindSpore asks for them before it differentiates, and is told that it may not
+
+    def refuse_recording(self) -> None:
+        """Raise RuntimeError: MindSpore is asked to differentiate it."""
+        raise RuntimeError(
+            "the loss of a model in pipeline stages makes its gradients itself: pass it to the manager as it is, "
+            "manager.backward(model.loss, *batch), and neither to value_and_grad nor in a function that calls it"
+        )
 
     def differentiated(self, params: Sequence[Parameter], scale: float, *args: Any, **kwargs: Any) -> tuple[Tensor, list[Tensor]]:
         """The loss and its gradients, see `Scheduled`.
