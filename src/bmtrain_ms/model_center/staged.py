@@ -76,6 +76,7 @@ class _Batch:
     targets: Tensor | None = None
     cache: KeyValueCache | None = None
     options: dict[str, Any] | None = None
+    part: tuple[int, int, int] | None = None  # of the whole batch's rows, see `Draws`
     share: float = 0.0  # of the mean over tokens of what routers add, in the whole batch's
 
 
@@ -206,6 +207,7 @@ class StagedModel:
         for part in rows:
             batch = self._batch(_rows(ids, part), _rows(padding, part), None, _rows(documents, part))
             batch.targets, batch.options = _rows(targets, part), options
+            batch.part = part.start, part.stop - part.start, ids.shape[0]
             found.append(batch)
         tokens = sum(batch.positions.tokens for batch in found)
         for batch in found:

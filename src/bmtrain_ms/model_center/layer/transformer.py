@@ -8,8 +8,11 @@ import mindspore as ms
 import numpy as np
 from mindspore import Tensor, nn
 
+from ...comm import world as current_world
 from ...compat.runtime import from_host, host_array
 from ...nn import MoE, functional
+from ...parallel.stage import DRAWS, SPAN
+from ...zero import context_of
 from .attention import Attention
 from .cache import KeyValueCache, LayerCache
 from .embedding import ParallelEmbedding
@@ -140,6 +143,11 @@ class Encoder(nn.Cell):
             hidden = self.embed(hidden, positions)
         elif self.ranks > 1:
             hidden = positions.with_padding(hidden)[positions.part]
+        draws = context_of(current_world()).draws
+        draws.count = (draws.count // SPAN + 1) * SPAN
         for number, layer in enumerate(self.layers):
-            hidden = layer(hidden, positions, None if cache is None else cache.layer(number))
+            draws.count += DRAWS  # as in stages, whichever has the layer
+            with draws.numbered(draws.count):
+                hidden = layer(hidden, positions, None if cache is None else cache.layer(number))
+        draws.count += DRAWS  # the head's
         return self.norm(hidden)
