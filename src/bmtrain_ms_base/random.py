@@ -82,11 +82,13 @@ class Draws:
         count: draws so far in this step.
         records: tensors recorded so far.
         replaying: a forward pass is being repeated.
+        part: of this rank's rows, which those that are computed now are: the first one's number, how many, of how many; None: all.
     """
 
     def __init__(self, seed: int):
         self._seed = seed
         self.step, self.count, self.records, self.replaying = 0, 0, 0, False
+        self.part: tuple[int, int, int] | None = None
 
     def next_step(self, made: bool) -> None:
         """Count a step, if it was made, and number from 0: a resumed run repeats the numbers."""
@@ -102,6 +104,20 @@ class Draws:
             yield
         finally:
             self.count, self.records, self.replaying = before
+
+    @contextlib.contextmanager
+    def among(self, part: tuple[int, int, int] | None) -> Iterator[None]:
+        """Inside the `with` statement a part of the rows is computed, see `part`."""
+        before, self.part = self.part, part
+        try:
+            yield
+        finally:
+            self.part = before
+
+    def place(self, rank: int, size: int) -> int:
+        """Where in a draw for the rows of all ranks the `size` elements begin that this rank, of that number, draws now."""
+        first, rows, total = self.part or (0, 1, 1)
+        return rank * (size * total // rows) + size * first // rows
 
     @contextlib.contextmanager
     def numbered(self, count: int) -> Iterator[None]:

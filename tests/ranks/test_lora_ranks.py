@@ -12,12 +12,12 @@ import pytest
 from safetensors.numpy import load_file
 
 import bmtrain_ms as bms
-from bmtrain_ms.comm import World, use_world
+from bmtrain_ms.comm import Mesh, SingleEngine, World, use_world
 from bmtrain_ms.compat.autograd import no_grad
 from bmtrain_ms.files.errors import CheckpointError
 from bmtrain_ms.model_center import Spread, Stages, load_adapters, save_adapters, spread
 from bmtrain_ms.model_center.model import DeepseekV2, DeepseekV2Config, Llama, LlamaConfig
-from bmtrain_ms.nn import add_lora, merge_lora
+from bmtrain_ms.nn import add_lora, freeze, merge_lora, thaw
 from tests.helpers.layouts import SIZES, Case, batch_of, parts, whole
 from tests.ranks.test_layouts import compare
 
@@ -146,3 +146,68 @@ def test_adapters_that_no_stage_has_a_layer_for_are_refused_on_all(run_ranks: Ca
     run_ranks(1, trained, case=Case(), folder=tmp_path)
     told = run_ranks(2, misfit, folder=tmp_path)
     assert told[0] == told[1] and "has other adapters than its adapter_config.json says of this Llama" in told[0]
+
+
+def frozen(world: World, stages: Any) -> list[Any]:
+    """What ranks of a pipeline freeze and adapt that do not all have it, and what is said where nobody has."""
+    case = Case(pp=2, stages=stages)
+    with use_world(case.world(world)):
+        model = spread(Llama(LlamaConfig(**SIZES, num_heads_kv=2)), case.how, case.stages)
+        done = [freeze(model, "embed_tokens"), thaw(model, "lm_head"), freeze(model, r"layers\.1\.mlp\.up_proj")]
+        for function in (freeze, thaw):
+            with pytest.raises(ValueError, match=r"^no parameter of this Llama has 'nothing' in its name"):
+                function(model, "nothing")
+        with pytest.raises(ValueError, match=r"^no Linear layer has 'nothing' in its path"):
+            add_lora(model, "nothing")
+        trained = [p.name for p in model.get_parameters() if not p.requires_grad]
+        return [done, trained, add_lora(model, "layers.1.*q_proj")]
+
+
+@pytest.mark.parametrize("stages", [[1, 1], "E|ttL"], ids=str)
+def test_what_some_stages_do_not_have_is_frozen_and_adapted(run_ranks: Any, stages: Any):
+    first, last = run_ranks(2, frozen, stages=Stages(stages))
+    up = "model.layers.1.mlp.up_proj.weight"
+    assert first == [[["model.embed_tokens.weight"], [], []], ["model.embed_tokens.weight"], []]
+    assert last == [[[], ["lm_head.weight"], [up]], [up], ["model.layers.1.self_attn.q_proj"]]
+
+
+def dropped(world: World, case: Case, late: bool) -> list[float]:
+    """Losses and norms of two steps of two passes each, with a dropout in front of adapters, the head's too."""
+    with use_world(case.world(world)) as here:
+        model, found = Llama(LlamaConfig(**SIZES, num_heads_kv=2)), []
+        if late:
+            spread(model, case.how, case.stages)
+        add_lora(model, "q_proj|down_proj|lm_head", rank=3, dropout=0.4)
+        if not late:
+            spread(model, case.how, case.stages)
+        bms.init_parameters(model)
+        model.set_train(True)
+        manager, optimizer = bms.optim.OptimManager(), bms.optim.AdamOptimizer(model.trainable_params(), lr=3e-2)
+        manager.add_optimizer(optimizer)
+        for step in range(2):
+            manager.zero_grad()
+            for number in range(2):
+                loss = manager.backward(model.loss, *batch_of(2 * step + number, here.mesh.dp_rank, case.dp))
+                found.append(bms.sum_loss(loss).asnumpy().item())
+            found.append(manager.clip_grad_norm(optimizer.param_groups, 1.0))
+            manager.step()
+        found.append(bms.sum_loss(model.loss(*batch_of(9, here.mesh.dp_rank, case.dp))).asnumpy().item())
+        return found
+
+
+DROPPED = [
+    Case(dp=2),
+    Case(pp=2, stages=Stages(micro_batches=1)),
+    Case(pp=2, how=Spread(recompute=False), stages=Stages(micro_batches=3)),
+    Case(pp=1, stages=Stages(chunks=2, micro_batches=2)),
+    Case(pp=2, dp=2),
+]
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["early", "late"])
+@pytest.mark.parametrize("case", DROPPED, ids=str)
+def test_masks_in_front_of_adapters_are_those_of_one_rank(single_world: Any, run_ranks: Any, case: Case, late: bool):
+    with use_world(World(SingleEngine(), Mesh(1, 0), seed=5)) as one:
+        right = dropped(one, Case(), late)
+    for found in run_ranks(case.ranks, dropped, case=case, late=late):
+        np.testing.assert_allclose(found, right, rtol=2e-4)

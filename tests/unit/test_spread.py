@@ -11,6 +11,7 @@ from mindspore import Tensor, nn
 
 import bmtrain_ms as bms
 from bmtrain_ms.comm import Mesh, RecordingEngine, SimulatedEngine, World, use_world
+from bmtrain_ms.compat.cells import child_table, parameter_table
 from bmtrain_ms.model_center import Spread, spread
 from bmtrain_ms.model_center.layer import Encoder, Linear, Positions, RMSNorm, RotaryEmbedding, TransformerBlock
 from bmtrain_ms.model_center.model import Llama, LlamaConfig
@@ -136,3 +137,21 @@ def test_nothing_of_another_model_is_gathered_ahead_in_evaluation():
             model(ids)
             seen.append([event.label for event in engine.events if event.op == "all_gather"])
         assert sorted(seen[0]) == sorted(seen[2]) == sorted(seen[4]) and sorted(seen[1]) == sorted(seen[3])
+
+
+@pytest.mark.parametrize(("left", "right"), [("q_proj", "o_proj"), ("o_proj", "q_proj")])
+def test_a_parameter_that_would_be_divided_in_two_ways_is_refused(single_world, left: str, right: str):
+    with use_world(World(SimulatedEngine(0, 2), Mesh(2, 0, tp=2), seed=3)):
+        model = Llama(LlamaConfig(**SIZES))
+        attention = model.model.layers[0].self_attn
+        parameter_table(child_table(attention)[left])["weight"] = parameter_table(child_table(attention)[right])["weight"]
+        with pytest.raises(
+            ValueError, match=r"is in two layers that tensor .* dim 0 in 2 and dim 1 in 2: give each its own, or use"
+        ):
+            spread(model)
+        model = Llama(LlamaConfig(**SIZES))
+        parameter_table(model)["extra"] = parameter_table(model.model.layers[1].self_attn.q_proj)["weight"]
+        with pytest.raises(
+            ValueError, match=r"extra is the parameter \S+ of a layer that is divided .*, and Llama is not: give each"
+        ):
+            spread(model)

@@ -144,6 +144,8 @@ def test_what_is_refused():
     manager.add_optimizer(bms.optim.AdamOptimizer(model.trainable_params()))
     with pytest.raises(RuntimeError, match=r"pass it to the manager as it is, manager\.backward\(model\.loss, \*batch\)"):
         manager.backward(lambda *xs: model.loss(*xs), *batch())
+    with pytest.raises(RuntimeError, match=r"pass it to the manager as it is, manager\.backward\(model\.loss, \*batch\)"):
+        ms.value_and_grad(model.loss, None, model.trainable_params())(*batch())
     with pytest.raises(RuntimeError, match=r"makes its gradients micro-batch by micro-batch: train it with manager\.backward"):
         manager.backward(lambda ids: model(ids).sum(), batch()[0])
     with pytest.raises(ValueError, match=r"^a batch of 1 row cannot be divided into 2 .*num_micro_batches=1 or less"):

@@ -180,6 +180,15 @@ class Engine(ABC):
     def barrier(self, label: str = "") -> Work:
         """Finished when every rank has issued it; no outputs."""
 
+    def compare(self, what: str, value: Any) -> None:  # noqa: B027  (where looking would cost a collective, or wait for a device)
+        """Have the next collective fail, on every rank, where ranks of the group were given different values of what is to be the
+        same on all: a batch, say. All ranks call it together. On devices nobody looks.
+
+        Args:
+            what: they were given, for the message: `input ids`.
+            value: a tensor, an array, None, or what `repr` says all of.
+        """
+
     @abstractmethod
     def subgroup(self, ranks: Sequence[int]) -> Engine:
         """An engine over some ranks of this group, renumbered in the order given; called by exactly those ranks."""

@@ -14,9 +14,10 @@ from dataclasses import dataclass
 from typing import Any, Generator, Sequence
 
 import numpy as np
+import xxhash
 from mindspore import Tensor
 
-from ..compat.runtime import numpy_dtype, shared_array, shared_tensor
+from ..compat.runtime import host_array, numpy_dtype, shared_array, shared_tensor
 from .engine import Buffer, Engine, Work
 from .reduce import reduce_rows
 
@@ -24,6 +25,7 @@ Stages = Generator[Any, Any, Any]
 Rows = Sequence[np.ndarray]  # one flat array per rank, in rank order
 
 LARGEST_SIGNATURE = 1 << 14  # bytes
+_GIVEN = "given: "  # begins a line of a signature that says what a rank was given, see `Engine.compare`
 _SMALL = 1 << 15  # bytes: below, an all-reduce gathers everything; above, it reduces by parts
 
 
@@ -96,6 +98,7 @@ class HostEngine(Engine):
 
     def __init__(self) -> None:
         self._scratch = np.empty(0, np.uint8)  # touched by the transport's thread only, and by one collective at a time
+        self._given: dict[str, str] = {}  # what the next collective compares, and a digest of it
 
     # Collectives #
 
@@ -135,6 +138,9 @@ class HostEngine(Engine):
         out = [self._new(tuple(x.shape), x.dtype) for x in tensors]
         targets = [shared_array(y) for y in out]
         return self._issue("all_to_all", label, out, self._exchange(sources, targets), sources)
+
+    def compare(self, what: str, value: Any) -> None:
+        self._given[what] = _digest(value)
 
     def barrier(self, label: str = "") -> Work:
         return self._issue("barrier", label, [], self._meet(), [])
@@ -236,7 +242,9 @@ class HostEngine(Engine):
         signature = signature_of("message", kind, "", arrays)
         if pair is None:
             rule = self.clock.rule if getattr(label, "one_rule", False) else ""
-            signature = signature_of(op, kind, label, arrays, f"at step {self.clock.step}{rule and f', after {rule}'}")
+            when = f"at step {self.clock.step}{rule and f', after {rule}'}"
+            given, self._given = [f"{_GIVEN}{what}: {digest}" for what, digest in self._given.items()], {}
+            signature = signature_of(op, kind, label, arrays, when, given)
         self._note(op, label)
         peer = "" if pair is None else f" to rank {pair[1]}" if op == "send" else f" from rank {pair[0]}"
         return self._submit(Operation(op, pair, root, self._what(op + peer, label), signature, out, stages, arrays))
@@ -251,12 +259,12 @@ class HostEngine(Engine):
         return shared_tensor(np.empty(shape, numpy_dtype(dtype)))
 
 
-def signature_of(op: str, kind: str, label: str, arrays: Rows, when: str = "") -> str:
-    """What must agree between ranks: the operation, when it is issued, then one line for each tensor."""
+def signature_of(op: str, kind: str, label: str, arrays: Rows, when: str = "", given: Sequence[str] = ()) -> str:
+    """What must agree between ranks: the operation, when it is issued, what they were given, then one line for each tensor."""
     first = " ".join(filter(None, (op, kind))) + (f" ({label})" if label else "")
     sizes = "tensors of " + ", ".join(f"{x.size} {x.dtype}" for x in arrays)
     detail = getattr(label, "detail", ())
-    text = "\n".join([first, when, *detail, sizes])
+    text = "\n".join([first, when, *given, *detail, sizes])
     if len(text.encode()) <= LARGEST_SIGNATURE:
         return text
     digest = hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
@@ -266,6 +274,13 @@ def signature_of(op: str, kind: str, label: str, arrays: Rows, when: str = "") -
 def disagreement(mine: str, theirs: str, peer: int) -> str:
     """What differs between two signatures: lines of text, the first of which names the operation."""
     here, there = mine.splitlines(), theirs.splitlines()
+    given, other = (dict(line[len(_GIVEN) :].rsplit(": ", 1) for line in x if line.startswith(_GIVEN)) for x in (here, there))
+    for what in given:
+        if what in other and other[what] != given[what]:
+            return (
+                f"rank {peer} was given other {what} than this rank: ranks that differ along tp or pp only must be given the same. "
+                "Choose rows by world().mesh.dp_rank of mesh.dp, not by the global rank"
+            )
     advice = "Every rank must issue the same operations in the same order: look for a branch that only some ranks take"
     if here[0] != there[0]:
         return f"rank {peer} issued {there[0]} instead. {advice}"
@@ -283,6 +298,13 @@ def disagreement(mine: str, theirs: str, peer: int) -> str:
     if mine_only or theirs_only:
         return f"only {'this rank' if mine_only else f'rank {peer}'} has {(mine_only or theirs_only)[0]}. {alike}"
     return f"rank {peer} has {there[-1]} where this rank has {here[-1]}. {alike}"
+
+
+def _digest(value: Any) -> str:
+    if not isinstance(value, (Tensor, np.ndarray)):
+        return repr(value)
+    array = host_array(value) if isinstance(value, Tensor) else value
+    return f"{array.shape} {xxhash.xxh3_64_hexdigest(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)}"
 
 
 def as_bytes(x: np.ndarray) -> np.ndarray:

@@ -53,6 +53,9 @@ class Around(Engine):
     def barrier(self, label: str = "") -> Work:
         return self._around("barrier", label, (), 0, self.inner.barrier(label))
 
+    def compare(self, what: str, value: Any) -> None:
+        self.inner.compare(what, value)
+
     def subgroup(self, ranks: Sequence[int]) -> Engine:
         return self._rewrap(self.inner.subgroup(ranks))
 

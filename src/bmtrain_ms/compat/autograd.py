@@ -19,7 +19,18 @@ from mindspore._c_expression import Cell_
 from mindspore.ops.composite import base as _composite
 
 from .delivery import Deliver, Joined, Requested, as_tuple, delivered
-from .executor import GRAD_TAKES_HAS_AUX, PyNativeExecutor, differentiated, executor, no_grad, recording, set_aside, under_way
+from .executor import (
+    GRAD_TAKES_HAS_AUX,
+    NESTED,
+    PyNativeExecutor,
+    differentiated,
+    executor,
+    hookable,
+    no_grad,
+    recording,
+    set_aside,
+    under_way,
+)
 
 __all__ = [
     "Deliver",
@@ -48,13 +59,6 @@ Tensors = tuple[Tensor, ...]
 # of all parameters that were asked for, before anybody sees them.
 backward_hooks: list[Callable[[BaseException | None], Deliver | None]] = []
 
-NESTED = (
-    "a gradient was taken inside of a function that is being differentiated (a gradient penalty, an adversarial example), through "
-    "a Block, a sharded parameter or another operation of bmtrain_ms, whose derivatives have no derivative. Take the inner "
-    "gradient first, in a call of its own, and pass its result as an argument; where gradients must flow through it, build that "
-    "network of plain MindSpore Cells, without bmtrain_ms, on every rank"
-)
-
 _OLD = not GRAD_TAKES_HAS_AUX  # 2.5
 _originals: list[tuple[Any, str, Any]] = []  # (owner, name, MindSpore's own function)
 _open: list[weakref.ref[Recorded]] = []  # functions that are recorded and not differentiated yet, oldest first
@@ -63,16 +67,6 @@ _Grad = _composite._Grad
 _grad_by_position = _Grad(get_by_position=True, sens_param=True)
 _grad_by_list = _Grad(get_by_list=True, sens_param=True)
 _grad_by_both = _Grad(get_by_position=True, get_by_list=True, sens_param=True)
-
-
-@contextlib.contextmanager
-def hookable() -> Iterator[None]:
-    """Let `Tensor.register_hook` work on outputs of `custom_op` too, at the cost of a copy of each; on 2.5 it would be ignored."""
-    under_way.hookable += 1
-    try:
-        yield
-    finally:
-        under_way.hookable -= 1
 
 
 @contextlib.contextmanager
@@ -417,6 +411,8 @@ def _clear() -> None:
 def _record(wrapped: Any, instance: Any, args: tuple, kwargs: dict) -> Any:
     if under_way.closed:
         raise RuntimeError(NESTED)
+    if args and hasattr(args[0], "refuse_recording"):
+        args[0].refuse_recording()  # 2.5 does not say that it records what is neither a function nor a Cell
     return _clear_after_failure(wrapped, instance, args, kwargs)
 
 

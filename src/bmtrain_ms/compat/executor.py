@@ -18,6 +18,14 @@ no_grad = _api._no_grad
 JitExecutor = getattr(_api, "_JitExecutor", None) or _api._MindsporeFunctionExecutor  # 2.5
 GRAD_TAKES_HAS_AUX = "has_aux" in inspect.signature(PyNativeExecutor.grad).parameters
 
+# the error of a gradient that is taken inside of another one
+NESTED = (
+    "a gradient was taken inside of a function that is being differentiated (a gradient penalty, an adversarial example), through "
+    "a Block, a sharded parameter or another operation of bmtrain_ms, whose derivatives have no derivative. Take the inner "
+    "gradient first, in a call of its own, and pass its result as an argument; where gradients must flow through it, build that "
+    "network of plain MindSpore Cells, without bmtrain_ms, on every rank"
+)
+
 
 @dataclass
 class UnderWay:
@@ -65,3 +73,13 @@ def set_aside() -> Iterator[None]:
             yield
     finally:
         under_way.set_aside -= 1
+
+
+@contextlib.contextmanager
+def hookable() -> Iterator[None]:
+    """Let `Tensor.register_hook` work on outputs of `custom_op` too, at the cost of a copy of each; on 2.5 it would be ignored."""
+    under_way.hookable += 1
+    try:
+        yield
+    finally:
+        under_way.hookable -= 1

@@ -15,7 +15,7 @@ from ..compat.autograd import custom_vjp, no_grad
 from ..compat.runtime import from_host, host_array
 from ..ops import chosen, embedding, loss
 from ..ops.loss import Part
-from ..ops.rules import LossRule, Sums
+from ..ops.rules import LossRule, Sums, refuse_fractions
 from .ops import all_reduce, reduce_scatter
 
 
@@ -31,8 +31,10 @@ def parallel_embedding(ids: Tensor, table: Tensor, first: int, vocab_size: int, 
         (rows, ..., dim), or (rows / ranks, ..., dim).
 
     Raises:
+        TypeError: ids are no whole numbers.
         ValueError: an id is outside of the vocabulary, or the rows cannot be scattered.
     """
+    refuse_fractions(ids)
     places = host_array(ids).reshape(ids.shape)
     if places.size and not -1 <= places.min() <= places.max() < vocab_size:
         raise ValueError(f"ids lie in [{places.min()}, {places.max()}], the vocabulary has {vocab_size}")
@@ -40,6 +42,7 @@ def parallel_embedding(ids: Tensor, table: Tensor, first: int, vocab_size: int, 
         raise ValueError(
             f"{places.shape[0]} rows cannot be scattered over {engine.size} tensor-parallel ranks: pad them to a multiple"
         )
+    engine.compare("input ids", places)
     owned = (places >= first) & (places < first + table.shape[0])
     found = _masked(embedding(from_host(np.where(owned, places - first, 0)), table), owned)
     if engine.size == 1:
@@ -121,6 +124,7 @@ def _part(engine: Engine, rule: LossRule, columns: int) -> Part:
         )
     if engine.size == 1:
         return loss.WHOLE
+    engine.compare("targets", np.stack([rule.labels, rule.counts]))
     owned = (rule.labels >= first) & (rule.labels < stop)
     wide = np.float64 if engine.lands_in_place else np.float32  # which HCCL does not sum
 

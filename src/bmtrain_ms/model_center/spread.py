@@ -8,6 +8,7 @@ from typing import Sequence, TypeVar
 from mindspore import nn
 
 from ..comm import world as current_world
+from ..nn.tensor_parallel import dividing
 from ..zero import Block, TransformerBlockList
 from .layer import Encoder
 from .staged import StagedModel, Stages
@@ -75,8 +76,9 @@ def spread(model: Model, how: Spread = Spread(), stages: str | Sequence[int] | S
         staged = StagedModel(model, stages, how.recompute, current_world(), hold=how.zero_level == 2)
     ranks = current_world().along("tp").size
     if ranks > 1:
-        for cell in [cell for _, cell in model.cells_and_names() if hasattr(cell, "divide")]:
-            cell.divide(ranks)
+        with dividing(model):
+            for cell in [cell for _, cell in model.cells_and_names() if hasattr(cell, "divide")]:
+                cell.divide(ranks)
     # Order matters. What takes layers away or exchanges them belongs in front of the Blocks, which hold a layer to what it was when
     # it was wrapped. Names come last: MindSpore renames the parameters of a Cell that is put somewhere.
     if staged is None:

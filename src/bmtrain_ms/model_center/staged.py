@@ -20,7 +20,7 @@ from ..compat.cells import child_table, parameter_table
 from ..compat.runtime import from_host, host_array
 from ..nn import Router
 from ..ops.in_place import add_
-from ..parallel import Scheduled, Segment, Stage
+from ..parallel import Part, Scheduled, Segment, Stage, outside, refuse_shared
 from ..zero import ParamGroup, context_of
 from .layer import Encoder, KeyValueCache, Positions
 from .targets import targets_that_count
@@ -76,6 +76,7 @@ class _Batch:
     targets: Tensor | None = None
     cache: KeyValueCache | None = None
     options: dict[str, Any] | None = None
+    part: tuple[int, int, int] | None = None  # of the whole batch's rows, see `Draws`
 
 
 class StagedModel:
@@ -92,7 +93,7 @@ class StagedModel:
 
     Raises:
         TypeError: the model has no such parts.
-        ValueError: the layers cannot be divided so, or a rank would hold nothing.
+        ValueError: the layers cannot be divided so, a rank would hold nothing, or ranks would share a parameter.
     """
 
     def __init__(self, model: Any, how: Stages, recompute: bool, world: World, hold: bool):
@@ -107,6 +108,7 @@ class StagedModel:
         routers = [cell for _, cell in model.cells_and_names() if isinstance(cell, Router)]
         self._routed = any(router.config.has_losses for router in routers)  # on any stage
         self._refuse_empty_ranks()
+        self._refuse_shared(layers)
         self._dtype = host_array(_table_of(self.encoder)).dtype
         self.numbers = [number for stage in self.own for number in stage.layers]
         self.first, self.last = any(s.embedding for s in self.own), any(s.head for s in self.own)
@@ -150,6 +152,7 @@ class StagedModel:
                 "a model in pipeline stages makes its gradients micro-batch by micro-batch: train it with "
                 "manager.backward(model.loss, *batch); calling it, or model.loss, is for evaluation and generation"
             )
+        self.compare(input_ids, None, padding, documents)
         batch = self._batch(input_ids, padding, cache, documents)
         batch.positions.last_only = last_only
         found = self._ran.evaluate(self._forward_table(1), [batch])
@@ -177,6 +180,16 @@ class StagedModel:
         with np.load(io.BytesIO(parts[0])) as found:
             return tuple(from_host(found[str(i)]) if str(i) in found else None for i in range(len(tensors)))
 
+    def compare(self, input_ids: Tensor, targets: Any, padding: Any, documents: Any, weight: float = 1.0) -> None:
+        """Fail, on every rank, where the ranks of a pipeline were given different batches; on devices nobody looks."""
+        given = {"input ids": input_ids, "targets": targets, "padding": padding, "documents": documents}
+        for what, value in given.items():
+            self._pipe.compare(what, value)
+        for engine in (self._pipe, self.world.along("tp")):
+            engine.compare("weight of the loss", float(weight))
+        if self._pipe.lands_in_place:
+            self._pipe.barrier("batches are the same").wait()
+
     @property
     def _ran(self) -> Stage:
         """The stage that runs the layers there are now: some may have been exchanged (adapters) since the last time."""
@@ -193,6 +206,7 @@ class StagedModel:
         for part in rows:
             batch = self._batch(_rows(ids, part), _rows(padding, part), None, _rows(documents, part))
             batch.targets, batch.options = _rows(targets, part), options
+            batch.part = part.start, part.stop - part.start, ids.shape[0]
             found.append(batch)
         return found
 
@@ -311,6 +325,23 @@ class StagedModel:
                     "use fewer stages, or another layout"
                 )
 
+    def _refuse_shared(self, layers: list[nn.Cell]) -> None:
+        """Raise ValueError where parts of different ranks share a parameter, other than a tied table."""
+        p, encoder = self.table.p, self.encoder
+        if p == 1:
+            return
+        of = {number: s % p for s, stage in enumerate(self.plan) for number in stage.layers}
+        first, last = (next(s % p for s, stage in enumerate(self.plan) if getattr(stage, name)) for name in ("embedding", "head"))
+        ends = [("the embedding", first, encoder.embed_tokens), ("the embedding of positions", first, encoder.embed_positions)]
+        ends += [("the norm behind the layers", last, encoder.norm), ("the head", last, self.model.lm_head)]
+        parts = [Part(name, rank, cell.parameters_and_names()) for name, rank, cell in ends if cell is not None]
+        parts[1:1] = [Part(f"layer {i}", of[i], layer.parameters_and_names()) for i, layer in enumerate(layers)]
+        rest = outside(self.model, [encoder.layers, *(cell for _, _, cell in ends)])
+        refuse_shared(
+            [*parts, Part("the rest of the model", None, rest)],
+            "keep the layers that share it in one stage (stages=), or give each its own; a tied embedding is config.tied",
+        )
+
 
 class StagedLoss(Scheduled):
     """`loss` of a model in pipeline stages: arguments and result are those that the model's own had, the result the same on every
@@ -337,12 +368,10 @@ class StagedLoss(Scheduled):
             RuntimeError: it is called inside of a function that is being differentiated.
         """
         if recording():
-            raise RuntimeError(
-                "the loss of a model in pipeline stages makes its gradients itself: pass it to the manager as it is, "
-                "manager.backward(model.loss, *batch), and not a function that calls it"
-            )
+            self.refuse_recording()
         reduction, rest = options.pop("reduction", "mean"), options
         input_ids, targets, padding, documents = self._staged.given(input_ids, targets, padding, documents)
+        self._staged.compare(input_ids, targets, padding, documents, weight)
         number = min(self._staged.table.m, input_ids.shape[0])
         per_token = {**rest, "reduction": "none" if reduction == "none" else "sum"}
         batches = self._staged.batches(number, input_ids, targets, padding, documents, per_token)
@@ -353,6 +382,15 @@ class StagedLoss(Scheduled):
         loss = self._staged.from_last(found, share)
         of_routers = self._staged.routers_weight(batches, _routers_share(reduction, targets, rest), trains=False)
         return loss + self._staged.of_routers(batches) * of_routers
+
+    __name__, __code__ = "loss", __call__.__code__  # MindSpore asks for them before it differentiates, and is told that it may not
+
+    def refuse_recording(self) -> None:
+        """Raise RuntimeError: MindSpore is asked to differentiate it."""
+        raise RuntimeError(
+            "the loss of a model in pipeline stages makes its gradients itself: pass it to the manager as it is, "
+            "manager.backward(model.loss, *batch), and neither to value_and_grad nor in a function that calls it"
+        )
 
     def differentiated(self, params: Sequence[Parameter], scale: float, *args: Any, **kwargs: Any) -> tuple[Tensor, list[Tensor]]:
         """The loss and its gradients, see `Scheduled`.
@@ -375,6 +413,7 @@ class StagedLoss(Scheduled):
         **options: Any,
     ) -> tuple[Tensor, list[Tensor]]:
         input_ids, targets, padding, documents = self._staged.given(input_ids, targets, padding, documents)
+        self._staged.compare(input_ids, targets, padding, documents, weight)
         number, rows = self._staged.table.m, input_ids.shape[0]
         if rows < number:
             raise ValueError(

@@ -52,7 +52,7 @@ def _drop(x: Tensor, p: float) -> Tensor:
     context = context_of(current_world())
     key = context.draws.next_key()
     size = int(np.prod(x.shape))
-    start = context.data_rank * size
+    start = context.draws.place(context.data_rank, size)
     mask = np.empty(size, numpy_dtype(x.dtype))
     for first, words, inside in chunks(key, start, start + size):
         kept, begin = uniform(words)[inside] >= p, first + inside.start - start

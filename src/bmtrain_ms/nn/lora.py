@@ -10,6 +10,7 @@ from mindspore import Parameter, Tensor, nn, ops
 
 from bmtrain_ms_base.checks import number, whole
 
+from ..comm import is_initialized
 from ..comm import world as current_world
 from ..comm.agreement import any_rank
 from ..compat.autograd import no_grad
@@ -154,7 +155,7 @@ def add_lora(
     if any(block.mode == "PIPE" for block in blocks):
         raise ValueError("layers in a PipelineTransformerBlockList cannot be given adapters: give them to the layers it is made of")
     found = _found(model, pattern)
-    if not (any_rank(current_world().everyone, bool(found), "layers to adapt") if blocks else found):
+    if not _found_somewhere(bool(found), "layers to adapt"):
         known = sorted({name.rsplit(".", 1)[-1] for name, _, _, cell in _children(model) if _fits(cell)})
         raise ValueError(f"no Linear layer has {pattern!r} in its path; the last parts of those that there are: {', '.join(known)}")
     for name, parent, key in found if dropout else ():
@@ -193,10 +194,13 @@ def merge_lora(model: nn.Cell) -> int:
 
 
 def freeze(model: nn.Cell, pattern: str = "") -> list[str]:
-    """Have parameters whose names match a regular expression not be trained; all of them by default.
+    """Have parameters whose names match a regular expression not be trained; all of them by default. All ranks call it together.
 
     Returns:
-        Their names.
+        Their names; in a pipeline those of this rank's stages, which may have none.
+
+    Raises:
+        ValueError: nothing matches, on no rank.
     """
     return _train(model, pattern, False)
 
@@ -208,11 +212,18 @@ def thaw(model: nn.Cell, pattern: str = "") -> list[str]:
 
 def _train(model: nn.Cell, pattern: str, trained: bool) -> list[str]:
     found: list[Parameter] = [p for p in model.get_parameters() if re.search(pattern, p.name)]
-    if not found:
+    if not _found_somewhere(bool(found), "parameters to train"):
         raise ValueError(f"no parameter of this {type(model).__name__} has {pattern!r} in its name")
     for p in found:
         p.requires_grad = trained
     return [p.name for p in found]
+
+
+def _found_somewhere(here: bool, label: str) -> bool:
+    """Whether a rank of the pipeline has found what was asked for; other ranks have the same as one of them."""
+    if not is_initialized() or current_world().mesh.pp == 1:
+        return here
+    return any_rank(current_world().along("pp"), here, label)
 
 
 def _blocks_of(model: nn.Cell) -> list[Block]:

@@ -6,7 +6,8 @@ values and what `copy_full` takes. On one rank they are `Linear` and an embeddin
 
 from __future__ import annotations
 
-from typing import Any, TypeVar
+import contextlib
+from typing import Any, Iterator, TypeVar
 
 import mindspore as ms
 from mindspore import Tensor, nn
@@ -310,6 +311,29 @@ def projections(x: Tensor, *layers: nn.Cell) -> tuple[Tensor, ...]:
 
 
 Layer = TypeVar("Layer", bound=DistributedModule)
+_taken: list[dict[int, tuple[DistributedParameter, DistributedParameter]]] = []  # of models that are being divided, see `dividing`
+
+
+@contextlib.contextmanager
+def dividing(model: nn.Cell) -> Iterator[None]:
+    """Inside the `with` statement layers of a model are divided, and parameters that they share stay shared.
+
+    Raises:
+        ValueError: layers share a parameter, and are divided in different ways, or only some of them are; on every rank.
+    """
+    taken: dict[int, tuple[DistributedParameter, DistributedParameter]] = {}
+    _taken.append(taken)
+    try:
+        yield
+    finally:
+        _taken.pop()
+    for path, cell in model.cells_and_names():
+        for name, p in parameter_table(cell).items():
+            if id(p) in taken:
+                raise ValueError(
+                    f"{path}.{name} is the parameter {taken[id(p)][1].name} of a layer that is divided over tensor-parallel ranks, "
+                    f"and {type(cell).__name__} is not: give each its own, or use tp_size=1"
+                )
 
 
 def take_over(old: DistributedModule, new: Layer) -> Layer:
@@ -323,13 +347,29 @@ def take_over(old: DistributedModule, new: Layer) -> Layer:
         before, after = parameter_table(old).get(name), parameter_table(new).get(name)
         if before is None or after is None:
             continue
+        if _taken and id(before) in _taken[-1]:  # of a layer that was divided already
+            parameter_table(new)[name] = _shared(_taken[-1][id(before)][1], after)
+            continue
         after.name, after.requires_grad = before.name, before.requires_grad
         after.init_method, after.group = before.init_method, before.group
         written = before.replaced > 0 or bool(host_array(before).any())
         if any_rank(before.world.along(before.along), written, f"values of {before.name}"):
             with no_grad():
                 after.copy_full(before.gather())
+        if _taken:
+            _taken[-1][id(before)] = before, after
     return new
+
+
+def _shared(there: DistributedParameter, asked: DistributedParameter) -> DistributedParameter:
+    """What a parameter has become, for another layer that has it, too, and asks for one that is cut like `asked`."""
+    if there.layout != asked.layout:
+        cuts = [", ".join(f"dim {cut.dim} in {cut.parts}" for cut in p.layout.splits) or "nothing" for p in (there, asked)]
+        raise ValueError(
+            f"{there.name} is in two layers that tensor parallelism divides in different ways, {cuts[0]} and {cuts[1]}: give each "
+            "its own, or use tp_size=1"
+        )
+    return there
 
 
 def _cross_entropy(

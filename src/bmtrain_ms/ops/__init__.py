@@ -16,7 +16,7 @@ from mindspore import Tensor
 from ..compat.autograd import custom_vjp
 from ..compat.device import on_host
 from . import experts, loss
-from .rules import Angles, LossRule, check_cross_entropy_options
+from .rules import Angles, LossRule, check_cross_entropy_options, refuse_fractions
 from .seen import Seen
 
 __all__ = [
@@ -100,7 +100,12 @@ def matmul(a: Tensor, b: Tensor, transpose_a: bool = False, transpose_b: bool = 
 
 
 def embedding(ids: Tensor, table: Tensor) -> Tensor:
-    """ids (...) of int, table (vocab, dim) -> (..., dim). Gradients of equal ids are summed in float32, in order."""
+    """ids (...) of int, table (vocab, dim) -> (..., dim). Gradients of equal ids are summed in float32, in order.
+
+    Raises:
+        TypeError: ids are no whole numbers.
+    """
+    refuse_fractions(ids)
     return chosen().embedding(ids, table)
 
 

@@ -6,16 +6,23 @@ import math
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
+import mindspore as ms
 import numpy as np
 from mindspore import Tensor
 
-from ..compat.runtime import host_array
+from ..compat.runtime import host_array, is_float
 
 Angles = tuple[np.ndarray, np.ndarray]
 """cos and sin of rotary position embedding, float32: each (length, dim / 2), or (batch, 1, length, dim / 2) where rows differ."""
 
 GELU, GELU_CUBE = math.sqrt(2.0 / math.pi), 0.044715
 REDUCTIONS = ("mean", "sum", "none")
+
+
+def refuse_fractions(ids: Tensor) -> None:
+    """Raise TypeError where ids are of a type that is none of whole numbers."""
+    if is_float(ids) or ids.dtype == ms.bool_:
+        raise TypeError(f"ids are whole numbers, of type int32 or int64, not {ids.dtype}: convert them with ids.astype(ms.int32)")
 
 
 def check_cross_entropy_options(reduction: str, label_smoothing: float) -> None:

@@ -2,7 +2,8 @@
 
 from .block_list import PipelineTransformerBlockList
 from .scheduled import Scheduled
+from .shared import Part, outside, refuse_shared
 from .stage import Stage
 from .visit import Segment
 
-__all__ = ["PipelineTransformerBlockList", "Scheduled", "Segment", "Stage"]
+__all__ = ["Part", "PipelineTransformerBlockList", "Scheduled", "Segment", "Stage", "outside", "refuse_shared"]

@@ -15,6 +15,7 @@ from ..compat.autograd import recording
 from ..compat.runtime import from_host
 from ..zero import Block, DistributedParameter, TransformerBlockList, context_of
 from .rows import Route, Tensors
+from .shared import Part, refuse_shared
 from .stage import DRAWS, SPAN
 
 
@@ -45,7 +46,8 @@ class PipelineTransformerBlockList(TransformerBlockList):
 
     Raises:
         AssertionError: a Block that is not `mode="PIPE"`, or the same one twice (as BMTrain).
-        ValueError: fewer layers than stages, a Cell in two stages, or a model in this world is spread over stages.
+        ValueError: fewer layers than stages, a Cell or a Parameter in two stages, or a model in this world is spread over stages.
+        RuntimeError: when trained: a Parameter of a layer is used outside of the list, too.
     """
 
     def __init__(self, modules: Iterable[Any], num_hidden: int = 1):
@@ -61,9 +63,11 @@ class PipelineTransformerBlockList(TransformerBlockList):
         context.divide(rows_differ=True)
         if context.anchor is None:
             context.anchor = Parameter(from_host(np.zeros(1, np.float32)), name="anchor of pipelines")
-        for p in (p for block in blocks for p in block.get_parameters()):
-            if isinstance(p, DistributedParameter):
-                p.in_stage = world.mesh.pp > 1
+        for number, module in enumerate(given if world.mesh.pp > 1 else ()):
+            for path, p in module.parameters_and_names():
+                if isinstance(p, DistributedParameter):
+                    p.stage = next(stage for stage, layers in enumerate(plan) if number in layers)
+                    p.place = f"{path} of layer {number}"
         self.num_layers, self.stages, self.stage_id = len(given), world.mesh.pp, world.mesh.pp_rank
         self._world, self._plan = world, plan
 
@@ -172,7 +176,7 @@ def _described(tensors: Sequence[Tensor]) -> str:
 
 
 def _refuse_shared(modules: Sequence[Any], plan: Sequence[range]) -> None:
-    """Raise ValueError where a Cell is in two stages."""
+    """Raise ValueError where a Cell or a Parameter is in two stages, or in those of another list."""
     inner = [module.inner if isinstance(module, Block) else module for module in modules]
     seen: dict[int, tuple[int, int]] = {}  # id of a Cell -> stage, number of its first layer
     for stage, layers in enumerate(plan):
@@ -183,3 +187,13 @@ def _refuse_shared(modules: Sequence[Any], plan: Sequence[range]) -> None:
                     f"layers {first[1]} and {number} are the same {type(inner[number]).__name__}, and in stages {first[0]} and "
                     f"{stage}: stages share nothing. Use fewer stages, or a layer of its own for each"
                 )
+    layers = [(f"layer {i}", stage, inner[i]) for stage, numbers in enumerate(plan) for i in numbers] if len(plan) > 1 else []
+    for name, stage, layer in layers:
+        for path, p in layer.parameters_and_names():
+            if isinstance(p, DistributedParameter) and p.stage not in (None, stage):
+                raise ValueError(
+                    f"{path} of {name}, on rank {stage} of the pipeline, is a parameter of another list's stage {p.stage}, too, "
+                    "and stages share nothing: give each its own"
+                )
+    parts = [Part(name, stage, layer.parameters_and_names()) for name, stage, layer in layers]
+    refuse_shared(parts, "use fewer stages, so that one has both, or give each its own")

@@ -53,7 +53,8 @@ class Stage:
 
         Args:
             table: the schedule, the same on every rank.
-            batches: what is known of each micro-batch, as segments are given it.
+            batches: what is known of each micro-batch, as segments are given it. Where one has a `part` (see `Draws`), it draws its
+                rows' part of what the whole batch would; otherwise something of its own.
             params: what to differentiate with respect to.
             cotangent: what the gradient of each micro-batch's loss is multiplied with, (1,) float32.
 
@@ -95,6 +96,7 @@ class Run:
 
     def __init__(self, stage: Stage, table: Schedule, batches: Sequence[Any], params: dict[int, Parameter] | None, cotangent: Any):
         self._stage, self._table, self._batches, self._cotangent = stage, table, batches, cotangent
+        self._parts = [getattr(batch, "part", None) for batch in batches]
         self._params, self._context, self._rank = params, stage._context, stage._engine.rank
         self.arrived: dict[Place, Tensor] = {}
         self.results: dict[Place, Tensor] = {}
@@ -159,11 +161,13 @@ class Run:
             self.results[place] = hidden
 
     def _through(self, segment: Segment, action: Action, hidden: Tensor | None, visits: list[Visit]) -> Tensor:
-        batch = self._batches[action.micro_batch]
+        batch, part = self._batches[action.micro_batch], self._parts[action.micro_batch]
+        number = (0 if part else action.micro_batch * self._stage._segments) + segment.number
+        first = self._first_draw + number * DRAWS
         if self._params is None:
-            return segment.run(hidden, batch)
-        number = action.micro_batch * self._stage._segments + segment.number
-        visit = Visit(segment, batch, self._weights[segment], self._stage.world, self._first_draw + number * DRAWS)
+            with self._context.draws.numbered(first), self._context.draws.among(part):
+                return segment.run(hidden, batch)
+        visit = Visit(segment, batch, self._weights[segment], self._stage.world, first, part)
         visits.append(visit)
         return visit.forward(hidden)
 

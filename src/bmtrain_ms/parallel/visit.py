@@ -54,9 +54,19 @@ class Visit:
     Args:
         weights: what is trained of the segment's parameters.
         first_draw: the number of the first thing that it draws.
+        part: of the rank's rows, that the micro-batch is, see `Draws`.
     """
 
-    def __init__(self, segment: Segment, batch: Any, weights: Sequence[Parameter], world: World, first_draw: int):
+    def __init__(
+        self,
+        segment: Segment,
+        batch: Any,
+        weights: Sequence[Parameter],
+        world: World,
+        first_draw: int,
+        part: tuple[int, int, int] | None = None,
+    ):
+        self._part = part
         self._segment, self._batch, self._weights = segment, batch, list(weights)
         self._context, self._looks, self._first = context_of(world), world.everyone.lands_in_place, first_draw
         self._pass = Pass()
@@ -67,7 +77,7 @@ class Visit:
     def forward(self, hidden: Tensor | None) -> Tensor:
         """Run the segment; what `hidden` is needed for later is kept."""
         self._inputs = [] if hidden is None else [hidden]
-        with self._context.draws.numbered(self._first):
+        with self._context.draws.numbered(self._first), self._context.draws.among(self._part):
             if not self._segment.recompute:
                 return self._record()
             self._replay = Replay(self._context.draws, self._looks)
@@ -83,7 +93,7 @@ class Visit:
             return None
         if self._recorded is None:
             assert self._replay is not None
-            with self._replay.again():
+            with self._replay.again(), self._context.draws.among(self._part):
                 again = self._record()
             if self._replay.differs([again]):
                 raise RuntimeError(

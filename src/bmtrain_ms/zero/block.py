@@ -134,6 +134,8 @@ class Block(nn.Cell):
             context.note_gather(p)
         if not recording():
             return Call(slots, self.zero_level, context, args, kwargs).evaluate()
+        if self.mode != "PIPE":
+            slots.refuse_outside()
         call = Call(slots, self.zero_level, context, args, kwargs)
         call.refuse_complex()
         if not self.use_checkpoint:

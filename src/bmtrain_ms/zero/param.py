@@ -70,7 +70,7 @@ class DistributedParameter(Parameter):
         layout: see there; `size` and `numel()` are the shard's.
         tp_parts: into how many parts tensor-parallel ranks have cut it; 1: each has all of it.
         replaced: how often `set_data` gave it other memory.
-        in_stage: it is of one stage of a `PipelineTransformerBlockList`, and other stages do not have it.
+        stage, place: of a `PipelineTransformerBlockList`, which alone has it (None: it is in none), and what messages call it.
 
     Raises:
         RuntimeError: `init_distributed` has not been called.
@@ -118,7 +118,8 @@ class DistributedParameter(Parameter):
         self.world, self.along = in_world or current_world(), "edp" if ep_split else along
         cut = _Cut.of(data.shape, self.world, tp_mode, tp_split_dim, tp_parts)
         self.layout, self.tp_parts = _layout_of(data.shape, self.world, along, cut, ep_split), cut.parts
-        self.in_stage = False
+        self.stage: int | None = None
+        self.place = ""
         self.world.sharing(self.world.mesh.tp // cut.parts)
         if not self.full_size:
             raise ValueError(f"a parameter of shape {self.full_shape} has no elements; leave it out of the model")
@@ -141,6 +142,11 @@ class DistributedParameter(Parameter):
         mesh = self.world.mesh
         self._layout = layout
         self._everywhere = replace(layout, copy=layout.copy + mesh.pp_rank * mesh.replica * mesh.tp)
+
+    @property
+    def in_stage(self) -> bool:
+        """Whether it is of one stage of a `PipelineTransformerBlockList`, and other stages do not have it."""
+        return self.stage is not None
 
     @property
     def on_all_stages(self) -> bool:
@@ -290,6 +296,14 @@ class DistributedParameter(Parameter):
         if not (recording() and self.requires_grad):
             return take()[0]
         return custom_op(take, lambda grads: context.reducer.reduce(group, [0], grads), self)[0]
+
+    def refuse_outside(self) -> None:
+        """Raise RuntimeError where what is trained uses it outside of the list of layers whose stage it belongs to."""
+        if self.in_stage and recording():
+            raise RuntimeError(
+                f"{self.place} of a PipelineTransformerBlockList, which stage {self.stage} has, is used outside of the list, "
+                "too: other stages would train one of their own. Give each its own, or put what uses it into the layer"
+            )
 
     def register_hook(self, hook: Callable) -> Any:
         """Register a hook as MindSpore does; the gradient that it sees is this rank's shard of the mean."""

@@ -136,6 +136,11 @@ class Slots:
                     return True
         return False
 
+    def refuse_outside(self) -> None:
+        """Raise RuntimeError where a parameter is of a stage of a list that this module is not in."""
+        for p in self.params:
+            p.refuse_outside()
+
     def refuse_changes(self) -> None:
         """Raise ValueError where the module is not what it was when it was wrapped."""
         held = _held(self._cells)

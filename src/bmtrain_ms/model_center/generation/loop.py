@@ -94,7 +94,8 @@ def generate(
     seed: int = 0,
     on_token: Callable[[np.ndarray], None] | None = None,
 ) -> list[list[int]]:
-    """Continue each prompt. All ranks call it together, with as many new tokens; their prompts may differ.
+    """Continue each prompt. All ranks call it together, with as many new tokens; prompts may differ among ranks that are not of one
+    pipeline, nor of one group of tensor-parallel ranks.
 
     Prompts of different lengths are padded on the left; what is padded is not looked at. The result does not depend on the number
     of ranks over which prompts are divided, nor on the other prompts' lengths beyond rounding: sampling draws by a row's place

@@ -76,6 +76,9 @@ class Positions:
     def divide(self, ranks: int) -> None:
         """Have hidden states have a multiple of `ranks` rows, of which each of them has a part."""
         self.ranks, self.rows = ranks, -(-self.batch * self.length // ranks) * ranks
+        if ranks > 1:
+            for what, marks in (("padding", self._real), ("documents", self._documents)):
+                current_world().along("tp").compare(what, marks)
 
     @property
     def part(self) -> slice:

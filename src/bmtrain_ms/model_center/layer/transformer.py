@@ -8,8 +8,11 @@ import mindspore as ms
 import numpy as np
 from mindspore import Tensor, nn
 
-from ...compat.runtime import from_host
+from ...comm import world as current_world
+from ...compat.runtime import from_host, host_array
 from ...nn import MoE, functional
+from ...parallel.stage import DRAWS, SPAN
+from ...zero import context_of
 from .attention import Attention
 from .cache import KeyValueCache, LayerCache
 from .embedding import ParallelEmbedding
@@ -116,6 +119,10 @@ class Encoder(nn.Cell):
     def embed(self, ids: Tensor, positions: Positions) -> Tensor:
         """ids (tokens,) of int32 -> what the first layer is given: (tokens, dim), or this rank's part of them."""
         assert self.embed_tokens is not None
+        if self.ranks > 1 and ids.size and int(host_array(ids).min()) < 0:  # -1 stands for padding, of which there is none yet
+            raise ValueError(
+                f"ids begin at 0, and the lowest that was given is {int(host_array(ids).min())}: padding has an id too"
+            )
         hidden = self.embed_tokens(positions.with_padding(ids, -1))
         if self.embed_scale != 1.0:
             hidden = hidden * self.embed_scale
@@ -136,6 +143,11 @@ class Encoder(nn.Cell):
             hidden = self.embed(hidden, positions)
         elif self.ranks > 1:
             hidden = positions.with_padding(hidden)[positions.part]
+        draws = context_of(current_world()).draws
+        draws.count = (draws.count // SPAN + 1) * SPAN
         for number, layer in enumerate(self.layers):
-            hidden = layer(hidden, positions, None if cache is None else cache.layer(number))
+            draws.count += DRAWS  # as in stages, whichever has the layer
+            with draws.numbered(draws.count):
+                hidden = layer(hidden, positions, None if cache is None else cache.layer(number))
+        draws.count += DRAWS  # the head's
         return self.norm(hidden)

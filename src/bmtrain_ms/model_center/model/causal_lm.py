@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Iterable, Sequence, TypeVar
 import mindspore as ms
 from mindspore import Tensor, nn
 
+from ...comm import world as current_world
 from ...compat.autograd import recording
 from ...nn import ColumnParallelLinear, functional
 from ...zero import undisturbed
@@ -162,6 +163,8 @@ class CausalLM(nn.Cell):
     ) -> Tensor:
         """Cross entropy of the logits, which are never there for all tokens and the whole vocabulary, and the routers' losses.
 
+        Tensor-parallel ranks are given the same arguments; that they are is noticed on CPU ranks.
+
         Args:
             input_ids, padding, documents: as when the model is called.
             targets: (batch, length) of int32 or int64, for each token the one to come; -100 where none is to be learnt.
@@ -178,6 +181,8 @@ class CausalLM(nn.Cell):
             ValueError: routers have losses, gradients are taken, and the reduction is "none".
         """
         positions = Positions.of(input_ids, padding, None, documents)
+        if self.model.ranks > 1:
+            current_world().along("tp").compare("weight of the loss", float(weight))
         with undisturbed():
             loss = self.loss_of(self.model(input_ids.reshape(-1), positions), targets, **options)
             loss = functional.times(loss, weight)
