@@ -212,8 +212,8 @@ def _have_reads_gather(model: nn.Cell) -> None:
     """Parameters of cells that are reached without going through a Block are gathered when they are read, also where a Block has
     them as well; those of Blocks as `_Reads` says."""
     if not _is_wrapped(model):
-        reads = _Reads(model)
-        model.__dict__["construct"] = reads.construct
+        _mix_in(WrappedModel, model)
+        reads = model.__dict__.setdefault("_reads", _Reads())
         for _, cell in _cells(model):
             if vars(cell).get("_in_block"):
                 vars(cell)["_in_block"] = reads
@@ -234,19 +234,26 @@ class _Reads:
     (weight normalisation, a head that borrows a layer's weight): then it is gathered.
     """
 
-    def __init__(self, model: nn.Cell):
-        self._construct, self._running = model.construct, 0
-
-    def construct(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the model."""
-        self._running += 1
-        try:
-            return self._construct(*args, **kwargs)
-        finally:
-            self._running -= 1
+    running = 0  # calls of the model
 
     def __bool__(self) -> bool:
-        return not (self._running or recording())
+        return not (self.running or recording())
+
+
+class WrappedModel(nn.Cell):
+    """A model whose Blocks' weights are whole to those who read them while it runs.
+
+    Its call says so, and not its `construct`: MindSpore looks into that.
+    """
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the model."""
+        reads = vars(self)["_reads"]
+        reads.running += 1
+        try:
+            return super().__call__(*args, **kwargs)
+        finally:
+            reads.running -= 1
 
 
 @dataclass
