@@ -12,7 +12,7 @@ import pytest
 from mindspore import Tensor, nn, ops
 
 import bmtrain_ms as bms
-from bmtrain_ms.comm import Clock, CommError, Engine, node, use_world
+from bmtrain_ms.comm import Clock, CommError, Engine, Mesh, World, node, use_world
 from bmtrain_ms.comm.mpi import MpiEngine
 from bmtrain_ms.compat.runtime import from_host
 
@@ -307,3 +307,22 @@ def test_another_rule(run_ranks: Callable, kind: str, what: str):
             f"rank {rank} is {mine}, and this rank {theirs}" in text and text.startswith(f"rank {1 - rank} failed: ")
         ), text
     assert len(digests) == (2 if what == "betas" else 1)
+
+
+def stages_first(world: World) -> np.ndarray:
+    """A step of two stages, one of which has no gradient; then a parameter that both ranks share, in another world of theirs."""
+    rank = world.everyone.rank
+    with use_world(World(world.everyone, Mesh(2, rank, pp=2))):
+        p = bms.DistributedParameter(np.ones(3, np.float32), name="p")
+        manager = bms.optim.OptimManager()
+        manager.add_optimizer(bms.optim.AdamOptimizer([p], lr=0.5 + rank))
+        if rank:
+            manager.backward(lambda: p.gather().sum())
+        manager.step()
+    with use_world(World(world.everyone, Mesh(2, rank))):
+        return bms.DistributedParameter(np.arange(5, dtype=np.float32), name="q").gather().asnumpy()
+
+
+def test_stages_may_have_rules_of_their_own(run_ranks: Callable):
+    for found in run_ranks(2, stages_first):
+        np.testing.assert_array_equal(found, np.arange(5))

@@ -33,15 +33,9 @@ class CommTimeoutError(CommError):
 
 @dataclass
 class Clock:
-    """The training step, shared by all engines of a process so that errors can name it, and the launcher when the process ends.
-
-    Attributes:
-        step: how many were made, skipped ones included.
-        rule: what the last one was made by (rates, clipping), in words: the same on all ranks that share parameters.
-    """
+    """The training step, shared by all engines of a process so that errors can name it, and the launcher when the process ends."""
 
     step: int = 0
-    rule: str = ""
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
@@ -66,7 +60,7 @@ class Label(str):
     one_rule: bool
 
     def __new__(cls, text: str, detail: Sequence[str] = (), one_rule: bool = True) -> Label:
-        """`one_rule`: all who take part have updated their parameters by the same rule (`Clock.rule`)."""
+        """`one_rule`: all who take part have updated their parameters by the same rule (`Engine.follow`)."""
         made = super().__new__(cls, text)
         made.detail, made.one_rule = tuple(detail), one_rule
         return made
@@ -187,6 +181,13 @@ class Engine(ABC):
         Args:
             what: they were given, for the message: `input ids`.
             value: a tensor, an array, None, or what `repr` says all of.
+        """
+
+    def follow(self, rule: str) -> None:  # noqa: B027  (as above)
+        """Have later collectives of parameters fail, on every rank, where ranks of the group made their last step by other rules.
+
+        Args:
+            rule: what it was made by (rates, clipping), in words.
         """
 
     @abstractmethod

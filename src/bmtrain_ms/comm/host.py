@@ -98,6 +98,7 @@ class HostEngine(Engine):
 
     def __init__(self) -> None:
         self._scratch = np.empty(0, np.uint8)  # touched by the transport's thread only, and by one collective at a time
+        self._rule = ""  # of the last step
         self._given: dict[str, str] = {}  # what the next collective compares, and a digest of it
 
     # Collectives #
@@ -141,6 +142,9 @@ class HostEngine(Engine):
 
     def compare(self, what: str, value: Any) -> None:
         self._given[what] = _digest(value)
+
+    def follow(self, rule: str) -> None:
+        self._rule = rule
 
     def barrier(self, label: str = "") -> Work:
         return self._issue("barrier", label, [], self._meet(), [])
@@ -241,7 +245,7 @@ class HostEngine(Engine):
         kind = kind if root is None else f"from rank {root}"
         signature = signature_of("message", kind, "", arrays)
         if pair is None:
-            rule = self.clock.rule if getattr(label, "one_rule", False) else ""
+            rule = self._rule if getattr(label, "one_rule", False) else ""
             when = f"at step {self.clock.step}{rule and f', after {rule}'}"
             given, self._given = [f"{_GIVEN}{what}: {digest}" for what, digest in self._given.items()], {}
             signature = signature_of(op, kind, label, arrays, when, given)

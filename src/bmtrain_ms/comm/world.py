@@ -97,6 +97,12 @@ class World:
             self._engines[name] = engine
         return self._engines[name]
 
+    def follow(self, rule: str) -> None:
+        """Note by which rule the last step was made, for `Engine.follow`: by ranks that share parameters, not by stages."""
+        for axis, engine in self._engines.items():
+            if axis != "pp":
+                engine.follow(rule)
+
     def _make(self, axis: str) -> Engine:
         if axis == "stage":
             peers = self.mesh.peers("dp", "tp")

@@ -56,6 +56,9 @@ class Around(Engine):
     def compare(self, what: str, value: Any) -> None:
         self.inner.compare(what, value)
 
+    def follow(self, rule: str) -> None:
+        self.inner.follow(rule)
+
     def subgroup(self, ranks: Sequence[int]) -> Engine:
         return self._rewrap(self.inner.subgroup(ranks))
 

@@ -290,7 +290,7 @@ class OptimManager:
         end_step(in_world=self._world)
         self._began = True
         if self._world.everyone.lands_in_place:  # a device would be waited for, and has nobody who compares
-            self._world.everyone.clock.rule = rule_of(self.drivers, bool(self._grads), self._max_norm)
+            self._world.follow(rule_of(self.drivers, bool(self._grads), self._max_norm))
         self._max_norm = None
         for driver, schedule in zip(self.drivers, self._schedules):
             schedule.cover_new_groups()
@@ -309,7 +309,7 @@ class OptimManager:
     def discard_step(self) -> None:
         """Count a step without making it; its gradients are forgotten, and the next draws the same random numbers."""
         end_step(made=False, in_world=self._world)
-        self._world.everyone.clock.rule = "a step that was discarded"
+        self._world.follow("a step that was discarded")
         self.zero_grad()
 
     def state_dict(self, gather_opt: bool = False, tensors: bool = True) -> dict[str, Any]:
