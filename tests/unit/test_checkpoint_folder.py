@@ -29,6 +29,7 @@ from bmtrain_ms.checkpoint.folder import (
     sweep,
 )
 from bmtrain_ms.checkpoint.index import INDEX
+from tests.helpers.open_files import open_files
 from tests.helpers.ranks import ROOT
 
 
@@ -338,11 +339,10 @@ def test_a_file_system_without_locks(tmp_path, monkeypatch):
 def test_one_job_at_a_time(tmp_path):
     """In this process too; the first is named."""
     lock = FolderLock(tmp_path)
-    before = len(os.listdir("/proc/self/fd"))
     for _ in range(2):
         with pytest.raises(CheckpointError, match=rf"another job saves to {tmp_path} \(process {os.getpid()} on .+\); end it, or"):
             FolderLock(tmp_path)
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert len(open_files(tmp_path)) == 1
     lock.release()
     lock.release()
     FolderLock(tmp_path).release()

@@ -37,6 +37,7 @@ from bmtrain_ms.files import consolidated
 from bmtrain_ms.files.consolidated import ConsolidatedReader
 from bmtrain_ms.files.format import plan_file
 from tests.helpers.checkpoints import Run
+from tests.helpers.open_files import open_files
 
 pytestmark = pytest.mark.usefixtures("single_world")
 
@@ -165,9 +166,8 @@ def place() -> Iterator[Path]:
     """A folder in memory, where there is one: thousands of files are written."""
     memory = Path("/dev/shm")
     with tempfile.TemporaryDirectory(dir=memory if os.access(memory, os.W_OK) else None) as folder:
-        before = len(os.listdir("/proc/self/fd"))
         yield Path(folder)
-        assert len(os.listdir("/proc/self/fd")) == before  # every file is closed, whatever was wrong with it
+        assert not open_files(Path(folder))  # every file is closed, whatever was wrong with it
 
 
 def attempted(folder: Path, action: Callable[[], Any]) -> bool:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
 import shutil
 from dataclasses import dataclass
@@ -31,6 +30,7 @@ from bmtrain_ms.files.consolidated import ConsolidatedReader
 from bmtrain_ms.files.entries import Entry
 from bmtrain_ms.files.format import DTYPES, RegularFile
 from bmtrain_ms_base.layout import Layout, Split
+from tests.helpers.open_files import open_files
 
 DATA = Path(__file__).resolve().parents[1] / "data"
 
@@ -355,8 +355,7 @@ def test_a_checkpoint_of_format_2_that_an_older_version_wrote():
 
 
 def test_the_files_of_this_folder_are_closed(checkpoint):
-    before = len(os.listdir("/proc/self/fd"))
     with ShardedReader(checkpoint) as reader:
-        assert len(os.listdir("/proc/self/fd")) == before + 6
+        assert len(open_files(checkpoint)) == 6
         assert host_array(from_host(reader.read("row", (slice(0, 10), slice(0, 7))))).shape == (10, 7)
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert not open_files(checkpoint)
