@@ -143,7 +143,7 @@ def test_groups_of_a_block_are_gathered_ahead_together(use_checkpoint: bool):
             here.engine.events.clear()
             context_of(here).pipeline.meter.reset_peak()
             ms.value_and_grad(lambda x: blocks(x).sum(), None, params)(x)
-    steps = "g0 g0 g1 g1 g2 g2 | g2 g2 g1 g1 r2 r2 g0 g0 r1 r1 r0 r0".replace("| ", "").split()
+    steps = "g0 g0 g1 g1 g2 g2 | g2 g2 g1 g1 g0 g0 r2 r2 r1 r1 r0 r0".replace("| ", "").split()
     operations = {"g": "all_gather", "r": "reduce_scatter"}
     assert here.engine.calls() == [(operations[step[0]], step[1]) for step in steps]
     assert context_of(here).pipeline.meter.peak == 2 * sum(group.full_nbytes for group in blocks[0].groups)

@@ -229,8 +229,13 @@ class Writes(Counted):
 @MODES
 @pytest.mark.parametrize("how", ["the copy", "the shard"])
 @pytest.mark.parametrize("record", [True, False])
-def test_writing_a_parameter_while_its_block_computes_is_refused(how, record, use_checkpoint, zero_level):
-    block = build(Writes(how), use_checkpoint, zero_level)
+@pytest.mark.parametrize("before", [0, 2])
+def test_writing_a_parameter_while_its_block_computes_is_refused(how, record, before, use_checkpoint, zero_level):
+    """In the first call, which looks itself, and in later ones, which leave some of it to their backward pass."""
+    block = build(Writes(""), use_checkpoint, zero_level)
+    for _ in range(before):
+        step(block, x_of())
+    block.inner.how = how
     text = (
         "parameter dense.weight was written while dense was computing with it, on rank 0: between its gather and the end of the "
         "call, or between forward and backward. Its module has a gathered copy, so the result would be that of neither value. "
@@ -256,6 +261,51 @@ def test_writing_between_forward_and_backward_is_refused(use_checkpoint, zero_le
 
     with pytest.raises(RuntimeError, match=r"parameter dense\.weight was written while dense was computing with it"):
         ms.value_and_grad(written, None, block.trainable_params())()
+    step(block, x_of())
+
+
+@MODES
+def test_writing_while_a_block_computes_through_which_nothing_is_differentiated_is_refused(use_checkpoint, zero_level):
+    """A result that is looked at only, of a Block whose other calls had backward passes: its passes end without one. And what
+    is written after such a call is nobody's fault, once they are known to end like that."""
+    block = build(Writes(""), use_checkpoint, zero_level)
+    other, weight = build(Counted(), use_checkpoint, zero_level), block.inner.dense.parameter("weight")
+    params, write = [*block.trainable_params(), *other.trainable_params()], False
+
+    def looked_at(x):
+        y = ops.stop_gradient(block(x))
+        if write:
+            ops.assign(weight, weight * 0.5)
+        return (other(x) ** 2).mean(), y.sum()
+
+    def run():
+        return ms.value_and_grad(looked_at, None, params, has_aux=True)(x_of())
+
+    step(block, x_of())
+    block.inner.how = "the shard"
+    with pytest.raises(RuntimeError, match=r"parameter dense\.weight was written while dense was computing with it"):
+        run()
+    assert context_of(bms.comm.world()).pipeline.meter.current == 0
+    block.inner.how = ""
+    run()
+    write, was = True, weight.asnumpy().copy()
+    run()
+    np.testing.assert_array_equal(weight.asnumpy(), was * np.float32(0.5))
+    step(block, x_of())  # which is differentiated again
+
+
+def test_an_error_leaves_no_call_waiting_for_its_backward_pass():
+    block = build(Counted())
+    step(block, x_of())
+
+    def fails():
+        block(x_of())
+        raise ArithmeticError("of the user's")
+
+    with pytest.raises(ArithmeticError):
+        ms.value_and_grad(fails, None, block.trainable_params())()
+    weight = block.inner.dense.parameter("weight")
+    ops.assign(weight, weight * 0.5)
     step(block, x_of())
 
 

@@ -287,15 +287,19 @@ class DistributedParameter(Parameter):
             try:
                 full = tuple(gathered.tensors())
                 if gathered.trusted:
-                    gathered.verify()
+                    gathered.look(shards=True)
                 return full
             finally:
                 context.pipeline.leave([gathered])
 
+        def reduce(grads: tuple[Tensor, ...]) -> list[Tensor]:
+            context.pipeline.before_reduce()
+            return context.reducer.reduce(group, [0], grads)
+
         context.note_gather(self)
         if not (recording() and self.requires_grad):
             return take()[0]
-        return custom_op(take, lambda grads: context.reducer.reduce(group, [0], grads), self)[0]
+        return custom_op(take, reduce, self)[0]
 
     def refuse_outside(self) -> None:
         """Raise RuntimeError where what is trained uses it outside of the list of layers whose stage it belongs to."""

@@ -120,17 +120,9 @@ class GatherPipeline:
             of.at_end(lambda: self._let_go(added))
 
     def _hold(self, groups: Iterable[ParamGroup]) -> list[ParamGroup]:
-        """Hold the groups; returns those of them that were not held before. Copies that are there already are used again, unless
-        the parameters were written: a pass that an error ended may have left them."""
-        added = []
-        for group in dict.fromkeys(groups):
-            gathered = self._held.get(group)
-            if gathered is not None and self._written_anywhere(gathered):
-                gathered.release()
-                self._held[group] = None
-            elif group not in self._held:
-                self._held[group] = None
-                added.append(group)
+        """Hold the groups; returns those of them that were not held before."""
+        added = [group for group in dict.fromkeys(groups) if group not in self._held]
+        self._held.update(dict.fromkeys(added))
         return added
 
     def _let_go(self, groups: Iterable[ParamGroup]) -> None:
@@ -224,6 +216,11 @@ class GatherPipeline:
                 gathered.release()
         self._ahead = []
 
+    def before_reduce(self) -> None:
+        """Gradients are about to be reduced, of a call whose copies are released: see [Note: gathers before reduces]."""
+        if self._last is not None:
+            self._gather_ahead(self._last, running=None, more=1)
+
     def _after_release(self) -> None:
         if self._last is not None:
             self._gather_ahead(self._last, running=None)
@@ -243,7 +240,7 @@ class GatherPipeline:
         group = reference()  # None: the model is gone
         return None if group is None or phase in self._order(group).starts else (phase, group)
 
-    def _gather_ahead(self, visit: Visit, running: ParamGroup | None) -> None:
+    def _gather_ahead(self, visit: Visit, running: ParamGroup | None, more: int = 0) -> None:
         first = visit[0]
         counted = [(first, visit[1].block)]  # of which groups are gathered ahead, behind the one that is visited
         walked = 0  # of those that are gathered ahead, which held ones are not among
@@ -257,7 +254,7 @@ class GatherPipeline:
             # What forbids to issue one ends the walk: copies are taken in the order in which they were issued, and a visit that
             # is not the next one drops them all.
             another = (phase, group.block) != counted[-1]
-            if another and len(counted) > self.prefetch:
+            if another and len(counted) > self.prefetch + more:
                 return
             if self._held.get(group) is not None:
                 continue
