@@ -126,18 +126,52 @@ class Product(bms.DistributedModule):
         return ops.tanh(ops.matmul(ops.matmul(x, self.w), self.v))
 
 
+class Penalised(Product):
+    """It gathers a parameter itself, though its Block has done so, for a penalty."""
+
+    def construct(self, x: Tensor) -> Tensor:
+        return super().construct(x) + (self.parameter("w").gather() ** 2).mean()
+
+
+class Penalty(bms.DistributedModule):
+    """Of a parameter of a layer, beside what it is given."""
+
+    def __init__(self, shared: Any) -> None:
+        super().__init__()
+        self.w = shared
+
+    def construct(self, x: Tensor) -> Tensor:
+        return x + (self.parameter("w").gather() ** 2).mean()
+
+
+HEADS: list[Callable[[Any], Any]] = [
+    lambda shared: Product(shared, made(4)),
+    lambda shared: bms.Block(Product(shared, made(4))),
+    Penalty,
+]
+
+
 class Outside(bms.DistributedModule):
     """A list, and something behind it that has a parameter of a layer."""
 
-    def __init__(self, shared: Any, wrapped: bool) -> None:
+    def __init__(self, shared: Any, head: Callable[[Any], Any]) -> None:
         super().__init__()
         self.layers = bms.PipelineTransformerBlockList([Product(shared, made(1)), Product(made(2), made(3))])
-        self.head: Any = Product(shared, made(4))
-        if wrapped:
-            self.head = bms.Block(self.head)
+        self.head: Any = head(shared)
 
     def construct(self, x: Tensor) -> Tensor:
         return self.head(self.layers(x)).mean()
+
+
+class Inside(bms.DistributedModule):
+    """A list of layers with penalties of their own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = bms.PipelineTransformerBlockList([Penalised(made(i), made(i + 9)) for i in range(2)])
+
+    def construct(self, x: Tensor) -> Tensor:
+        return self.layers(x).mean()
 
 
 def made(seed: int) -> Any:
@@ -155,8 +189,8 @@ def of_a_list(world: World) -> list[str]:
         with pytest.raises(ValueError) as error:
             bms.PipelineTransformerBlockList([Product(made(1), made(2)), Product(made(3), shared)])
         said.append(str(error.value))
-        for wrapped in (False, True):
-            model = Outside(made(0), wrapped)
+        for head in HEADS:
+            model = Outside(made(0), head)
             model.update_parameters_name()
             manager = bms.optim.OptimManager()
             manager.add_optimizer(bms.optim.AdamOptimizer(model.trainable_params()))
@@ -175,3 +209,25 @@ def test_a_list_refuses_what_it_would_untie(run_ranks: Run):
         assert text.startswith(
             "w of layer 0 of a PipelineTransformerBlockList, which stage 0 has, is used outside of the list, too:"
         )
+
+
+def penalised(world: World, pp: int = 1) -> dict[str, np.ndarray]:
+    """Gradients of this rank's layers."""
+    with use_world(Case(pp=pp).world(world) if pp > 1 else world):
+        model = Inside()
+        model.update_parameters_name()
+        manager = bms.optim.OptimManager()
+        manager.add_optimizer(bms.optim.AdamOptimizer(model.trainable_params()))
+        rows = np.random.default_rng(0).normal(size=(4, 6)).astype(np.float32)
+        manager.backward(model, Tensor(np.split(rows, pp)[world.mesh.rank]))
+        grads = ((p, manager.grad(p)) for p in model.trainable_params())
+        return {p.name: grad.asnumpy().reshape(6, 6) for p, grad in grads if grad is not None}
+
+
+def test_a_layer_may_gather_its_parameters_itself(run_ranks: Run):
+    with use_world(World(SingleEngine(), Mesh(1, 0))) as one:
+        wanted = penalised(one)
+    first, second = run_ranks(2, penalised, pp=2)
+    assert len(first) == len(second) == 2 and {*first, *second} == {*wanted}
+    for name, grad in {**first, **second}.items():
+        np.testing.assert_allclose(grad, wanted[name], rtol=0, atol=1e-6)

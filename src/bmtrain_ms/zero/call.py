@@ -206,8 +206,12 @@ class Call:
         for i, x in zip(self.differentiable, inputs):
             leaves[i] = x
         args, kwargs = self.rebuild(iter(leaves))
-        with self.slots.substituted(weights), self.inside():
-            out = self.slots.run(*args, **kwargs)
+        self.context.in_stage.append(self.slots.params[0].in_stage)
+        try:
+            with self.slots.substituted(weights), self.inside():
+                out = self.slots.run(*args, **kwargs)
+        finally:
+            self.context.in_stage.pop()
         left, _ = flatten((args, kwargs))
         if len(left) != len(leaves) or any(x is not y for x, y in zip(left, leaves)):
             raise RuntimeError(

@@ -34,6 +34,7 @@ class ZeroContext:
         self.anchor: Parameter | None = None  # what every backward pass has to ask for, so that it comes to all stages
         self._passes = [Pass()]  # the last is the one that calls belong to; the first that of who opens none
         self._gathers: list[list[Any]] = []
+        self.in_stage: list[bool] = []  # of each Block whose module runs now, the innermost last: whether it is of one stage only
         self.managers: weakref.WeakSet[Any] = weakref.WeakSet()  # those with gradients of this world's parameters, for `inspect`
 
     @property

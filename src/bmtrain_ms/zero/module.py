@@ -21,7 +21,6 @@ class DistributedModule(nn.Cell):
     def __getattr__(self, name: str) -> Any:
         value = super().__getattr__(name)
         if isinstance(value, DistributedParameter) and not self.__dict__.get("_in_block"):
-            value.refuse_outside()
             return value.gather()
         return value
 

@@ -278,8 +278,13 @@ class DistributedParameter(Parameter):
 
         Every call gathers again (BMTrain: the same). It is a copy, which lives as long as somebody refers to it: the parameter does
         not see what is written into it.
+
+        Raises:
+            RuntimeError: it is a layer's of a `PipelineTransformerBlockList`, and what gathers it is no layer of one.
         """
         group, context = self.alone, context_of(self.world)
+        if self.in_stage and not any(context.in_stage):
+            self.refuse_outside()
         phase = Phase.FORWARD if recording() else Phase.EVAL
 
         def take(*_: Tensor) -> tuple[Tensor, ...]:
