@@ -79,7 +79,7 @@ def test_notes_are_where_the_architecture_page_says():
     for path in SOURCE.rglob("*.py"):
         place = str(path.relative_to(SOURCE)).replace("bmtrain_ms_base/", "base/").replace("bmtrain_ms/", "")
         for note in re.findall(r"^(\[Note: .+\])$", path.read_text(encoding="utf-8"), re.MULTILINE):
-            assert re.search(rf"{re.escape(note)}(?: and \[Note: [^]]+\])? `{re.escape(place)}`", ARCHITECTURE), (note, place)
+            assert re.search(rf"{re.escape(note)}(?:(?:,| and) \[Note: [^]]+\])* `{re.escape(place)}`", ARCHITECTURE), (note, place)
 
 
 def test_the_chinese_readme_shows_the_same_code():
