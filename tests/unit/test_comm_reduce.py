@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bmtrain_ms.comm.reduce import _CHUNK, accumulator_dtype, reduce_rows
+from bmtrain_ms.comm.reduce import _CHUNK, accumulator_dtype, in_batches, reduce_rows
 from bmtrain_ms.compat.runtime import numpy_dtype
 
 DTYPES = [ms.float16, ms.bfloat16, ms.float32, ms.float64, ms.int32, ms.int64, ms.uint8]
@@ -141,3 +141,23 @@ def test_into_part_of_a_larger_array():
 )
 def test_accumulators(dtype: object, kind: type):
     assert accumulator_dtype(numpy_dtype(dtype)) == np.dtype(kind)
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    sizes=st.lists(st.tuples(st.integers(0, 50), st.sampled_from([np.uint8, np.float16, np.float32, np.float64])), max_size=6),
+    nbytes=st.integers(1, 200),
+)
+def test_batches_are_all_elements_in_order(sizes: list, nbytes: int):
+    arrays = [np.arange(n).astype(dtype) for n, dtype in sizes]
+    seen: list[list] = [[] for _ in arrays]
+    last = 0
+    for batch in in_batches(arrays, nbytes):
+        parts = [arrays[i][part] for i, part in batch]
+        assert all(part.size for part in parts)
+        assert sum(part.nbytes for part in parts) <= nbytes or sum(part.size for part in parts) == 1
+        assert all(last <= i for i, _ in batch)
+        last = batch[-1][0]
+        for (i, _), part in zip(batch, parts):
+            seen[i] += part.tolist()
+    assert seen == [x.tolist() for x in arrays]

@@ -1,6 +1,6 @@
 """Collectives over host memory, written once for every way of moving bytes between processes.
 
-A transport moves raw bytes (`_gather`, `_exchange`, `_parts`, ...); types, shapes, reductions and their fixed order live here. An
+A transport moves raw bytes (`_gather`, `_exchange`, ...); types, shapes, reductions and their fixed order live here. An
 operation is a generator, its *stages*: it runs on the transport's thread and yields whenever it must wait for other ranks.
 """
 
@@ -177,8 +177,8 @@ class HostEngine(Engine):
         """Part i of my source to rank i; targets (size * n) ordered by sender."""
 
     @abstractmethod
-    def _parts(self, sources: Rows) -> Stages:
-        """Returns, for each source, this rank's part of every rank's: `Rows`. They are valid until the next stage."""
+    def _reduce_parts(self, sources: Rows, targets: Rows, op: str) -> Stages:
+        """The op over this rank's part of every rank's source into the target, by `reduce_rows`."""
 
     @abstractmethod
     def _broadcast(self, arrays: Rows, root: int) -> Stages:
@@ -197,11 +197,6 @@ class HostEngine(Engine):
         """Wait for every rank."""
 
     # Implementation #
-
-    def _reduce_parts(self, sources: Rows, targets: Rows, op: str) -> Stages:
-        parts = yield from self._parts(sources)
-        for rows, target in zip(parts, targets):
-            reduce_rows(rows, op, target)
 
     def _reduce_gathered(self, sources: Rows, targets: Rows, op: str) -> Stages:
         gathered = [np.empty((self.size, x.size), x.dtype) for x in targets]

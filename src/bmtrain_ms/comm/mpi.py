@@ -24,6 +24,7 @@ from bmtrain_ms_base import system
 from . import ending
 from .engine import Clock, CommError, CommTimeoutError, Engine, Work
 from .host import LARGEST_SIGNATURE, HostEngine, Job, Operation, Rows, Stages, as_bytes, disagreement
+from .reduce import reduce_rows
 
 _SHORTEST_SLEEP = 20e-6
 _LONGEST_SLEEP = 500e-6
@@ -281,10 +282,11 @@ class MpiEngine(HostEngine):
     def _exchange(self, sources: Rows, targets: Rows) -> Stages:
         yield [self._comm.Ialltoall(_buffer(x), _buffer(y)) for x, y in zip(sources, targets)]
 
-    def _parts(self, sources: Rows) -> Stages:
-        rows = self._scratch_like([(self.size, x.size // self.size, x.dtype) for x in sources])
-        yield from self._exchange(sources, rows)
-        return rows
+    def _reduce_parts(self, sources: Rows, targets: Rows, op: str) -> Stages:
+        parts = self._scratch_like([(self.size, y.size, y.dtype) for y in targets])
+        yield from self._exchange(sources, parts)
+        for rows, target in zip(parts, targets):
+            reduce_rows(rows, op, target)
 
     def _broadcast(self, arrays: Rows, root: int) -> Stages:
         yield [self._comm.Ibcast(_buffer(x), root=root) for x in arrays]

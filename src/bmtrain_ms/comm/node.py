@@ -30,10 +30,12 @@ from .engine import Clock, CommError, CommTimeoutError, Engine, Work
 from .host import LARGEST_SIGNATURE, HostEngine, Job, Operation, Rows, Stages, as_bytes, disagreement
 from .meeting import Meeting
 from .pull import Piece, address_of, allow_siblings, pull
+from .reduce import in_batches, reduce_rows
 
 Key = tuple[str, int]  # (group or pair of ranks, number of the operation there)
 _LARGEST_MESSAGE = 1 << 17  # bytes; a packet must fit into the socket's buffer, 208 KiB by default ...
 _MOST_TENSORS = 1 << 12  # ... with the addresses of this many, and a signature
+AT_ONCE = 1 << 20  # bytes of each rank that are copied before they are summed up: they are still in the cache then
 _GREETING = 2.0  # seconds that a connection may stay silent at start-up
 _LAST_WORDS = 5.0  # seconds that a closing engine tries to send what others may need
 
@@ -400,17 +402,18 @@ class NodeEngine(HostEngine):
             there = posts[self._ranks[rank]]
             self._pull(rank, [(start + self.rank * rows[rank].nbytes, rows[rank]) for start, rows in zip(there, flat)])
 
-    def _parts(self, sources: Rows) -> Stages:
+    def _reduce_parts(self, sources: Rows, targets: Rows, op: str) -> Stages:
         posts = yield sources
-        scratch = self._scratch_like([(self.size - 1, x.size // self.size, x.dtype) for x in sources])
-        parts = [[x.reshape(self.size, -1)[self.rank]] * self.size for x in sources]
-        for i, rank in enumerate(self._others()):
-            pieces = []
-            for rows, spare, start in zip(parts, scratch, posts[self._ranks[rank]]):
-                rows[rank] = spare[i]
-                pieces.append((start + self.rank * spare[i].nbytes, spare[i]))
-            self._pull(rank, pieces)
-        return parts
+        own = [x.reshape(self.size, -1)[self.rank] for x in sources]
+        for batch in in_batches(targets, AT_ONCE):
+            scratch = self._scratch_like([(self.size, part.stop - part.start, targets[i].dtype) for i, part in batch])
+            for rank in self._others():
+                there = posts[self._ranks[rank]]
+                starts = (there[i] + self.rank * own[i].nbytes + part.start * own[i].itemsize for i, part in batch)
+                self._pull(rank, [(start, rows[rank]) for start, rows in zip(starts, scratch)])
+            for (i, part), rows in zip(batch, scratch):
+                gathered = [own[i][part] if rank == self.rank else rows[rank] for rank in range(self.size)]
+                reduce_rows(gathered, op, targets[i][part])
 
     def _broadcast(self, arrays: Rows, root: int) -> Stages:
         posts = yield arrays

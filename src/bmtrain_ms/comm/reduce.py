@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Sequence
+from typing import Iterator, Sequence
 
 import numpy as np
 
@@ -41,3 +41,21 @@ def reduce_rows(rows: np.ndarray | Sequence[np.ndarray], op: str, out: np.ndarra
                 total *= kind.type(1.0 / len(rows))
             if not same:
                 out[part] = total.astype(out.dtype)
+
+
+def in_batches(arrays: Sequence[np.ndarray], nbytes: int) -> Iterator[list[tuple[int, slice]]]:
+    """Parts of flat arrays, in order and as (index, slice), in batches of at most so many bytes, or one element each."""
+    batch: list[tuple[int, slice]] = []
+    room = nbytes
+    for i, x in enumerate(arrays):
+        start = 0
+        while start < x.size:
+            if batch and room < x.itemsize:
+                yield batch
+                batch, room = [], nbytes
+            stop = min(x.size, start + max(1, room // x.itemsize))
+            batch.append((i, slice(start, stop)))
+            room -= (stop - start) * x.itemsize
+            start = stop
+    if batch:
+        yield batch
