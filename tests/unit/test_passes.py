@@ -130,7 +130,7 @@ def test_there_must_be_something_to_differentiate():
         recorded.pull((Tensor(np.ones(1, np.float32)),))
 
 
-def test_a_failed_pass_lets_go_of_what_it_has_held():
+def test_what_a_failed_pass_has_held_is_gathered_again_when_it_was_written():
     """A list of pipeline Blocks keeps what it gathered until a backward pass, which never comes after an error."""
     chain = bms.PipelineTransformerBlockList([Layer(i) for i in range(2)])
     x = Tensor(np.ones((2, 5), np.float32))
@@ -141,27 +141,9 @@ def test_a_failed_pass_lets_go_of_what_it_has_held():
 
     with pytest.raises(KeyError):
         ms.value_and_grad(fail, 0, chain.trainable_params())(x)
-    assert context_of(bms.comm.world()).pipeline.meter.current == 0
+    assert context_of(bms.comm.world()).pipeline.meter.current > 0
     for p in chain.trainable_params():
         p.copy_full(np.zeros((5, 5), np.float32))
     assert not chain(x).asnumpy().any()
     ms.value_and_grad(lambda x: chain(x).sum(), 0, chain.trainable_params())(x)
     assert context_of(bms.comm.world()).pipeline.meter.current == 0
-
-
-def test_writing_between_two_calls_of_one_pass_is_refused():
-    """The second would be given the copy of the first."""
-    chain = bms.PipelineTransformerBlockList([Layer(i) for i in range(2)])
-    x, params = Tensor(np.ones((2, 5), np.float32)), chain.trainable_params()
-
-    def written(x: Tensor) -> Tensor:
-        first = chain(x)
-        params[0].copy_full(np.zeros((5, 5), np.float32))
-        return (first + chain(x)).sum()
-
-    for _ in range(2):
-        ms.value_and_grad(lambda x: (chain(x) + chain(x)).sum(), 0, params)(x)
-        with pytest.raises(RuntimeError, match=r"parameter \S+ was written while \S+ was computing with it"):
-            params[0].copy_full(np.ones((5, 5), np.float32))
-            ms.value_and_grad(written, 0, params)(x)
-        assert context_of(bms.comm.world()).pipeline.meter.current == 0

@@ -42,7 +42,6 @@ __all__ = [
     "custom_op",
     "custom_vjp",
     "differentiated",
-    "failure_hooks",
     "hookable",
     "joined",
     "no_grad",
@@ -59,7 +58,6 @@ Tensors = tuple[Tensor, ...]
 # Called with the exception, or None, each time an outermost backward pass has ended. What they return is applied to the gradients
 # of all parameters that were asked for, before anybody sees them.
 backward_hooks: list[Callable[[BaseException | None], Deliver | None]] = []
-failure_hooks: list[Callable[[], None]] = []  # called each time an outermost forward pass has failed: no backward pass will come
 
 _OLD = not GRAD_TAKES_HAS_AUX  # 2.5
 _originals: list[tuple[Any, str, Any]] = []  # (owner, name, MindSpore's own function)
@@ -426,8 +424,6 @@ def _clear_after_failure(wrapped: Any, instance: Any, args: tuple, kwargs: dict)
     except BaseException:
         if under_way.forwards == 1 and under_way.depth == 0:
             _clear()
-            for hook in failure_hooks:
-                hook()
         raise
     finally:
         under_way.forwards -= 1

@@ -106,7 +106,6 @@ class Visit:
             found = self._recorded.pull((cotangent,), self._weights)
         own = len(self._inputs)
         into.add(self._weights, found[own:])
-        self._pass.verify()
         self.end()
         return found[0] if own else None
 

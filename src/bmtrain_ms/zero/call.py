@@ -34,7 +34,7 @@ class Call:
         self.backward_span = contextlib.ExitStack()
         self.differentiable = [i for i, x in enumerate(self.leaves) if is_float(x)]
         self.trainable = slots.trainable()
-        self._prints: list[tuple[int, ...]] = []  # of the parameters that forward used
+        self.prints: tuple[int, ...] = ()  # of the shards that forward used
         self.inside: Callable[[], ContextManager[None]] = closed
 
     # The three ways to run #
@@ -46,7 +46,7 @@ class Call:
         try:
             with self.measure(f"evaluate {self.slots.label}"), self.slots.substituted(gathered.tensors()), self.inside():
                 out = list_as_tuple(self.slots.run(*self.args, **self.kwargs))
-            gathered.look(shards=True)
+            gathered.verify()
             return out
         finally:
             gathered.leave()
@@ -66,7 +66,8 @@ class Call:
             try:
                 with self.measure(f"forward {self.slots.label}"), self.context.gathers(gathers):
                     out = result.take(self._run(inputs_and_shards[: len(self.differentiable)], gathered.tensors()))
-                self._end_of_forward(gathered)
+                gathered.verify()
+                self.prints = gathered.prints
             except BaseException:
                 gathered.leave()
                 raise
@@ -83,7 +84,7 @@ class Call:
             try:
                 with self.measure(f"backward {self.slots.label}"):
                     pulled = self._pull(gathered, grads, replay, due)
-                self._end_of_backward()
+                gathered.verify_again(self.prints)
             except BaseException:
                 gathered.leave()
                 raise
@@ -107,7 +108,8 @@ class Call:
             known = list(map(references, weights))
             with self.measure(f"forward {self.slots.label}"):
                 out = result.take(self._run(inputs, weights))
-            self._end_of_forward(gathered)
+            gathered.verify()
+            self.prints = gathered.prints
             # what somebody has kept of the weights has to stay what it is
             stays = self.zero_level == 2 or any(gathered.owns(x) for x in out) or self.slots.holds(gathered)
             stays = stays or known != list(map(references, weights))
@@ -130,14 +132,14 @@ class Call:
         if not self.trainable:  # nothing to reduce, but something to release: an identity on the inputs
 
             def leave(grads: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-                self._end_of_backward()
+                self._end_of_backward(gathered)
                 gathered.leave()
                 return grads
 
             return list(custom_op(lambda *xs: xs, leave, *inputs)) if inputs else inputs
 
         def reduce(grads: tuple[Tensor, ...]) -> list[Tensor]:
-            self._end_of_backward()
+            self._end_of_backward(gathered)
             gathered.leave()
             return self._reduce(grads)
 
@@ -146,27 +148,9 @@ class Call:
             weights[i] = tensor
         return inputs
 
-    def _end_of_forward(self, gathered: Copies) -> None:
-        """Look whether parameters are those that were gathered: now, or, where a backward pass comes, when that ends."""
-        pulled = self.slots.pulled
-        self._prints = gathered.look(shards=not pulled)
-        if pulled:
-            self.of.expect(self)
-
-    def _end_of_backward(self) -> None:
+    def _end_of_backward(self, gathered: Copies) -> None:
         self.backward_span.close()
-        self.slots.pulled = True
-        self.of.expect_no_more(self)
-        self.verify()
-
-    def verify(self) -> None:
-        """Raise RuntimeError where parameters are not those that the forward pass used."""
-        for group, before in zip(self.slots.groups, self._prints):
-            group.verify(before)
-
-    def abandon(self) -> None:
-        """There is no backward pass of this call: the next call does not count on one."""
-        self.slots.pulled = False
+        gathered.verify_again(self.prints)
 
     def _behind(self, gathered: Copies, outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """An identity; the first thing that backward reaches."""
@@ -268,7 +252,7 @@ class Call:
         """Check that recomputation does what forward did, to rounding, and leaves buffers as they were."""
         where = f"rank {rank()}: recomputing {self.slots.label} ({type(self.slots.module).__name__})"
         if replay.differs(again):
-            self.verify()  # other values of parameters are the better explanation
+            gathered.verify_again(self.prints)  # other values of parameters are the better explanation
             raise RuntimeError(
                 f"{where} gave other values than its forward pass, so its gradients would be wrong: something in it is random "
                 "(a dropout that is a function, not a bmtrain_ms.nn.Dropout) or changes state. Use "

@@ -102,11 +102,7 @@ class ZeroContext:
         """All gradients are there, and whole, before the caller of `value_and_grad` sees them."""
         deliver = self.reducer.end_of_backward(failed=error is not None)
         self.pipeline.end_sequence()
-        try:
-            if error is None:
-                self.current.verify()
-        finally:
-            self.current.end()
+        self.current.end()
         self.pulled = self.pulled or error is None
         return deliver
 
@@ -139,10 +135,4 @@ def _end_of_backward(error: BaseException | None) -> Deliver:
     return deliver_all
 
 
-def _no_backward() -> None:
-    for context in tuple(_contexts.values()):
-        context.current.end()
-
-
 autograd.backward_hooks.append(_end_of_backward)
-autograd.failure_hooks.append(_no_backward)

@@ -56,9 +56,23 @@ class Copies:
         """The full tensors, those of the first group first; waits for them."""
         return [tensor for gathered in self._gathered for tensor in gathered.tensors()]
 
-    def look(self, shards: bool) -> list[tuple[int, ...]]:
-        """`Gathered.look` of each group."""
-        return [gathered.look(shards) for gathered in self._gathered]
+    @property
+    def prints(self) -> tuple[int, ...]:
+        """The prints of the shards, when `verify` looked last."""
+        return tuple(x for gathered in self._gathered for x in gathered.prints)
+
+    def verify(self) -> None:
+        """Raise RuntimeError where a parameter was written since it was gathered, or a copy."""
+        for gathered in self._gathered:
+            gathered.verify()
+
+    def verify_again(self, before: Sequence[int]) -> None:
+        """Raise RuntimeError in backward where parameters are not those of which forward had the prints `before`."""
+        start = 0
+        for gathered in self._gathered:
+            stop = start + len(gathered.group.params)
+            gathered.verify_again(tuple(before[start:stop]))
+            start = stop
 
     def owns(self, tensor: Tensor) -> bool:
         """Whether `tensor` is one of the full tensors, or a view of one."""

@@ -124,24 +124,6 @@ class ParamGroup:
         """What tells later whether one of the shards was written."""
         return prints(p.on_host.bytes for p in self.params)
 
-    def verify(self, before: tuple[int, ...]) -> None:
-        """Raise RuntimeError where a parameter is not what it had these prints of; there are none on a device."""
-        if before:
-            now = self.shard_prints()
-            if now != before:
-                self.refuse([p for p, x, y in zip(self.params, now, before) if x != y])
-
-    def refuse(self, written: Sequence[Sharded]) -> None:
-        """Raise RuntimeError where there are parameters that were written while a module computed with a copy."""
-        if written:
-            raise RuntimeError(
-                f"parameter {written[0].name} was written while {self.label} was computing with it, on rank "
-                f"{self.world.mesh.rank}: between its gather and the end of the call, or between forward and backward. Its "
-                "module has a gathered copy, so the result would be that of neither value. Write parameters before a forward "
-                "pass or after backward; what a module updates while it runs (statistics, counters) belongs in a Parameter with "
-                "requires_grad=False"
-            )
-
     @property
     def is_whole(self) -> bool:
         """Whether this rank has all of it, in host memory and as it is computed with."""
@@ -220,6 +202,7 @@ class Gathered:
         self._landing: list[np.ndarray] = []  # padded full, flat, on the host
         self._travelling: list[list[np.ndarray]] = []  # what arrives for each parameter that is not gathered as it is
         self._tensors: list[Tensor] = []
+        self.prints: tuple[int, ...] = ()  # of the shards, when `written` looked last
         self._given: tuple[int, ...] = ()  # where fewer bits travel: prints of the shards that were gathered ...
         self._arrived: tuple[int, ...] = ()  # ... and of what this rank's became
         self.parked = False  # a recorded graph refers to the memory
@@ -263,31 +246,40 @@ class Gathered:
         Nobody announces writes: MindSpore has no counter of them. What a rank can see is its own piece, of the copy and of the
         parameter. On a device, where looking waits for all that was issued, nothing is found.
         """
-        return self._compared(shards=True)[1] if self._landing else []
+        if not self._landing:
+            return []
+        self.tensors()
+        self.prints, own = self.group.shard_prints(), self._own_prints()
+        given, arrived = (self._given, self._arrived) if self._given else (own, own)
+        if self.prints == given and own == arrived:
+            return []
+        wanted = zip(self.group.params, self.prints, given, own, arrived)
+        return [p for p, x, given, y, arrived in wanted if x != given or y != arrived]
 
-    def look(self, shards: bool) -> tuple[int, ...]:
-        """What the parameters were when they were gathered, for `ParamGroup.verify`; nothing on a device.
+    def verify(self) -> None:
+        """Raise RuntimeError where a parameter was written since it was gathered, or this copy."""
+        self._refuse(self.written())
+
+    def verify_again(self, before: tuple[int, ...]) -> None:
+        """Raise RuntimeError where, in backward, parameters are not those of the forward pass.
 
         Args:
-            shards: whether they are looked at, too, and not this copy alone.
-
-        Raises:
-            RuntimeError: the copy was written, or, with `shards`, a parameter was.
+            before: `prints` of then. What a module writes into its copy was noticed then.
         """
-        given, written = self._compared(shards) if self._landing else ((), [])
-        self.group.refuse(written)
-        return given
+        if self._landing:
+            now = self.group.shard_prints()
+            if now != before:
+                self._refuse([p for p, x, y in zip(self.group.params, now, before) if x != y])
 
-    def _compared(self, shards: bool) -> tuple[tuple[int, ...], list[Sharded]]:
-        """Prints of the shards that were gathered; parameters of which the copy, or the shard, is another now."""
-        self.tensors()
-        own = self._own_prints()
-        given, arrived = (self._given, self._arrived) if self._given else (own, own)
-        now = self.group.shard_prints() if shards else given
-        if now == given and own == arrived:
-            return given, []
-        compared = zip(self.group.params, now, given, own, arrived)
-        return given, [p for p, x, given, y, arrived in compared if x != given or y != arrived]
+    def _refuse(self, written: Sequence[Sharded]) -> None:
+        if written:
+            raise RuntimeError(
+                f"parameter {written[0].name} was written while {self.group.label} was computing with it, on rank "
+                f"{self.group.world.mesh.rank}: between its gather and the end of the call, or between forward and backward. Its "
+                "module has a gathered copy, so the result would be that of neither value. Write parameters before a forward "
+                "pass or after backward; what a module updates while it runs (statistics, counters) belongs in a Parameter with "
+                "requires_grad=False"
+            )
 
     def _own_prints(self) -> tuple[int, ...]:
         return prints(self._buffer.bytes[piece] for piece in self.group.own)

@@ -8,28 +8,15 @@ ended with is let go of; what belongs to others must stay, as their recorded gra
 
 from __future__ import annotations
 
-from typing import Callable, Protocol
+from typing import Callable
 
 from .group import Gathered, ParamGroup
 
 
-class Expectant(Protocol):
-    """A call that leaves it to its backward pass to look whether parameters were written, see `Call`."""
-
-    def verify(self) -> None:
-        """Raise RuntimeError where one was."""
-        ...
-
-    def abandon(self) -> None:
-        """No backward pass came."""
-        ...
-
-
 class Pass:
-    """The gathered copies that one forward pass keeps, and the calls whose backward passes are to come."""
+    """The gathered copies that one forward pass keeps."""
 
     def __init__(self) -> None:
-        self._expected: dict[int, Expectant] = {}
         self._kept: list[Gathered] = []
         self._ends: list[Callable[[], None]] = []
 
@@ -46,29 +33,8 @@ class Pass:
         """The youngest copy of a group whose memory a recorded graph of this pass refers to."""
         return next((gathered for gathered in reversed(self._kept) if gathered.group is group and gathered.parked), None)
 
-    def expect(self, call: Expectant) -> None:
-        """The call counts on its backward pass."""
-        self._expected[id(call)] = call
-
-    def expect_no_more(self, call: Expectant) -> None:
-        """The call's backward pass came; it need not have been expected."""
-        self._expected.pop(id(call), None)
-
-    def verify(self) -> None:
-        """The backward pass has ended: look at what it has not come to, results that nothing was differentiated through.
-
-        Raises:
-            RuntimeError: parameters were written while a call computed with them.
-        """
-        expected, self._expected = self._expected, {}
-        for call in expected.values():
-            call.abandon()
-        for call in expected.values():
-            call.verify()
-
     def end(self) -> None:
         """Let go of everything: the backward pass has ended, or there will be none."""
-        self._expected = {}
         for gathered in self._kept:
             gathered.release()
         ends, self._kept, self._ends = self._ends, [], []

@@ -120,9 +120,17 @@ class GatherPipeline:
             of.at_end(lambda: self._let_go(added))
 
     def _hold(self, groups: Iterable[ParamGroup]) -> list[ParamGroup]:
-        """Hold the groups; returns those of them that were not held before."""
-        added = [group for group in dict.fromkeys(groups) if group not in self._held]
-        self._held.update(dict.fromkeys(added))
+        """Hold the groups; returns those of them that were not held before. Copies that are there already are used again, unless
+        the parameters were written: a pass that an error ended, or that nobody differentiates, may have left them."""
+        added = []
+        for group in dict.fromkeys(groups):
+            gathered = self._held.get(group)
+            if gathered is not None and self._written_anywhere(gathered):
+                gathered.release()
+                self._held[group] = None
+            elif group not in self._held:
+                self._held[group] = None
+                added.append(group)
         return added
 
     def _let_go(self, groups: Iterable[ParamGroup]) -> None:

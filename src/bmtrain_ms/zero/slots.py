@@ -32,7 +32,6 @@ class Slots:
         places: each parameter, with every place that holds it.
         params: in the order of `places`, which is that of the groups.
         elsewhere: parameters of elsewhere whose shards it uses.
-        pulled: the backward pass of the last call came.
     """
 
     def __init__(self, module: nn.Cell):
@@ -49,7 +48,6 @@ class Slots:
         self._groups: list[ParamGroup] = []
         self._warned = False
         self.elsewhere = Elsewhere()
-        self.pulled = False
         self._looked_at: Any = None
 
     def __len__(self) -> int:
