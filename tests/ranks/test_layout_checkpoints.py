@@ -35,6 +35,10 @@ MIXTURES = [
     (Case(dp=4, ep=4), Case(dp=4, ep=2, replica=2)),
     (Case(pp=2, dp=2, ep=2), Case(dp=2, ep=2)),
     (Case(dp=2), Case(pp=2, dp=2, ep=2)),
+    (Case(dp=2, replica=2), Case(dp=4, replica=2)),
+    (Case(dp=4, replica=4), Case(dp=2, ep=2)),
+    (Case(tp=2, dp=2, replica=2), Case(pp=2, dp=2, replica=2)),
+    (Case(pp=2, dp=2, replica=2), Case(tp=2, dp=2, replica=2)),
 ]
 
 

@@ -255,11 +255,11 @@ def test_a_whole_file_of_a_tensor_that_is_elsewhere_too_is_refused(tmp_path, sin
     """The ranks that have its other parts are not among those that gather."""
     cut = entry(*TENSORS["row"], Layout((10, 7), (Split(0, 1, 2),)))
     text = (
-        "row is cut along dims [0] and in 1 shards: not all of it is on the ranks that a whole file is gathered from; save with a "
+        "the ranks of this world have 35 elements of row, of shape (10, 7): a whole file needs ranks that have all of it together"
     )
     with pytest.raises(CheckpointError, match=re.escape(text)):
         save_entries(tmp_path / "file", {"row": cut}, {}, single_world)
-    with pytest.raises(CheckpointError, match=r"row is cut along dims \[\] and in 2 shards: not all"):
+    with pytest.raises(CheckpointError, match=r"have 35 elements of row, of shape \(10, 7\): a whole"):
         save_entries(tmp_path / "file", {"row": entry(*TENSORS["row"], Layout((10, 7), (), 0, 2))}, {}, single_world)
     assert not list(tmp_path.iterdir())
     monkeypatch.setattr("bmtrain_ms.checkpoint.whole.model_entries", lambda model: {"row": cut})

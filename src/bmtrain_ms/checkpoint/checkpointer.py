@@ -107,7 +107,7 @@ class Checkpointer:
         self._world: World = current_world()
         self._shared = _truth("shared_storage", shared_storage)
         self._is_chief = (self._world.everyone.rank if shared_storage else self._world.launch.local_rank) == 0
-        self._place = Place.of(self._world, shared_storage)
+        self._place = Place.of(self._world, shared_storage, model)
         check_groups(manager, self._world)
         self._running: _Saving | None = None
         self._snapshots: dict[str, np.ndarray] = {}

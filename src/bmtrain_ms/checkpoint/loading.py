@@ -106,13 +106,13 @@ class Loader:
         layout = None if self.shared else gather_json(world.launch.local_size, world.everyone, "checkpoint layout")
         place = world.everyone.rank, world.everyone.size
         elsewhere = names_elsewhere(self._names(), world)
+        files = None if self.shared else Place.of(world, False, self.model).on_host
         error: BaseException | None = None
         with contextlib.ExitStack() as stack:
             try:
                 if layout is not None:
                     check_layout(folder, layout, world)
                 with advising(advice):
-                    files = None if self.shared else Place.of(world, False).on_host
                     reader = stack.enter_context(ShardedReader(folder, files, place))
                 entries, sources = entries_to_load(self.model, self.manager, reader.described)
                 named = without(as_named_here(reader.described, sources), elsewhere, GRADIENT, of_master)

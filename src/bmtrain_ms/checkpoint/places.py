@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from mindspore import nn
+
 from bmtrain_ms_base.mesh import Mesh
 
-from ..comm import World
+from ..comm import World, any_rank
 
 
 @dataclass(frozen=True)
@@ -26,24 +28,30 @@ class Place:
     on_host: tuple[int, ...]
 
     @classmethod
-    def of(cls, world: World, shared: bool) -> Place:
-        """Where all ranks see one folder (`shared`), or each host has one of its own."""
+    def of(cls, world: World, shared: bool, model: nn.Cell) -> Place:
+        """Where all ranks see one folder (`shared`), or each host has one of its own. All ranks call it."""
         mesh, launch = world.mesh, world.launch
-        number, first = _number(mesh), mesh.rank - launch.local_rank
-        host = [_number(replace(mesh, rank=rank)) for rank in range(first, min(first + launch.local_size, mesh.world))]
+        number_of = _number if _replicas_are_alike(world, model) else _rank
+        number, first = number_of(mesh), mesh.rank - launch.local_rank
+        host = [number_of(replace(mesh, rank=rank)) for rank in range(first, min(first + launch.local_size, mesh.world))]
         others = range(mesh.rank) if shared else range(first, mesh.rank)
-        writes = all(_number(replace(mesh, rank=rank)) != number for rank in others)
-        files = mesh.world if _all_differ(mesh) else mesh.world // mesh.replica
+        writes = all(number_of(replace(mesh, rank=rank)) != number for rank in others)
+        files = mesh.world if number_of is _rank else mesh.world // mesh.replica
         return cls(number, files, writes, (number, *dict.fromkeys(x for x in host if x != number)))
 
 
-def _all_differ(mesh: Mesh) -> bool:
-    """Whether each rank has something that no other has: experts are not repeated along `replica`."""
-    return mesh.replica == 1 or mesh.ep > 1
+def _replicas_are_alike(world: World, model: nn.Cell) -> bool:
+    """Whether ranks along `replica` have the same: experts are not repeated there, on whichever stage they are."""
+    if world.mesh.replica == 1 or world.mesh.ep > 1:
+        return False
+    experts = any(getattr(p, "along", None) == "edp" for p in model.get_parameters())
+    return not any_rank(world.everyone, experts, "experts in the checkpoint")
+
+
+def _rank(mesh: Mesh) -> int:
+    return mesh.rank
 
 
 def _number(mesh: Mesh) -> int:
     """A rank's place among those that differ along other axes than `replica`."""
-    if _all_differ(mesh):
-        return mesh.rank
     return (mesh.pp_rank * mesh.shard + mesh.coordinate("shard")) * mesh.tp + mesh.tp_rank

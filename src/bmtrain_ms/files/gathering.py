@@ -62,9 +62,10 @@ def scattered(entries: Mapping[str, Entry], world: World) -> dict[str, Scattered
     Raises:
         CheckpointError: they do not have all of a tensor; on every rank.
     """
-    mesh = world.mesh
-    if mesh.tp == mesh.pp == mesh.ep == 1:
-        return {}
+    mesh, shards = world.mesh, world.along("shard").size
+    layouts = [e.layout for e in entries.values() if e.layout is not None]
+    if mesh.tp == mesh.pp == mesh.ep == 1 and all(not x.splits and x.ranks == shards for x in layouts):
+        return {}  # every rank has a shard of each, the same one along `replica`: experts have none there
     mine = {
         name: [TYPE_NAMES[e.dtype], list(e.shape), None if e.layout is None else e.layout.to_json()] for name, e in entries.items()
     }
@@ -80,7 +81,8 @@ def scattered(entries: Mapping[str, Entry], world: World) -> dict[str, Scattered
                 holders.setdefault((tuple(split.index for split in layout.splits), layout.index), (rank, layout))
         if sum(layout.owned_size for _, layout in holders.values()) != math.prod(shape):
             raise CheckpointError(
-                f"the ranks have {sum(x.owned_size for _, x in holders.values())} elements of {name}, of shape {shape}"
+                f"the ranks of this world have {sum(x.owned_size for _, x in holders.values())} elements of {name}, of shape "
+                f"{tuple(shape)}: a whole file needs ranks that have all of it together"
             )
         found[name] = Scattered(DTYPES[dtype], tuple(shape), dict(holders.values()))
     return found
@@ -96,9 +98,6 @@ class Whole:
     def __init__(self, entries: Mapping[str, Entry], world: World):
         self._entries, self._world = entries, world
         self._scattered = scattered(entries, world)
-        for name, entry in entries.items():
-            if name not in self._scattered:
-                _check_reach(name, entry, world.along("shard"))
         self.described: dict[str, tuple[Any, tuple[int, ...]]] = {name: (e.dtype, e.shape) for name, e in entries.items()}
         if self._scattered:
             self.described = {name: (x.dtype, x.shape) for name, x in self._scattered.items()}
@@ -109,20 +108,6 @@ class Whole:
             yield 0, self._scattered[name].collect(self._entries.get(name), self._world, name)
         else:
             yield from pieces_of(self._entries[name], self._world.along("shard"), name)
-
-
-def _check_reach(name: str, entry: Entry, engine: Engine) -> None:
-    """Whether the ranks that gather have all of it.
-
-    Raises:
-        CheckpointError: they have a part only.
-    """
-    layout = entry.layout
-    if layout is not None and (layout.splits or layout.ranks != engine.size):
-        raise CheckpointError(
-            f"{name} is cut along dims {[split.dim for split in layout.splits]} and in {layout.ranks} shards: not all of it is on "
-            "the ranks that a whole file is gathered from; save with a Checkpointer, and use bmtrain-ms ckpt consolidate"
-        )
 
 
 def pieces_of(entry: Entry, engine: Engine, name: str) -> Iterator[tuple[int, np.ndarray]]:
