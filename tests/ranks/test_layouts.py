@@ -14,7 +14,7 @@ import bmtrain_ms as bms
 from bmtrain_ms.comm import Mesh, RecordingEngine, SingleEngine, World, use_world
 from bmtrain_ms.model_center import Spread, Stages
 from bmtrain_ms.model_center.generation import generate
-from bmtrain_ms.model_center.layer import Positions
+from bmtrain_ms.model_center.layer import KeyValueCache, Positions
 from bmtrain_ms.nn import Router
 from tests.helpers.layouts import (
     BATCH,
@@ -101,7 +101,11 @@ def looked_at(world: World, case: Case, looks: bool) -> list[float]:
         return found
 
 
-@pytest.mark.parametrize("case", [Case(), Case(how=KEPT), Case(dp=2), Case(pp=2), Case(pp=2, how=KEPT)], ids=str)
+@pytest.mark.parametrize(
+    "case",
+    [Case(), Case(how=KEPT), Case(dp=2), *(Case(pp=2, how=how, stages=Stages(micro_batches=1)) for how in (Spread(), KEPT))],
+    ids=str,
+)
 def test_looking_at_a_model_with_experts_does_not_change_its_training(run_ranks: Run, case: Case):
     assert run_ranks(case.ranks, looked_at, case=case, looks=True) == run_ranks(case.ranks, looked_at, case=case, looks=False)
 
@@ -198,24 +202,53 @@ def test_dropout_draws_the_mask_of_one_rank(run_ranks: Run):
         np.testing.assert_array_equal(np.concatenate(answers[case.tp - 1 :: case.tp]), right)
 
 
-def generated(world: World, case: Case) -> list[list[list[int]]]:
+def generated(world: World, case: Case, sizes: dict[str, Any]) -> list[list[list[int]]]:
     """Of this rank's prompts, the continuations that are sampled, and those that are searched for."""
     with use_world(case.world(world)) as here:
-        model = model_of(case, {"num_heads_kv": 2})
+        model = model_of(case, sizes)
         prompts = [[1, 2, 3], [4], [5, 6, 7, 8, 9], [10, 11]]
         prompts = prompts[4 // case.dp * here.mesh.dp_rank :][: 4 // case.dp]
         beams = generate(model, prompts, 6, num_beams=3, eos_id=7)
         return [generate(model, prompts, 6, temperature=0.7, top_k=5, seed=3), beams]
 
 
-@pytest.mark.parametrize("case", [Case(tp=2), Case(tp=4), Case(tp=2, dp=2), Case(pp=2)], ids=str)
-def test_generation_is_that_of_one_rank(run_ranks: Run, case: Case):
-    right = generated(World(SingleEngine(), Mesh(1, 0)), Case())
-    answers = run_ranks(case.ranks, generated, case=case)
+LEARNED = {"family": "GPT2", "max_positions": 24}  # positions are looked up where the embedding is, which may have no layers
+
+
+@pytest.mark.parametrize(
+    ("case", "sizes"),
+    [
+        *((case, {"num_heads_kv": 2}) for case in (Case(tp=2), Case(tp=4), Case(tp=2, dp=2), Case(pp=2))),
+        *((Case(pp=2, stages=Stages(plan)), LEARNED) for plan in ("E|ttL", "Et|tL", "Ett|L")),
+        (Case(pp=2, tp=2, stages=Stages("E|ttL")), LEARNED),
+    ],
+    ids=str,
+)
+def test_generation_is_that_of_one_rank(run_ranks: Run, case: Case, sizes: dict[str, Any]):
+    right = generated(World(SingleEngine(), Mesh(1, 0)), Case(), sizes)
+    answers = run_ranks(case.ranks, generated, case=case, sizes=sizes)
     alike = case.tp * case.pp  # ranks with the same prompts
     for first in range(alike):
         for kind, rows in enumerate(right):
             assert [row for answer in answers[first::alike] for row in answer[kind]] == rows
+
+
+def too_long(world: World) -> str:
+    """What is said of more tokens than a cache has room for, and whether it goes on."""
+    case = Case(pp=2, stages=Stages("E|ttL"))
+    with use_world(case.world(world)):
+        model, cache = model_of(case, LEARNED), KeyValueCache(5)
+        ids = Tensor(np.ones((2, 3), np.int32))
+        model(ids, None, cache)
+        with pytest.raises(ValueError) as error:
+            model(ids, None, cache)
+        return str(error.value)
+
+
+def test_a_cache_without_room_is_refused_on_every_stage(run_ranks: Run):
+    """Also on that of the embedding, which has no layers to hold anything."""
+    text = "a KeyValueCache of capacity 5 that holds 3 positions has no room for 3 more: KeyValueCache(6) has"
+    assert run_ranks(2, too_long) == [text] * 2
 
 
 def halves(world: World, case: Case) -> tuple[list[bool], list[float]]:

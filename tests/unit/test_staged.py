@@ -13,7 +13,7 @@ from mindspore import Tensor
 import bmtrain_ms as bms
 from bmtrain_ms.comm import Mesh, SimulatedEngine, World, use_world
 from bmtrain_ms.model_center import Spread, Stages, spread
-from bmtrain_ms.model_center.model import Llama, LlamaConfig
+from bmtrain_ms.model_center.model import Llama, LlamaConfig, Mixtral, MixtralConfig
 from bmtrain_ms.optim.norms import counts_here
 from bmtrain_ms.zero import context_of
 from tests.helpers.adapters import adapted
@@ -165,6 +165,16 @@ def test_what_is_refused():
             spread(Llama(config()), stages=[2, 1, 1])
         with pytest.raises(ValueError, match=r"m=2 micro-batches in groups of 3 leave a last group of 2"):
             spread(Llama(config(num_layers=6)), stages=Stages(chunks=2, micro_batches=2))
+
+
+def test_a_balance_that_depends_on_micro_batches_is_refused():
+    """Before anything of the model is left out."""
+    sizes = {**SIZES, "num_experts": 4, "top_k": 2, "balance_coef": 0.1}
+    model = Mixtral(MixtralConfig(**sizes, balance="global_batch"))
+    with pytest.raises(ValueError, match=r"depend on their number, 2: use balance='sequence', or Stages\(micro_batches=1\)"):
+        spread(model, stages=Stages(micro_batches=2))
+    spread(model, stages=Stages(micro_batches=1))
+    spread(Mixtral(MixtralConfig(**sizes, balance="sequence")), stages=Stages(micro_batches=2))
 
 
 def test_settings_of_the_run():

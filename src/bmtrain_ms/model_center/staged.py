@@ -93,7 +93,8 @@ class StagedModel:
 
     Raises:
         TypeError: the model has no such parts.
-        ValueError: the layers cannot be divided so, a rank would hold nothing, or ranks would share a parameter.
+        ValueError: the layers cannot be divided so, a rank would hold nothing, or ranks would share a parameter; or routers balance
+            the global batch, of which there are several micro-batches.
     """
 
     def __init__(self, model: Any, how: Stages, recompute: bool, world: World, hold: bool):
@@ -107,6 +108,12 @@ class StagedModel:
         self.tied = model.lm_head is None
         routers = [cell for _, cell in model.cells_and_names() if isinstance(cell, Router)]
         self._routed = any(router.config.has_losses for router in routers)  # on any stage
+        if self.table.m > 1 and any(router.config.balance == "global_batch" for router in routers):
+            raise ValueError(
+                "balance='global_batch' counts what the micro-batches so far have chosen, as the first one's backward pass cannot "
+                f"wait for the last, so gradients would depend on their number, {self.table.m}: use balance='sequence', or "
+                "Stages(micro_batches=1)"
+            )
         self._refuse_empty_ranks()
         self._refuse_shared(layers)
         self._dtype = host_array(_table_of(self.encoder)).dtype
@@ -152,9 +159,13 @@ class StagedModel:
                 "a model in pipeline stages makes its gradients micro-batch by micro-batch: train it with "
                 "manager.backward(model.loss, *batch); calling it, or model.loss, is for evaluation and generation"
             )
+        if cache is not None:
+            cache.check_room(input_ids.shape[1])
         self.compare(input_ids, None, padding, documents)
         batch = self._batch(input_ids, padding, cache, documents)
         batch.positions.last_only = last_only
+        if cache is not None and not self.numbers:
+            cache.pass_by(input_ids.shape[1])
         found = self._ran.evaluate(self._forward_table(1), [batch])
         shape = (input_ids.shape[0], batch.positions.wanted, self.model.config.vocab_size)
         return self._from_last(found[0] if found else from_host(np.zeros(shape, self._dtype)), "logits")
@@ -279,8 +290,6 @@ class StagedModel:
             return total
 
     def _batch(self, ids: Tensor, padding: Any, cache: KeyValueCache | None, documents: Any) -> _Batch:
-        if not self.numbers and cache is not None:  # no layer here tells how long the cache is
-            padding, cache = None, None
         positions = Positions.of(ids, padding, cache, documents)
         positions.divide(self.encoder.ranks)
         return _Batch(ids, positions, cache=cache)

@@ -4,7 +4,8 @@
 A balance loss is a mean over tokens: token t of group g has E / k * sum_e P[t, e] * c[g, e] / T[g], where c counts the choices of
 the group's T tokens (before any is dropped) and P are scores that sum to 1: 1 where all experts have as many. Groups: what this
 data-parallel rank has of the batch (`micro_batch`), what all ranks have, together with the micro-batches of the step so far
-(`global_batch`: Qiu et al., 2025), or each sequence (`sequence`: DeepSeek-V3). The counts have no derivative. So the loss weighs
+(`global_batch`: Qiu et al., 2025), or each sequence (`sequence`: DeepSeek-V3). The counts have no derivative. Micro-batches of a
+pipeline are a matter of the layout, and `global_batch` would depend on their number: models in stages refuse it. The loss weighs
 what it weighs against the mean loss of the tokens, whatever the number of micro-batches and ranks; also where ranks, or the
 micro-batches of a pipeline, have unequal numbers of tokens (padding): the mean is that over the tokens of all of them. Several
 backward passes of one step weigh alike; scale their losses where they should not. Evaluation and generation are no part of a step:

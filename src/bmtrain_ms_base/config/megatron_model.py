@@ -233,7 +233,7 @@ def _experts(given: Given, family: str) -> dict[str, Any]:
         if not given.has("--seq-aux"):
             given.notes.append(
                 "--moe-aux-loss-coeff: balanced over each micro-batch, as in Megatron, which depends on the layout of ranks; "
-                'model.balance = "global_batch" does not'
+                'model.balance = "sequence" does not'
             )
     elif coefficient:
         given.notes.append("--moe-aux-loss-coeff: no meaning with --moe-router-load-balancing-type none, as in Megatron")

@@ -27,11 +27,20 @@ class KeyValueCache:
     def __init__(self, capacity: int):
         self.capacity = whole("capacity", capacity, 1)
         self._layers: dict[int, LayerCache] = {}
+        self._passed = 0  # positions that went by where there are no layers
 
     @property
     def length(self) -> int:
-        """Positions of each row that every layer holds."""
-        return min((layer.length for layer in self._layers.values()), default=0)
+        """Positions of each row that every layer holds; of a rank without layers, those that other ranks' hold."""
+        return min((layer.length for layer in self._layers.values()), default=self._passed)
+
+    def check_room(self, more: int) -> None:
+        """Raise ValueError where there is no room for so many positions more: before ranks wait for one that has noticed."""
+        _check_room(self.length, more, self.capacity)
+
+    def pass_by(self, more: int) -> None:
+        """New positions of each row are held by other ranks of a pipeline: this one has no layers."""
+        self._passed += more
 
     def reorder(self, rows: np.ndarray) -> None:
         """Have each row hold what another one held; rows (batch,) of int."""
@@ -74,11 +83,7 @@ class LayerCache:
             ValueError: it would be more than the capacity, or shapes differ from those before.
         """
         more = new[0].shape[2]
-        if self.length + more > self.capacity:
-            raise ValueError(
-                f"a KeyValueCache of capacity {self.capacity} that holds {self.length} positions has no room for {more} more: "
-                f"KeyValueCache({self.length + more}) has"
-            )
+        _check_room(self.length, more, self.capacity)
         room = self.capacity if window is None else min(self.capacity, 2 * window)
         self._buffers = self._buffers or [_Buffer(x, room) for x in new]
         seen = self._held if window is None else min(self._held, window - 1)
@@ -102,6 +107,14 @@ class LayerCache:
         """Reorder the rows of the layer, see `KeyValueCache.reorder`."""
         for buffer in self._buffers:
             buffer.reorder(rows, self._held)
+
+
+def _check_room(held: int, more: int, capacity: int) -> None:
+    if held + more > capacity:
+        raise ValueError(
+            f"a KeyValueCache of capacity {capacity} that holds {held} positions has no room for {more} more: "
+            f"KeyValueCache({held + more}) has"
+        )
 
 
 class _Buffer:
