@@ -55,6 +55,32 @@ def test_files_of_each_kind_say_the_same(corpus: Path, name: str) -> None:
     assert not settings.layout.recompute
 
 
+@pytest.mark.parametrize(
+    ("name", "text", "told"),
+    [
+        ("run.json", '{"train": {"steps": 5, "steps": 500}}', "'steps' is there twice: leave one of them out"),
+        ("run.yaml", "train:\n  steps: 5\n  steps: 500\n", "'steps' is there twice: leave one of them out"),
+        ("run.yaml", "train: {steps: 5}\ntrain: {steps: 6}\n", "'train' is there twice: leave one of them out"),
+        ("run.toml", "[train]\nsteps = 5\nsteps = 500\n", "verwrite"),
+        ("run.json", '{"train": ' + "[" * 100_000, "its brackets are nested too deep to be settings"),
+        ("run.toml", "train = " + "[" * 5_000, "its brackets are nested too deep to be settings"),
+        ("run.yaml", "train: " + "[" * 5_000, "its brackets are nested too deep to be settings"),
+        ("run.ini", "", "the name ends neither in .toml nor in .yaml nor in .json"),
+    ],
+    ids=lambda x: x[:20],
+)
+def test_files_that_are_none(corpus: Path, name: str, text: str, told: str) -> None:
+    (corpus / name).write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        read_settings(name, GOOD, 0)
+    assert str(caught.value).startswith(f"{name}: ") and told in str(caught.value) and len(str(caught.value).splitlines()) == 1
+
+
+def test_a_file_may_begin_with_a_mark_of_its_encoding(corpus: Path) -> None:
+    (corpus / "run.toml").write_text("[train]\nsteps = 5\n", encoding="utf-8-sig")
+    assert read_settings("run.toml", GOOD, 0).train.steps == 5
+
+
 def test_the_command_line_counts_more_than_the_file(corpus: Path) -> None:
     (corpus / "run.toml").write_text('[model]\nfamily = "llama"\n[data]\ntext = ["corpus"]\n[tokenizer]\ntrain = 500\n')
     settings = read_settings("run.toml", ["model.family=qwen3", "train.steps=7", "out=runs/x y", "model.dim_model=32"], 0)
@@ -110,7 +136,12 @@ def test_all_that_is_wrong_is_said_at_once() -> None:
         (["data.files=['x']"], "data: give one of text, files, rows, not text and files"),
         (["data.text=['nowhere']"], "data.text: there is no nowhere"),
         (["tokenizer.path=corpus"], "tokenizer: give path, or train, not both"),
-        (["data.split='9,x'"], "data.split: '9,x' must be numbers between commas, as 950,50,0"),
+        *(
+            ([f"data.split='{x}'"], f"data.split: a split is up to three numbers that are not all zero, e.g. 969,30,1; not '{x}'")
+            for x in ("9,x", "nan,inf,0", "0,0,0", "-5,10,0", "1,2,3,4")
+        ),
+        (["model.vocab_size=100"], "model.vocab_size: 100 is less than tokenizer.train=500: the table would lack ids"),
+        (["faults.skip=['0-99999999999']"], "faults.skip: '0-99999999999' leaves out 100,000,000,000 batches; at most 1,000,000"),
         (["data.template=chatml"], "data.template: it is for conversations; name their data.handler"),
     ],
 )

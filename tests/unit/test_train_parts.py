@@ -38,6 +38,22 @@ def test_sizes_are_checked_before_a_rank_is_started():
     assert wrong(family="lama") == "model.family: there is no lama; did you mean llama?"
     assert "dim_model=8 is not a multiple of num_heads=3" in wrong(num_heads=3)
     assert "model: num_layers" in wrong(num_layers="x")
+    assert wrong(norm_eps=float("nan")) == "model: norm_eps must be a finite number, not nan"
+    assert wrong(norm_eps=0) == "model: norm_eps must be above 0, not 0"
+    assert wrong(rope_base=-1.0) == "model: rope_base must be above 0, not -1.0"
+    assert wrong(init_std="wide") == "model: init_std must be a number, not 'wide'"
+
+
+def test_what_the_layout_asks_of_the_model_is_checked_too():
+    def found(layout: dict[str, Any], **model: Any) -> list[str]:
+        return model_problems(Settings.model_validate({"model": {**TINY, **model}, "layout": layout}))
+
+    assert found({"tp": 2}, num_heads=1) == ["layout.tp: 2 does not divide the 1 heads of the model"]
+    assert found({"ep": 2}) == ["layout.ep: it is 2, and the model has no experts"]
+    assert found({"ep": 3}, family="mixtral", num_heads_kv=1) == ["layout.ep: 3 does not divide the 8 experts of the model"]
+    assert found({"pp": 2})[0].startswith("layout: 1 layers do not fill p * v = 2 * 1 = 2 stages")
+    assert found({"pp": 2, "stages": [1, 1]}, num_layers=3)[0].startswith("layout: ")
+    assert not found({"pp": 2, "tp": 2}, num_layers=2)
 
 
 def test_families_are_named_as_people_do():

@@ -16,6 +16,7 @@ from bmtrain_ms_base.data import Batches, GPTBatches, RampUp
 from bmtrain_ms_base.data.gpt_batches import samples_for
 from bmtrain_ms_base.data.indexed import IndexedFile
 from bmtrain_ms_base.data.skipping import Skipping
+from bmtrain_ms_base.stages import divide
 
 from .. import lr_scheduler
 from ..comm import World, init_distributed
@@ -72,9 +73,26 @@ def model_problems(settings: Settings) -> list[str]:
         )
     if not found:
         try:
-            config_of(settings, None)
+            found += _layout_problems(settings, config_of(settings, None))
         except (TypeError, ValueError) as error:
             found.append(f"model: {error}")
+    return found
+
+
+def _layout_problems(settings: Settings, config: Any) -> list[str]:
+    """Where the model cannot be divided as the settings say."""
+    layout, found = settings.layout, []
+    if config.num_heads % layout.tp:
+        found.append(f"layout.tp: {layout.tp} does not divide the {config.num_heads} heads of the model")
+    experts = getattr(config, "num_experts", 0)
+    if layout.ep > 1 and not experts:
+        found.append(f"layout.ep: it is {layout.ep}, and the model has no experts")
+    elif experts % layout.ep:
+        found.append(f"layout.ep: {layout.ep} does not divide the {experts} experts of the model")
+    try:
+        divide(config.num_layers, layout.pp, layout.chunks, layout.stages)
+    except ValueError as error:
+        found.append(f"layout: {error}")
     return found
 
 

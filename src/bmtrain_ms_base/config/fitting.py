@@ -7,7 +7,10 @@ import re
 from pathlib import Path
 from typing import Iterator
 
+from ..data.gpt_index import shares_of
 from .sections import Settings
+
+_MOST_SKIPPED = 1_000_000  # by a range
 
 
 def problems(settings: Settings, ranks: int, tuning: bool) -> list[str]:
@@ -52,10 +55,15 @@ def _of_data(settings: Settings) -> Iterator[str]:
         yield "tokenizer: give path, or train, not both"
     if tokenizer.train is not None and not data.text:
         yield "tokenizer.train: it is trained on data.text, which is not given"
+    vocab_size = settings.model.sizes.get("vocab_size")
+    if tokenizer.train is not None and isinstance(vocab_size, int) and vocab_size < tokenizer.train:
+        yield f"model.vocab_size: {vocab_size} is less than tokenizer.train={tokenizer.train}: the table would lack ids"
     if data.text and tokenizer.path is None and tokenizer.train is None and settings.model.pretrained is None:
         yield "tokenizer: data.text needs one: path, or train = 8000 for a new one"
-    if not all(_is_number(part) for part in data.split.split(",")):
-        yield f"data.split: {data.split!r} must be numbers between commas, as 950,50,0"
+    try:
+        shares_of(data.split)
+    except ValueError as error:
+        yield f"data.split: {error}"
     if data.handler is not None and not data.text:
         yield "data.handler: it is of data.text, which is not given; rows are prepared already"
     if data.template is not None and data.handler is None:
@@ -145,6 +153,8 @@ def skipped(given: list) -> list[int]:
         first, last = (int(found[1]), int(found[2] or found[1])) if found else (1, 0)
         if last < first:
             raise ValueError(f'{entry!r} is neither a number nor a range, as "130-139"')
+        if last - first >= _MOST_SKIPPED:
+            raise ValueError(f"{entry!r} leaves out {last - first + 1:,} batches; at most {_MOST_SKIPPED:,} can be named at once")
         numbers.update(range(first, last + 1))
     return sorted(numbers)
 

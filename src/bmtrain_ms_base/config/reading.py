@@ -48,11 +48,13 @@ def read_settings(path: str | None, overrides: Sequence[str], ranks: int, tuning
 
 def _of_file(path: Path) -> dict[str, Any]:
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")  # some editors begin a file with a mark of the encoding
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} cannot be read: {error}") from error
     try:
         values = _parsed(path.suffix.lower(), text)
+    except RecursionError as error:
+        raise ConfigError(f"{path}: its brackets are nested too deep to be settings") from error
     except ValueError as error:
         raise ConfigError(f"{path}: {error}") from error
     if not isinstance(values, dict):
@@ -64,13 +66,17 @@ def _parsed(suffix: str, text: str) -> Any:
     if suffix == ".toml":
         return _toml().loads(text)
     if suffix == ".json":
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=_once_each)
     if suffix not in (".yaml", ".yml"):
-        raise ValueError("the name ends neither in .toml nor in .yaml")
+        raise ValueError("the name ends neither in .toml nor in .yaml nor in .json")
     import yaml
 
     class Loader(yaml.SafeLoader):
-        """YAML 1.2's numbers: 1e-3 is one, which PyYAML takes for a text."""
+        """YAML 1.2's numbers: 1e-3 is one, which PyYAML takes for a text. No name twice, of which PyYAML takes the last."""
+
+        def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+            _once_each([(self.construct_object(key, deep=True), None) for key, _ in node.value])
+            return super().construct_mapping(node, deep)
 
     Loader.add_implicit_resolver(
         "tag:yaml.org,2002:float",
@@ -81,6 +87,20 @@ def _parsed(suffix: str, text: str) -> Any:
         return yaml.load(text, Loader) or {}
     except yaml.YAMLError as error:
         raise ValueError(str(error).replace("\n", " ")) from error
+
+
+def _once_each(pairs: list[tuple[Any, Any]]) -> dict[Any, Any]:
+    """Names and values, as a dict.
+
+    Raises:
+        ValueError: a name is there twice.
+    """
+    found: dict[Any, Any] = {}
+    for name, value in pairs:
+        if str(name) in map(str, found):
+            raise ValueError(f"{name!r} is there twice: leave one of them out")
+        found[str(name)] = value
+    return found
 
 
 def _toml() -> Any:

@@ -6,6 +6,7 @@ of that, each one token longer than its length, and are shuffled too. Both shuff
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 from typing import Any, Sequence
@@ -21,16 +22,26 @@ class SplitError(DataError):
     """A split that leaves nothing, where something is asked of it."""
 
 
+def shares_of(split: str) -> list[float]:
+    """The shares of training, validation and test that a split as `969,30,1` names.
+
+    Raises:
+        SplitError: it is no split.
+    """
+    parts = [float(x) for x in re.findall(r"[.0-9]*[0-9][.0-9]*", split)] if re.fullmatch(r"[.0-9,/ ]+", split) else []
+    parts += [0.0] * (3 - len(parts))
+    if len(parts) != 3 or not 0 < sum(parts) < math.inf:
+        raise SplitError(f"a split is up to three numbers that are not all zero, e.g. 969,30,1; not {split!r}")
+    return parts
+
+
 def split_ranges(split: str, sequences: int) -> list[range | None]:
     """The sequences of training, validation and test, as Megatron divides them by e.g. `969,30,1`; None for a part of zero.
 
     Raises:
         SplitError: it is no split, or a part that is not zero would get no sequence.
     """
-    parts = [float(x) for x in re.findall(r"[.0-9]*[0-9][.0-9]*", split)] if re.fullmatch(r"[.0-9,/ ]+", split) else []
-    parts += [0.0] * (3 - len(parts))
-    if len(parts) != 3 or sum(parts) <= 0:
-        raise SplitError(f"a split is up to three numbers that are not all zero, e.g. 969,30,1; not {split!r}")
+    parts = shares_of(split)
     ends = [0.0]
     for part in (np.array(parts) / np.sum(parts)).tolist():
         ends.append(ends[-1] + part)

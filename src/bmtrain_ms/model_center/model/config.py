@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Callable, TypeVar
 
-from bmtrain_ms_base.checks import whole
+from bmtrain_ms_base.checks import number, whole
 
 from ..layer import RopeScaling
 
@@ -79,6 +80,15 @@ class DecoderConfig:
             set_field(self, "dim_head", self.dim_model // self.num_heads)
         if self.dim_head < 1 or self.dim_head % 2:
             raise ValueError(f"dim_head must be positive and even, not {self.dim_head}: rotary embedding turns pairs")
+        for name in (field.name for field in fields(self) if isinstance(getattr(self, field.name), float)):
+            if not math.isfinite(getattr(self, name)):
+                raise ValueError(f"{name} must be a finite number, not {getattr(self, name)}")
+        for name in ("norm_eps", "rope_base"):
+            if not number(name, getattr(self, name)) > 0:
+                raise ValueError(f"{name} must be above 0, not {getattr(self, name)}")
+        for name in ("init_std", "embed_std"):
+            if not number(name, getattr(self, name)) >= 0:
+                raise ValueError(f"{name} must be at least 0, not {getattr(self, name)}")
         if self.dtype not in _DTYPES:
             raise ValueError(f"dtype must be one of {', '.join(_DTYPES)}, not {self.dtype!r}")
         if isinstance(self.rope_scaling, dict):
