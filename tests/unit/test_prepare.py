@@ -76,6 +76,18 @@ def test_32_bits_by_vocabulary(tmp_path):
     assert sha(f"{tmp_path}/b_text_document.idx") == ["3058cb4b397c35fd3c28ad46de96ef68cbad794fb616e3338494e9893cf6628f"]
 
 
+@pytest.mark.parametrize("prefix", ["", ".", "..", "~", "here/"])
+def test_a_prefix_without_a_name_is_refused(tmp_path, monkeypatch, capsys, prefix):
+    """Results would lie beside the folder that it names."""
+    (tmp_path / "in" / "here").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "in")
+    monkeypatch.setenv("HOME", str(tmp_path / "in"))
+    assert exit_code("--input", numbers(tmp_path / "x.jsonl", [[1, 2]]), "--output-prefix", prefix, *NINE) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"bmtrain-ms: --output-prefix {prefix!r} ends without a name") and error.count("\n") == 1
+    assert sorted(os.listdir(tmp_path)) == ["in", "x.jsonl"] and os.listdir(tmp_path / "in") == ["here"]
+
+
 @pytest.mark.parametrize("workers", [2, 3])
 def test_workers_do_not_change_a_byte(tmp_path, small_pieces, workers):
     path = numbers(tmp_path / "x.jsonl", many(400))

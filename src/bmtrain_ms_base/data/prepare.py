@@ -138,6 +138,11 @@ def _plan(options: PrepareOptions) -> tuple[dict[str, Any], list[str]]:
         raise PrepareError(f"rows are wrong in these ways: {', '.join(rows.PROBLEMS)}; not {', '.join(unknown)}")
     if not options.keys or len(set(options.keys)) < len(options.keys):
         raise PrepareError(f"keys are one or several different ones, not {', '.join(options.keys) or 'none'}")
+    if os.path.basename(options.prefix) in ("", ".", "..", "~"):
+        raise PrepareError(
+            f"--output-prefix {options.prefix!r} ends without a name, and results would be beside that folder: put one behind it, "
+            f"as {os.path.join(options.prefix, 'text')}"
+        )
     if any("/" in key or "\0" in key for key in options.keys):
         raise PrepareError(f"a key is part of the result's name and cannot have a slash: {', '.join(options.keys)}")
     tokenizer = load_tokenizer(**options.tokenizer)
