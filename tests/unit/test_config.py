@@ -142,6 +142,10 @@ def test_all_that_is_wrong_is_said_at_once() -> None:
         ),
         (["model.vocab_size=100"], "model.vocab_size: 100 is less than tokenizer.train=500: the table would lack ids"),
         (["faults.skip=['0-99999999999']"], "faults.skip: '0-99999999999' leaves out 100,000,000,000 batches; at most 1,000,000"),
+        (
+            ["model.pretrained=corpus"],
+            "tokenizer.train: model.pretrained has a tokenizer, which its weights belong to; leave train out",
+        ),
         (["data.template=chatml"], "data.template: it is for conversations; name their data.handler"),
     ],
 )

@@ -53,6 +53,8 @@ def _of_data(settings: Settings) -> Iterator[str]:
         yield f"data: give one of text, files, rows, not {' and '.join(given) or 'none of them'}"
     if tokenizer.path is not None and tokenizer.train is not None:
         yield "tokenizer: give path, or train, not both"
+    if tokenizer.train is not None and settings.model.pretrained is not None:
+        yield "tokenizer.train: model.pretrained has a tokenizer, which its weights belong to; leave train out"
     if tokenizer.train is not None and not data.text:
         yield "tokenizer.train: it is trained on data.text, which is not given"
     vocab_size = settings.model.sizes.get("vocab_size")
