@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from typing import Sequence
+import warnings
+from typing import Any, Sequence
 
 from . import ckpt, convert, data, demo, finetune, generate, launch, megatron_flags, prepare, pretrain, tokenizer
 from .options import Parser
@@ -30,11 +31,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     for command in _COMMANDS.values():
         command.add(commands)
     arguments = parser.parse_args(argv)
-    try:
-        return _COMMANDS[arguments.command].run(arguments)
-    except _user_errors() as error:
-        sys.stderr.write(f"bmtrain-ms: {error}\n")
-        return 2
+    with warnings.catch_warnings():
+        warnings.showwarning = _say
+        try:
+            return _COMMANDS[arguments.command].run(arguments)
+        except _user_errors() as error:
+            sys.stderr.write(f"bmtrain-ms: {error}\n")
+            return 2
+
+
+_show = warnings.showwarning
+
+
+def _say(message: Warning | str, category: type[Warning], *where: Any, **how: Any) -> None:
+    """Write a warning that is for the user as errors are written, without a line of source."""
+    if issubclass(category, UserWarning):
+        sys.stderr.write(f"bmtrain-ms: {message}\n")
+    else:
+        _show(message, category, *where, **how)
 
 
 def _user_errors() -> tuple[type[BaseException], ...]:

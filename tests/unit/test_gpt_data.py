@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import threading
 from pathlib import Path
 from typing import Any, Sequence
@@ -14,7 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bmtrain_ms_base.data import gpt, gpt_batches, gpt_cache
+from bmtrain_ms_base.data import gpt, gpt_batches, gpt_cache, gpt_index
 from bmtrain_ms_base.data.batch import changes
 from bmtrain_ms_base.data.extras import DataError
 from bmtrain_ms_base.data.gpt import Blend, GPTData, blend_sizes, gpt_data
@@ -176,6 +177,16 @@ def test_documents_that_are_repeated_often(golden):
     with pytest.warns(UserWarning, match=r"1,000 samples of 8 tokens repeat the 1 sequence\(s\) of .*, 3 tokens, 2,667 times"):
         data = GPTData(golden, 1000, 8, chosen=range(19, 20))
     assert len(data) >= 1000
+
+
+def test_an_index_that_memory_cannot_hold_is_refused(golden, monkeypatch):
+    with pytest.warns(UserWarning, match="repeat"), pytest.raises(DataError) as caught:
+        gpt_data([golden], [8 * 10**12, 0, 0], 8, "1,0,0")
+    told = r"an index of [\d,]{17} samples, [\d,]+ epochs, takes [\d,]+ GiB of memory to make, and [\d,]+ GiB are free: ask for .*"
+    assert re.fullmatch(told, str(caught.value))
+    monkeypatch.setattr(gpt_index, "available_memory", lambda: 1000)
+    with pytest.raises(DataError, match="a blend of 101 samples takes"):
+        blend_indices([0.5, 0.5], 101)
 
 
 # Blends #
