@@ -186,6 +186,15 @@ def test_a_folder(tmp_path):
         find_sources([str(tmp_path), str(tmp_path / "b" / ".." / "c.json")])
 
 
+def test_notes_beside_files_of_tokens_are_no_text(tmp_path):
+    """Results that lie in the folder are left out; a file of JSON with only one such neighbour is text."""
+    for name in ("a.json", "b.json", "b.bin", "tokens_text_document.bin", "tokens_text_document.idx", "tokens_text_document.json"):
+        (tmp_path / name).write_bytes(b"")
+    found, left = find_sources([str(tmp_path)])
+    assert [os.path.basename(source.path) for source in found] == ["a.json", "b.json"]
+    assert os.path.basename(left[-1]) == "tokens_text_document.json"
+
+
 @pytest.mark.parametrize(
     "name, text",
     [

@@ -70,7 +70,8 @@ def source_of(path: str | Path) -> Source | None:
 
 
 def find_sources(inputs: Sequence[str]) -> tuple[list[Source], list[str]]:
-    """The files that are meant, and those of folders that are left out, because they are of no kind that can be read.
+    """The files that are meant, and those of folders that are left out, because they are of no kind that can be read or lie beside
+    files of tokens.
 
     Args:
         inputs: files, folders (all that is below them, by name) and names on a hub, `hf:owner/name`, `hf:owner/name@revision` or
@@ -105,7 +106,13 @@ def find_sources(inputs: Sequence[str]) -> tuple[list[Source], list[str]]:
 
 
 def _file(path: str) -> tuple[Source | None, str]:
-    return (None if os.path.basename(path) in _METADATA else source_of(path)), path
+    return (None if os.path.basename(path) in _METADATA or _of_tokens(path) else source_of(path)), path
+
+
+def _of_tokens(path: str) -> bool:
+    """Whether it is what `prepare` writes beside a pair."""
+    base, end = os.path.splitext(path)
+    return end == ".json" and os.path.isfile(base + ".bin") and os.path.isfile(base + ".idx")
 
 
 def _walk(folder: str) -> Iterator[str]:
