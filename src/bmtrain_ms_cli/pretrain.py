@@ -82,7 +82,12 @@ def run(arguments: argparse.Namespace, tuning: bool = False) -> int:
             "data.text is prepared by who starts the ranks, for one host: run bmtrain-ms prepare before, on each, and name the "
             "result in data.files"
         )
-    settings, tokenizer = _with_data(settings)
+    with _alone(settings):
+        return _start(arguments, *_with_data(settings), bool(started))
+
+
+def _start(arguments: argparse.Namespace, settings: Any, tokenizer: str | None, started: bool) -> int:
+    """Be a rank, or start ranks and wait for them."""
     told = {"settings": settings.model_dump(mode="json"), "tokenizer": tokenizer, "other_data": arguments.other_data}
     if started:
         os.environ[_RANK] = json.dumps(told)
@@ -115,12 +120,39 @@ def _overrides(arguments: argparse.Namespace) -> list[str]:
     return found
 
 
+@contextlib.contextmanager
+def _alone(settings: Any) -> Iterator[None]:
+    """Keep others from making data of text in the same folder until ranks, of which the first has another lock, have ended."""
+    if not settings.data.text:
+        yield
+        return
+    from bmtrain_ms.checkpoint.folder import FolderLock
+    from bmtrain_ms_base.data.extras import DataError
+
+    out = Path(settings.out).expanduser()
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        lock = FolderLock(out, ".launcher.lock")
+    except OSError as error:
+        raise DataError(str(error)) from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
 def _check_out(settings: Any) -> None:
     from bmtrain_ms_base.config import ConfigError
 
     out = Path(settings.out).expanduser()
     if out.exists() and not out.is_dir():
         raise ConfigError(f"out: {settings.out} is not a folder: name one, it is made if it is not there")
+    for text in (text for text in settings.data.text if not text.startswith("hf:")):
+        folder = Path(text).expanduser()
+        if folder.is_dir() and out.resolve().is_relative_to(folder.resolve()):
+            raise ConfigError(
+                f"out: {settings.out} is in the folder {text} of data.text, and would be read as text: choose another"
+            )
 
 
 def _check_model(settings: Any) -> None:

@@ -195,12 +195,16 @@ def sweep(folder: Path) -> None:
 class FolderLock:
     """That one job only saves to a folder. The system lets go of it when the process ends, however it ends.
 
+    Args:
+        folder: which has to be there.
+        name: of the file that is locked; who starts ranks has one of its own, as the first of them takes `.lock`.
+
     Raises:
         CheckpointError: another job has it, or the file system has no locks.
     """
 
-    def __init__(self, folder: Path):
-        path = folder / ".lock"
+    def __init__(self, folder: Path, name: str = ".lock"):
+        path = folder / name
         self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import importlib
-from typing import Any
+import json
+from pathlib import Path
+from typing import Any, Callable, TypeVar
+
+Taken = TypeVar("Taken")
 
 
 class DataError(ValueError):
@@ -12,6 +16,20 @@ class DataError(ValueError):
 
 class MissingLibraryError(DataError, ImportError):
     """A library of the extra `data` that is not installed."""
+
+
+def read_note(note: Path, take: Callable[[Any], Taken]) -> Taken:
+    """What `take` finds in a file of JSON that this library has written beside what it made.
+
+    Raises:
+        DataError: it is not there or no JSON, or `take` does not find what it looks for.
+    """
+    try:
+        return take(json.loads(note.read_text(encoding="utf-8")))
+    except FileNotFoundError as error:
+        raise DataError(f"{note} is missing: delete {note.parent}, it is made again") from error
+    except (ValueError, TypeError, LookupError, RecursionError) as error:
+        raise DataError(f"{note} is damaged: delete {note.parent}, it is made again") from error
 
 
 def needed(module: str, what: str, extra: str = "data") -> Any:

@@ -24,7 +24,7 @@ import numpy as np
 
 from . import indexed, rows, sources
 from .cutting import cut
-from .extras import MissingLibraryError
+from .extras import MissingLibraryError, read_note
 from .instructions import OUTPUTS, InstructionRecipe
 from .pieces import PrepareError, Worker, command, piece_file
 from .tokenizing import TokenizerError, load_tokenizer
@@ -185,7 +185,7 @@ def _begin(folder: Path, plan: dict[str, Any], restart: bool) -> None:
     """Go on with what the folder has, if it is of this plan."""
     file = folder / "plan.json"
     if file.is_file() and not restart:
-        before = json.loads(file.read_text())
+        before = read_note(file, dict)
         other = [name for name in plan if before.get(name) != plan[name]]
         if not other:
             return
@@ -234,8 +234,9 @@ class _Tally:
         self._told: dict[int, tuple[int, int]] = {}  # documents and tokens of pieces that are under way
         self.counts: list[dict[str, Any] | None] = [None] * len(sizes)
         for number in range(len(sizes)):
-            with contextlib.suppress(FileNotFoundError):
-                self.tell({**json.loads(piece_file(folder, number, "json").read_text()), "done": True}, aloud=False)
+            note = piece_file(folder, number, "json")
+            if note.exists():
+                self.tell({**read_note(note, dict), "done": True}, aloud=False)
         self._progress.resumed = self._progress.tokens
         report(self._progress)
 
