@@ -8,6 +8,7 @@ from typing import Any, Sequence
 
 from . import ckpt, convert, data, demo, finetune, generate, launch, megatron_flags, prepare, pretrain, tokenizer
 from .options import Parser
+from .terminal import EXIT_INTERRUPTED, EXIT_UNREAD, OutputError, own_output, say_interrupted, unbroken_imports
 
 _COMMANDS = {
     "launch": launch,
@@ -26,6 +27,21 @@ _COMMANDS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the process's exit code."""
+    with unbroken_imports():
+        try:
+            with own_output():
+                return _run(argv)
+        except OutputError as error:
+            if error.unread:
+                return EXIT_UNREAD
+            sys.stderr.write(f"bmtrain-ms: {error}\n")
+            return 2
+        except KeyboardInterrupt:
+            say_interrupted()
+            return EXIT_INTERRUPTED
+
+
+def _run(argv: Sequence[str] | None) -> int:
     parser = Parser(prog="bmtrain-ms", description="Train large language models with ZeRO on MindSpore.")
     commands = parser.add_subparsers(dest="command", required=True)
     for command in _COMMANDS.values():
