@@ -14,6 +14,10 @@ REHEARSE = "BMTRAIN_MS_REHEARSE"  # asks every rank to rehearse on CPU what a de
 TERMINAL = "BMTRAIN_MS_TERMINAL"  # 1: what ranks write to stderr is shown on a terminal, by the launcher
 
 
+class LauncherError(RuntimeError):
+    """The variables that launchers set do not say which rank this process is; whoever set them can mend it."""
+
+
 @dataclass(frozen=True)
 class Launch:
     """Where a process stands among those that were started with it.
@@ -130,13 +134,13 @@ def is_scheduler(env: Mapping[str, str] = os.environ) -> bool:
     """Whether this process is no rank but msrun's scheduler.
 
     Raises:
-        RuntimeError: another launcher says that it is a rank.
+        LauncherError: another launcher says that it is a rank.
     """
     if env.get("MS_ROLE") != "MS_SCHED":
         return False
     for claim in _claims(env):
         if claim.kind != "msrun":
-            raise RuntimeError(f"MS_ROLE=MS_SCHED (of msrun, for its scheduler) contradicts {claim.source}. {_remedy(claim)}")
+            raise LauncherError(f"MS_ROLE=MS_SCHED (of msrun, for its scheduler) contradicts {claim.source}. {_remedy(claim)}")
     return True
 
 
@@ -144,15 +148,15 @@ def detect(env: Mapping[str, str] = os.environ) -> Launch:
     """Read the launcher's variables; a process without a launcher is one rank.
 
     Raises:
-        RuntimeError: the variables contradict each other, are those of another process, or of a launcher whose ranks cannot find
+        LauncherError: the variables contradict each other, are those of another process, or of a launcher whose ranks cannot find
             each other; or this process is msrun's scheduler.
     """
     if is_scheduler(env):
-        raise RuntimeError("this process is msrun's scheduler, not a rank: init_distributed must run in the workers only")
+        raise LauncherError("this process is msrun's scheduler, not a rank: init_distributed must run in the workers only")
     claims = _claims(env)
     several = [claim for claim in claims if claim.size > 1]
     if boards.ADDRESS in env and boards.own_board(env) is None and (not several or env.get(boards.KIND) != "launch"):
-        raise RuntimeError(_inherited(env))  # unless another launcher started this process below a rank
+        raise LauncherError(_inherited(env))  # unless another launcher started this process below a rank
     if env.get(boards.KIND) == "launch" and boards.own_board(env) is not None:
         rank, size = int(env[boards.RANK]), int(env[boards.SIZE])
         local = size // len(folders_of(env))
@@ -160,7 +164,7 @@ def detect(env: Mapping[str, str] = os.environ) -> Launch:
     several = [claim for claim in several if not _is_outermost(claim)] or several
     for claim in several[1:]:
         if (claim.rank, claim.size) != (several[0].rank, several[0].size):
-            raise RuntimeError(
+            raise LauncherError(
                 f"two launchers contradict each other: {several[0].source}, but {claim.source}. Remove the variables of the one "
                 f"that did not start this process. {_remedy(max(several, key=lambda one: one.size))}"
             )
@@ -194,7 +198,7 @@ def _read(launcher: _Launcher, env: Mapping[str, str]) -> Launch | None:
         try:
             return int(env[name], 0 if launcher.name == "pbsdsh" else 10)
         except ValueError:
-            raise RuntimeError(f"{name}={env[name]!r}, which {launcher.name} sets, is not a number; remove it") from None
+            raise LauncherError(f"{name}={env[name]!r}, which {launcher.name} sets, is not a number; remove it") from None
 
     if launcher.kind != "msrun" and not any(env.get(name) for name in launcher.rank):
         return None
@@ -224,22 +228,22 @@ def _remedy(claim: Launch) -> str:
 
 def _check(launch: Launch, env: Mapping[str, str]) -> None:
     if launch.kind == "foreign" and launch.size != 1:
-        raise RuntimeError(
+        raise LauncherError(
             f"{launch.source} says that this process is one of several, which find each other neither by MPI nor by a socket. "
             f"{_remedy(launch)}"
         )
     hosts = launch.local_size == -1 or launch.local_size < launch.size or launch.local_rank != launch.rank
     if launch.kind == "socket" and launch.size > 1 and hosts:
-        raise RuntimeError(
+        raise LauncherError(
             f"{launch.source}: ranks on several hosts find each other by MPI only. Start with: mpiexec -hosts HOST1,HOST2 -n "
             f"{launch.size} python script.py"
         )
     if not 0 <= launch.rank < max(launch.size, 1) or not 0 <= launch.local_rank < abs(launch.local_size or 1):
-        raise RuntimeError(
+        raise LauncherError(
             f"the launcher's variables contradict each other: {launch}, which comes from {launch.source}. {_remedy(launch)}"
         )
     if launch.kind == "socket" and launch.size > 1 and not launch.meeting:
-        raise RuntimeError(
+        raise LauncherError(
             f"{launch.source} names {launch.size} ranks, but not where they meet: MASTER_ADDR and MASTER_PORT are missing. "
             f"{_remedy(launch)}"
         )

@@ -117,7 +117,8 @@ def launch(
         LaunchError: the launcher is not installed or not for this host, or the script does not exist.
     """
     if script[0] != "-m" and not Path(script[0]).is_file():
-        raise LaunchError(f"{script[0]} does not exist")
+        folder = Path(script[0]).is_dir()
+        raise LaunchError(f"{script[0]} {'is a folder: name a script, or a module with -m' if folder else 'does not exist'}")
     if launcher == "msrun" and hosts:
         raise LaunchError("--hosts starts ranks by mpiexec; msrun is started on each host by itself")
     if launcher == "msrun" and not has_ascend():

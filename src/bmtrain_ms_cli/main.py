@@ -6,6 +6,8 @@ import sys
 import warnings
 from typing import Any, Sequence
 
+from bmtrain_ms_base.launchers import LauncherError
+
 from . import ckpt, convert, data, demo, finetune, generate, launch, megatron_flags, prepare, pretrain, tokenizer
 from .options import Parser
 from .terminal import EXIT_INTERRUPTED, EXIT_UNREAD, OutputError, own_output, say_interrupted, unbroken_imports
@@ -70,4 +72,5 @@ def _say(message: Warning | str, category: type[Warning], *where: Any, **how: An
 def _user_errors() -> tuple[type[BaseException], ...]:
     homes = {"bmtrain_ms.checkpoint": "CheckpointError", "bmtrain_ms_base.data.extras": "DataError"}
     loaded = {name: sys.modules.get(name) for name in homes}  # only what has been imported can have raised
-    return (launch.LaunchError, *(getattr(module, homes[name]) for name, module in loaded.items() if module is not None))
+    kinds = [getattr(module, homes[name]) for name, module in loaded.items() if module is not None]
+    return launch.LaunchError, LauncherError, *kinds

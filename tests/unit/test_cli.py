@@ -399,7 +399,8 @@ def test_mpiexec_is_not_installed(script, monkeypatch):
 def test_missing_script(capsys, tmp_path):
     assert exit_code("launch", "-n", 2, tmp_path / "none.py") == 2
     assert capsys.readouterr().err == f"bmtrain-ms: {tmp_path}/none.py does not exist\n"
-    assert exit_code("launch", "-n", 2, tmp_path) == 2  # a folder
+    assert exit_code("launch", "-n", 2, tmp_path) == 2
+    assert capsys.readouterr().err == f"bmtrain-ms: {tmp_path} is a folder: name a script, or a module with -m\n"
 
 
 # Processes #
