@@ -53,7 +53,9 @@ class _Rank:
         """How the rank ended, for the verdict."""
         row, status, by_us = self.row, self.status, self.by_us
         finished = row.state == boards.ENDED
-        if finished and by_us and row.code:  # it had failed; only its process was still there
+        passed_on = bool(self.told) and not by_us and status is not None and os.WIFSIGNALED(status)
+        ended_by_it = passed_on and os.WTERMSIG(status or 0) in (signal.SIGTERM, signal.SIGINT)
+        if finished and ((by_us and row.code) or ended_by_it):  # the script was done; only its process was still there
             status, by_us = row.code << 8, False
         at = row.ended_at if finished else self.at
         known = finished or row.state == boards.EMPTY  # the latter: on another host, where nothing is noted

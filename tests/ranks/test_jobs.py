@@ -101,6 +101,18 @@ def test_ranks_that_do_not_save_end_by_the_signal(tmp_path: Path, launcher: str,
         assert says(made.last_line, "the ranks were ended by SIGTERM, without a save; exit code 143")
 
 
+@pytest.mark.parametrize(("launcher", "ranks"), [("auto", 1), ("mpi", 2)])
+@pytest.mark.parametrize("code", [0, 75])
+def test_a_signal_behind_the_end_of_the_scripts_does_not_undo_it(tmp_path: Path, launcher: str, ranks: int, code: int):
+    """Their processes have still something to do."""
+    body = f"import atexit\natexit.register(lambda: (note('over', 1), time.sleep(300)))\nsys.exit({code})"
+    with job(tmp_path, body, ranks, launcher) as made:
+        made.written("over")
+        made.process.send_signal(signal.SIGTERM)
+        assert made.ended() == code, made.err
+        assert "without a save" not in made.err
+
+
 def test_an_error_while_ranks_stop_is_not_hidden_by_the_signal(tmp_path: Path):
     body = "def fail(*_): raise OSError('disk full')\nsignal.signal(signal.SIGTERM, fail)\n" + WAIT
     with job(tmp_path, body, 2) as made:
