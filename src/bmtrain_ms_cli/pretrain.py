@@ -13,6 +13,7 @@ from typing import Any, Iterator
 from .launch import LaunchError, launch
 from .options import FOLDERS_HELP, REHEARSE_HELP, Commands, folders, positive
 
+_FOLDERS = ("model", "adapters", "checkpoints", "best", "tensorboard")  # that a run makes in its own
 _RANK = "BMTRAIN_MS_RUN"  # what the launcher tells its ranks: settings and tokenizer, as JSON
 
 
@@ -43,6 +44,7 @@ def run(arguments: argparse.Namespace, tuning: bool = False) -> int:
 
     Raises:
         LaunchError: settings are wrong, or ranks cannot be started.
+        LauncherError: see `detect`.
         DataError: data cannot be made of text.
     """
     os.environ.setdefault("GLOG_v", "3")  # MindSpore's C++ log: errors only
@@ -142,6 +144,7 @@ def _alone(settings: Any) -> Iterator[None]:
 
 
 def _check_out(settings: Any) -> None:
+    """Refuse places that cannot be written: some are needed when all of the training is done."""
     from bmtrain_ms_base.config import ConfigError
 
     out = Path(settings.out).expanduser()
@@ -153,6 +156,14 @@ def _check_out(settings: Any) -> None:
             raise ConfigError(
                 f"out: {settings.out} is in the folder {text} of data.text, and would be read as text: choose another"
             )
+    for path in (out / name for name in _FOLDERS):
+        if path.exists() and not path.is_dir():
+            raise ConfigError(f"out: {path} is in the way: a run has a folder of that name; move it, or name another out")
+    trace = None if settings.log.trace is None else Path(settings.log.trace).expanduser().absolute()
+    if trace is not None and not (os.access(trace.parent, os.W_OK | os.X_OK) and trace.parent.is_dir()):
+        raise ConfigError(f"log.trace: {trace.parent} is not a folder that can be written to: make it, or name another place")
+    if trace is not None and trace.exists() and not (trace.is_file() and os.access(trace, os.W_OK)):
+        raise ConfigError(f"log.trace: {trace} is not a file that can be written: name another")
 
 
 def _check_model(settings: Any) -> None:

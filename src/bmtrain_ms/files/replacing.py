@@ -13,8 +13,12 @@ def replace_text(path: Path, text: str) -> None:
     sweep_temporaries(path.parent, f".{path.name}.", "")
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     temporary.unlink(missing_ok=True)
-    write_text(temporary, text)
-    os.replace(temporary, path)
+    try:
+        write_text(temporary, text)
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
     sync_folder(path.parent)
 
 

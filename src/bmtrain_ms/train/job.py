@@ -16,6 +16,7 @@ from bmtrain_ms_base.data.storage import Storage
 from ..checkpoint import Checkpointer, CheckpointError, lock_folder
 from ..comm import World, write_trace
 from ..files.errors import agree_or_fail
+from ..files.replacing import replace_text
 from ..model_center import PretrainedError, parameter_count, save_adapters
 from ..model_center.model import CausalLM
 from ..model_center.pretrained.folder import copy_beside
@@ -78,11 +79,11 @@ class _Job:
         """Train and evaluate as the settings say, from the start or from a checkpoint on, and write the results."""
         stop = StopSignals()
         lock = lock_folder(self.out)
-        if self.chief:
-            (self.out / "config.toml").write_text(to_toml(self.settings), encoding="utf-8")
+        kept = self.out / "config.toml"
+        self._as_chief(lambda: replace_text(kept, to_toml(self.settings)), f"{kept} cannot be written")
         storage = Storage(place_of(self.world), [self.out], self.settings.data.shared_storage)
         self.shared = len(storage.builders) == 1
-        batches = make_batches(self.settings)
+        batches = self._together(lambda: make_batches(self.settings), "the data cannot be opened")
         model = make_model(self.settings, batches.vocab_size)
         manager = make_manager(self.settings, model)
         task = Pretrain(model)
@@ -95,21 +96,25 @@ class _Job:
                 self._resume(trainer, other_data, evaluation)
                 trainer.fit()
                 self._finish(trainer, evaluation)
-        stop.release()
         if lock is not None:
             lock.release()
+        # `stop` is not released: all is written, and a signal that is heard now must not make of it a run that was ended
 
     def _together(self, make: Callable[[], Any], what: str) -> Any:
-        """What each rank makes by itself; what goes wrong on one is raised on all."""
+        """What each rank makes by itself; what goes wrong on one is raised on all, behind `what` where it does not say that."""
         made, error = None, None
         try:
             made = make()
         except (ConfigError, DataError) as caught:
-            error = caught
+            error = CheckpointError(str(caught))
         except Exception as caught:  # whatever it is: the other ranks wait
             error = caught
         agree_or_fail(self.world.everyone, error, what)
         return made
+
+    def _as_chief(self, make: Callable[[], Any], what: str) -> Any:
+        """What rank 0 makes; None on the others."""
+        return self._together(make if self.chief else lambda: None, what)
 
     def _describe(self, model: CausalLM, batches: RunBatches) -> None:
         """Say what is trained on how many ranks."""
@@ -144,14 +149,14 @@ class _Job:
         return [utilisation, *([RankNorms(manager, self.world)] if log.rank_norms else [])]
 
     def _writers(self, stack: contextlib.ExitStack) -> list[Any]:
-        log, made = self.settings.log, []
-        if self.chief:
-            if log.tensorboard:
-                made.append(stack.enter_context(contextlib.closing(TensorBoard(self.out / "tensorboard"))))
-            if log.wandb is not None:
-                settings = self.settings.model_dump(mode="json")
-                made.append(stack.enter_context(contextlib.closing(WandB(log.wandb, self.out, settings))))
-        return made
+        log, settings = self.settings.log, self.settings.model_dump(mode="json")
+        makers: dict[str, Callable[[], Any]] = {}
+        if log.tensorboard:
+            makers["log.tensorboard: its files cannot be written"] = lambda: TensorBoard(self.out / "tensorboard")
+        if log.wandb is not None:
+            makers["log.wandb: the run cannot be begun"] = lambda: WandB(str(log.wandb), self.out, settings)
+        made = [self._as_chief(make, what) for what, make in makers.items()]
+        return [stack.enter_context(contextlib.closing(writer)) for writer in made if writer is not None]
 
     def _trainer(self, task: Pretrain, manager: Any, batches: RunBatches, stop: StopSignals, watchers: list[Any]) -> Trainer:
         settings = self.settings
@@ -178,8 +183,7 @@ class _Job:
         with _told_in_one_line():
             resumed = trainer.resume(other_data=other_data)
         if not resumed:
-            if self.chief:
-                log.unlink(missing_ok=True)  # of a run that saved nothing
+            self._as_chief(lambda: log.unlink(missing_ok=True), f"{log}, of a run that saved nothing, cannot be deleted")
             return
         self._say(f"going on after step {trainer.done}, saved in {trainer.checkpoints and trainer.checkpoints.folder}")
         if trainer.done > self.settings.train.steps:
@@ -205,13 +209,14 @@ class _Job:
         elif self.settings.save.export:
             model.save_pretrained(self.out / "model", proven=self.shared)  # other hosts would not see it
             beside = self._beside()
-            if beside is not None and self.chief:
-                copy_beside(self.out / "model", beside)
+            if beside is not None:
+                self._as_chief(lambda: copy_beside(self.out / "model", beside), f"files of {beside} cannot be put beside the model")
             self._say(f"the model is in {self.out / 'model'}")
-        if self.settings.log.trace is not None and self.world.trace is not None:
-            write_trace(self.settings.log.trace, self.world.trace, self.world.everyone)
         if self.chief:
             plot_log(self.out / "log.jsonl", self.out / "loss.png", {} if evaluation is None else evaluation.losses)
+        path, trace = self.settings.log.trace, self.world.trace
+        if path is not None and trace is not None:
+            self._together(lambda: write_trace(path, trace, self.world.everyone), f"log.trace: {path} cannot be written")
         self._say(f"{trainer.done} steps, {time.monotonic() - self.started:.0f} s")
 
     def _beside(self) -> Path | None:

@@ -11,7 +11,7 @@ import numpy as np
 from mindspore import nn
 
 from bmtrain_ms_base.data import Batches
-from bmtrain_ms_base.data.extras import needed
+from bmtrain_ms_base.data.extras import DataError, needed
 
 from ..checkpoint import Checkpointer
 from ..comm import World, gather_json
@@ -141,12 +141,18 @@ class WandB:
 
     Raises:
         MissingLibraryError: it is not installed.
+        DataError: the run cannot be begun, e.g. as nobody has logged in.
     """
 
     def __init__(self, project: str, folder: Path, settings: dict[str, Any]):
         folder.mkdir(parents=True, exist_ok=True)
         wandb = needed("wandb", "log.wandb", "log")
-        self._run = wandb.init(project=project, dir=str(folder), config=settings, id=_run_id(folder), resume="allow")
+        run_id = _run_id(folder)
+        try:
+            self._run = wandb.init(project=project, dir=str(folder), config=settings, id=run_id, resume="allow")
+        except Exception as error:  # it has many kinds
+            said = " ".join(str(error).split()).rstrip(".")
+            raise DataError(f"log.wandb: {said}; log in with wandb login, or set WANDB_MODE=offline") from error
 
     def __call__(self, record: Record) -> None:
         """Send what is a number."""

@@ -1,0 +1,54 @@
+"""What `pretrain` and `finetune` look at before a rank is started."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bmtrain_ms_cli.main import main
+
+
+@pytest.fixture
+def said(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Any:
+    """What `--print` of settings that are right, and these, says on stderr, in one line; empty: nothing is wrong."""
+    for name in ("config.json", "tokens.bin", "tokens.idx"):
+        (tmp_path / name).write_text("{}")
+    monkeypatch.chdir(tmp_path)
+
+    def say(*words: str) -> str:
+        files = json.dumps([str(tmp_path / "tokens")])
+        good = [f"--model.pretrained={tmp_path}", "--train.steps=1", f"--data.files={files}", "--out=run", "--print"]
+        code = main(["finetune", *good, *words])
+        error = capsys.readouterr().err
+        assert (code, error.count("\n")) == ((2, 1) if error else (0, 0))
+        return error.removeprefix("bmtrain-ms: ").rstrip("\n")
+
+    return say
+
+
+@pytest.mark.parametrize("name", ["model", "adapters", "checkpoints", "best", "tensorboard"])
+def test_a_file_where_a_run_has_a_folder(said: Any, name: str):
+    assert said() == ""
+    Path("run", name).mkdir(parents=True)
+    assert said() == ""
+    Path("run", name).rmdir()
+    Path("run", name).write_text("")
+    assert said() == f"out: run/{name} is in the way: a run has a folder of that name; move it, or name another out"
+
+
+def test_where_a_trace_is_to_be(said: Any, tmp_path: Path):
+    place = "is not a folder that can be written to: make it, or name another place"
+    assert said("--log.trace=x.json") == ""
+    assert said("--log.trace=none/x.json") == f"log.trace: {tmp_path}/none {place}"
+    assert said("--log.trace=config.json/x.json") == f"log.trace: {tmp_path}/config.json {place}"
+    Path("folder").mkdir()
+    assert said("--log.trace=folder") == f"log.trace: {tmp_path}/folder is not a file that can be written: name another"
+
+
+def test_variables_of_a_launcher_that_contradict_each_other(said: Any, monkeypatch: pytest.MonkeyPatch):
+    for name, value in {"MS_ROLE": "MS_WORKER", "RANK_ID": "1", "RANK_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    assert said().startswith("the launcher's variables contradict each other: ")

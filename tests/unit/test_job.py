@@ -1,0 +1,124 @@
+"""A run from its settings to its model, on one rank: what goes wrong is one line, and what is done counts as done."""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from bmtrain_ms.checkpoint import CheckpointError
+from bmtrain_ms.comm.trace import Trace
+from bmtrain_ms.data import IndexedWriter
+from bmtrain_ms.train import job as job_module
+from bmtrain_ms.train.job import _Job
+from bmtrain_ms_base.config import Settings
+
+MODEL = {"family": "llama", "vocab_size": 32, "dim_model": 8, "num_heads": 2, "dim_ff": 16, "num_layers": 1}
+
+
+@pytest.fixture
+def job(single_world: Any, tmp_path: Path) -> Any:
+    """What makes a job of two steps in the folder `run`, with these sections besides."""
+    with IndexedWriter(tmp_path / "tokens", np.uint16) as writer:
+        for i in range(40):
+            writer.add(np.full(20, i % 32))
+
+    def make(**sections: Any) -> _Job:
+        told = {
+            "out": str(tmp_path / "run"),
+            "model": MODEL,
+            "data": {"files": [str(tmp_path / "tokens")], "length": 8, "cache": str(tmp_path / "cache")},
+            "batch": {"size": 2},
+            "train": {"steps": 2, "eval_batches": 1},
+        }
+        return _Job(Settings.model_validate({**told, **sections}), None, single_world)
+
+    return make
+
+
+@pytest.fixture
+def signals() -> Any:
+    """What hears signals before a run does so after it, too."""
+    before = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)}
+    yield
+    for signum, handler in before.items():
+        signal.signal(signum, handler)
+
+
+pytestmark = pytest.mark.usefixtures("signals")
+
+
+def wrong(job: _Job) -> str:
+    """What is said; in one line."""
+    with pytest.raises(CheckpointError) as caught:
+        job.run(False)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_a_signal_that_comes_when_all_is_written_ends_nothing(job: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """Whenever it comes behind the last checkpoint: while the model is written, and until the process has ended."""
+    made = job()
+    finish = made._finish
+
+    def told_to_end(*words: Any) -> None:
+        finish(*words)
+        signal.raise_signal(signal.SIGTERM)
+
+    made._finish = told_to_end
+    made.run(False)
+    signal.raise_signal(signal.SIGTERM)
+    assert (tmp_path / "run" / "model" / "config.json").is_file() and "2 steps, " in capsys.readouterr().out
+
+
+def test_settings_are_written_whole_or_not_at_all(job: Any, tmp_path: Path):
+    kept = tmp_path / "run" / "config.toml"
+    kept.mkdir(parents=True)
+    assert wrong(job()).startswith(f"{kept} cannot be written: ")
+    assert {path.name for path in (tmp_path / "run").iterdir()} <= {"config.toml", ".lock"}
+
+
+def test_data_that_cannot_be_opened(job: Any, monkeypatch: pytest.MonkeyPatch):
+    def full(settings: Settings) -> Any:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    monkeypatch.setattr(job_module, "make_batches", full)
+    assert wrong(job()) == "the data cannot be opened: [Errno 24] Too many open files"
+
+
+def test_an_error_that_says_it_all_is_said_as_it_is(job: Any, tmp_path: Path):
+    text = wrong(job(data={"files": [str(tmp_path / "none")], "length": 8}))
+    assert text.startswith("opening the data has failed on ")
+
+
+def test_weights_and_biases_without_a_key(job: Any, monkeypatch: pytest.MonkeyPatch):
+    def refuse(**words: Any) -> Any:  # it remembers in the process what it was told
+        raise RuntimeError("No API key.\nUse `wandb login`.")
+
+    monkeypatch.setattr("wandb.init", refuse)
+    text = wrong(job(log={"wandb": "tests"}))
+    assert text == "log.wandb: No API key. Use `wandb login`; log in with wandb login, or set WANDB_MODE=offline"
+
+
+def test_tensorboard_that_cannot_be_written(job: Any, tmp_path: Path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "tensorboard").write_text("")
+    assert wrong(job(log={"tensorboard": True})).startswith("log.tensorboard: its files cannot be written: ")
+
+
+def test_a_trace_that_cannot_be_written_costs_nothing_else(job: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    made = job(log={"trace": str(tmp_path / "none" / "x.json")})
+    made.world = dataclasses.replace(made.world, trace=Trace())
+
+    def full(path: Any, trace: Any, engine: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(job_module, "write_trace", full)
+    assert wrong(made) == f"log.trace: {tmp_path / 'none' / 'x.json'} cannot be written: [Errno 28] No space left on device"
+    assert {"model", "loss.png", "checkpoints"} <= {path.name for path in (tmp_path / "run").iterdir()}
