@@ -15,7 +15,7 @@ def add(commands: Commands) -> argparse.ArgumentParser:
 
     def action(name: str, text: str) -> argparse.ArgumentParser:
         made = actions.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
-        made.add_argument("path", type=path, help="a checkpoint, a folder of checkpoints (the latest), or safetensors files")
+        made.add_argument("path", type=path, help="a checkpoint, a folder of them or a run's (the latest), or safetensors files")
         return made
 
     action("inspect", "say what is in a checkpoint")

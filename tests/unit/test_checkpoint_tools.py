@@ -388,3 +388,17 @@ def test_the_latest_is_what_the_pointer_says(run, ckpt, tmp_path):
     assert "of step 3, " in ckpt("inspect", tmp_path / "run")[1]
     folder_module.point_to(tmp_path / "run", "step-00000002")
     assert "of step 2, " in ckpt("inspect", tmp_path / "run")[1]
+    assert "of step 2, " in ckpt("inspect", tmp_path / "run" / "latest")[1]
+
+
+def test_the_folder_of_a_run_is_that_of_its_checkpoints(run, ckpt, single_world, tmp_path):
+    run.close()
+    out = tmp_path / "out"
+    out.mkdir()
+    assert ckpt("inspect", out)[1].startswith(f"{out} has neither model.safetensors nor ")
+    (tmp_path / "run").rename(out / "checkpoints")
+    assert ckpt("inspect", out) == ckpt("inspect", out / "checkpoints")
+    bms.save(run.model, out / "model.safetensors")  # as the demo's
+    assert ckpt("inspect", out)[1].startswith(f"{out}: safetensors")
+    bms.save(run.model, out / "latest")  # a name as any other where no checkpoints are
+    assert ckpt("inspect", out / "latest")[1].startswith(f"{out / 'latest'}: safetensors")

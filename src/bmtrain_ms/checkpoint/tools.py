@@ -23,11 +23,12 @@ from ..files.format import AtomicFile, plan_file
 from ..files.locking import let_go, lock_temporary, sweep_temporaries
 from ..files.replacing import sync_folder, write_text
 from . import index as index_module
-from .folder import checkpoint_name, find_latest, state_of, steps_in
+from .folder import LATEST, checkpoint_name, find_latest, state_of, steps_in
 from .index import INDEX, MOST_RANKS, STATE_PREFIXES, Index, IndexedTensor, check_name, file_name
 from .sharded import ShardedReader
 
 STEP = 4 << 20  # bytes at a time
+_OF_RUN = "checkpoints"  # a folder in that of a run
 _ATTEMPTS = 20  # to open a checkpoint before another takes its place
 _COMPARED = 1 << 16  # elements at a time, of which there are wider copies
 
@@ -35,7 +36,7 @@ AnyReader = Union[ShardedReader, consolidated.ConsolidatedReader]
 
 
 def open_checkpoint(path: str | Path) -> AnyReader:
-    """A sharded checkpoint, a folder of them (the latest), or whole tensors in safetensors files.
+    """A sharded checkpoint, a folder of them or of a run (the latest), or whole tensors in safetensors files.
 
     Raises:
         CheckpointError: it is none of these, or damaged.
@@ -61,9 +62,14 @@ def open_checkpoint(path: str | Path) -> AnyReader:
 
 
 def _found_in(path: Path) -> tuple[Path | None, str]:
+    if path.name == LATEST and path.is_file() and steps_in(path.parent):
+        path = path.parent  # the file says which is the latest there
     if not path.is_dir():
         return None, ""
-    return (path, "") if (path / INDEX).exists() else find_latest(path)
+    if (path / INDEX).exists():
+        return path, ""
+    whole_files = any((path / name).exists() for name in (consolidated.SINGLE, consolidated.INDEX))
+    return find_latest(path / _OF_RUN if steps_in(path / _OF_RUN) and not whole_files else path)
 
 
 def _whole_files(path: Path) -> consolidated.ConsolidatedReader:
