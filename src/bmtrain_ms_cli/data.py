@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from .options import Commands, number, positive
+from .options import Commands, number_from, positive
 
 
 def add(commands: Commands) -> argparse.ArgumentParser:
@@ -26,7 +26,7 @@ def add(commands: Commands) -> argparse.ArgumentParser:
     merge.add_argument("--output-prefix", required=True, metavar="NAME", help="of the new pair, without .bin or .idx")
     split = action("split", "divide a pair's documents, in order, by their tokens")
     split.add_argument("name", help="its name, without .bin or .idx")
-    split.add_argument("--parts", type=number, nargs="+", required=True, metavar="SIZE", help="e.g. 98 1 1")
+    split.add_argument("--parts", type=number_from(0, above=True), nargs="+", required=True, metavar="SIZE", help="e.g. 98 1 1")
     split.add_argument("--output-prefix", required=True, metavar="NAME", help="of the new pairs: NAME_0, NAME_1 ...")
     return parser
 

@@ -100,7 +100,9 @@ def number_from(least: float, most: float = math.inf, above: bool = False) -> Ca
 
     def read(text: str) -> float:
         value = number(text)
-        if not math.isfinite(value) or not (least < value if above else least <= value) or value > most:
+        if not math.isfinite(value):
+            raise argparse.ArgumentTypeError(f"must be finite, not {text}")
+        if not (least < value if above else least <= value) or value > most:
             raise argparse.ArgumentTypeError(f"must be {' and '.join(limits)}, not {text}")
         return value
 

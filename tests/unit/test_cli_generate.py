@@ -84,7 +84,7 @@ def refused(capsys: pytest.CaptureFixture, folder: Path, *options: str) -> str:
         (["--prompt", "a", "--top-p", "2"], "--top-p: must be above 0 and at most 1, not 2 "),
         (["--prompt", "a", "--top-k", "-1"], "--top-k: must be at least 0, not -1 "),
         (["--prompt", "a", "--temperature", "-1"], "--temperature: must be at least 0, not -1 "),
-        (["--prompt", "a", "--temperature", "inf"], "--temperature: must be at least 0, not inf "),
+        (["--prompt", "a", "--temperature", "inf"], "--temperature: must be finite, not inf "),
         (["--prompt", "a", "--min-p", "2"], "--min-p: must be at least 0 and at most 1, not 2 "),
         (["--prompt", "a", "--repetition-penalty", "0"], "--repetition-penalty: must be above 0, not 0 "),
         (["--prompt", "a", "--stop", ""], "--stop: must be a text that is not empty"),

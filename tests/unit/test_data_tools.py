@@ -139,6 +139,8 @@ def test_split(tmp_path, capsys):
     for end in ("bin", "idx"):
         first, second = (hashlib.sha256((tmp_path / f"{name}.{end}").read_bytes()).digest() for name in ("c", "again"))
         assert first == second
+    assert exit_code("split", path, "--parts", "inf", 1, "--output-prefix", tmp_path / "q") == 2
+    assert "argument --parts: must be finite, not inf" in capsys.readouterr().err
     with pytest.raises(IndexedError, match="c has 20 documents, too few or too long to be divided like this"):
         tools.split(path, str(tmp_path / "q"), [1e6, 1, 1])
     with pytest.raises(IndexedError, match="a pair is divided into two or more parts above 0, not 1, 0"):

@@ -171,6 +171,8 @@ def test_the_null_tokenizer():
 
 
 def test_what_is_no_tokenizer(tmp_path):
+    with pytest.raises(TokenizerError, match=r"^/dev/null is neither a file nor a folder: name a tokenizer's$"):
+        load_tokenizer("/dev/null")
     with pytest.raises(TokenizerError, match=r"there is no tokenizer .*nowhere; a name on a hub is written hf:owner/name"):
         load_tokenizer(str(tmp_path / "nowhere"))
     with pytest.raises(TokenizerError, match=r"has no tokenizer; what is known is tokenizer\.json, tokenizer\.model, "):

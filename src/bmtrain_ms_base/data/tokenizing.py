@@ -83,6 +83,8 @@ def load_tokenizer(
     folder = download(path, "model", _FILES) if path.startswith("hf:") else os.path.expanduser(path)
     if not os.path.exists(folder):
         raise TokenizerError(f"there is no tokenizer {path}; a name on a hub is written hf:owner/name")
+    if not (os.path.isfile(folder) or os.path.isdir(folder)):
+        raise TokenizerError(f"{path} is neither a file nor a folder: name a tokenizer's")
     file, kind = _chosen(folder, kind)
     config = read_config(os.path.dirname(file))
     if kind == "sentencepiece":
