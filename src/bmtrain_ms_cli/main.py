@@ -53,6 +53,9 @@ def _run(argv: Sequence[str] | None) -> int:
         warnings.showwarning = _say
         try:
             return _COMMANDS[arguments.command].run(arguments)
+        except MemoryError as error:
+            sys.stderr.write(f"bmtrain-ms: memory has no room for what was asked for. {error}\n")
+            return 2
         except _user_errors() as error:
             sys.stderr.write(f"bmtrain-ms: {error}\n")
             return 2

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from bmtrain_ms_cli import data as data_module
@@ -104,3 +105,11 @@ def test_one_who_ignores_interrupts_goes_on_ignoring_them(monkeypatch):
         assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+def test_what_memory_has_no_room_for_is_a_line(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(data_module, "run", lambda arguments: np.empty(1 << 60))
+    assert main(WORDS) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("bmtrain-ms: memory has no room for what was asked for. Unable to allocate 8.00 EiB")
+    assert len(said.splitlines()) == 1

@@ -15,8 +15,10 @@ from mindspore import Tensor, nn
 
 import bmtrain_ms as bms
 from bmtrain_ms.comm import Mesh, RecordingEngine, SingleEngine, World, use_world
+from bmtrain_ms.comm.wrappers import Around
 from bmtrain_ms.compat.autograd import no_grad
 from bmtrain_ms.compat.runtime import from_host, overwrite
+from bmtrain_ms.model_center.layer import RMSNorm
 from bmtrain_ms.zero import context_of
 from tests.helpers.models import WIDTH, Dense, Residual
 
@@ -113,6 +115,47 @@ def test_a_large_reduce_does_not_keep_the_gathers_of_the_next_blocks_waiting(sin
         ]
         sizes = [sum(p.full_size * 4 for p in part.get_parameters()) for part in (model.chain.layers[0], model.head)]
         assert context_of(world).pipeline.meter.peak == sum(sizes)  # in forward; it does not grow
+
+
+class Waiting(Around):
+    """Notes which reduces are issued, and waited for."""
+
+    def __init__(self, inner, events):
+        super().__init__(inner)
+        self.events = events
+
+    def _around(self, op, label, tensors, received, work):
+        if op != REDUCE:
+            return work
+        self.events.append(f"{label}")
+        wait = work.wait
+        work.wait = lambda: (self.events.append(f"wait {label}"), wait())[1]
+        return work
+
+    def _rewrap(self, inner):
+        return Waiting(inner, self.events)
+
+
+@pytest.mark.parametrize("use_checkpoint", [True, False])
+def test_reduces_stay_in_flight_that_are_little_larger_than_the_largest(single_world, use_checkpoint):
+    class Headed(nn.Cell):
+        def __init__(self):
+            super().__init__()
+            self.layers = bms.TransformerBlockList(bms.Block(Residual(), use_checkpoint) for _ in range(4))
+            self.norm, self.head = RMSNorm(WIDTH), bms.nn.Linear(WIDTH, 5 * WIDTH, bias=False)
+
+        def construct(self, x):
+            return (self.head(self.norm(self.layers(x))) ** 2).mean()
+
+    events = []
+    with use_world(World(Waiting(SingleEngine(), events), Mesh(1, 0))):
+        model = Headed()
+        one_step(model, x_of())
+        events.clear()
+        one_step(model, x_of())
+    three, two, one, zero = (f"layers.{i}" for i in (3, 2, 1, 0))
+    first = ["head.weight", "norm.weight", three, "wait head.weight", two, one, zero]  # 245, 7 and three times 84 parameters
+    assert events == [*first, "wait norm.weight", *(f"wait {layer}" for layer in (three, two, one, zero))]
 
 
 def test_zero2_one_gather_and_one_reduce_per_block(single_world):

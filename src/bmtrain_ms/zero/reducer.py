@@ -23,22 +23,26 @@ class Reducer:
     """
 
     def __init__(self) -> None:
-        self._in_flight: list[tuple[Work, list[Parameter]]] = []
+        self._in_flight: list[tuple[Work, list[Parameter], int]] = []  # with the bytes of the group
+        self._largest = 0  # group that was reduced
         self._arrived: dict[int, Tensor] = {}  # id of parameter -> sum of what came for it in this pass
 
     def reduce(self, group: ParamGroup, indices: Sequence[int], grads: Sequence[Tensor]) -> list[Tensor]:
         """Start reducing full gradients to shards of their mean; what autograd is told: one shard for each.
 
-        At most one earlier reduce stays in flight, so that full gradients of at most two groups are alive.
+        Earlier ones stay in flight that are together no larger than the largest group and a quarter, so that full gradients of
+        little more than twice that are alive. Of equal Blocks it is one; and nobody waits for an output projection's because a
+        norm's came behind it.
         """
-        for work, _ in self._in_flight:
+        for work, _, _ in self._in_flight:
             work.start_next_part()
-        self.finish(keep=1)
+        self._largest = max(self._largest, group.full_nbytes)
+        self.finish(keep=self._largest * 5 // 4)
         params = [group.params[i] for i in indices]
         work = group.reduce(indices, grads)
         if any(p.has_hooks for p in params):
             return work.wait()
-        self._in_flight.append((work, params))
+        self._in_flight.append((work, params, group.full_nbytes))
         return group.told(indices)
 
     def add(self, p: Parameter, grad: Tensor) -> None:
@@ -51,10 +55,10 @@ class Reducer:
         before = self._arrived.get(id(p))
         self._arrived[id(p)] = grad if before is None else add_(before, grad)
 
-    def finish(self, keep: int = 0) -> None:
-        """Wait for all but the `keep` latest reduces."""
-        while len(self._in_flight) > keep:
-            work, params = self._in_flight.pop(0)
+    def finish(self, keep: int = -1) -> None:
+        """Wait for all reduces, but for the latest ones, of at most `keep` bytes together."""
+        while self._in_flight and sum(nbytes for _, _, nbytes in self._in_flight) > keep:
+            work, params, _ = self._in_flight.pop(0)
             for p, grad in zip(params, work.wait()):
                 self.add(p, grad)
 
