@@ -108,8 +108,8 @@ def test_one_who_ignores_interrupts_goes_on_ignoring_them(monkeypatch):
 
 
 def test_what_memory_has_no_room_for_is_a_line(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(data_module, "run", lambda arguments: np.empty(1 << 60))
+    monkeypatch.setattr(data_module, "run", lambda arguments: np.empty(1 << 57))
     assert main(WORDS) == 2
     said = capsys.readouterr().err
-    assert said.startswith("bmtrain-ms: memory has no room for what was asked for. Unable to allocate 8.00 EiB")
+    assert said.startswith("bmtrain-ms: memory has no room for what was asked for. Unable to allocate 1.00 EiB")
     assert len(said.splitlines()) == 1
