@@ -157,8 +157,8 @@ def test_collectives_of_a_step(run_ranks: Callable[..., list[Any]], on_two_ranks
                 *((gather, n) for n in names),
                 (gather, "layers.2"),
                 (gather, "layers.1"),
-                (reduce, "layers.2"),
                 (gather, "layers.0"),
+                (reduce, "layers.2"),
                 (reduce, "layers.1"),
                 (reduce, "layers.0"),
             ]
