@@ -260,8 +260,9 @@ def test_killed_and_started_again(tmp_path, when):
     assert file.documents == 3000 and file.read(2999).tolist() == many(3000)[-1]
 
 
-def test_a_worker_that_is_killed(tmp_path, small_pieces):
-    """The others end, what is done is kept, and the message says so."""
+@pytest.mark.parametrize("every", [False, True])
+def test_a_worker_that_is_killed(tmp_path, small_pieces, every):
+    """The others end, what is done is kept, and the message says so; also where who has just reported is gone already."""
     path = numbers(tmp_path / "x.jsonl", many(2000))
     options = PrepareOptions([path], str(tmp_path / "x"), NULL, workers=2)
 
@@ -269,7 +270,10 @@ def test_a_worker_that_is_killed(tmp_path, small_pieces):
         for child in Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text().split():
             if b"data.pieces" in Path(f"/proc/{child}/cmdline").read_bytes():
                 os.kill(int(child), signal.SIGKILL)
-                return
+                while Path(f"/proc/{child}/stat").read_text().rsplit(") ", 1)[1][0] not in "ZX":
+                    time.sleep(0.001)
+                if not every:
+                    return
 
     with pytest.raises(PrepareError, match=r"a worker ended with code -9; what is done is kept: run it again"):
         prepare(options, kill)

@@ -304,11 +304,12 @@ def _share(folder: Path, waiting: list[int], workers: int, tell: Callable[[dict[
             if not told or told.get("done"):
                 number = next(left, None)
                 stdin: Any = started[which].stdin
-                if number is None:
-                    stdin.close()
-                else:
-                    stdin.write(f"{number}\n")
-                    stdin.flush()
+                with contextlib.suppress(BrokenPipeError):  # it has ended since, which comes behind all that it has said
+                    if number is None:
+                        stdin.close()
+                    else:
+                        stdin.write(f"{number}\n")
+                        stdin.flush()
     finally:
         for process in started:
             process.kill()
