@@ -12,9 +12,8 @@ FACTORS = (0.5, 1.0, 2.0)
 LIMIT = 1.05
 CAUSE = (
     "Where communication is half of computation the bound, computation alone, cannot be reached: the first gather and the last "
-    "reduce stay. What is left beside them has one cause: the output projection, as large as 2.7 blocks. Its gather takes longer "
-    "than the blocks before it compute, and its reduce goes out before the gathers of the backward pass, over one link, first in, "
-    "first out."
+    "reduce stay. What is left beside them has one cause: the output projection, as large as 2.7 blocks, whose gather begins when "
+    "the block before it computes, and takes longer."
 )
 
 
