@@ -155,7 +155,7 @@ class _Job:
             makers["log.tensorboard: its files cannot be written"] = lambda: TensorBoard(self.out / "tensorboard")
         if log.wandb is not None:
             makers["log.wandb: the run cannot be begun"] = lambda: WandB(str(log.wandb), self.out, settings)
-        made = [self._as_chief(make, what) for what, make in makers.items()]
+        made = (self._as_chief(make, what) for what, make in makers.items())  # each is closed, also where the next one fails
         return [stack.enter_context(contextlib.closing(writer)) for writer in made if writer is not None]
 
     def _trainer(self, task: Pretrain, manager: Any, batches: RunBatches, stop: StopSignals, watchers: list[Any]) -> Trainer:
