@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import functools
 import math
+import mmap
 import os
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from .executor import no_grad
 _TAKES_INTERNAL = hasattr(Tensor.__init__, "__code__") and "internal" in Tensor.__init__.__code__.co_varnames  # 2.5
 _numpy_type: Any = getattr(dtypes, "_dtype_to_nptype", None) or dtypes.dtype_to_nptype  # 2.10 warns of the public one, each time
 _SMALL = 1 << 15  # bytes
+_MAPPED = 1 << 17  # bytes; from here on glibc's malloc maps memory too, until some of it has been freed
 _Result: Any = getattr(_stub_tensor, "StubTensor", ())  # what operations return on 2.5; () is no class, so nothing is one
 _ALWAYS_ADDRESSED = hasattr(Tensor, "untyped_storage")  # 2.10
 _results_addressed = [True]  # until one is seen that is not: what a `bprop` of a user's has made of an array
@@ -239,6 +241,14 @@ def shared_tensor(array: np.ndarray) -> Tensor:
     return tensor
 
 
+def untouched_zeros(length: int, dtype: Any) -> np.ndarray:
+    """(length,) zeros that take no memory until they are written. `np.zeros` takes it where the process has freed memory before."""
+    dtype = numpy_dtype(dtype)
+    if length * dtype.itemsize < _MAPPED:
+        return np.zeros(length, dtype)
+    return np.frombuffer(mmap.mmap(-1, length * dtype.itemsize, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), dtype)
+
+
 def zeros(length: int, dtype: Any) -> Tensor:
     """(length,) zeros, the same tensor each time: for those who only read. On CPU they take no memory, as nobody writes them."""
     return _zeros(length, dtype, on_host())
@@ -249,7 +259,7 @@ def _zeros(length: int, dtype: Any, host: bool) -> Tensor:
     if not host:
         return ops.zeros((length,), dtype)
     with no_grad():
-        return addressed(from_host(np.zeros(length, numpy_dtype(dtype))))
+        return addressed(from_host(untouched_zeros(length, dtype)))
 
 
 @functools.cache

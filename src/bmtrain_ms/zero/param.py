@@ -19,7 +19,7 @@ from ..comm import world as current_world
 from ..compat.autograd import custom_op, recording
 from ..compat.habits import sharded_types
 from ..compat.parameter import adopt
-from ..compat.runtime import Values, from_host, host_array, is_float, numpy_dtype
+from ..compat.runtime import Values, from_host, host_array, is_float, numpy_dtype, untouched_zeros
 from .context import context_of
 from .group import ParamGroup
 from .pipeline import Phase
@@ -97,7 +97,7 @@ class DistributedParameter(Parameter):
             raise TypeError(f"DistributedParameter takes a tensor, an array or bmtrain_ms.empty(...), not {type(data).__name__}")
         cut = _Cut.of(data.shape, in_world or current_world(), tp_mode, tp_split_dim, tp_parts)
         length = _layout_of(data.shape, in_world or current_world(), along, cut, ep_split).length
-        return adopt(cls, from_host(np.zeros(length, numpy_dtype(_dtype_of(data)))))
+        return adopt(cls, from_host(untouched_zeros(length, _dtype_of(data))))
 
     def __init__(
         self,
