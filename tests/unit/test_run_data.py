@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
 import warnings
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import pytest
 
 from bmtrain_ms_base.data import DataError, run_data
 from bmtrain_ms_base.data.run_data import RunText
+from bmtrain_ms_base.data.tokenizing import read_config
 from bmtrain_ms_cli import pretrain
 from bmtrain_ms_cli.main import main
 
@@ -117,6 +119,33 @@ def test_a_template_that_has_changed_is_refused(tmp_path: Path, talks: RunText) 
     template.write_text(template.read_text().replace("<", "["))
     os.utime(template, ns=(1, 1))
     assert "another data.template than now" in refused(tmp_path, what)
+
+
+@pytest.mark.parametrize("change", ["template", "a token that it asks for", "a token that it does not ask for"])
+def test_the_tokenizer_s_own_template_has_changed(tmp_path: Path, talks: RunText, change: str) -> None:
+    make(tmp_path, talks)
+    folder = tmp_path / "tokenizer"
+    os.rename(tmp_path / "out" / "tokenizer", folder)
+    shutil.rmtree(tmp_path / "out" / "data")
+    config = {**read_config(str(folder)), "chat_template": "{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    what = dataclasses.replace(talks, tokenizer=str(folder), template=None)
+    make(tmp_path, what)
+    assert make(tmp_path, what) == []
+    if change == "template":
+        (folder / "chat_template.jinja").write_text("{% for m in messages %}[{{ m.content }}{{ eos_token }}{% endfor %}")
+    else:
+        config["eos_token" if "it asks" in change else "unk_token"] = "<another>"
+        (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    if "does not" in change:
+        assert make(tmp_path, what) == []
+    else:
+        assert "data.template" in refused(tmp_path, what)
+
+
+def test_a_template_that_is_not_there(tmp_path: Path, talks: RunText) -> None:
+    said = refused(tmp_path, dataclasses.replace(talks, template="other"))
+    assert said == "there is no chat template other: data.template takes chatml, alpaca, or a file"
 
 
 def test_notes_of_earlier_releases_are_read(tmp_path: Path, what: RunText, text: Path) -> None:

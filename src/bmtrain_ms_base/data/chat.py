@@ -7,6 +7,8 @@ import os
 from dataclasses import dataclass
 from typing import Any, Mapping, Sequence
 
+import xxhash
+
 from .extras import DataError, needed
 from .rows import MISSING, Problem
 
@@ -101,6 +103,9 @@ class ChatTemplate:
         text: the template.
         tokens: `bos_token` and what else it asks for.
 
+    Attributes:
+        digest: of the template, and of the tokens that it asks for.
+
     Raises:
         DataError: it is none.
         MissingLibraryError: jinja2 is not installed.
@@ -121,6 +126,9 @@ class ChatTemplate:
         except self._errors as error:
             raise DataError(f"the chat template cannot be read: {error}") from error
         self._tokens = {"bos_token": "", "eos_token": "", **{k: v for k, v in tokens.items() if isinstance(v, str)}}
+        asked = needed("jinja2.meta", "a chat template").find_undeclared_variables(environment.parse(plain))
+        used = {name: self._tokens[name] for name in sorted(asked & self._tokens.keys())}
+        self.digest = xxhash.xxh3_128_hexdigest(json.dumps([text, used]).encode())
 
     def _refuse(self, message: str) -> None:
         raise self._errors(message)

@@ -12,12 +12,13 @@ from typing import Any, Callable, Sequence
 
 import xxhash
 
+from .chat import TEMPLATES, load_template
 from .extras import DataError, read_note
 from .instructions import OUTPUTS
 from .new_tokenizer import train_folder
 from .prepare import Prepared, PrepareOptions, Progress, prepare
 from .sources import find_sources
-from .tokenizing import load_tokenizer
+from .tokenizing import load_tokenizer, read_config
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ def run_data(out: Path, what: RunText, say: Callable[[str], None], report: Calla
     note, prefix = folder / "made_of.json", str(folder / "tokens")
     names = [f"{prefix}_{output}_document" for output in (OUTPUTS if what.handler else (what.key,))]
     there = all(os.path.exists(name + end) for name in names for end in (".idx", ".bin", ".json"))
-    how = {"data.template": _template(what), "data.length": what.length if what.handler else None}
+    how = {"data.template": _template(what, tokenizer), "data.length": what.length if what.handler else None}
     wanted = {**asked, **how, "tokenizer": load_tokenizer(tokenizer).digest}
     if note.exists():
         _compare(note, wanted, say)
@@ -117,10 +118,13 @@ def _asked(what: RunText) -> dict[str, Any]:
     return {"data.text": [[*file, os.stat(file[0]).st_mtime_ns] for file in files], "data.key": key, "data.handler": what.handler}
 
 
-def _template(what: RunText) -> Any:
-    """Its name, and, of a file, what is in it."""
-    path = what.template
-    return [path, _digest(path, os.stat(path).st_mtime_ns)] if path is not None and os.path.isfile(path) else path
+def _template(what: RunText, tokenizer: str) -> str | None:
+    """What tells whether conversations would become the same text: a digest of their chat template, chosen or the tokenizer's."""
+    if what.handler is None:
+        return None
+    folder = tokenizer if os.path.isdir(tokenizer) else os.path.dirname(tokenizer)
+    advice = f"data.template takes {', '.join(TEMPLATES)}, or a file"
+    return load_template(what.template, folder, read_config(folder), advice).digest
 
 
 @functools.cache
