@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+import sys
 import time
+from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any, Callable
 
@@ -115,28 +118,77 @@ class Utilisation:
             record["mfu"] = round(rate / self._peak, 4)
 
 
-class TensorBoard:
+class Board(ABC):
+    """Where rank 0 shows each step's numbers.
+
+    Once it is made it never raises: a training that goes well is worth more than its figures. What fails is told once, later steps
+    are tried again, and in the end it says how many are missing.
+    """
+
+    def __init__(self, name: str):
+        self._name = name
+        self._failed = 0  # steps
+
+    @abstractmethod
+    def _show(self, step: int, numbers: list[tuple[str, float]]) -> None: ...
+
+    @abstractmethod
+    def _end(self) -> None: ...
+
+    def __call__(self, record: Record) -> None:
+        """Show what is a number."""
+        try:
+            self._show(record["step"], _numbers(record))
+        except Exception as error:  # they have many kinds
+            if not self._failed:
+                sys.stderr.write(
+                    f"WARNING: {self._name} cannot be written since step {record['step']}: {_in_a_line(error)}. Training goes on, "
+                    "and later steps are tried again; the log has all of them\n"
+                )
+            self._failed += 1
+
+    def close(self) -> None:
+        """Write what waits."""
+        try:
+            self._end()
+        except Exception as error:
+            sys.stderr.write(f"WARNING: the last steps may be missing in {self._name}: {_in_a_line(error)}; the log has them\n")
+        if self._failed:
+            sys.stderr.write(f"WARNING: {self._failed} step(s) or more are missing in {self._name}; the log has them\n")
+
+
+class TensorBoard(Board):
     """Writes each step's numbers for TensorBoard; rank 0 has one.
 
     Raises:
         MissingLibraryError: it is not installed.
+        OSError: the folder cannot be written.
     """
 
     def __init__(self, folder: Path):
+        super().__init__("TensorBoard's files")
         writer: Callable[..., Any] = needed("tensorboard.summary", "log.tensorboard", "log").Writer
-        self._writer = writer(str(folder))
+        self._made: Callable[[], Any] = lambda: writer(str(folder))
+        self._writer = self._made()
 
-    def __call__(self, record: Record) -> None:
-        """Write what is a number."""
-        for name, value in _numbers(record):
-            self._writer.add_scalar(name, np.float32(value), record["step"])
+    def _show(self, step: int, numbers: list[tuple[str, float]]) -> None:
+        if self._writer is None:
+            self._writer = self._made()  # another file, which TensorBoard reads, too
+        try:
+            for name, value in numbers:
+                self._writer.add_scalar(name, np.float32(value), step)
+        except Exception:  # its thread has ended, and writes no more
+            with contextlib.suppress(Exception):
+                self._writer.close()
+            self._writer = None
+            raise
 
-    def close(self) -> None:
-        """Write what waits."""
-        self._writer.close()
+    def _end(self) -> None:
+        if self._writer is not None:
+            self._writer.close()
 
 
-class WandB:
+class WandB(Board):
     """Sends each step's numbers to Weights & Biases, or, with `WANDB_MODE=offline`, keeps them in the folder; rank 0 has one.
 
     Raises:
@@ -145,22 +197,24 @@ class WandB:
     """
 
     def __init__(self, project: str, folder: Path, settings: dict[str, Any]):
+        super().__init__("Weights & Biases")
         folder.mkdir(parents=True, exist_ok=True)
         wandb = needed("wandb", "log.wandb", "log")
         run_id = _run_id(folder)
         try:
             self._run = wandb.init(project=project, dir=str(folder), config=settings, id=run_id, resume="allow")
         except Exception as error:  # it has many kinds
-            said = " ".join(str(error).split()).rstrip(".")
-            raise DataError(f"log.wandb: {said}; log in with wandb login, or set WANDB_MODE=offline") from error
+            raise DataError(f"log.wandb: {_in_a_line(error)}; log in with wandb login, or set WANDB_MODE=offline") from error
 
-    def __call__(self, record: Record) -> None:
-        """Send what is a number."""
-        self._run.log(dict(_numbers(record)), step=record["step"])
+    def _show(self, step: int, numbers: list[tuple[str, float]]) -> None:
+        self._run.log(dict(numbers), step=step)
 
-    def close(self) -> None:
-        """Send what waits."""
+    def _end(self) -> None:
         self._run.finish()
+
+
+def _in_a_line(error: Exception) -> str:
+    return " ".join(str(error).split()).rstrip(".") or type(error).__name__
 
 
 def _run_id(folder: Path) -> str:
