@@ -338,6 +338,35 @@ def test_available_memory(monkeypatch, tmp_path):
     assert memory.available_memory() == 5120
 
 
+@pytest.mark.parametrize(
+    ("version", "path", "limit", "used", "cached", "free"),
+    [
+        (2, "/job/step", 9000, 6000, 500, 3500),
+        (2, "/job/step", 9000, 9500, 0, 0),
+        (2, "/job/step", "max", 6000, 0, 1 << 20),
+        (2, "/../elsewhere", 9000, 6000, 0, 1 << 20),
+        (2, "/", 9000, 6000, 0, 3000),
+        (1, "/job/step", 9000, 6000, 500, 3500),
+        (1, "/job/step", 9223372036854771712, 6000, 0, 1 << 20),
+    ],
+)
+@pytest.mark.parametrize("around", [False, True], ids=["own group", "the one around"])
+def test_available_memory_of_a_container(monkeypatch, tmp_path, version, path, limit, used, cached, free, around):
+    monkeypatch.setattr(memory, "Path", lambda name: tmp_path / name.lstrip("/"))
+    (tmp_path / "proc" / "self").mkdir(parents=True)
+    (tmp_path / "proc" / "meminfo").write_text("MemAvailable:    1024 kB\n")
+    (tmp_path / "proc" / "self" / "cgroup").write_text(f"7:pids:/\n{'0:' if version == 2 else '4:memory'}:{path}\n")
+    folder = tmp_path / "sys" / "fs" / "cgroup" / ("" if version == 2 else "memory")
+    folder /= path.lstrip("/") if ".." not in path else "not seen"
+    folder = folder.parent if around and path == "/job/step" else folder
+    folder.mkdir(parents=True)
+    names = ["memory.max", "memory.current"] if version == 2 else ["memory.limit_in_bytes", "memory.usage_in_bytes"]
+    for name, value in zip(names, (limit, used)):
+        (folder / name).write_text(f"{value}\n")
+    (folder / "memory.stat").write_text(f"anon 5\n{'' if version == 2 else 'total_'}inactive_file {cached}\n")
+    assert memory.available_memory() == free
+
+
 def provided(array: np.ndarray) -> bool:
     """Whether the system has given memory to all whole pages of an array; it is promised first, and given when it is touched."""
     page, start = mmap.PAGESIZE, array.ctypes.data

@@ -76,11 +76,11 @@ def test_a_longer_schedule_is_used_and_told(capsys):
     told = capsys.readouterr().err
     assert "Cosine: start_lr 0.2 (saved: 0.1)" in told and "Cosine: end_iter 100 (saved: 4)" in told
     assert told.startswith("WARNING: this run has other settings than the one that saved, and uses its own: ")
-    assert told.endswith("Load with keep='saved' for the others\n") and told.count("\n") == 1
+    assert told.endswith("A script that wants the others loads with keep='saved'\n") and told.count("\n") == 1
     as_saved = Run(cosine(0.2, end=100)).resumed(saved.state(), keep="saved")
     assert as_saved.rates == [0.0, 0.0] and as_saved.schedule.end_iter == 4
     assert (
-        "and uses the saved ones: Cosine: start_lr 0.2 (saved: 0.1); Cosine: end_iter 100 (saved: 4). Load"
+        "and uses the saved ones: Cosine: start_lr 0.2 (saved: 0.1); Cosine: end_iter 100 (saved: 4). A script"
         in capsys.readouterr().err
     )
     other = Run(cosine(0.2, end=100))
@@ -171,7 +171,7 @@ def test_what_a_schedule_counts_is_no_setting(old, capsys):
         del state["optimizers"][0]["made"]
     again = Run(lambda o: Plateau(o, 0.1, patience=4)).resumed(state)
     assert (again.schedule.bad, again.schedule.patience) == (7, 4)
-    assert "Plateau: patience 4 (saved: 3). Load" in capsys.readouterr().err
+    assert "Plateau: patience 4 (saved: 3). A script" in capsys.readouterr().err
 
 
 def test_every_schedule_s_own_settings(capsys):

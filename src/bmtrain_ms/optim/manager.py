@@ -375,7 +375,7 @@ class OptimManager:
             whose, other = ("its own", "saved") if keep == "own" else ("the saved ones", "own")
             sys.stderr.write(
                 f"WARNING: this run has other settings than the one that saved, and uses {whose}: {'; '.join(used)}. "
-                f"Load with keep='{other}' for the others\n"
+                f"A script that wants the others loads with keep='{other}'\n"
             )
         if self._world.everyone.rank == 0 and replaced:
             sys.stderr.write(
