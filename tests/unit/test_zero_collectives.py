@@ -234,7 +234,7 @@ def test_resident_memory_of_gathered_blocks_is_bounded(single_world, use_checkpo
         run(x)
         before = resident()
         run(x)
-        assert seen[-1] - before < 2.5 * 8  # one block gathered, and slack; eight would be 64
+        assert seen[-1] - before < 4 * 8  # one block gathered, and slack; eight would be 64
 
 
 def test_changed_order_is_noticed_and_costs_only_a_gather(single_world):
