@@ -75,7 +75,8 @@ class Draws:
     """Numbers what happens in forward passes, so that recomputation can repeat it: random draws, and records of `inspect`.
 
     A draw's key is (seed, step, number of the draw within the step), the same on every rank: which elements of it a rank draws is
-    up to who draws.
+    up to who draws. Passes whose gradient nobody takes number theirs `apart`: an evaluation between two passes of training, of
+    however many passes on this layout, changes nothing of what these draw.
 
     Attributes:
         step: steps made so far, without those that were skipped: so the next one draws what a run would that never saw it.
@@ -88,12 +89,13 @@ class Draws:
     def __init__(self, seed: int):
         self._seed = seed
         self.step, self.count, self.records, self.replaying = 0, 0, 0, False
+        self._apart, self._counts_apart = False, 0
         self.part: tuple[int, int, int] | None = None
 
     def next_step(self, made: bool) -> None:
         """Count a step, if it was made, and number from 0: a resumed run repeats the numbers."""
         self.step += made
-        self.count = 0
+        self.count = self._counts_apart = 0
 
     @contextlib.contextmanager
     def replay(self, start: tuple[int, int]) -> Iterator[None]:
@@ -104,6 +106,18 @@ class Draws:
             yield
         finally:
             self.count, self.records, self.replaying = before
+
+    @contextlib.contextmanager
+    def apart(self) -> Iterator[None]:
+        """Inside the `with` statement draws are those of a pass whose gradient nobody takes, and count by themselves."""
+        if self._apart:
+            yield
+            return
+        before, self.count, self._apart = self.count, self._counts_apart, True
+        try:
+            yield
+        finally:
+            self._counts_apart, self.count, self._apart = self.count, before, False
 
     @contextlib.contextmanager
     def among(self, part: tuple[int, int, int] | None) -> Iterator[None]:
@@ -131,4 +145,4 @@ class Draws:
     def next_key(self) -> np.ndarray:
         """The key of the next draw."""
         self.count += 1
-        return key_of(self._seed, "draw", self.step, self.count)
+        return key_of(self._seed, "draw apart" if self._apart else "draw", self.step, self.count)

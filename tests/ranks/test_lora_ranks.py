@@ -172,7 +172,10 @@ def test_what_some_stages_do_not_have_is_frozen_and_adapted(run_ranks: Any, stag
 
 
 def dropped(world: World, case: Case, late: bool) -> list[float]:
-    """Losses and norms of two steps of two passes each, with a dropout in front of adapters, the head's too."""
+    """Losses and norms of two steps of two passes each, with a dropout in front of adapters, the head's too.
+
+    What is evaluated in between, on each layout another number of passes, changes nothing of what is drawn.
+    """
     with use_world(case.world(world)) as here:
         model, found = Llama(LlamaConfig(**SIZES, num_heads_kv=2)), []
         if late:
@@ -189,6 +192,8 @@ def dropped(world: World, case: Case, late: bool) -> list[float]:
             for number in range(2):
                 loss = manager.backward(model.loss, *batch_of(2 * step + number, here.mesh.dp_rank, case.dp))
                 found.append(bms.sum_loss(loss).asnumpy().item())
+                for _ in range(here.everyone.size - 1):
+                    model.loss(*batch_of(8, here.mesh.dp_rank, case.dp))
             found.append(manager.clip_grad_norm(optimizer.param_groups, 1.0))
             manager.step()
         found.append(bms.sum_loss(model.loss(*batch_of(9, here.mesh.dp_rank, case.dp))).asnumpy().item())

@@ -10,6 +10,7 @@ from mindspore import Tensor, nn
 import bmtrain_ms as bms
 from bmtrain_ms.model_center.layer import RotaryEmbedding
 from bmtrain_ms.nn import projections
+from bmtrain_ms.zero import context_of
 from tests.unit.test_ops import assert_close, layer_norm, numbers, rms_norm, turned
 
 pytestmark = pytest.mark.usefixtures("single_world")
@@ -131,6 +132,25 @@ def test_dropout_is_the_identity_in_evaluation_and_at_zero():
 def test_dropout_range(p):
     with pytest.raises(ValueError, match=rf"dropout probability must be in \[0, 1\), not {p}"):
         bms.nn.Dropout(p)
+
+
+@pytest.mark.parametrize("use_checkpoint", [True, False])
+def test_passes_whose_gradient_nobody_takes_draw_apart(single_world, use_checkpoint: bool):
+    """However many there are between two passes of training, and they differ from each other."""
+    x = Tensor(numbers(3, 16))
+
+    def losses(evaluations: int) -> tuple[list[float], list[float]]:
+        model = bms.Block(Dropped(), use_checkpoint).set_train(True)
+        bms.init_parameters(model)
+        context_of(single_world).draws.next_step(made=False)
+        step, trained, evaluated = ms.value_and_grad(lambda x: model(x).sum(), None, model.trainable_params()), [], []
+        for _ in range(3):
+            trained.append(step(x)[0].asnumpy().item())
+            evaluated += [model(x).sum().asnumpy().item() for _ in range(evaluations)]
+        return trained, evaluated
+
+    (alone, _), (trained, evaluated) = losses(0), losses(2)
+    assert trained == alone and len({*trained, *evaluated}) == 9
 
 
 @BOTH

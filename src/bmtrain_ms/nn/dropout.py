@@ -20,7 +20,8 @@ class Dropout(nn.Cell):
     The mask is drawn from a counter-based generator keyed by the run's seed, the step (skipped ones do not count), the number of
     the draw in the step, and the element's position in the batch of all ranks that read rows of their own, whose parts are to be
     equally large. So any number of them, a recomputed forward pass, and a resumed run draw the same mask; MindSpore's own dropout
-    does none of that on CPU. Tensor-parallel ranks draw alike: for what each has all of.
+    does none of that on CPU. Passes whose gradient nobody takes draw other masks, and do not change what training draws.
+    Tensor-parallel ranks draw alike: for what each has all of.
 
     Raises:
         ValueError: p is not in [0, 1).
@@ -50,7 +51,8 @@ class ReplayingDropout(nn.Dropout):
 
 def _drop(x: Tensor, p: float) -> Tensor:
     context = context_of(current_world())
-    key = context.draws.next_key()
+    with context.drawing():
+        key = context.draws.next_key()
     size = int(np.prod(x.shape))
     start = context.draws.place(context.data_rank, size)
     mask = np.empty(size, numpy_dtype(x.dtype))

@@ -100,7 +100,7 @@ class PipelineTransformerBlockList(TransformerBlockList):
         related = _related(hidden[0], others, batch_related)
         context = context_of(self._world)
         route = Route(pipe, hidden, number, context.reducer.finish)
-        with self._undisturbed(), self._held():
+        with self._undisturbed(), self._held(), context.drawing():
             tokens = []
             for key in related:
                 others[key], token = route.gather(others[key])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from typing import Any, Callable, Sequence
 
@@ -109,7 +110,9 @@ class Run:
         asked = params or {}
         self._weights = {s: [p for p in s.parameters() if id(p) in asked] for chunk in stage.chunks for s in chunk}
         draws = self._context.draws
-        self._first_draw = (draws.count // SPAN + 1) * SPAN
+        self._drawing = draws.apart if params is None else contextlib.nullcontext
+        with self._drawing():
+            self._first_draw = (draws.count // SPAN + 1) * SPAN
 
     def to_end(self, line: Sequence[Action]) -> None:
         """Do what the line says, in order."""
@@ -125,7 +128,8 @@ class Run:
         for visit in [visit for visits in self.visits.values() for visit in visits]:
             visit.end()
         self._context.pipeline.end_sequence()
-        self._context.draws.count = self._first_draw
+        with self._drawing():
+            self._context.draws.count = self._first_draw
 
     def step(self, action: Action) -> None:
         """Do one action of the line: compute, send or receive."""
@@ -165,7 +169,7 @@ class Run:
         number = (0 if part else action.micro_batch * self._stage._segments) + segment.number
         first = self._first_draw + number * DRAWS
         if self._params is None:
-            with self._context.draws.numbered(first), self._context.draws.among(part):
+            with self._drawing(), self._context.draws.numbered(first), self._context.draws.among(part):
                 return segment.run(hidden, batch)
         visit = Visit(segment, batch, self._weights[segment], self._stage.world, first, part)
         visits.append(visit)

@@ -14,6 +14,7 @@ from ..comm import World, is_initialized
 from ..comm import world as current_world
 from ..compat import autograd
 from ..compat.autograd import Deliver
+from ..compat.executor import differentiated
 from .buffers import BufferPool
 from .passes import Pass
 from .pipeline import GatherPipeline
@@ -81,6 +82,10 @@ class ZeroContext:
             raise
         finally:
             self._passes.pop()
+
+    def drawing(self) -> ContextManager[None]:
+        """Around what may draw random numbers: where nobody takes a gradient they are numbered apart, see `Draws`."""
+        return contextlib.nullcontext() if differentiated() else self.draws.apart()
 
     @contextlib.contextmanager
     def gathers(self, noted: list[Any]) -> Iterator[None]:

@@ -143,11 +143,13 @@ class Encoder(nn.Cell):
             hidden = self.embed(hidden, positions)
         elif self.ranks > 1:
             hidden = positions.with_padding(hidden)[positions.part]
-        draws = context_of(current_world()).draws
-        draws.count = (draws.count // SPAN + 1) * SPAN
-        for number, layer in enumerate(self.layers):
-            draws.count += DRAWS  # as in stages, whichever has the layer
-            with draws.numbered(draws.count):
-                hidden = layer(hidden, positions, None if cache is None else cache.layer(number))
-        draws.count += DRAWS  # the head's
+        context = context_of(current_world())
+        draws = context.draws
+        with context.drawing():
+            draws.count = (draws.count // SPAN + 1) * SPAN
+            for number, layer in enumerate(self.layers):
+                draws.count += DRAWS  # as in stages, whichever has the layer
+                with draws.numbered(draws.count):
+                    hidden = layer(hidden, positions, None if cache is None else cache.layer(number))
+            draws.count += DRAWS  # the head's
         return self.norm(hidden)
