@@ -46,6 +46,8 @@ def updates(sizes: list[int], low: Any, seed: int = 0) -> list[Update]:
     for i, size in enumerate(sizes):
         p, m, v, grad = (numbers(size, seed=4 * (seed + i) + k) for k in range(4))
         copy = None if low is None else np.zeros(size, numpy_dtype(low))
+        if copy is not None:
+            round_to(p, copy)
         made.append(Update(p, m, v * v, grad, copy, Coefficients.of(GROUP, 3, 0.5)))
     return made
 

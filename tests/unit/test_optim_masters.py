@@ -1,15 +1,15 @@
-"""Float32 masters of parameters that others change: by loading, before the first step or later."""
+"""Float32 masters of parameters that others change: by loading, in place, before the first step or later."""
 
 from __future__ import annotations
 
 import mindspore as ms
 import numpy as np
 import pytest
-from mindspore import Parameter, Tensor
+from mindspore import Parameter, Tensor, ops
 
 import bmtrain_ms as bms
 from bmtrain_ms.compat.device import Device
-from bmtrain_ms.compat.runtime import from_host, numpy_dtype, overwrite
+from bmtrain_ms.compat.runtime import from_host, numpy_dtype, overwrite, writable_array
 from bmtrain_ms.optim import AdamOffloadOptimizer, AdamOptimizer
 from bmtrain_ms.optim.offload import Transfer
 from tests.helpers.optim import DTYPES
@@ -47,10 +47,26 @@ def put(p: Parameter, values: np.ndarray) -> None:
     p.copy_full(values) if isinstance(p, bms.DistributedParameter) else p.set_data(Tensor(values))
 
 
+def assign(p: Parameter, values: np.ndarray) -> None:
+    if p.dtype == ms.bfloat16:  # which MindSpore cannot assign on CPU
+        overwrite(p, from_host(values))
+    else:
+        ops.assign(p, Tensor(values))
+
+
+def write(p: Parameter, values: np.ndarray) -> None:
+    """Into its memory, one element after the other."""
+    memory = writable_array(p)
+    assert memory is not None
+    for i, x in enumerate(values):
+        memory.reshape(-1)[i] = x
+
+
+@pytest.mark.parametrize("put", [put, assign, write], ids=["loaded", "assigned", "written"])
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("kind", LOADED)
 @EVERY_DTYPE
-def test_a_parameter_that_is_loaded_after_a_step_is_not_undone(monkeypatch, dtype, kind, place):
+def test_a_parameter_that_is_written_after_a_step_is_not_undone(monkeypatch, dtype, kind, place, put):
     """Only its second element is other than before: the first keeps the bits of its master."""
     p = LOADED[kind](np.array([1.0, 2.0, 3.0], np.float32).astype(numpy_dtype(dtype)))
     optimizer = PLACES[place]([p], monkeypatch)

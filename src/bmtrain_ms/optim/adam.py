@@ -13,8 +13,8 @@ from bmtrain_ms_base.checks import number
 from ..compat.device import on_host
 from ..compat.runtime import host_array, is_at, kept_on_host, numpy_dtype, values, writable_array
 from .base import ParamState, ShardOptimizer
-from .host_adam import Workers, apply_updates, as_integers, round_to
-from .update import Coefficients, Delta, Update
+from .host_adam import Workers, apply_updates, follow
+from .update import CHUNK, Coefficients, Delta, Update
 
 _LARGEST = 2.0**127  # what float32 can hold
 
@@ -138,15 +138,26 @@ class HostState(ParamState):
             named["master"] = kept_on_host(self._master_of())
         return named
 
-    def prepare(self, group: dict[str, Any], grad: np.ndarray, scale: float, delta: Delta | None = None) -> Update:
-        """Count a step and say what is to be computed."""
+    def prepare(
+        self, group: dict[str, Any], grad: np.ndarray, scale: float, delta: Delta | None = None, now: np.ndarray | None = None
+    ) -> Update:
+        """Count a step and say what is to be computed.
+
+        Args:
+            now: what the parameter is, where its memory is not shared.
+        """
         self.step += 1
-        m, v = (x.reshape(-1) for x in self._moments)
-        p = self._master_of().reshape(-1) if self._has_master else self._memory()
-        low = None
-        if self._p.dtype != ms.float32:
-            low = self._memory() if self._staged is None else self._staged.reshape(-1)
-        return Update(p, m, v, grad.reshape(-1), low, Coefficients.of(group, self.step, scale), delta)
+        m, v, master = (x.reshape(-1) for x in (*self._moments, self._master))
+        low = self._p.dtype != ms.float32
+        memory = now if now is not None else self._memory()
+        if self._has_master and not (low and self._master_made):
+            master[...] = memory
+            self._master_made = True
+        if self._staged is not None:
+            memory = self._staged.reshape(-1)
+            memory[...] = now
+        coefficients = Coefficients.of(group, self.step, scale)
+        return Update(master if self._has_master else memory, m, v, grad.reshape(-1), memory if low else None, coefficients, delta)
 
     def _memory(self) -> np.ndarray:
         """The parameter's own memory, flat."""
@@ -160,16 +171,15 @@ class HostState(ParamState):
         return memory
 
     def _master_of(self) -> np.ndarray:
-        """The float32 copy. Where the parameter was changed by others since, e.g. loaded, the master follows it; where it still is
-        the master's rounding, as after loading both in any order, the master keeps its bits."""
+        """The float32 copy of a 16-bit parameter, which each step has follow it (`host_adam.follow`); so does this, where it has
+        other memory since, e.g. was loaded."""
         version = getattr(self._p, "replaced", None)
         if not self._master_made:
             self._master[...] = host_array(self._p)
         elif version is None or version != self._master_version:
-            now = host_array(self._p).reshape(-1)
-            expected = np.empty_like(now)
-            round_to(self._master.reshape(-1), expected)
-            np.copyto(self._master.reshape(-1), now, where=as_integers(now) != as_integers(expected), casting="unsafe")
+            now, master = host_array(self._p).reshape(-1), self._master.reshape(-1)
+            for start in range(0, now.size, CHUNK):
+                follow(master[start : start + CHUNK], now[start : start + CHUNK])
         self._master_made, self._master_version = True, version
         return self._master
 
@@ -197,19 +207,23 @@ class DeviceState(ParamState):
         c = Coefficients.of(group, self.step, scale)
         grad = grad if grad.dtype == ms.float32 else grad.astype(ms.float32)
         grad = grad if c.factor == 1.0 else grad * c.factor
-        target = self._p if self._p.dtype == ms.float32 else self._ensure_master()
+        target = self._p if self._p.dtype == ms.float32 else self._ensure_master(look=True)
         decay = (1.0 - c.keep) / c.rate if c.rate else 0.0  # the operation multiplies it with the rate
         self._fused(target, *self._moments, c.rate, c.beta1, c.beta2, c.eps, decay, grad)
         if target is not self._p:
             self._p.set_data(target.astype(self._p.dtype))
             self._master_version = getattr(self._p, "replaced", None)
 
-    def _ensure_master(self) -> Tensor:
-        """The float32 copy, made at the first use; where the parameter was changed, it follows as `HostState._master_of` does."""
+    def _ensure_master(self, look: bool = False) -> Tensor:
+        """The float32 copy, made at the first use; where the parameter was written, it follows (`host_adam.follow`).
+
+        Args:
+            look: at its values; otherwise it is known to be written only where it has other memory.
+        """
         p, version = self._p, getattr(self._p, "replaced", None)
         if self._master is None:
             self._master = p.astype(ms.float32)
-        elif version is None or version != self._master_version:
+        elif look or version is None or version != self._master_version:
             rounded, now = self._master.astype(p.dtype).astype(ms.float32), p.astype(ms.float32)
             ops.assign(self._master, ops.where(rounded == now, self._master, now))
         self._master_version = version

@@ -53,16 +53,16 @@ class Workers:
 
 
 class _Scratch(threading.local):
-    """An array of the largest chunk's size for each thread: what is allocated anew the system provides page by page."""
+    """Memory of the largest chunk's size for each thread: what is allocated anew the system provides page by page."""
 
     def __init__(self) -> None:
         self._wide = np.empty(0, np.float32)
 
-    def of(self, size: int) -> np.ndarray:
-        """An array of so many elements; compiled loops, which write here, do not look."""
+    def of(self, size: int, dtype: Any = np.float32) -> np.ndarray:
+        """An array of so many elements, of 32 bits at most; compiled loops, which write here, do not look."""
         if self._wide.size < size:
             self._wide = np.empty(size, np.float32)
-        return self._wide[:size]
+        return self._wide.view(dtype)[:size]
 
 
 _scratch = _Scratch()
@@ -78,6 +78,8 @@ def _apply(x: Update) -> None:
     from . import kernels
 
     c, grad = x.coefficients, x.grad
+    if x.low is not None:
+        follow(x.p, x.low)
     if grad.dtype != np.float32:
         grad = _widened(grad)
     if x.delta is not None:
@@ -117,6 +119,16 @@ def round_to(source: np.ndarray, out: np.ndarray) -> None:
         kernels.to_bfloat16(as_integers(source), as_integers(out))
     else:
         np.copyto(out, source)
+
+
+def follow(master: np.ndarray, low: np.ndarray) -> None:
+    """Where 16-bit `low` is not the rounding of its float32 `master`, somebody has written it, and the master becomes equal to it;
+    elsewhere, as after loading both in any order, the master keeps its bits. Both flat and equally long."""
+    expected = _scratch.of(low.size, low.dtype)
+    round_to(master, expected)
+    written = as_integers(low) != as_integers(expected)
+    if written.any():
+        np.copyto(master, low, where=written, casting="unsafe")
 
 
 def as_integers(array: np.ndarray) -> np.ndarray:

@@ -23,7 +23,7 @@ from .host_adam import Workers, apply_updates
 from .norms import counts_here
 from .update import Delta
 
-AHEAD = 3  # gradients that are used, have arrived, or are on their way
+AHEAD = 3  # gradients, and parameters, that are used, have arrived, or are on their way
 
 
 class Transfer:
@@ -39,6 +39,10 @@ class Transfer:
         """The values of a gradient, flat, on the host; valid until the optimizer's step has ended."""
         return (values(grad) if self.shares_memory else host_array(grad)).reshape(-1)
 
+    def look(self, p: Parameter) -> np.ndarray:
+        """The values of a parameter, flat, on the host: it may have been written since the last step."""
+        return host_array(p).reshape(-1)
+
     def store(self, p: Parameter, array: np.ndarray) -> None:
         """New values of a parameter; done when it returns."""
         ops.assign(p, from_host(array))
@@ -48,10 +52,10 @@ class AdamOffloadOptimizer(Adam):
     """`AdamOptimizer` with its states, and the arithmetic, on the host (ZeRO-Offload, Ren et al., 2021) (BMTrain:
     `optim.AdamOffloadOptimizer`).
 
-    Gradients come to the host, and parameters go back, while others are computed. Host memory for each element of a 16-bit
-    parameter: master 4, moments 8, the parameter's copy 2 bytes; of a float32 one: copy 4, moments 8. On CPU, where parameters are
-    on the host anyway: 12 and 8. All of it is allocated at construction, and rank 0 says how much. Not counted: the compiler of the
-    loops, 140 MiB for each process, and on a device the three gradients that are on their way.
+    Gradients and parameters come to the host, and parameters go back, while others are computed. Host memory for each element of a
+    16-bit parameter: master 4, moments 8, the parameter's copy 2 bytes; of a float32 one: copy 4, moments 8. On CPU, where
+    parameters are on the host anyway: 12 and 8. All of it is allocated at construction, and rank 0 says how much. Not counted: the
+    compiler of the loops, 140 MiB for each process, and on a device the three gradients and parameters that are on their way.
 
     Args:
         params, lr, betas, eps, weight_decay, hold_steps, maximize: as in `AdamOptimizer`.
@@ -124,14 +128,18 @@ class AdamOffloadOptimizer(Adam):
         later, arriving, leaving = iter(updates), deque(), []
         for group, p, _ in updates:
             while len(arriving) < AHEAD and (coming := next(later, None)):
-                arriving.append(self._to_host.submit(self._transfer.fetch, coming[2]))
+                arriving.append(self._to_host.submit(self._arrive, *coming[1:]))
+            grad, now = arriving.popleft().result()
             state = self._states[id(p)]
-            update = state.prepare(group, arriving.popleft().result(), scale, self._delta_of(p))
+            update = state.prepare(group, grad, scale, self._delta_of(p), now)
             apply_updates([update], self._workers)
             if update.coefficients.rate:  # otherwise the parameter stays, and there are no new values
                 leaving.append(self._to_device.submit(self._transfer.store, p, state.new_values()))
         for future in leaving:
             future.result()
+
+    def _arrive(self, p: Parameter, grad: Tensor) -> tuple[np.ndarray, np.ndarray]:
+        return self._transfer.fetch(grad), self._transfer.look(p)
 
     def _counts(self, p: Parameter) -> bool:
         """Whether deltas of `p` are this rank's to count: those of ranks that store the same elements are equal."""
