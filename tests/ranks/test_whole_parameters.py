@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any, Callable
 
+import mindspore as ms
 import numpy as np
 import pytest
-from mindspore import Tensor, nn
+from mindspore import Parameter, Tensor, experimental, nn, ops
 
 import bmtrain_ms as bms
 from bmtrain_ms.comm import World, use_world
@@ -179,3 +180,40 @@ def native(world: World) -> None:
 
 def test_with_an_optimizer_of_mindspore(run_ranks: Callable[..., list[Any]]):
     run_ranks(2, native)
+
+
+class Biased(bms.DistributedModule):
+    """A sharded weight and a bias that is whole on every rank."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = bms.DistributedParameter(np.random.default_rng(0).normal(size=(6, 5)).astype(np.float32))
+        self.bias = Parameter(Tensor(np.zeros(5, np.float32)), name="bias")
+
+    def construct(self, x: Tensor) -> Tensor:
+        return ops.matmul(x, self.weight) + self.bias
+
+
+def stepped(world: World, kind: str) -> np.ndarray:
+    """The bias after steps of an optimizer of MindSpore's that somebody's own loop calls."""
+    with use_world(recorded(world)) as here:
+        model = Biased()
+        params = list(model.trainable_params())
+        optimizer = {"nn": nn.SGD, "experimental": experimental.optim.SGD}[kind](params, 0.1)
+        step = ms.value_and_grad(lambda x: (model(x) ** 2).mean(), None, params)
+        rows = np.random.default_rng(1).normal(size=(4, 6)).astype(np.float32)
+        for _ in range(3):
+            _, grads = step(Tensor(np.ascontiguousarray(np.split(rows, here.engine.size)[here.engine.rank])))
+            optimizer(grads)
+            bms.optim.end_step()
+        whole = nn.AdaFactor(params, learning_rate=None)
+        with pytest.raises(ValueError, match=r"^AdaFactor needs whole parameters, and .*weight is sharded; use an optimizer that"):
+            whole(grads)
+        return model.bias.asnumpy().copy()
+
+
+@pytest.mark.parametrize("kind", ["nn", "experimental"])
+def test_optimizers_of_mindspore_s_that_are_called_get_means_too(run_ranks: Callable[..., list[Any]], kind: str):
+    (right,) = run_ranks(1, stepped, kind=kind)
+    for found in run_ranks(2, stepped, kind=kind):
+        np.testing.assert_allclose(found, right, rtol=1e-5, atol=1e-7)

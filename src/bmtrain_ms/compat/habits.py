@@ -27,8 +27,10 @@ except ImportError:
 
 sharded_types: list[type] = []  # of parameters; `zero.param` adds its own
 in_use: list[Callable[[], bool]] = []  # whether ranks share a model now; `comm.world` adds its own
+# (an optimizer of MindSpore's, its gradients) -> those that it is to get; `optim.native` adds its own
+before_updates: list[Callable[[Any, Any], Any]] = []
 
-_originals: list[tuple[Any, str, Any]] = []  # (owner, name, MindSpore's own function)
+_originals: list[tuple[Any, str, Any]] = []  # (owner, name, MindSpore's own function, or None: it is inherited)
 
 _OPTIMIZERS = (nn.Optimizer, experimental.optim.Optimizer)
 _JIT = (
@@ -101,16 +103,29 @@ def install() -> None:
         (_serialization, "_update_param", _load_whole),
         (_amp, "_auto_mixed_precision_rewrite", _refuse_rewriting),
         (ms.context, "_set_auto_parallel_context", _refuse_parallel),
+        *((optimizer, "__call__", _update) for optimizer in _OPTIMIZERS),
     ]
     for owner, name, wrapper in wrappers:
-        _originals.append((owner, name, vars(owner)[name]))
+        _originals.append((owner, name, vars(owner).get(name)))
         wrapt.wrap_function_wrapper(owner, name, wrapper)
 
 
 def uninstall() -> None:
     """Put MindSpore's own back; idempotent."""
     while _originals:
-        setattr(*_originals.pop())
+        owner, name, original = _originals.pop()
+        if original is None:  # inherited
+            delattr(owner, name)
+        else:
+            setattr(owner, name, original)
+
+
+def _update(wrapped: Any, optimizer: Any, args: tuple, kwargs: dict) -> Any:
+    """An optimizer of MindSpore's, called by somebody's own loop."""
+    if args:
+        for prepare in before_updates:
+            args = (prepare(optimizer, args[0]), *args[1:])
+    return wrapped(*args, **kwargs)
 
 
 def _unless_shards(wrapped: Any, function: Any, args: tuple, kwargs: dict) -> Any:

@@ -9,9 +9,10 @@ import mindspore as ms
 from mindspore import Parameter, Tensor, nn
 from mindspore.experimental.optim.optimizer import Optimizer as ExperimentalOptimizer
 
+from ..compat.habits import before_updates
 from ..compat.runtime import is_float
 from ..zero import DistributedParameter
-from .base import announce_change
+from .base import announce_change, average_whole
 from .driver import Driver, OtherOptimizer, OtherSchedule, Schedule
 from .rates import group_rates
 from .state import StateTensors, check_arrays, from_arrays, to_arrays
@@ -31,14 +32,7 @@ class NativeOptimizer:
     """
 
     def __init__(self, optimizer: Any):
-        sharded = [p.name for p in optimizer.parameters if isinstance(p, DistributedParameter)]
-        centralised = any(getattr(optimizer, "grad_centralization_flags", ()))
-        if sharded and (isinstance(optimizer, _WHOLE) or centralised):
-            what = "grad_centralization" if centralised else type(optimizer).__name__
-            raise ValueError(
-                f"{what} needs whole parameters, and {sharded[0]} is sharded; use an optimizer that works element by element, as "
-                "bmtrain_ms.optim.AdamOptimizer, nn.Momentum or nn.AdamWeightDecay do"
-            )
+        _refuse_whole(optimizer, [p.name for p in optimizer.parameters if isinstance(p, DistributedParameter)])
         self.optimizer = optimizer
         self._replaced: dict[int, int] = {}  # id of parameter -> its `replaced` at the last step
         low = sorted({str(p.dtype) for p in self.parameters if p.dtype != ms.float32})
@@ -78,7 +72,7 @@ class NativeOptimizer:
             )
         self._replaced = replaced
         announce_change(self.parameters)
-        self.optimizer(tuple(_prepared(grad, p, scale) for p, grad in present))
+        nn.Cell.__call__(self.optimizer, tuple(_prepared(grad, p, scale) for p, grad in present))  # past `_of_all_ranks`
 
     def state_tensors(self) -> StateTensors:
         """Moments and counters, by the names that MindSpore gives them."""
@@ -129,6 +123,35 @@ class NativeOptimizer:
         ):
             raise ValueError(f"the state has the rates {rates!r}, this {mine} needs {len(_rates(self.optimizer))} numbers")
         check_arrays(self.state_tensors(), saved, strict)
+
+
+def _refuse_whole(optimizer: Any, sharded: Sequence[str]) -> None:
+    centralised = any(getattr(optimizer, "grad_centralization_flags", ()))
+    if sharded and (isinstance(optimizer, _WHOLE) or centralised):
+        what = "grad_centralization" if centralised else type(optimizer).__name__
+        raise ValueError(
+            f"{what} needs whole parameters, and {sharded[0]} is sharded; use an optimizer that works element by element, as "
+            "bmtrain_ms.optim.AdamOptimizer, nn.Momentum or nn.AdamWeightDecay do"
+        )
+
+
+def _of_all_ranks(optimizer: Any, grads: Any) -> Any:
+    """The gradients for an optimizer of MindSpore's that somebody calls, where it has sharded parameters: those of parameters that
+    are whole on every rank become means, too.
+
+    Raises:
+        ValueError: it needs whole parameters.
+    """
+    params = list(optimizer.parameters)
+    sharded = [p for p in params if isinstance(p, DistributedParameter)]
+    if not sharded or not isinstance(grads, (tuple, list)) or len(grads) != len(params):
+        return grads
+    _refuse_whole(optimizer, [p.name for p in sharded])
+    announce_change(sharded)
+    return tuple(average_whole(params, list(grads), sharded[0].world))
+
+
+before_updates.append(_of_all_ranks)
 
 
 def _rates(optimizer: Any) -> list[float]:
