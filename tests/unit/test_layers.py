@@ -8,6 +8,7 @@ import pytest
 from mindspore import Tensor, nn
 
 import bmtrain_ms as bms
+from bmtrain_ms.compat.cells import evaluating
 from bmtrain_ms.model_center.layer import RotaryEmbedding
 from bmtrain_ms.nn import projections
 from bmtrain_ms.zero import context_of
@@ -151,6 +152,24 @@ def test_passes_whose_gradient_nobody_takes_draw_apart(single_world, use_checkpo
 
     (alone, _), (trained, evaluated) = losses(0), losses(2)
     assert trained == alone and len({*trained, *evaluated}) == 9
+
+
+@pytest.mark.parametrize("mode", [True, False])
+@pytest.mark.parametrize("wrapped", [True, False])
+def test_after_an_evaluation_each_cell_is_in_the_mode_that_it_was_in(mode: bool, wrapped: bool):
+    model = nn.SequentialCell(bms.Block(Dropped()) if wrapped else Dropped(), Dropped()).set_train(mode)
+    part = model[0]
+    part.before.set_train(not mode)
+
+    def modes() -> list[bool]:
+        inner = [part.inner] if wrapped else []
+        return [cell.training for cell in (model, part, *inner, part.before, part.behind, part.layer, model[1], model[1].before)]
+
+    before = modes()
+    with pytest.raises(ArithmeticError), evaluating(model):
+        assert not any(modes())
+        raise ArithmeticError
+    assert modes() == before and part.before.training is not mode
 
 
 @BOTH

@@ -1,8 +1,9 @@
-"""The tables in which a Cell keeps its parameters and children."""
+"""The tables in which a Cell keeps its parameters and children, and its mode."""
 
 from __future__ import annotations
 
-from typing import Any
+import contextlib
+from typing import Any, Iterator
 
 from mindspore import ParameterTuple, nn
 
@@ -46,3 +47,19 @@ def is_only_construct(cell: nn.Cell) -> bool:
     here or above, no recomputation of MindSpore's, and no `construct` of its own."""
     values = vars(cell)
     return not any(values.get(name) for name in _MORE_THAN_CONSTRUCT)
+
+
+@contextlib.contextmanager
+def evaluating(model: Any) -> Iterator[None]:
+    """Inside the `with` statement the model evaluates; afterwards each of its cells is in the mode that it was in, also where a
+    part of it is never in training (a frozen dropout or statistics)."""
+    training = model.training
+    cells = (cell for _, cell in model.cells_and_names()) if isinstance(model, nn.Cell) else ()
+    others = [cell for cell in cells if cell.training != training]
+    model.set_train(False)
+    try:
+        yield
+    finally:
+        model.set_train(training)
+        for cell in others:
+            cell.add_flags(training=not training)

@@ -20,6 +20,7 @@ from bmtrain_ms_base.memory import resident_memory
 from ..checkpoint import Checkpointer, CheckpointError
 from ..comm import any_rank, gather_json
 from ..comm import world as current_world
+from ..compat.cells import evaluating
 from ..compat.runtime import from_host, host_array
 from ..optim import GradientOverflowError, OptimManager
 from ..zero import context_of
@@ -234,11 +235,8 @@ class Trainer:
             ValueError: there is not one whole window.
             Stopped: a signal came.
         """
-        self.model.set_train(False)
-        try:
+        with evaluating(self.model):
             return mean_loss(self.task.loss, tokens, length, rows, self._world.along("dp"), self._end_if_told)
-        finally:
-            self.model.set_train(True)
 
     def save(self) -> None:
         """Write a checkpoint to go on from, and wait for it.

@@ -18,6 +18,7 @@ from bmtrain_ms_base.data.extras import DataError, needed
 
 from ..checkpoint import Checkpointer
 from ..comm import World, gather_json
+from ..compat.cells import evaluating
 from ..ops.in_place import square_sum
 from ..optim import OptimManager
 from ..zero import context_of
@@ -66,11 +67,8 @@ class Evaluation:
         """Evaluate; all ranks call it."""
         context, model = context_of(self._world), self._task.model
         place = context.data_rank, context.data_ranks
-        model.set_train(False)
-        try:
+        with evaluating(model):
             loss = mean_loss_of(self._task.loss, self._batches, self._count, self._rows, place, self._world.along("dp"))
-        finally:
-            model.set_train(True)
         if self._best is not None and math.isfinite(loss) and loss < min(self.losses.values(), default=math.inf):
             self._best.save(step, {"step": step, "valid_loss": loss})
         self.losses[step] = loss

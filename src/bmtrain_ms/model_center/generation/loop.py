@@ -19,6 +19,7 @@ from ...comm import all_ranks
 from ...comm import world as current_world
 from ...comm.agreement import gather_json
 from ...compat.autograd import no_grad
+from ...compat.cells import evaluating
 from ...compat.runtime import from_host, host_array
 from ...zero import unwritten
 from ..layer import KeyValueCache
@@ -129,13 +130,8 @@ def generate(
     settings = _Settings(max_new_tokens, *limits, num_beams, length_penalty, num_return_sequences, eos_id, stop, seed)
     if on_token is not None and num_beams > 1:
         raise ValueError("on_token has no effect with num_beams: which tokens are kept is known at the end")
-    training = model.training
-    model.set_train(False)
-    try:
-        with unwritten(model) if isinstance(model, nn.Cell) else contextlib.nullcontext():
-            return _beams(model, given, settings) if settings.beams > 1 else _sampled(model, given, settings, on_token)
-    finally:
-        model.set_train(training)
+    with evaluating(model), unwritten(model) if isinstance(model, nn.Cell) else contextlib.nullcontext():
+        return _beams(model, given, settings) if settings.beams > 1 else _sampled(model, given, settings, on_token)
 
 
 def stop_strings(decode: Callable[[list[int]], str], strings: Sequence[str], longest: int = 64) -> Callable[[list[int]], bool]:

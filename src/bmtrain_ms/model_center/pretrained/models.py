@@ -13,6 +13,7 @@ from mindspore import nn
 from ...comm import World, gather_json
 from ...comm import world as current_world
 from ...compat.autograd import no_grad
+from ...compat.cells import evaluating
 from ...compat.runtime import from_host, host_array
 from ...files.entries import Entry, apply_entries, model_entries
 from ...files.errors import agree_or_fail
@@ -268,10 +269,5 @@ def _logits(model: nn.Cell) -> np.ndarray:
     config: Any = model.config
     length = min(_PROMPT, getattr(config, "max_positions", _PROMPT))
     ids = ((np.arange(length, dtype=np.int64) * 7919 + 1) % config.vocab_size).astype(np.int32)
-    training = model.training
-    model.set_train(False)
-    try:
-        with no_grad():
-            return host_array(model(from_host(ids[None])).astype(ms.float32))
-    finally:
-        model.set_train(training)
+    with evaluating(model), no_grad():
+        return host_array(model(from_host(ids[None])).astype(ms.float32))
