@@ -49,3 +49,27 @@ def test_a_penalty_that_is_not_finite_at_zero(run_ranks: Callable, ranks: int, s
     for use_checkpoint in (True, False):
         found = run_ranks(ranks, penalised, count=size, use_checkpoint=use_checkpoint)
         assert all(numbers == found[0] and np.isfinite(numbers).all() for numbers in found)
+
+
+def written(world: World, how: str) -> list[float]:
+    """The sum of squares of all shards and the mean that is subtracted, where somebody has written into the padding, too."""
+    with use_world(World(world.everyone, world.mesh)):
+        p = bms.DistributedParameter(np.full(7, 0.01, np.float32), name="weight")
+        optimizer = bms.optim.AdamOffloadOptimizer([p], lr=0.1, weight_decay=0.5, record_delta=True)
+        new = ops.clip_by_value(p * 1.0, Tensor(0.5, ms.float32), Tensor(2.0, ms.float32))
+        if how == "set_data":
+            p.set_data(new)
+            assert not p.asnumpy()[p.layout.owned_size :].any()
+        else:
+            ops.assign(p, new)
+        optimizer([Tensor(np.zeros(p.shard_length, np.float32))])
+        squares = world.everyone.all_reduce([(p**2).sum().reshape(1)], "sum").wait()[0].asnumpy().item()
+        return [squares, optimizer.get_avg_delta()]
+
+
+@pytest.mark.parametrize("how", ["set_data", "assign"])
+def test_what_is_written_into_the_padding_is_no_value(run_ranks: Callable, how: str):
+    (right,) = run_ranks(1, written, how=how)
+    for ranks in (2, 3):
+        for found in run_ranks(ranks, written, how=how):
+            np.testing.assert_allclose(found, right, rtol=1e-6)

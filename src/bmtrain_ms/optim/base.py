@@ -33,8 +33,11 @@ def average_whole(params: Sequence[Parameter], grads: list[Tensor], world: World
 
 
 def announce_change(parameters: Iterable[Parameter]) -> None:
-    """What was gathered ahead of an update is stale."""
-    for touched in {p.world for p in parameters if isinstance(p, DistributedParameter)}:
+    """Parameters are about to be updated: what was gathered ahead is stale, and what was written into their padding is no value."""
+    sharded = [p for p in parameters if isinstance(p, DistributedParameter)]
+    for p in sharded:
+        p.clear_padding()
+    for touched in {p.world for p in sharded}:
         context_of(touched).pipeline.parameters_changed()
 
 

@@ -17,9 +17,10 @@ from bmtrain_ms_base.mesh import nearest_divisors
 from ..comm import Engine, World
 from ..comm import world as current_world
 from ..compat.autograd import custom_op, recording
+from ..compat.device import on_host
 from ..compat.habits import sharded_types
 from ..compat.parameter import adopt
-from ..compat.runtime import Values, from_host, host_array, is_float, numpy_dtype, untouched_zeros
+from ..compat.runtime import Values, from_host, host_array, is_float, numpy_dtype, untouched_zeros, writable_array
 from .context import context_of
 from .group import ParamGroup
 from .pipeline import Phase
@@ -232,7 +233,7 @@ class DistributedParameter(Parameter):
         return self.owned[1]
 
     def set_shard(self, shard: Tensor) -> None:
-        """Adopt `shard`, (shard_length,) of this parameter's dtype, without a copy. Padding must be zero."""
+        """Adopt `shard`, (shard_length,) of this parameter's dtype, without a copy; where it is padded, zeros are written there."""
         if tuple(shard.shape) != (self.shard_length,) or shard.dtype != self.dtype:
             raise ValueError(
                 f"the shard of {self.name} is ({self.shard_length},) {self.dtype}, not {tuple(shard.shape)} {shard.dtype}"
@@ -244,7 +245,16 @@ class DistributedParameter(Parameter):
         context_of(self.world).pipeline.parameters_changed()
         self.replaced += 1
         self._values = None
-        return super().set_data(data, slice_shape)
+        super().set_data(data, slice_shape)
+        self.clear_padding()
+        return self
+
+    def clear_padding(self) -> None:
+        """Have the padding be zeros again: who writes a shard, element by element, does not think of it. In host memory only."""
+        if self.layout.owned_size < self.layout.length and on_host():
+            memory = writable_array(self)
+            if memory is not None:
+                memory[self.layout.owned_size :] = 0
 
     @property
     def on_host(self) -> Values:
