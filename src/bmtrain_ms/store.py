@@ -44,8 +44,11 @@ def broadcast_object(obj: Any, comm: Engine | None = None, src: int = 0) -> Any:
 
     Raises:
         TypeError: another type is in it; on every rank.
+        ValueError: there is no rank `src`.
     """
     engine = comm or current_world().everyone
+    if not isinstance(src, int) or not 0 <= src < engine.size:
+        raise ValueError(f"src must be one of the ranks 0 to {engine.size - 1}, not {src!r}")
     return _decoded(all_gather_bytes(engine, _encoded(obj) if engine.rank == src else b"", "broadcast_object")[src])
 
 

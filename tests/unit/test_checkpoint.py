@@ -322,6 +322,16 @@ def test_types_that_mindspore_does_not_have(tmp_path):
     refused(Odd(), tmp_path / "file", r"has tensors of types \['F8_E4M3'\], which MindSpore does not have")
 
 
+def test_a_name_that_is_no_file_s_is_refused(tmp_path):
+    """What had it, a device as well, became a file."""
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "folder").mkdir()
+    for name in ("pipe", "folder"):
+        with pytest.raises(CheckpointError, match=rf"{tmp_path}/{name} is there, and is not a file: choose another name"):
+            bms.save(Odd(), tmp_path / name)
+    assert sorted(os.listdir(tmp_path)) == ["folder", "pipe"] and not (tmp_path / "pipe").is_file()
+
+
 # Memory #
 
 

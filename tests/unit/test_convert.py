@@ -13,6 +13,7 @@ import pytest
 import safetensors.numpy
 
 import bmtrain_ms as bms
+from bmtrain_ms.files.format import Reader
 from bmtrain_ms.model_center import from_pretrained
 from bmtrain_ms.model_center.converting import convert
 from bmtrain_ms.model_center.pretrained.names import megatron
@@ -56,6 +57,26 @@ def test_other_types_and_sizes(tmp_path: Path, capsys: pytest.CaptureFixture[str
         np.testing.assert_allclose(upper, right.reshape(-1), rtol=2**-8)
     assert run("recast", folder, tmp_path / "out") == 0  # over another model: one file
     assert sorted(os.listdir(tmp_path / "out")) == ["config.json", "model.safetensors"]
+
+
+@pytest.mark.parametrize("kind", ["float32", "bfloat16"])
+def test_values_that_do_not_fit_into_a_type_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str):
+    """They became infinities; what is infinite already stays so."""
+    folder = make(tmp_path / "hf", "llama")
+    assert run("recast", folder, tmp_path / "given", "--dtype", kind) == 0
+    file = tmp_path / "given" / "model.safetensors"
+    with Reader(file) as reader:
+        info = reader.tensors["lm_head.weight"]
+    raw = bytearray(file.read_bytes())
+    for value, code in ((np.inf, 0), (1e30, 2)):
+        first = np.float32(value).tobytes()[0 if kind == "float32" else 2 :]
+        raw[info.start : info.start + len(first)] = first
+        file.write_bytes(raw)
+        capsys.readouterr()
+        assert run("recast", tmp_path / "given", tmp_path / f"out-{code}", "--dtype", "float16") == code
+        told = capsys.readouterr().err
+        assert ("lm_head.weight has values that float16 cannot hold, as" in told and told.count("\n") == 1) is bool(code)
+    assert run("recast", tmp_path / "given", tmp_path / "wide", "--dtype", "float32") == 0
 
 
 @pytest.mark.parametrize("action", ["hf2ms", "ms2hf", "recast"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -94,6 +95,16 @@ def test_clipping_refuses_what_it_cannot_do():
             s.manager.clip_grad_norm(s.optimizer, max_norm, kind)
     with pytest.raises(TypeError, match="clip_grad_norm takes an optimizer, its param_groups or a list of parameters, not dict"):
         s.manager.clip_grad_norm(s.optimizer.param_groups[0], 1.0)
+
+
+@pytest.mark.parametrize("given", ["abc", ["w"], [Tensor([1.0])]], ids=["text", "names", "tensors"])
+def test_clipping_takes_nothing_but_parameters(given: Any):
+    """It found no gradients of such things, and clipped nothing without a word."""
+    manager = bms.optim.OptimManager()
+    with pytest.raises(TypeError, match=r"^clip_grad_norm takes Parameters, not a (str|Tensor): give it model.trainable_par"):
+        manager.clip_grad_norm(given, 1.0)
+    with pytest.raises(TypeError, match=r"^clip_grad_norm takes Parameters, not a Block: give it"):
+        manager.clip_grad_norm(bms.TransformerBlockList([bms.Block(bms.nn.Linear(2, 2))]), 1.0)
 
 
 def test_a_schedule_steps_with_one_optimizer():

@@ -105,6 +105,14 @@ def test_forward_must_return_a_loss(wrong, what):
     assert same(s.grads(), s.gradients(0))
 
 
+@pytest.mark.parametrize("dtype", [ms.int32, ms.bool_])
+def test_a_loss_that_has_no_gradient_is_refused(dtype):
+    manager, layer = bms.optim.OptimManager(), bms.nn.Linear(2, 1)
+    manager.add_optimizer(bms.optim.AdamOptimizer(layer.trainable_params()))
+    with pytest.raises(TypeError, match=r"^the loss is (Int32|Bool), which has no gradient: leave out what made it so"):
+        manager.backward(lambda x: layer(x).sum().astype(dtype), Tensor([[1.0, 2.0]]))
+
+
 def test_several_optimizers_step_together(single_world):
     s = Setting(schedule=False)
     second = Setting(schedule=False)

@@ -274,3 +274,9 @@ def test_other_names_and_shapes():
     result = load_state_dict(model, {"wide": state["wide"], "new": np.zeros(1)}, strict=False)
     assert result == LoadResult(["half", "brain", "scale", "count"], ["new"])
     assert np.array_equal(state_dict(model)["wide"], state["wide"])
+
+
+@pytest.mark.parametrize("src", [1, -1, "a", None])
+def test_a_rank_that_is_not_there_sends_nothing(src: Any):
+    with pytest.raises(ValueError, match=r"^src must be one of the ranks 0 to 0, not (1|-1|'a'|None)$"):
+        broadcast_object(5, src=src)

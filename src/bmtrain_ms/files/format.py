@@ -279,10 +279,16 @@ def _check_spans(spans: Sequence[tuple[int, int]], start: int, size: int) -> Non
 
 
 class AtomicFile:
-    """A file that appears under its name complete, or not at all; the one before stays until then."""
+    """A file that appears under its name complete, or not at all; the one before stays until then.
+
+    Raises:
+        CheckpointError: what has the name is no file: a device would become one.
+    """
 
     def __init__(self, path: Path, header: bytes, size: int):
         self.path = path
+        if path.exists() and not path.is_file():
+            raise CheckpointError(f"{path} is there, and is not a file: choose another name")
         sweep_temporaries(path.parent, f".{path.name}.", ".tmp")
         self._temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         self._temporary.unlink(missing_ok=True)

@@ -16,7 +16,7 @@ from bmtrain_ms_base.checks import number, whole
 from ..comm import World
 from ..comm import world as current_world
 from ..compat.habits import refuse_graph_mode
-from ..compat.runtime import from_host
+from ..compat.runtime import from_host, is_float
 from ..ops.in_place import add_, scale_, square_sum
 from ..parallel import Scheduled
 from ..zero import DistributedParameter, context_of
@@ -211,6 +211,8 @@ class OptimManager:
             if not isinstance(loss, Tensor) or loss.size != 1:
                 what = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
                 raise TypeError(f"forward must return a scalar loss, or a tuple that starts with it, not {what}")
+            if not is_float(loss):
+                raise TypeError(f"the loss is {loss.dtype}, which has no gradient: leave out what made it so, as astype(int32)")
             return self._scaled(loss, scale)
 
         scale = self.scale_to_accumulate

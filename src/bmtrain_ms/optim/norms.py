@@ -132,5 +132,8 @@ def parameters_of(what: Any) -> list[Parameter]:
     items: Any = getattr(what, "param_groups", None) or getattr(what, "parameters", what)
     if isinstance(items, dict) or not isinstance(items, Iterable):
         raise TypeError(f"clip_grad_norm takes an optimizer, its param_groups or a list of parameters, not {type(what).__name__}")
-    found = (p for item in items for p in (item["params"] if isinstance(item, dict) else [item]))
+    found = [p for item in items for p in (item["params"] if isinstance(item, dict) else [item])]
+    other = [type(p).__name__ for p in found if not isinstance(p, Parameter)]
+    if other:  # a list of Blocks, or of names, would have been clipped to nothing
+        raise TypeError(f"clip_grad_norm takes Parameters, not a {other[0]}: give it model.trainable_params()")
     return list({id(p): p for p in found}.values())

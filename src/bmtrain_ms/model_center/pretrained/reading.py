@@ -78,7 +78,11 @@ class Files:
         return reader.tensors[name]
 
     def read(self, name: str, box: Box, out: np.ndarray) -> None:
-        """Write a box of a tensor to `out`, whose type it is converted to."""
+        """Write a box of a tensor to `out`, whose type it is converted to.
+
+        Raises:
+            CheckpointError: a value is larger than that type's largest.
+        """
         reader, info = self._reader(self.where[name]), self.info(name)
         assert isinstance(info, TensorInfo)
         dtype = numpy_dtype(info.dtype)
@@ -88,7 +92,19 @@ class Files:
         for inside, block in blocks(box, PIECE // dtype.itemsize):
             values = np.empty(boxes.extents(block), dtype)
             _fill(reader, name, block, values)
-            out[inside] = values
+            with np.errstate(over="ignore"):
+                out[inside] = values
+            if out.dtype.itemsize <= dtype.itemsize:
+                self._refuse_lost(reader.path, name, _wide(values), out[inside])
+
+    @staticmethod
+    def _refuse_lost(path: Path, name: str, values: np.ndarray, written: np.ndarray) -> None:
+        lost = np.isfinite(values) & ~np.isfinite(_wide(written))
+        if lost.any():
+            raise CheckpointError(
+                f"{path}: {name} has values that {written.dtype} cannot hold, as {values[lost][0]:g}: load it, or write it, as "
+                "float32 or bfloat16"
+            )
 
     def close(self) -> None:
         """Let go of the files."""
@@ -256,3 +272,8 @@ def compare(files: Files, chosen: Mapping[str, Sequence[Piece]], dtypes: Mapping
             elif isinstance(info, TensorInfo) and info.shape != tuple(piece.shape):
                 found[piece.name] = Difference("shape", piece.name, str(info.shape), str(tuple(piece.shape)))
     return list(found.values())
+
+
+def _wide(values: np.ndarray) -> np.ndarray:
+    """In a type that NumPy knows, which bfloat16 is not."""
+    return values if values.dtype.kind == "f" else np.ascontiguousarray(values).astype(np.float32)
