@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import json
 import os
 import struct
 from pathlib import Path
@@ -19,6 +18,7 @@ import numpy as np
 import xxhash
 
 from .extras import DataError
+from .notes import note_beside
 
 MAGIC = b"MMIDIDX\x00\x00"
 _HEADER = struct.Struct("<9sQBQQ")
@@ -180,18 +180,12 @@ class IndexedFile:
 
     @functools.cached_property
     def prepared(self) -> dict[str, Any]:
-        """What `bmtrain-ms prepare` has written beside it: `vocab_size`, `tokenizer` ...; empty where another program made it.
+        """What `bmtrain-ms prepare` has noted beside it: `vocab_size`, `tokenizer` ...; empty where another program made it.
 
         Raises:
-            IndexedError: that is damaged.
+            DataError: that is damaged.
         """
-        try:
-            with open(self.name + ".json", encoding="utf-8") as file:
-                return dict(json.load(file))
-        except FileNotFoundError:
-            return {}
-        except (ValueError, TypeError) as error:
-            raise IndexedError(f"{self.name}.json is damaged ({error}): delete it, or prepare the files again") from error
+        return note_beside(self.name)
 
     @functools.cached_property
     def digest(self) -> str:
@@ -335,28 +329,46 @@ class IndexedWriter:
             file.close()
         try:
             if kind is None:
-                finish(self.name, self._parts[0], self._parts[1:2], self._parts[2:], self.dtype)
+                finish(self.name, self._parts[1:2], self._parts[2:], self.dtype)
         finally:
-            for part in self._parts:
-                with contextlib.suppress(FileNotFoundError):
-                    os.remove(part)
+            remove(*self._parts, f"{self.name}.idx.partial")
 
 
-def finish(name: str, tokens: str, lengths: Sequence[str], documents: Sequence[str], dtype: np.dtype) -> None:
-    """Make a pair of what lies in files: the tokens first, and the index, without which it is none, last.
+def remove(*paths: str) -> None:
+    """Delete files, if they are there."""
+    for path in paths:
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(path)
+
+
+def finish(name: str, lengths: Sequence[str], documents: Sequence[str], dtype: np.dtype) -> None:
+    """Make a pair of `NAME.bin.partial`, which is on disk, and what lies in files.
 
     Args:
         name: the pair's, without an ending; what is there already is replaced.
-        tokens: the file that becomes the `.bin`.
         lengths: files of int32, tokens of each sequence.
         documents: files of int32, sequences of each document.
         dtype: of the token ids.
     """
-    with contextlib.suppress(FileNotFoundError):
-        os.remove(name + ".idx")  # an old index must not stand beside new tokens
+    complete(name, lengths, documents, dtype)
+    put(name)
+
+
+def complete(name: str, lengths: Sequence[str], documents: Sequence[str], dtype: np.dtype) -> None:
+    """Write `NAME.idx.partial`, which belongs to `NAME.bin.partial`: all that may fail does so before `put`. See `finish`."""
     write_index(name + ".idx.partial", dtype, read_chunks(lengths, "<i4"), read_chunks(documents, "<i4"))
-    os.replace(tokens, name + ".bin")
-    os.replace(name + ".idx.partial", name + ".idx")
+
+
+def put(name: str, note: bool = False) -> None:
+    """Give what is complete, and on disk, its names: tokens first, and the index, without which they are no pair, last.
+
+    Args:
+        name: the pair's, without an ending; what is there already is replaced.
+        note: there is a `NAME.json.partial`, too.
+    """
+    remove(name + ".idx")  # an old index must not stand beside new tokens
+    for end in (".bin", *([".json"] if note else []), ".idx"):
+        os.replace(f"{name}{end}.partial", name + end)
     sync_folder(Path(name).parent)
 
 

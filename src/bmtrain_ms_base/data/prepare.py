@@ -12,6 +12,7 @@ import fcntl
 import json
 import os
 import queue
+import re
 import shutil
 import subprocess
 import sys
@@ -22,12 +23,15 @@ from typing import Any, Callable, Iterator, Sequence
 
 import numpy as np
 
-from . import indexed, rows, sources
+from . import indexed, notes, rows, sources
 from .cutting import cut
 from .extras import MissingLibraryError, read_note
 from .instructions import OUTPUTS, InstructionRecipe
 from .pieces import PrepareError, Worker, command, piece_file
 from .tokenizing import TokenizerError, load_tokenizer
+
+_OWN = re.compile(r"lock|finishing|plan\.(json|new)|\d{8,}\.(\d+\.)?\w+")  # names of files of the folder
+_FINISHING = "finishing"  # in the folder: results are being put in place
 
 
 @dataclass(frozen=True)
@@ -104,10 +108,8 @@ def prepare(options: PrepareOptions, report: Callable[[Progress], None] = lambda
     names = [f"{prefix}_{output}_document" for output in plan["outputs"]]
     folder = Path(prefix + ".partial")
     resumed = not options.restart and (folder / "plan.json").is_file()
-    if not (options.overwrite or resumed):
-        there = next((name + end for name in names for end in (".bin", ".idx") if os.path.exists(name + end)), None)
-        if there:
-            raise PrepareError(f"{there} is there already: --overwrite replaces it, or choose another --output-prefix")
+    begun = resumed and (folder / _FINISHING).exists()  # then results may be those of this very run
+    _refuse_lost(names, plan, options.overwrite or begun)
     folder.mkdir(parents=True, exist_ok=True)
     with _locked(folder):
         _begin(folder, plan, options.restart)
@@ -115,10 +117,32 @@ def prepare(options: PrepareOptions, report: Callable[[Progress], None] = lambda
         result = _sum_up(names, counts, left_out)
         if not result.documents:
             raise PrepareError(f"no document is left of {', '.join(options.inputs)}: {describe_wrong(result.wrong)}")
-        for key, name in enumerate(names):
-            _finish(folder, plan, key, name, result)
+        _finish(folder, plan, names, result)
         shutil.rmtree(folder)
     return result
+
+
+def _refuse_lost(names: Sequence[str], plan: dict[str, Any], overwrite: bool) -> None:
+    """Before anything is written: what would be lost. A result is a pair, and the note beside it, whose name may be a text's."""
+    found = [name + end for name in names for end in notes.ENDS if os.path.lexists(name + end)]
+    if not found:
+        return
+    texts = {_identity(source[0]) for source in plan["sources"]}
+    for path in found:
+        if os.path.exists(path) and _identity(path) in texts:
+            raise PrepareError(f"{path} is text to be prepared, and a result would replace it: choose another --output-prefix")
+        if path.endswith(".json") and notes.is_foreign(path):
+            raise PrepareError(
+                f"{path} is there already, and prepare has not written it, so that it is not replaced: choose another "
+                "--output-prefix, or move it away"
+            )
+    if not overwrite:
+        raise PrepareError(f"{found[0]} is there already: --overwrite replaces it, or choose another --output-prefix")
+
+
+def _identity(path: str) -> tuple[int, int]:
+    found = os.stat(path)
+    return found.st_dev, found.st_ino
 
 
 def describe_wrong(wrong: dict[str, Any]) -> str:
@@ -183,6 +207,9 @@ def _locked(folder: Path) -> Iterator[None]:
 
 def _begin(folder: Path, plan: dict[str, Any], restart: bool) -> None:
     """Go on with what the folder has, if it is of this plan."""
+    other = sorted(path.name for path in folder.iterdir() if not _OWN.fullmatch(path.name))
+    if other:  # it would be deleted
+        raise PrepareError(f"{folder} is for what a run leaves, and has {other[0]} in it: choose another --output-prefix")
     file = folder / "plan.json"
     if file.is_file() and not restart:
         before = read_note(file, dict)
@@ -336,14 +363,28 @@ def _sum_up(names: list[str], counts: list[dict[str, Any]], left_out: list[str])
     return Prepared(names, sum(found["documents"] for found in counts), tokens, wrong, left_out)
 
 
-def _finish(folder: Path, plan: dict[str, Any], key: int, name: str, result: Prepared) -> None:
-    """Put the pieces together; they stay until all keys are done, so that this can be interrupted too."""
+def _finish(folder: Path, plan: dict[str, Any], names: Sequence[str], result: Prepared) -> None:
+    """Put the pieces of all keys together; they stay until that is done, so that this can be interrupted too.
+
+    What is there already is replaced when everything is complete, and on disk: a full disk leaves the old result as it was.
+    """
+    (folder / _FINISHING).touch()
+    try:
+        for key, name in enumerate(names):
+            _join(folder, plan, key, name, result)
+    except BaseException:
+        indexed.remove(*(f"{name}{end}.partial" for name in names for end in notes.ENDS))
+        raise
+    for name in names:
+        indexed.put(name, note=True)
+
+
+def _join(folder: Path, plan: dict[str, Any], key: int, name: str, result: Prepared) -> None:
+    """Write a key's three files, to disk, under names that tell that they are not all."""
 
     def parts(part: str) -> list[str]:
         return [str(piece_file(folder, number, f"{key}.{part}")) for number in range(len(plan["pieces"]))]
 
-    with contextlib.suppress(FileNotFoundError):
-        os.remove(name + ".idx")
     digest = indexed.join(parts("bin"), name + ".bin.partial")
     labels_only = plan["instructions"] is not None and key > 0  # masks and labels are no ids
     known = {
@@ -357,5 +398,5 @@ def _finish(folder: Path, plan: dict[str, Any], key: int, name: str, result: Pre
         "sources": [source[:4] for source in plan["sources"]],
         "wrong": result.wrong,
     }
-    Path(name + ".json").write_text(json.dumps(known, indent=1) + "\n")
-    indexed.finish(name, name + ".bin.partial", parts("lengths"), parts("documents"), np.dtype(plan["dtype"]))
+    notes.write_note(name + ".json.partial", known)
+    indexed.complete(name, parts("lengths"), parts("documents"), np.dtype(plan["dtype"]))

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Iterator, Sequence
 
 from .extras import DataError, needed
+from .notes import is_foreign
 
 KINDS = {
     **dict.fromkeys((".jsonl", ".ndjson", ".json"), "json"),
@@ -110,9 +111,9 @@ def _file(path: str) -> tuple[Source | None, str]:
 
 
 def _of_tokens(path: str) -> bool:
-    """Whether it is what `prepare` writes beside a pair."""
+    """Whether it is what `prepare` writes beside a pair; others have the pair's text there."""
     base, end = os.path.splitext(path)
-    return end == ".json" and os.path.isfile(base + ".bin") and os.path.isfile(base + ".idx")
+    return end == ".json" and os.path.isfile(base + ".bin") and os.path.isfile(base + ".idx") and not is_foreign(path)
 
 
 def _walk(folder: str) -> Iterator[str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 from pathlib import Path
 from typing import Any, Iterator, Sequence
@@ -12,8 +11,9 @@ import numpy as np
 import xxhash
 
 from .batch import IGNORED
-from .indexed import IndexedError, IndexedFile, finish, stem
+from .indexed import IndexedError, IndexedFile, complete, put, remove, stem
 from .instructions import OUTPUTS
+from .notes import note_beside, write_note
 from .pieces import PrepareError
 
 _TOKENS = 1 << 22  # that are read at a time
@@ -23,7 +23,7 @@ def inspect(name: str, documents: int = 0) -> str:
     """What a pair of files holds, in words, and the ids of its first `documents` sequences.
 
     Raises:
-        IndexedError: it is none, or damaged.
+        DataError: it is none, or it or its note is damaged.
     """
     with IndexedFile(name) as file:
         lengths = file.lengths
@@ -35,7 +35,7 @@ def inspect(name: str, documents: int = 0) -> str:
             middle = int(np.median(lengths))
             lines.append(f"tokens of a sequence: {lengths.min():,} to {lengths.max():,}, half have {middle:,} or more")
             lines.append(f"empty sequences: {int((lengths == 0).sum()):,}")
-        known = _known(file.name)
+        known = file.prepared
         if known:
             ids = f"{known['vocab_size']:,} ids" if known["vocab_size"] else "no ids but masks or labels"
             lines.append(f"tokenizer {known['tokenizer']['arguments']['path']}, {ids}")
@@ -54,9 +54,9 @@ def verify(name: str, vocab_size: int | None = None) -> str:
         vocab_size: ids are below it; None: what the file beside it says, if there is one.
 
     Raises:
-        IndexedError: it is none, or damaged, or has an id that is none.
+        DataError: it is none, or it or its note is damaged, or it has an id that is none.
     """
-    known = _known(stem(name))
+    known = note_beside(stem(name))
     limit = vocab_size if vocab_size is not None else known.get("vocab_size")
     with IndexedFile(name) as file:
         for kind, found in (("tokens", file.tokens), ("documents", file.documents)):
@@ -82,16 +82,6 @@ def verify(name: str, vocab_size: int | None = None) -> str:
         return f"{file.name} is whole: {file.documents:,} documents, {file.tokens:,} tokens, ids up to {largest:,}, {checked}"
 
 
-def _known(name: str) -> dict[str, Any]:
-    """What `prepare` has written beside a pair; nothing if another tool made it."""
-    try:
-        return json.loads(Path(name + ".json").read_text())
-    except FileNotFoundError:
-        return {}
-    except ValueError as error:
-        raise IndexedError(f"{name}.json is damaged: {error}; delete it to do without") from error
-
-
 def merge(names: Sequence[str], out: str) -> str:
     """Put pairs one behind the other, as Megatron's `merge_datasets.py` does; returns what was made, in words.
 
@@ -100,24 +90,23 @@ def merge(names: Sequence[str], out: str) -> str:
         out: name of the new pair.
 
     Raises:
-        IndexedError: pairs of different types, or of different tokenizers, or there is one of the new name.
+        IndexedError: pairs of different types, or of different tokenizers, or there is something of the new name.
     """
+    _refuse_existing([out])
     names = [pair for name in names for pair in _pairs(name)]
     with contextlib.ExitStack() as stack:
         files = [stack.enter_context(IndexedFile(name)) for name in names]
-        known = [_known(file.name) for file in files]
+        known = [file.prepared for file in files]
         for what, values in (
             ("types", [file.dtype.name for file in files]),
             ("tokenizers", [entry["tokenizer"]["digest"] for entry in known if entry]),
         ):
             if len(set(values)) > 1:
                 raise IndexedError(f"pairs of different {what} cannot be merged: {', '.join(sorted(set(values)))}")
-        made = _write(out, [(file, range(file.documents)) for file in files])
-    if all(known):
-        entries = {"hash": made[2], "documents": made[0], "tokens": made[1], "key": known[0]["key"]}
-        same = {name: known[0][name] for name in ("vocab_size", "tokenizer", "append_eod")}
-        sources = [source for entry in known for source in entry["sources"]]
-        Path(stem(out) + ".json").write_text(json.dumps({**entries, **same, "sources": sources, "wrong": {}}, indent=1) + "\n")
+        same = {name: known[0][name] for name in ("key", "vocab_size", "tokenizer", "append_eod")} if all(known) else None
+        if same is not None:
+            same.update(sources=[source for entry in known for source in entry["sources"]], wrong={})
+        made = _write(out, [(file, range(file.documents)) for file in files], same)
     return f"{stem(out)}: {made[0]:,} documents, {made[1]:,} tokens, of {len(names)} pairs"
 
 
@@ -139,7 +128,7 @@ def split(name: str, out: str, parts: Sequence[float]) -> list[str]:
         parts: their sizes, in any unit.
 
     Raises:
-        IndexedError: a part gets no document, or there is a pair of that name.
+        IndexedError: a part gets no document, or there is something of that name.
     """
     if len(parts) < 2 or not all(part > 0 for part in parts):
         raise IndexedError(f"a pair is divided into two or more parts above 0, not {', '.join(f'{part:g}' for part in parts)}")
@@ -151,27 +140,38 @@ def split(name: str, out: str, parts: Sequence[float]) -> list[str]:
         ranges = [range(start, stop) for start, stop in zip(cuts, cuts[1:])]
         if not all(ranges):
             raise IndexedError(f"{file.name} has {file.documents:,} documents, too few or too long to be divided like this")
+        outs = [f"{out}_{i}" for i in range(len(parts))]
+        _refuse_existing(outs)
         made = []
-        for i, chosen in enumerate(ranges):
-            documents, tokens, digest = _write(f"{out}_{i}", [(file, chosen)])
-            known = _known(file.name)
-            if known:
-                entries = {**known, "hash": digest, "documents": documents, "tokens": tokens}
-                Path(f"{out}_{i}.json").write_text(json.dumps(entries, indent=1) + "\n")
-            made.append(f"{out}_{i}: {documents:,} documents, {tokens:,} tokens")
+        for name, chosen in zip(outs, ranges):
+            documents, tokens = _write(name, [(file, chosen)], file.prepared or None)
+            made.append(f"{name}: {documents:,} documents, {tokens:,} tokens")
         return made
 
 
-def _write(out: str, chosen: Sequence[tuple[IndexedFile, range]]) -> tuple[int, int, str]:
-    """Make a pair of documents of others; returns its documents, tokens and hash. Memory does not grow with them."""
+def _refuse_existing(outs: Sequence[str]) -> None:
+    """Before anything is written: a result is a pair, and the note beside it."""
+    for name in map(stem, outs):
+        if any(os.path.lexists(name + end) for end in (".bin", ".idx")):
+            raise IndexedError(f"there is a pair {name} already: delete it, or choose another name")
+        if os.path.lexists(name + ".json"):  # which may be somebody's text
+            raise IndexedError(f"there is a file {name}.json already, where the pair's note would be: choose another name")
+
+
+def _write(out: str, chosen: Sequence[tuple[IndexedFile, range]], note: dict[str, Any] | None) -> tuple[int, int]:
+    """Make a pair of documents of others; returns its documents and tokens. Memory does not grow with them.
+
+    Args:
+        out: its name.
+        chosen: files, and which documents of each.
+        note: what is said beside it, but for what is counted here; None: nothing.
+    """
     name = stem(out)
-    if any(os.path.exists(name + end) for end in (".bin", ".idx")):
-        raise IndexedError(f"there is a pair {name} already: delete it, or choose another name")
-    parts = [f"{name}.{part}.partial" for part in ("bin", "lengths", "documents")]
+    parts = [f"{name}.{part}.partial" for part in ("bin", "lengths", "documents", "idx", "json")]
     documents, tokens, hashed = 0, 0, xxhash.xxh3_128()
     try:
         with contextlib.ExitStack() as stack:
-            files = [stack.enter_context(open(part, "wb")) for part in parts]
+            files = [stack.enter_context(open(part, "wb")) for part in parts[:3]]
             for file, numbers in chosen:
                 first, last = int(file.ends[numbers.start]), int(file.ends[numbers.stop])
                 for piece in _spans(file, first, last):
@@ -186,14 +186,16 @@ def _write(out: str, chosen: Sequence[tuple[IndexedFile, range]]) -> tuple[int, 
                 documents += len(numbers)
             files[0].flush()
             os.fsync(files[0].fileno())
-        finish(name, parts[0], parts[1:2], parts[2:], chosen[0][0].dtype)
+        complete(name, parts[1:2], parts[2:3], chosen[0][0].dtype)
+        if note is not None:
+            counted = {"hash": hashed.hexdigest(), "documents": documents, "tokens": tokens}
+            write_note(parts[4], {**counted, **note, **counted})
+        put(name, note is not None)
     except OSError as error:
         raise PrepareError(f"{name} cannot be written: {error}") from error
     finally:
-        for part in parts:
-            with contextlib.suppress(FileNotFoundError):
-                os.remove(part)
-    return documents, tokens, hashed.hexdigest()
+        remove(*parts)
+    return documents, tokens
 
 
 def _spans(file: IndexedFile, first: int, last: int) -> Iterator[np.ndarray]:
