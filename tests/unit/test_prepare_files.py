@@ -136,3 +136,67 @@ def test_results_that_came_while_a_run_was_interrupted_are_not_replaced(tmp_path
         prepare(options(text, tmp_path / "c"))
     assert (tmp_path / "c_text_document.bin").read_bytes() == b"mine"
     assert json.loads((tmp_path / "c.partial" / "plan.json").read_text())["keys"] == ["text"]
+
+
+# What may not be read, or is no file #
+
+
+def no_permission(monkeypatch: Any, what: str, path: Path) -> None:
+    """As for a user; who runs the tests may read everything."""
+    real = getattr(os, what)
+
+    def refuse(given: Any = ".", *more: Any, **rest: Any) -> Any:
+        if os.fspath(given) == str(path) if not isinstance(given, int) else False:
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(given, *more, **rest)
+
+    monkeypatch.setattr(os, what, refuse)
+
+
+def test_a_folder_within_that_may_not_be_read_is_an_error(tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
+    (tmp_path / "in" / "b").mkdir(parents=True)
+    for name in ("a.jsonl", "b/c.jsonl"):
+        (tmp_path / "in" / name).write_text(TEXT)
+    no_permission(monkeypatch, "scandir", tmp_path / "in" / "b")
+    for given in ("in", "in/b"):
+        assert command(tmp_path / given, tmp_path / "x") == 2
+        assert capsys.readouterr().err == f"bmtrain-ms: the folder {tmp_path}/in/b cannot be read: Permission denied\n"
+    assert os.listdir(tmp_path) == ["in"]
+
+
+@pytest.mark.parametrize("given", ["in", "in/a.jsonl"])
+@pytest.mark.parametrize("call, told", [("open", "read"), ("stat", "looked for")])
+def test_a_file_that_may_not_be_read_is_not_one_that_is_not_there(
+    tmp_path: Path, monkeypatch: Any, capsys: Any, given: str, call: str, told: str
+) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.jsonl").write_text(TEXT)
+    no_permission(monkeypatch, call, tmp_path / "in" / "a.jsonl")
+    assert command(tmp_path / given, tmp_path / "x") == 2
+    assert capsys.readouterr().err == f"bmtrain-ms: {tmp_path}/in/a.jsonl cannot be {told}: Permission denied\n"
+
+
+def test_what_a_folder_has_that_is_no_file_is_named(tmp_path: Path, capsys: Any) -> None:
+    """A pipe would be waited for, for ever."""
+    folder = tmp_path / "in"
+    (tmp_path / "other").mkdir()
+    folder.mkdir()
+    (folder / "a.jsonl").write_text(TEXT.replace("1 2 3", "1"))
+    os.mkfifo(folder / "b.jsonl")
+    (folder / "c").symlink_to(tmp_path / "other")
+    (folder / "d.pdf").symlink_to(tmp_path / "nothing")
+    assert command(folder, tmp_path / "x") == 0
+    left = [line.rsplit("/")[-1] for line in capsys.readouterr().out.splitlines() if line.startswith("left out")]
+    assert left == ["b.jsonl", "c", "d.pdf"]
+    (folder / "e.jsonl").symlink_to(tmp_path / "nothing")
+    assert command(folder, tmp_path / "y") == 2
+    assert capsys.readouterr().err == f"bmtrain-ms: {folder}/e.jsonl is a link to what is not there\n"
+
+
+def test_what_is_given_and_is_no_file_is_refused(tmp_path: Path, capsys: Any) -> None:
+    os.mkfifo(tmp_path / "b.jsonl")
+    for given in (tmp_path / "b.jsonl", Path("/dev/null")):
+        assert command(given, tmp_path / "x") == 2
+        assert capsys.readouterr().err == (
+            f"bmtrain-ms: {given} is neither a file nor a folder, but a pipe, a socket or a device: save its text to a file\n"
+        )

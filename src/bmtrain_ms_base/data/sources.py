@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import stat
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Iterator, Sequence
@@ -62,12 +63,16 @@ class Piece:
 def source_of(path: str | Path) -> Source | None:
     """The file as a source, by its ending; None if that is none that is known."""
     path = str(path)
+    found = _kind_of(path)
+    return None if found is None else Source(path, *found, os.path.getsize(path))
+
+
+def _kind_of(path: str) -> tuple[str, str] | None:
+    """The kind of a file, and how it is packed, by its ending."""
     base, end = os.path.splitext(path)
     packed = PACKED.get(end.lower(), "")
     kind = KINDS.get((os.path.splitext(base)[1] if packed else end).lower())
-    if kind is None or (packed and kind in ("parquet", "arrow")):
-        return None
-    return Source(path, kind, packed, os.path.getsize(path))
+    return None if kind is None or (packed and kind in ("parquet", "arrow")) else (kind, packed)
 
 
 def find_sources(inputs: Sequence[str]) -> tuple[list[Source], list[str]]:
@@ -79,26 +84,31 @@ def find_sources(inputs: Sequence[str]) -> tuple[list[Source], list[str]]:
             `hf:owner/name:pattern`.
 
     Raises:
-        SourceError: one is not there or of no kind that can be read, or is given twice, or a folder has none that can.
+        SourceError: one is not there or of no kind that can be read, or may not be read, or is given twice, or a folder has none
+            that can.
     """
     found: list[Source] = []
     left: list[str] = []
     for given in inputs:
         path = download(given) if given.startswith("hf:") else os.path.expanduser(given)
-        if os.path.isdir(path):
+        mode = found_mode(path, given)
+        if mode is None:
+            raise SourceError(f"{given} does not exist; a name on a hub is written hf:owner/name")
+        if stat.S_ISDIR(mode):
             inside = [_file(file) for file in _walk(path)]
             sources = [source for source, _ in inside if source is not None]
             left += [file for source, file in inside if source is None]
             if not sources:
                 raise SourceError(f"{given} has no file that can be read; kinds are {_kinds()}")
             found += sources
-        elif os.path.isfile(path):
-            source = source_of(path)
-            if source is None:
-                raise SourceError(f"{given} is of no kind that can be read, by its ending; kinds are {_kinds()}")
-            found.append(source)
-        else:
-            raise SourceError(f"{given} does not exist; a name on a hub is written hf:owner/name")
+            continue
+        if not stat.S_ISREG(mode):
+            raise SourceError(f"{given} is neither a file nor a folder, but a pipe, a socket or a device: save its text to a file")
+        source = source_of(path)
+        if source is None:
+            raise SourceError(f"{given} is of no kind that can be read, by its ending; kinds are {_kinds()}")
+        _open_once(path)
+        found.append(source)
     paths = [os.path.realpath(source.path) for source in found]
     twice = next((path for path in paths if paths.count(path) > 1), None) if len(set(paths)) < len(paths) else None
     if twice:
@@ -106,8 +116,39 @@ def find_sources(inputs: Sequence[str]) -> tuple[list[Source], list[str]]:
     return found, left
 
 
+def found_mode(path: str, given: str) -> int | None:
+    """What is at a path, as the system says it, links followed; None: nothing is.
+
+    Raises:
+        SourceError: the system does not say, as a folder in front of it may not be read.
+    """
+    try:
+        return os.stat(path).st_mode
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        return None
+    except OSError as error:
+        raise SourceError(f"{given} cannot be looked for: {error.strerror}") from error
+
+
+def _open_once(path: str) -> None:
+    """See now, and not after hours, that a file may be read."""
+    try:
+        os.close(os.open(path, os.O_RDONLY))
+    except OSError as error:
+        raise SourceError(f"{path} cannot be read: {error.strerror}") from error
+
+
 def _file(path: str) -> tuple[Source | None, str]:
-    return (None if os.path.basename(path) in _METADATA or _of_tokens(path) else source_of(path)), path
+    """A file that a folder has, as a source; None: it is none."""
+    if _kind_of(path) is None or os.path.basename(path) in _METADATA:
+        return None, path
+    mode = found_mode(path, path)
+    if mode is None:
+        raise SourceError(f"{path} is a link to what is not there")
+    if not stat.S_ISREG(mode):
+        return None, path
+    _open_once(path)
+    return (None if _of_tokens(path) else source_of(path)), path
 
 
 def _of_tokens(path: str) -> bool:
@@ -117,9 +158,15 @@ def _of_tokens(path: str) -> bool:
 
 
 def _walk(folder: str) -> Iterator[str]:
-    for base, folders, files in os.walk(folder):
+    """All that is below a folder and no folder; links to folders, which may lead back, are not followed."""
+
+    def unreadable(error: OSError) -> None:
+        raise SourceError(f"the folder {error.filename} cannot be read: {error.strerror}") from error
+
+    for base, folders, files in os.walk(folder, onerror=unreadable):
         folders.sort()
-        for name in sorted(files):
+        links = [name for name in folders if os.path.islink(os.path.join(base, name))]
+        for name in sorted([*files, *links]):
             yield os.path.join(base, name)
 
 
