@@ -82,6 +82,24 @@ def test_a_file_that_was_written_again_as_it_was_is_the_same(tmp_path: Path, wha
     assert make(tmp_path, what) == []
 
 
+@pytest.mark.parametrize("files", [1, 2])
+def test_text_that_was_moved_is_the_same(tmp_path: Path, what: RunText, text: Path, files: int, monkeypatch: Any) -> None:
+    """By its content, in the same order; a file of another size is not read."""
+    for i in range(1, files):
+        shutil.copy(text, text.parent / f"b{i}.txt")
+    make(tmp_path, what)
+    shutil.copytree(text.parent, tmp_path / "moved")
+    moved = dataclasses.replace(what, text=[str(tmp_path / "moved")])
+    assert make(tmp_path, moved) == []
+    os.rename(tmp_path / "moved" / "a.txt", tmp_path / "moved" / "another.txt")
+    assert make(tmp_path, moved) == []
+    change(tmp_path / "moved" / "another.txt")
+    assert "another data.text than now" in refused(tmp_path, moved)
+    (tmp_path / "moved" / "another.txt").write_text("the cat")
+    monkeypatch.setattr(run_data, "_digest", None)
+    assert "another data.text than now" in refused(tmp_path, moved)
+
+
 @pytest.mark.parametrize("own", [True, False])
 def test_text_that_has_changed_is_refused_although_it_has_its_size(tmp_path: Path, what: RunText, text: Path, own: bool) -> None:
     """Whether or not the tokenizer is the run's own."""

@@ -178,6 +178,10 @@ def _of_earlier_release(noted: Any) -> dict[str, Any]:
 
 
 def _same_file(noted: list[Any], now: list[Any]) -> bool:
-    """Whether a file is as it was; it is read only if it was written since."""
+    """Whether a file holds what it held, wherever it is; it is read only if it was moved or written since."""
     path, size, *more = noted
-    return [path, size] == now[:2] and (not more or more[0] == now[2] or more[1] == _digest(path, now[2]))
+    if size != now[1]:
+        return False
+    if not more:  # of an earlier release
+        return path == now[0]
+    return [path, more[0]] == [now[0], now[2]] or more[1] == _digest(now[0], now[2])
