@@ -75,7 +75,7 @@ def add(commands: Commands) -> argparse.ArgumentParser:
         "not-text, invalid, empty, long; or all; or none (default empty long); others are errors")  # fmt: skip
     say("--handler-name", choices=_HANDLERS, default="GeneralPretrainHandler", help="rows are texts (default), or conversations")
     say("--prompt-type", default=None, metavar="NAME", help="chatml, alpaca, or a file (default: the tokenizer's chat template)")
-    say("--map-keys", type=json.loads, default={}, metavar="JSON", help="columns of conversations, "
+    say("--map-keys", type=_json, default={}, metavar="JSON", help="columns of conversations, "
         'e.g. {"prompt": "instruction", "query": "input", "response": "output"}; {"turns": "messages"}')  # fmt: skip
     say("--seq-length", type=positive, default=None, metavar="N", help="longest conversation, and a row's length with --pack")
     say("--pack", action="store_true", help="several conversations in a row, which do not see each other")
@@ -85,6 +85,13 @@ def add(commands: Commands) -> argparse.ArgumentParser:
     for name in _NOT_HERE:
         say(name, action=_NotHere, nargs="?", help=argparse.SUPPRESS)
     return parser
+
+
+def _json(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise argparse.ArgumentTypeError(f"is no JSON: {error}") from None
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -349,6 +349,9 @@ def test_a_folder_names_what_it_leaves_out(tmp_path, capsys):
         ),
         ([*NINE, "--json-keys", "a/b"], "cannot have a slash: a/b"),
         (NINE, "reads numbers below 9 only"),
+        ([*NINE, "--map-keys", "["], "argument --map-keys: is no JSON: Expecting value"),
+        ([*NINE, "--map-keys", "[" * 100000], "argument --map-keys: is no JSON: maximum recursion depth exceeded"),
+        (["--tokenizer-type", "NullTokenizer", "--vocab-size", "9" * 23], "up to 2,147,483,647, not '99999999999999999999999'"),
     ],
 )
 def test_what_is_refused(tmp_path, capsys, words, text):

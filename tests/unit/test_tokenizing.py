@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import base64
+import builtins
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from bmtrain_ms_base.data import train_tokenizer
+from bmtrain_ms_base.data import DataError, train_tokenizer
 from bmtrain_ms_base.data.tokenizing import TokenizerError, load_tokenizer
 
 TEXT = ["the cat sat on the mat", "the dog sat on the log", "größer als 三"] * 5
@@ -166,8 +168,12 @@ def test_the_null_tokenizer():
     for text, match in (("a", "reads numbers only"), ("10", "reads numbers below 10 only")):
         with pytest.raises(TokenizerError, match=match):
             tokenizer.encode([text])
-    with pytest.raises(TokenizerError, match=r"takes how many ids there are \(--vocab-size\), not ''"):
-        load_tokenizer("", "null")
+    for size in ("", "0", "-1", "2147483648", "99999999999999999999999", "9" * 5000, "²", "٣"):
+        with pytest.raises(
+            TokenizerError, match=r"takes how many ids there are \(--vocab-size\), up to 2,147,483,647, not '.{,40}'$"
+        ):
+            load_tokenizer(size, "null")
+    assert load_tokenizer("2147483647", "null").encode(["2147483646"]) == [[2147483646]]
 
 
 def test_what_is_no_tokenizer(tmp_path):
@@ -183,6 +189,37 @@ def test_what_is_no_tokenizer(tmp_path):
             load_tokenizer(str(tmp_path / name))
     with pytest.raises(TokenizerError, match="has no tokenizer of kind tiktoken"):
         load_tokenizer(str(tmp_path), "tiktoken")
-    (tmp_path / "tokenizer_config.json").write_text("{")
-    with pytest.raises(TokenizerError, match=r"tokenizer_config\.json is no JSON"):
+    for text in ("{", "[" * 100000):
+        (tmp_path / "tokenizer_config.json").write_text(text)
+        with pytest.raises(TokenizerError, match=r"tokenizer_config\.json is no JSON"):
+            load_tokenizer(str(tmp_path))
+    (tmp_path / "tokenizer_config.json").write_text("[]")
+    with pytest.raises(TokenizerError, match=r"tokenizer_config\.json is damaged: it is not an object"):
         load_tokenizer(str(tmp_path))
+
+
+def test_added_tokens_that_are_none(tmp_path):
+    path = tiktoken(tmp_path / "qwen.tiktoken")
+    for damage in ([], {"x": "a"}, {"300": {"content": {}}}):
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": damage}))
+        with pytest.raises(TokenizerError, match=r"added_tokens_decoder in the config beside .*qwen\.tiktoken is damaged"):
+            load_tokenizer(path)
+
+
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "tokenizer.json", ""])
+def test_files_that_may_not_be_read(tmp_path, monkeypatch, name):
+    """As for a user: who runs the tests may read everything."""
+    hugging_face(tmp_path, {})
+    calls: dict[str, Any] = {"": (Path, "iterdir"), "tokenizer_config.json": (builtins, "open")}
+    where, call = calls.get(name, (os, "stat"))
+    real: Any = getattr(where, call)
+
+    def refuse(given: Any, *more: Any, **rest: Any) -> Any:
+        if str(given) == str(tmp_path / name):
+            raise PermissionError(13, "Permission denied", str(given))
+        return real(given, *more, **rest)
+
+    given = tmp_path if call != "stat" else tmp_path / name
+    monkeypatch.setattr(where, call, refuse)
+    with pytest.raises(DataError, match=r"cannot be (read|looked for): .*Permission denied"):
+        load_tokenizer(str(given))

@@ -6,13 +6,14 @@ import base64
 import binascii
 import json
 import os
+import stat
 from pathlib import Path
 from typing import Any, Protocol, Sequence
 
 import xxhash
 
-from .extras import DataError, needed
-from .sources import download
+from .extras import DataError, MissingLibraryError, needed
+from .sources import download, found_mode
 
 END_NAMES = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "[EOS]", "<|eos|>")  # where nothing says which one it is
 _CONFIG_FILES = ("tokenizer_config.json", "special_tokens_map.json")
@@ -81,18 +82,24 @@ def load_tokenizer(
     if kind == "null":
         return NullTokenizer(path)
     folder = download(path, "model", _FILES) if path.startswith("hf:") else os.path.expanduser(path)
-    if not os.path.exists(folder):
+    mode = found_mode(folder, path)
+    if mode is None:
         raise TokenizerError(f"there is no tokenizer {path}; a name on a hub is written hf:owner/name")
-    if not (os.path.isfile(folder) or os.path.isdir(folder)):
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
         raise TokenizerError(f"{path} is neither a file nor a folder: name a tokenizer's")
-    file, kind = _chosen(folder, kind)
-    config = read_config(os.path.dirname(file))
-    if kind == "sentencepiece":
-        made: _Known = _SentencePiece(file, config, special)
-    elif kind == "tiktoken":
-        made = _TikToken(file, config, special, pattern)
-    else:
-        made = HuggingFace(file, config, special, merges)
+    try:
+        file, kind = _chosen(folder, kind)
+        config = read_config(os.path.dirname(file))
+        if kind == "sentencepiece":
+            made: _Known = _SentencePiece(file, config, special)
+        elif kind == "tiktoken":
+            made = _TikToken(file, config, special, pattern)
+        else:
+            made = HuggingFace(file, config, special, merges)
+    except MissingLibraryError:
+        raise
+    except OSError as error:
+        raise TokenizerError(f"the tokenizer {path} cannot be read: {error}") from error
     made.end = made.find_end(end or config.get("eos_token"), given=end is not None)
     return made
 
@@ -129,7 +136,11 @@ def _is_tiktoken(path: str) -> bool:
 
 
 def read_config(folder: str) -> dict[str, Any]:
-    """What the files beside a tokenizer say of it; tokens as their text."""
+    """What the files beside a tokenizer say of it; tokens as their text.
+
+    Raises:
+        TokenizerError: one of them is damaged, or cannot be read.
+    """
     found: dict[str, Any] = {}
     for name in reversed(_CONFIG_FILES):
         path = os.path.join(folder, name)
@@ -137,8 +148,10 @@ def read_config(folder: str) -> dict[str, Any]:
             try:
                 with open(path, encoding="utf-8") as file:
                     read = json.load(file)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise TokenizerError(f"{path} is no JSON: {error}") from error
+            except OSError as error:
+                raise TokenizerError(f"{path} cannot be read: {error.strerror}") from error
             if not isinstance(read, dict):
                 raise TokenizerError(f"{path} is damaged: it is not an object")
             found.update({key: _text_of(value) for key, value in read.items() if value is not None})
@@ -299,7 +312,10 @@ class _TikToken(_Known):
         pattern = pattern or ("qwen" if "qwen" in os.path.basename(path).lower() else "llama3" if len(ranks) == 128000 else None)
         if pattern not in PATTERNS:
             raise TokenizerError(f"{path} does not say how words are cut: --tiktoken-pattern, one of {', '.join(PATTERNS)}")
-        added = {_text_of(token): int(number) for number, token in config.get("added_tokens_decoder", {}).items()}
+        try:
+            added = {_text_of(token): int(number) for number, token in config.get("added_tokens_decoder", {}).items()}
+        except (AttributeError, TypeError, ValueError) as error:
+            raise TokenizerError(f"added_tokens_decoder in the config beside {path} is damaged: {error}") from error
         self._special = added or _special_tokens(pattern, len(ranks))
         self._encoding = library.Encoding(
             os.path.basename(path), pat_str=PATTERNS[pattern], mergeable_ranks=ranks, special_tokens=self._special
@@ -341,12 +357,14 @@ class NullTokenizer:
         size: how many numbers there are.
 
     Raises:
-        TokenizerError: it is no whole number above 0.
+        TokenizerError: it is no whole number above 0, or ids would not fit into the 32 bits that files have for them.
     """
 
     def __init__(self, size: str):
-        if not size.isdigit() or int(size) < 1:
-            raise TokenizerError(f"the null tokenizer takes how many ids there are (--vocab-size), not {size!r}")
+        if not (size.isascii() and size.isdigit() and len(size) < 11 and 0 < int(size) < 1 << 31):
+            raise TokenizerError(
+                f"the null tokenizer takes how many ids there are (--vocab-size), up to {(1 << 31) - 1:,}, not {size[:40]!r}"
+            )
         self.end: int | None = int(size)
         self.vocab_size = int(size) + 1
         self.digest = f"null-{size}"
