@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import os
+import sys
 from pathlib import Path
 from typing import Any, Iterator, Sequence
 
+from ..memory import available_memory
 from .chat import TEMPLATES
 from .cutting import cut
 from .extras import DataError, needed
@@ -16,6 +20,7 @@ from .text import END_OF_TEXT, train_tokenizer
 
 _CHAT = ("<|im_start|>", "<|im_end|>")  # what the template chatml writes
 _LONGEST = 1 << 20  # characters of a text that are looked at
+_ROOM = 100  # bytes that training takes for each token that is asked for, at most
 
 
 def train_folder(inputs: Sequence[str], vocab_size: int, folder: str | Path, keys: Sequence[str] = ("text",)) -> Path:
@@ -31,18 +36,61 @@ def train_folder(inputs: Sequence[str], vocab_size: int, folder: str | Path, key
         keys: the columns that hold text; those that a row lacks are left out.
 
     Raises:
-        DataError: there is no text in the files, or the folder has a tokenizer.
+        DataError: there is no text in the files, or the folder has a tokenizer, or gets one at this time; or memory has no room
+            for so many tokens.
         SourceError: a file cannot be read.
     """
     needed("tokenizers", "training a tokenizer")
+    _refuse_large(vocab_size)
     path = Path(folder).expanduser()
-    if (path / "tokenizer.json").exists():
-        raise DataError(f"there is a tokenizer in {path} already: choose another folder, or delete it")
-    texts = _Counted(inputs, keys)
-    tokenizer = train_tokenizer(texts, vocab_size, _CHAT)
-    if not texts.count:
-        raise DataError(f"no row of {', '.join(inputs)} has text in {', '.join(keys)}")
+    made = not path.exists()
     path.mkdir(parents=True, exist_ok=True)
+    try:
+        with _locked(path):
+            if (path / "tokenizer.json").exists():
+                raise DataError(f"there is a tokenizer in {path} already: choose another folder, or delete it")
+            texts = _Counted(inputs, keys)
+            tokenizer = train_tokenizer(texts, vocab_size, _CHAT)
+            if not texts.count:
+                raise DataError(f"no row of {', '.join(inputs)} has text in {', '.join(keys)}")
+            _write_folder(path, tokenizer)
+    except BaseException:
+        if made:
+            with contextlib.suppress(OSError):  # somebody has put something there
+                path.rmdir()
+        raise
+    return path
+
+
+def _refuse_large(vocab_size: int) -> None:
+    """Before the library ends the process: it makes room for all tokens that are asked for, however few the text has."""
+    free = available_memory()
+    if free is not None and vocab_size * _ROOM > free:
+        raise DataError(
+            f"a tokenizer with {vocab_size:,} tokens takes {vocab_size * _ROOM / 2**30:,.0f} GiB of memory to train, and "
+            f"{free / 2**30:,.0f} GiB are free: ask for fewer tokens"
+        )
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Keep others from training a tokenizer in the same folder; the lock is that of the folder itself, and leaves no file."""
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(handle)
+        raise DataError(f"another process is training a tokenizer in {folder} at this time: choose another folder") from error
+    except OSError:  # some clusters' disks have no locks
+        sys.stderr.write(f"{folder} is on a disk without locks: nothing keeps a second run away from it\n")
+    try:
+        yield
+    finally:
+        os.close(handle)
+
+
+def _write_folder(path: Path, tokenizer: Any) -> None:
+    path.mkdir(parents=True, exist_ok=True)  # whoever made it may have failed since, and taken it away
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "eos_token": END_OF_TEXT,
@@ -53,7 +101,6 @@ def train_folder(inputs: Sequence[str], vocab_size: int, folder: str | Path, key
     }
     _write(path / "tokenizer_config.json", json.dumps(config, indent=2) + "\n")
     _write(path / "tokenizer.json", tokenizer.to_str(pretty=True))  # last: what has it is complete
-    return path
 
 
 class _Counted:
