@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bmtrain_ms_base.data import gpt, gpt_batches, gpt_cache, gpt_index
+from bmtrain_ms_base.data import extras, gpt, gpt_batches, gpt_cache
 from bmtrain_ms_base.data.batch import changes
 from bmtrain_ms_base.data.extras import DataError
 from bmtrain_ms_base.data.gpt import Blend, GPTData, blend_sizes, gpt_data
@@ -184,9 +184,34 @@ def test_an_index_that_memory_cannot_hold_is_refused(golden, monkeypatch):
         gpt_data([golden], [8 * 10**12, 0, 0], 8, "1,0,0")
     told = r"an index of [\d,]{17} samples, [\d,]+ epochs, takes [\d,]+ GiB of memory to make, and [\d,]+ GiB are free: ask for .*"
     assert re.fullmatch(told, str(caught.value))
-    monkeypatch.setattr(gpt_index, "available_memory", lambda: 1000)
+    monkeypatch.setattr(extras, "available_memory", lambda: 1000)
     with pytest.raises(DataError, match="a blend of 101 samples takes"):
         blend_indices([0.5, 0.5], 101)
+
+
+def test_rows_that_memory_cannot_hold_are_refused(golden, monkeypatch):
+    """Before anything is made of them; the system is not asked at each step."""
+    monkeypatch.setattr(gpt, "cached", None)
+    with pytest.raises(DataError) as caught:
+        gpt_data([golden], [1, 0, 0], 10**12, "1,0,0")
+    told = r"a row of 1,000,000,000,000 tokens takes 37,253 GiB of memory to make, and [\d,]+ GiB are free: ask for .*"
+    assert re.fullmatch(told, str(caught.value))
+    monkeypatch.undo()
+    asked: list[int] = []
+    monkeypatch.setattr(extras, "available_memory", lambda: asked.append(1) or 1 << 30)
+    batches = GPTBatches(GPTData(golden, 16, 8, cache=Path(golden).parent), 16)
+    asked.clear()
+    assert len(batches.batch(0).ids) == 16 and not asked
+    monkeypatch.setattr(batches.data, "length", 10**7)
+    with pytest.raises(
+        DataError, match=r"^a part of a step, 16 rows of 10,000,000 tokens, takes 4 GiB of memory to make, and 1 GiB are free"
+    ):
+        batches.batch(0)
+
+
+def test_a_ramp_of_more_sizes_than_anybody_counts_is_refused():
+    with pytest.raises(DataError, match="from 1 rows to 1,000,000,000 by 1 are 999,999,999 sizes, more than 100,000: grow"):
+        gpt_batches.samples_for(5, 10**9, RampUp(1, 1, 10**12))
 
 
 # Blends #

@@ -289,3 +289,16 @@ def test_files_that_do_not_belong_together(tmp_path):
         out.add([1, 2, 3])
     with pytest.raises(IndexedError, match=r"x_packed_labels_document has other rows than .*: prepare them together"):
         InstructionBatches(tmp_path / "x", 8, 1)
+
+
+def test_rows_that_memory_cannot_hold_are_refused(tmp_path, tokenizer, capsys):
+    """Where they are filled up to their length; else it is only the longest that is kept."""
+    (tmp_path / "x.jsonl").write_text(json.dumps({"instruction": "one", "input": "", "output": "two"}) + "\n")
+    words = ["prepare", "--input", tmp_path / "x.jsonl", "--tokenizer-name-or-path", tokenizer, "--output-prefix", tmp_path / "x"]
+    words += ["--handler-name", "AlpacaStyleInstructionHandler", "--seq-length", 10**12]
+    assert exit_code(*words, "--pack") == 2
+    error = capsys.readouterr().err
+    assert error.startswith("bmtrain-ms: a row of 1,000,000,000,000 tokens takes 37,253 GiB") and error.count("\n") == 1
+    assert exit_code(*words) == 0
+    with pytest.raises(DataError, match="a row of 1,000,000,000,000 tokens takes"):
+        InstructionBatches(tmp_path / "x", 10**12, 1)

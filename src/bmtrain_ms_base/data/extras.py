@@ -7,7 +7,13 @@ import json
 from pathlib import Path
 from typing import Any, Callable, TypeVar
 
+from ..memory import available_memory
+
 Taken = TypeVar("Taken")
+
+_ROW, _MORE = 40, 24  # bytes for each token of the row that is made, and of those that are there already
+_LOOKED = 1 << 28  # bytes; below, nobody asks the system at each step
+_SHORTER = "ask for a smaller length, or fewer rows of a step on each rank"
 
 
 class DataError(ValueError):
@@ -30,6 +36,32 @@ def read_note(note: Path, take: Callable[[Any], Taken]) -> Taken:
         raise DataError(f"{note} is missing: delete {note.parent}, it is made again") from error
     except (ValueError, TypeError, LookupError, RecursionError) as error:
         raise DataError(f"{note} is damaged: delete {note.parent}, it is made again") from error
+
+
+def refuse_large(size: int, what: str, advice: str) -> None:
+    """Refuse it before the system lends more than it has, and kills who uses it.
+
+    Args:
+        size: bytes that are held at the same time.
+        what: takes them, for the message.
+        advice: what to do, for the message.
+
+    Raises:
+        DataError: memory has no room for so many.
+    """
+    free = available_memory()
+    if free is not None and size > free:
+        takes = f"takes {size / 2**30:,.0f} GiB of memory to make, and {free / 2**30:,.0f} GiB are free"
+        raise DataError(f"{what} {takes}: {advice}")
+
+
+def refuse_long(length: int, rows: int = 1) -> None:
+    """Refuse so many rows of a length, see `refuse_large`."""
+    size = (_ROW + _MORE * (rows - 1)) * length
+    if size > _LOOKED:
+        refuse_large(
+            size, f"a row of {length:,} tokens" if rows == 1 else f"a part of a step, {rows:,} rows of {length:,} tokens,", _SHORTER
+        )
 
 
 def needed(module: str, what: str, extra: str = "data") -> Any:

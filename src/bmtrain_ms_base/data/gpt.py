@@ -11,7 +11,7 @@ import numpy as np
 
 from bmtrain_ms_base.checks import whole
 
-from .extras import DataError
+from .extras import DataError, refuse_long
 from .gpt_cache import cached
 from .gpt_index import SplitError, blend_indices, build_indices, epochs_for, split_ranges
 from .indexed import IndexedFile
@@ -38,6 +38,7 @@ class GPTData:
     Raises:
         SplitError: there is nothing in the range.
         IndexedError: the file is damaged.
+        DataError: memory has no room for a row, or for the index.
 
     Warns:
         UserWarning: samples repeat the documents more than ten times.
@@ -55,6 +56,7 @@ class GPTData:
     ):
         self.file = path if isinstance(path, IndexedFile) else IndexedFile(path)
         self.samples, self.length = whole("samples", samples, 1), whole("length", length, 1)
+        refuse_long(self.length)
         self._seed = whole("seed", seed, 0)
         self._chosen = range(len(self.file)) if chosen is None else chosen
         if not 0 <= self._chosen.start <= self._chosen.stop <= len(self.file):

@@ -12,7 +12,9 @@ import numpy as np
 from bmtrain_ms_base.checks import whole
 
 from .batch import Batch
-from .extras import DataError
+from .extras import DataError, refuse_long
+
+_SIZES = 100_000  # that a batch may have while it grows
 
 
 class EndOfDataError(DataError):
@@ -103,6 +105,7 @@ class GPTBatches:
 
         Raises:
             EndOfDataError: there are not enough samples for it, on any rank.
+            DataError: memory has no room for them.
             ValueError: the rows of the step cannot be divided evenly over the ranks.
         """
         size, first = self.size(step), self.consumed(step)
@@ -114,6 +117,7 @@ class GPTBatches:
                 "make the data with more samples, which may repeat documents, or ask for fewer steps"
             )
         share = size // ranks
+        refuse_long(self.data.length, share)
         rows = [self._row(first + rank * share + i) for i in range(share)]
         ids, targets, documents = (np.stack(arrays) for arrays in zip(*rows))
         return Batch(ids, targets, documents=documents if self._packed else None)
@@ -145,6 +149,8 @@ def _phases(target: int, ramp: RampUp | None) -> list[_Phase]:
     if start < 1 or increment < 1 or samples < 0 or start > target or (target - start) % increment:
         raise DataError(f"from {start} rows, by {increment} more each time, a batch does not come to {target}: change these")
     count = (target - start) // increment
+    if count > _SIZES:
+        raise DataError(f"from {start} rows to {target:,} by {increment} are {count:,} sizes, more than {_SIZES:,}: grow by more")
     phases = [_Phase(0, 0, start if count and samples else target)]
 
     def size(consumed: int) -> int:

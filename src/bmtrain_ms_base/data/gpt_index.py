@@ -13,10 +13,10 @@ from typing import Any, Sequence
 
 import numpy as np
 
-from ..memory import available_memory
-from .extras import DataError
+from .extras import DataError, refuse_large
 
 _INT32 = np.iinfo(np.int32).max
+_ADVICE = "ask for fewer steps"
 
 
 class SplitError(DataError):
@@ -105,7 +105,8 @@ def build_indices(sizes: np.ndarray, chosen: range, epochs: Epochs, length: int,
     Raises:
         DataError: memory has no room for them.
     """
-    _refuse_large(12 * epochs.count * len(chosen) + 40 * epochs.samples, f"{epochs.samples:,} samples, {epochs.count:,} epochs,")
+    what = f"an index of {epochs.samples:,} samples, {epochs.count:,} epochs,"
+    refuse_large(12 * epochs.count * len(chosen) + 40 * epochs.samples, what, _ADVICE)
     random = np.random.RandomState(seed)
     documents = _documents(chosen, epochs, random)
     samples = _samples(sizes, documents, epochs, length)
@@ -143,16 +144,6 @@ def _shuffle(epochs: Epochs, random: Any) -> np.ndarray:
     return np.concatenate(parts)
 
 
-def _refuse_large(needed: int, what: str) -> None:
-    """Before the system lends more than it has, and kills who uses it; `needed`: bytes that are held at the same time."""
-    free = available_memory()
-    if free is not None and needed > free:
-        raise DataError(
-            f"an index of {what} takes {needed / 2**30:,.0f} GiB of memory to make, and {free / 2**30:,.0f} GiB are free: "
-            "ask for fewer steps"
-        )
-
-
 def blend_indices(weights: Sequence[float], samples: int) -> dict[str, np.ndarray]:
     """Which dataset each sample of a blend is from, and its number there: whoever is furthest behind its weight is next.
 
@@ -164,7 +155,7 @@ def blend_indices(weights: Sequence[float], samples: int) -> dict[str, np.ndarra
         raise DataError(f"a blend is of 1 to 32,766 datasets, not {len(shares):,}")
     if not (np.isfinite(shares).all() and (shares > 0).all()):
         raise DataError(f"weights of a blend are positive numbers, not {', '.join(f'{x:g}' for x in weights)}")
-    _refuse_large(10 * samples, f"a blend of {samples:,} samples")
+    refuse_large(10 * samples, f"an index of a blend of {samples:,} samples", _ADVICE)
     from . import gpt_loops  # numba, which takes a second
 
     which, numbers = np.empty(samples, np.int16), np.empty(samples, np.int64)

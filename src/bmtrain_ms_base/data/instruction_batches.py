@@ -10,6 +10,7 @@ import numpy as np
 from bmtrain_ms_base.checks import whole
 
 from .batch import IGNORED, Batch
+from .extras import refuse_long
 from .indexed import IndexedError, IndexedFile
 from .instructions import OUTPUTS
 from .sampling import epoch_order
@@ -31,11 +32,13 @@ class InstructionBatches:
 
     Raises:
         IndexedError: a file is damaged, the three do not fit together, or a row is longer.
+        DataError: memory has no room for a row.
         ValueError: there are fewer rows than a step needs.
     """
 
     def __init__(self, prefix: str | Path, length: int, global_batch: int, seed: int = 0):
         self._length, self.global_batch = whole("length", length, 1), whole("global_batch", global_batch, 1)
+        refuse_long(self._length)
         self._seed = whole("seed", seed, 0)
         self.files = [IndexedFile(f"{prefix}_{output}_document") for output in OUTPUTS]
         self.rows = len(self.files[0])
@@ -60,11 +63,13 @@ class InstructionBatches:
         """The rows of one rank at one step, counted from 0.
 
         Raises:
+            DataError: memory has no room for them.
             ValueError: the global batch is not a multiple of the number of ranks.
         """
         if self.global_batch % ranks:
             raise ValueError(f"a global batch of {self.global_batch} cannot be split evenly over {ranks} ranks")
         share = self.global_batch // ranks
+        refuse_long(self._length, share)
         first = step * self.global_batch + rank * share
         ids, targets, documents = (np.stack(arrays) for arrays in zip(*(self._row(i) for i in range(first, first + share))))
         return Batch(ids, targets, documents=documents)

@@ -9,7 +9,7 @@ from typing import Any, Iterator, Mapping, Sequence
 from . import rows
 from .batch import IGNORED
 from .chat import ALPACA_KEYS, Messages, load_template, of_alpaca, of_messages
-from .extras import DataError
+from .extras import DataError, refuse_long
 from .rows import Problem
 from .sources import Piece
 from .tokenizing import HuggingFace, load_tokenizer, read_config
@@ -30,7 +30,7 @@ class InstructionRecipe:
             `load_template`; `length`, the longest row; `pack`, put several conversations into a row.
 
     Raises:
-        DataError: settings that do not fit, a tokenizer without offsets or without a template.
+        DataError: settings that do not fit, a tokenizer without offsets or without a template, rows that memory has no room for.
     """
 
     characters, documents = 1 << 22, 4096  # at a time: what is packed together
@@ -44,6 +44,8 @@ class InstructionRecipe:
         config = read_config(folder)
         self._template = load_template(settings["template"], folder, config)
         self._length, self._pack = settings["length"], settings["pack"]
+        if self._pack:
+            refuse_long(self._length)
         self._pad = next((x for x in (made.named(config.get("pad_token")), made.end) if x is not None), 0)
         if settings["kind"] == "alpaca":
             self._names = list(ALPACA_KEYS)

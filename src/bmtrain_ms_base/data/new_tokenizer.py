@@ -10,10 +10,9 @@ import sys
 from pathlib import Path
 from typing import Any, Iterator, Sequence
 
-from ..memory import available_memory
 from .chat import TEMPLATES
 from .cutting import cut
-from .extras import DataError, needed
+from .extras import DataError, needed, refuse_large
 from .rows import Problem, values
 from .sources import find_sources
 from .text import END_OF_TEXT, train_tokenizer
@@ -41,7 +40,8 @@ def train_folder(inputs: Sequence[str], vocab_size: int, folder: str | Path, key
         SourceError: a file cannot be read.
     """
     needed("tokenizers", "training a tokenizer")
-    _refuse_large(vocab_size)
+    # the library makes room for all tokens that are asked for, however few the text has, or ends the process
+    refuse_large(_ROOM * vocab_size, f"a tokenizer with {vocab_size:,} tokens", "ask for fewer tokens")
     path = Path(folder).expanduser()
     made = not path.exists()
     path.mkdir(parents=True, exist_ok=True)
@@ -60,16 +60,6 @@ def train_folder(inputs: Sequence[str], vocab_size: int, folder: str | Path, key
                 path.rmdir()
         raise
     return path
-
-
-def _refuse_large(vocab_size: int) -> None:
-    """Before the library ends the process: it makes room for all tokens that are asked for, however few the text has."""
-    free = available_memory()
-    if free is not None and vocab_size * _ROOM > free:
-        raise DataError(
-            f"a tokenizer with {vocab_size:,} tokens takes {vocab_size * _ROOM / 2**30:,.0f} GiB of memory to train, and "
-            f"{free / 2**30:,.0f} GiB are free: ask for fewer tokens"
-        )
 
 
 @contextlib.contextmanager
