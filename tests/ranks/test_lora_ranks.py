@@ -216,3 +216,35 @@ def test_masks_in_front_of_adapters_are_those_of_one_rank(single_world: Any, run
         right = dropped(one, Case(), late)
     for found in run_ranks(case.ranks, dropped, case=case, late=late):
         np.testing.assert_allclose(found, right, rtol=2e-4)
+
+
+def in_pieces(world: World, case: Case) -> dict[str, Any]:
+    """The loss of an adapted head for some tokens at a time, and its gradients."""
+    with use_world(case.world(world)) as here:
+        model = Llama(LlamaConfig(**SIZES, num_heads_kv=2))
+        add_lora(model, "lm_head|q_proj", rank=3, alpha=6)
+        spread(model, case.how, case.stages)
+        bms.init_parameters(model)
+        for p in model.trainable_params():
+            size = int(np.prod(p.layout.whole))
+            p.copy_full(np.sin(np.arange(size, dtype=np.float32)).reshape(p.layout.whole) / 9)
+        params, manager = model.trainable_params(), bms.optim.OptimManager()
+        manager.add_optimizer(bms.optim.AdamOptimizer(params))
+        found = {}
+        for rows in (None, 3):
+            manager.zero_grad()
+            value = manager.backward(model.loss, *batch_of(0, here.mesh.dp_rank, case.dp), rows=rows)
+            found[f"loss {rows}"] = bms.sum_loss(value).asnumpy().item()
+            for p in params:
+                found[f"{p.name} {rows}"] = manager.grad(p).asnumpy().copy()
+        return found
+
+
+@pytest.mark.parametrize("case", [Case(dp=2), Case(tp=2), Case(pp=2)], ids=str)
+def test_an_adapted_head_takes_rows_on_every_layout(run_ranks: Callable[..., list[Any]], case: Case):
+    for found in run_ranks(case.ranks, in_pieces, case=case):
+        wanted = [name for name in found if name.endswith(" None")]
+        assert len(wanted) > 1 and any(found[name].any() for name in wanted if "lora" in name)
+        for name in wanted:
+            pieces = found[name.replace(" None", " 3")]
+            np.testing.assert_allclose(pieces, found[name], rtol=0, atol=2e-5 * np.abs(found[name]).max(), err_msg=name)

@@ -143,6 +143,22 @@ def test_freezing_by_name():
         thaw(model, "lm_hed")
 
 
+@pytest.mark.parametrize("rows", [1, 5, 1000])
+def test_the_loss_of_an_adapted_head_is_made_in_pieces(rows: int):
+    model = model_of("llama")
+    add_lora(model, "lm_head", rank=3, alpha=6)
+    params, ids = model.trainable_params(), Tensor(batches()["plain"]["ids"])
+    for p in params:
+        p.copy_full(from_host(weight(p.name, p.full_shape)))
+    right = ms.value_and_grad(model.loss, None, params)(ids, ids)
+    found = ms.value_and_grad(lambda x: model.loss(x, x, rows=rows), None, params)(ids)
+    assert float(found[0]) == pytest.approx(float(right[0]), rel=1e-5)
+    for a, b in zip(found[1], right[1]):
+        np.testing.assert_allclose(host_array(a), host_array(b), rtol=0, atol=1e-5 * np.abs(host_array(b)).max())
+    with pytest.raises(ValueError, match="rows must be at least 1, not 0"):
+        model.loss(ids, ids, rows=0)
+
+
 def test_what_is_refused():
     model = model_of("llama")
     with pytest.raises(

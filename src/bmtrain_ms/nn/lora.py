@@ -21,7 +21,7 @@ from ..zero.init import initialise
 from . import functional
 from .dropout import Dropout
 from .linear import Linear
-from .tensor_parallel import ColumnParallelLinear, RowParallelLinear, take_over
+from .tensor_parallel import ColumnParallelLinear, RowParallelLinear, loss_of_columns, take_over
 
 
 class LoRALinear(Linear):
@@ -50,8 +50,12 @@ class LoRALinear(Linear):
         return super().construct(x) + adapted(self, x)
 
     def cross_entropy(self, x: Tensor, targets: Tensor, **options: Any) -> Tensor:
-        """See `Linear`; all logits are there at once."""
-        return functional.cross_entropy(self(x), targets, **options)
+        """See `Linear`; all logits are there at once, unless `rows` says of how many tokens."""
+        if options.get("rows") is None:
+            return functional.cross_entropy(self(x), targets, **_without_rows(options))
+        if self.bias is not None:
+            raise ValueError("rows are for a projection without a bias: leave them out, or make the layer with bias=False")
+        return functional.linear_cross_entropy(*_joined(self, x), targets, **options)
 
     def as_column(self, gather_output: bool, parts: int | None) -> ColumnParallelLinear:
         """What it becomes over tensor-parallel ranks that have some of the columns of y each."""
@@ -80,10 +84,14 @@ class _LoRAColumn(ColumnParallelLinear):
         return super().construct(x) + adapted(self, x)
 
     def cross_entropy(self, x: Tensor, targets: Tensor, **options: Any) -> Tensor:
-        """See `ColumnParallelLinear`; all logits are there at once, on every rank."""
+        """See `ColumnParallelLinear`; all logits are there at once, on every rank, unless `rows` says of how many tokens."""
+        if options.get("rows") is not None:
+            if self.bias is not None:
+                raise ValueError("rows are for a projection without a bias: leave them out, or make the layer with bias=False")
+            return loss_of_columns(self, *_joined(self, x), targets, options)
         if not self.gather_output:
             raise ValueError("the loss of an adapted projection is of all ranks' logits: make the layer with gather_output=True")
-        return functional.cross_entropy(self(x)[: targets.shape[0]], targets, **options)
+        return functional.cross_entropy(self(x)[: targets.shape[0]], targets, **_without_rows(options))
 
 
 class _LoRARow(RowParallelLinear):
@@ -118,8 +126,20 @@ def _refuse_dropout(name: str, dropout: float) -> None:
 
 def adapted(layer: Any, x: Tensor) -> Tensor:
     """What an adapter adds."""
-    x = x if layer.lora_dropout is None else layer.lora_dropout(x)
-    return layer.lora_B(layer.lora_A(x)) * layer.scale
+    return layer.lora_B(_narrow(layer, x)) * layer.scale
+
+
+def _narrow(layer: Any, x: Tensor) -> Tensor:
+    return layer.lora_A(x if layer.lora_dropout is None else layer.lora_dropout(x))
+
+
+def _joined(layer: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+    """x and W of one product that is that of the layer and its adapter: [x, scale * x Aᵀ] [W, B]ᵀ, which can be made in pieces."""
+    return ops.cat((x, _narrow(layer, x) * layer.scale), -1), ops.cat((layer.weight, layer.lora_B.weight), -1)
+
+
+def _without_rows(options: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if name != "rows"}
 
 
 def weight_of(layer: Any) -> Tensor:

@@ -102,7 +102,7 @@ class ColumnParallelLinear(DistributedModule):
         """
         if self.bias is not None:
             raise ValueError("cross_entropy is for a projection without a bias: make the layer with bias=False")
-        return _cross_entropy(x, self.weight, targets, _engine(self), self.gather_input, self.out_features, options)
+        return loss_of_columns(self, x, self.weight, targets, options)
 
 
 class RowParallelLinear(DistributedModule):
@@ -370,6 +370,11 @@ def _shared(there: DistributedParameter, asked: DistributedParameter) -> Distrib
             "its own, or use tp_size=1"
         )
     return there
+
+
+def loss_of_columns(layer: ColumnParallelLinear, x: Tensor, weight: Tensor, targets: Tensor, options: dict[str, Any]) -> Tensor:
+    """See `ColumnParallelLinear.cross_entropy`; of a weight that is divided as the layer's."""
+    return _cross_entropy(x, weight, targets, _engine(layer), layer.gather_input, layer.out_features, options)
 
 
 def _cross_entropy(
