@@ -8,7 +8,7 @@ import mindspore as ms
 import numpy as np
 import pytest
 import safetensors.numpy
-from mindspore import Tensor
+from mindspore import Tensor, nn
 
 import bmtrain_ms as bms
 from bmtrain_ms.checkpoint import CheckpointError
@@ -17,7 +17,7 @@ from bmtrain_ms.compat.runtime import from_host, host_array
 from bmtrain_ms.model_center import load_adapters, save_adapters, spread
 from bmtrain_ms.model_center.layer import KeyValueCache
 from bmtrain_ms.model_center.model import Llama, LlamaConfig
-from bmtrain_ms.nn import add_lora, freeze, merge_lora, thaw
+from bmtrain_ms.nn import RouterConfig, add_lora, freeze, merge_lora, thaw
 from tests.golden.models import FOLDER, batches, weight
 from tests.unit.test_families import model_of
 
@@ -141,6 +141,38 @@ def test_freezing_by_name():
     assert [p.name for p in model.trainable_params()] == [] and thaw(model, "lm_head") == ["lm_head.weight"]
     with pytest.raises(ValueError, match="no parameter of this Qwen3Moe has 'lm_hed' in its name"):
         thaw(model, "lm_hed")
+
+
+def test_thawing_leaves_alone_what_was_never_trained():
+    """Running means, and biases that a rule of its own moves; what `requires_grad` has frozen is thawed, where it is sharded."""
+    norms = nn.SequentialCell(nn.BatchNorm1d(4), nn.Dense(4, 2))
+    norms[1].bias.requires_grad = False
+    moe = bms.nn.MoE(8, 8, 8, 2, RouterConfig("sigmoid", True, 2.5, groups=2, keep_groups=1, group_score="two_best", bias=True))
+    table = bms.nn.Linear(2, 2)
+    table.parameter("bias").requires_grad = False
+    for model in (norms, moe, table):
+        trained = [p.name for p in model.trainable_params()]
+        freeze(model)
+        freeze(model)
+        assert not model.trainable_params()
+        assert thaw(model) == [p.name for p in model.trainable_params()] == trained
+    assert thaw(bms.nn.Linear(2, 2)) == ["weight", "bias"]
+    for p in moe.get_parameters():
+        p.requires_grad = False
+    assert len(thaw(moe)) == len(list(moe.get_parameters())) - 1
+    with pytest.raises(
+        ValueError, match=r"no parameter of this MoE with 'correction' in its name was ever trained: set its requires"
+    ):
+        thaw(moe, "correction")
+
+
+def test_merged_and_thawed_the_model_is_trained_as_before():
+    model = model_of("llama")
+    trained = [p.name for p in model.trainable_params()]
+    add_lora(model, "q_proj", rank=2)
+    merge_lora(model)
+    thaw(model)
+    assert [p.name for p in model.trainable_params()] == trained
 
 
 @pytest.mark.parametrize("rows", [1, 5, 1000])

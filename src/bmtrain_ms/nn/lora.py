@@ -16,7 +16,7 @@ from ..comm.agreement import any_rank
 from ..compat.autograd import no_grad
 from ..compat.cells import child_table, parameter_table
 from ..compat.runtime import from_host, host_array
-from ..zero import Block
+from ..zero import Block, DistributedParameter
 from ..zero.init import initialise
 from . import functional
 from .dropout import Dropout
@@ -182,7 +182,7 @@ def add_lora(
         if type(child_table(parent)[key]) is not Linear:
             _refuse_dropout(f"{name}.weight", dropout)
     for p in model.get_parameters():
-        p.requires_grad = False
+        _freeze(p)
     for name, parent, key in found:
         made = _adapted_layer(child_table(parent)[key], rank, float(alpha), float(dropout), rslora)
         _exchange(parent, key, made, name)
@@ -222,21 +222,51 @@ def freeze(model: nn.Cell, pattern: str = "") -> list[str]:
     Raises:
         ValueError: nothing matches, on no rank.
     """
-    return _train(model, pattern, False)
+    found = _named(model, pattern)
+    for p in found:
+        _freeze(p)
+    return [p.name for p in found]
 
 
 def thaw(model: nn.Cell, pattern: str = "") -> list[str]:
-    """The opposite of `freeze`."""
-    return _train(model, pattern, True)
+    """The opposite of `freeze`, and of `requires_grad = False` of a `DistributedParameter`. What was not trained when it was frozen
+    stays as it is, and so do other Parameters that nobody has trained: running means, biases that a rule of its own moves.
+
+    Returns:
+        The names of those that are trained now; in a pipeline those of this rank's stages, which may have none.
+
+    Raises:
+        ValueError: nothing matches, on no rank, or nothing of it is to be trained.
+    """
+    found = [p for p in _named(model, pattern) if _may_be_trained(p)]
+    if not _found_somewhere(bool(found), "parameters to thaw"):
+        raise ValueError(
+            f"no parameter of this {type(model).__name__} with {pattern!r} in its name was ever trained: set its requires_grad "
+            "yourself if it is to be"
+        )
+    for p in found:
+        p.requires_grad = True
+    return [p.name for p in found]
 
 
-def _train(model: nn.Cell, pattern: str, trained: bool) -> list[str]:
+def _named(model: nn.Cell, pattern: str) -> list[Parameter]:
     found: list[Parameter] = [p for p in model.get_parameters() if re.search(pattern, p.name)]
     if not _found_somewhere(bool(found), "parameters to train"):
         raise ValueError(f"no parameter of this {type(model).__name__} has {pattern!r} in its name")
-    for p in found:
-        p.requires_grad = trained
-    return [p.name for p in found]
+    return found
+
+
+_TRAINED_BEFORE = "trained_before_it_was_frozen"
+
+
+def _freeze(p: Any) -> None:
+    setattr(p, _TRAINED_BEFORE, p.requires_grad or getattr(p, _TRAINED_BEFORE, False))
+    p.requires_grad = False
+
+
+def _may_be_trained(p: Parameter) -> bool:
+    """Whether it is, or was before it was frozen. Of what no `freeze` has seen, buffers are Parameters that are not sharded."""
+    return p.requires_grad or getattr(p, _TRAINED_BEFORE, isinstance(p, DistributedParameter))
 
 
 def _found_somewhere(here: bool, label: str) -> bool:
