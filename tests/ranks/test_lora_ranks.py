@@ -248,3 +248,25 @@ def test_an_adapted_head_takes_rows_on_every_layout(run_ranks: Callable[..., lis
         for name in wanted:
             pieces = found[name.replace(" None", " 3")]
             np.testing.assert_allclose(pieces, found[name], rtol=0, atol=2e-5 * np.abs(found[name]).max(), err_msg=name)
+
+
+def shared(world: World) -> list[float]:
+    """Losses before and after a merge of adapted layers that were in two places when they were divided, and how many there were."""
+    with use_world(Case(tp=2).world(world)):
+        model = Llama(LlamaConfig(**SIZES, num_heads_kv=2))
+        first, second = list(model.model.layers)[:2]
+        add_lora(model, "0.*q_proj|0.*down_proj", rank=3, alpha=6)
+        second.self_attn.q_proj, second.mlp.down_proj = first.self_attn.q_proj, first.mlp.down_proj
+        spread(model)
+        bms.init_parameters(model)
+        for p in model.trainable_params():
+            size = int(np.prod(p.layout.whole))
+            p.copy_full(np.sin(np.arange(size, dtype=np.float32)).reshape(p.layout.whole) / 9)
+        with no_grad():
+            before = model.loss(*batch_of(0, 0, 1)).asnumpy().item()
+            return [merge_lora(model), before, model.loss(*batch_of(0, 0, 1)).asnumpy().item()]
+
+
+def test_adapted_layers_that_were_divided_in_two_places_are_merged_once(run_ranks: Callable[..., list[Any]]):
+    for count, before, after in run_ranks(2, shared):
+        assert count == 2 and after == pytest.approx(before, rel=1e-5)

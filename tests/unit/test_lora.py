@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import mindspore as ms
 import numpy as np
@@ -13,6 +14,7 @@ from mindspore import Tensor, nn
 import bmtrain_ms as bms
 from bmtrain_ms.checkpoint import CheckpointError
 from bmtrain_ms.comm import Mesh, SimulatedEngine, World, use_world
+from bmtrain_ms.compat.cells import parameter_table
 from bmtrain_ms.compat.runtime import from_host, host_array
 from bmtrain_ms.model_center import load_adapters, save_adapters, spread
 from bmtrain_ms.model_center.layer import KeyValueCache
@@ -22,6 +24,7 @@ from tests.golden.models import FOLDER, batches, weight
 from tests.unit.test_families import model_of
 
 pytestmark = pytest.mark.usefixtures("single_world")
+PARTS = ("lora_A", "lora_B")
 
 
 def with_adapters() -> bms.nn.MoE:
@@ -173,6 +176,91 @@ def test_merged_and_thawed_the_model_is_trained_as_before():
     merge_lora(model)
     thaw(model)
     assert [p.name for p in model.trainable_params()] == trained
+
+
+def shared(how: str) -> Any:
+    """A model of which a layer's weight is in two places."""
+    if how == "one layer, two names":
+        model = nn.Cell()
+        model.a = bms.nn.Linear(4, 4)
+        model.b = model.a
+        return model
+    model = model_of("llama")
+    first, second = list(model.model.layers)[:2]
+    if how == "one Block twice":
+        model.model.layers = nn.CellList([first, first])
+    if how == "one weight in two layers":
+        parameter_table(second.self_attn.q_proj)["weight"] = parameter_table(first.self_attn.q_proj)["weight"]
+    if how == "a table":
+        parameter_table(model.lm_head)["weight"] = parameter_table(model.model.embed_tokens)["weight"]
+    return model
+
+
+@pytest.mark.parametrize(
+    "how, pattern, told",
+    [
+        ("one layer, two names", "a|b", "a and b"),
+        ("one layer, two names", "b", "a and b"),
+        ("one Block twice", "q_proj", r"model.layers.0.self_attn.q_proj and model.layers.1.self_attn.q_proj"),
+        ("one weight in two layers", r"1.self_attn", r"model.layers.0.self_attn.q_proj and model.layers.1.self_attn.q_proj"),
+        ("a table", "lm_head", "model.embed_tokens and lm_head"),
+    ],
+)
+def test_a_weight_in_two_places_is_given_no_adapter(how: str, pattern: str, told: str):
+    model = shared(how)
+    before = [(id(p), p.name, p.requires_grad) for p in model.get_parameters()]
+    with pytest.raises(
+        ValueError, match=rf"^{told} have one weight, which an adapter would be merged into for both: use a pattern"
+    ):
+        add_lora(model, pattern, rank=2)
+    assert [(id(p), p.name, p.requires_grad) for p in model.get_parameters()] == before
+
+
+def test_other_layers_of_a_model_that_shares_some_are_adapted():
+    assert add_lora(shared("a table"), "0.self_attn.q_proj") == ["model.layers.0.self_attn.q_proj"]
+
+
+@pytest.mark.parametrize("what", ["layer", "parameters"])
+def test_an_adapted_layer_in_two_places_is_merged_once(what: str):
+    model = with_adapters()
+    first, second = (layer.self_attn for layer in list(model.model.layers)[:2])
+    if what == "layer":
+        second.q_proj = first.q_proj
+    else:  # as when it was divided over tensor-parallel ranks
+        for own, others in ((first.q_proj, second.q_proj), *((getattr(first.q_proj, x), getattr(second.q_proj, x)) for x in PARTS)):
+            parameter_table(others)["weight"] = parameter_table(own)["weight"]
+    ids = Tensor(batches()["plain"]["ids"])
+    before = model(ids).asnumpy()
+    assert merge_lora(model) == 5
+    np.testing.assert_allclose(model(ids).asnumpy(), before, rtol=0, atol=1e-5 * np.abs(before).max())
+    assert (first.q_proj is second.q_proj) == (what == "layer") and not any(".lora_" in p.name for p in model.get_parameters())
+
+
+def test_a_merge_that_would_change_another_place_is_refused():
+    model = with_adapters()
+    first, second = (layer.self_attn for layer in list(model.model.layers)[:2])
+    parameter_table(second.q_proj)["weight"] = parameter_table(first.q_proj)["weight"]
+    ids = Tensor(batches()["plain"]["ids"])
+    before = model(ids).asnumpy()
+    with pytest.raises(
+        ValueError, match=r"layers.0.self_attn.q_proj and model.layers.1.self_attn.q_proj have one weight, and not one ad"
+    ):
+        merge_lora(model)
+    assert (model(ids).asnumpy() == before).all()
+
+
+def test_adapted_layers_are_not_looked_into_and_keep_their_adapters():
+    model = model_of("llama")
+    add_lora(model, "q_proj", rank=2)
+    before = [(id(p), p.name, p.requires_grad) for p in model.get_parameters()]
+    for pattern in ("q_proj|v_proj", "q_proj", "lora"):
+        with pytest.raises(
+            ValueError, match=r"^model.layers.0.self_attn.q_proj has an adapter already: use a |^no Linear layer has 'lora'"
+        ):
+            add_lora(model, pattern, rank=2)
+    assert [(id(p), p.name, p.requires_grad) for p in model.get_parameters()] == before
+    add_lora(model, "v_proj", rank=3)
+    assert len(model.trainable_params()) == 8 and merge_lora(model) == 4
 
 
 @pytest.mark.parametrize("rows", [1, 5, 1000])

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import collections
 import math
 import re
-from typing import Any, Iterator
+from typing import Any, Callable, Iterator, NamedTuple
 
 from mindspore import Parameter, Tensor, nn, ops
 
@@ -12,7 +13,7 @@ from bmtrain_ms_base.checks import number, whole
 
 from ..comm import is_initialized
 from ..comm import world as current_world
-from ..comm.agreement import any_rank
+from ..comm.agreement import any_rank, gather_json
 from ..compat.autograd import no_grad
 from ..compat.cells import child_table, parameter_table
 from ..compat.runtime import from_host, host_array
@@ -22,6 +23,15 @@ from . import functional
 from .dropout import Dropout
 from .linear import Linear
 from .tensor_parallel import ColumnParallelLinear, RowParallelLinear, loss_of_columns, take_over
+
+
+class Adapter(NamedTuple):
+    """Settings of a layer's adapter, see `LoRALinear`."""
+
+    rank: int
+    alpha: float
+    dropout: float = 0.0
+    rslora: bool = False
 
 
 class LoRALinear(Linear):
@@ -115,13 +125,13 @@ _ADAPTED = (LoRALinear, _LoRAColumn, _LoRARow)
 
 def _settings_of(linear: LoRALinear, made: Any) -> None:
     if linear.lora_dropout is not None:  # it draws for all rows or columns, of which a rank has a part
-        _refuse_dropout(linear.parameter("weight").name, linear.dropout)
+        raise ValueError(_no_dropout(linear.parameter("weight").name, linear.dropout))
     for name in ("rank", "alpha", "dropout", "rslora", "scale"):
         setattr(made, name, getattr(linear, name))
 
 
-def _refuse_dropout(name: str, dropout: float) -> None:
-    raise ValueError(f"{name} has an adapter with dropout={dropout}, which tensor-parallel ranks cannot draw: use dropout=0")
+def _no_dropout(name: str, dropout: float) -> str:
+    return f"{name} has an adapter with dropout={dropout}, which tensor-parallel ranks cannot draw: use dropout=0"
 
 
 def adapted(layer: Any, x: Tensor) -> Tensor:
@@ -157,6 +167,8 @@ def add_lora(
     """Give layers of a model adapters, and freeze everything else. Before an optimizer is made; `spread`, `init_parameters` or
     loading a model's files may come before or after. Adapters have their first values from here on. All ranks call it together.
 
+    Called again, for other layers and with any settings, it leaves the adapters that there are as they are, trained if they were.
+
     Args:
         model: any Cell with `Linear` layers in it, or with what `spread` has made of them.
         pattern: a regular expression, to be found in the path of a layer: `q_proj|v_proj`.
@@ -166,25 +178,36 @@ def add_lora(
         The paths of the layers; in a pipeline those of this rank's stages.
 
     Raises:
-        ValueError: nothing matches, on no rank; layers of a `PipelineTransformerBlockList`; or a number is out of range.
+        ValueError: nothing matches, on no rank; a layer has an adapter already, or shares its weight with another place in the
+            model; layers of a `PipelineTransformerBlockList`; or a number is out of range. Nothing has been changed then.
     """
     rank = whole("rank", rank, 1)
     if not 0.0 <= number("dropout", dropout) < 1.0:
         raise ValueError(f"dropout must be in [0, 1), not {dropout}")
+    settings = Adapter(rank, float(alpha), float(dropout), rslora)
+    return give_adapters(model, pattern, lambda path: settings)
+
+
+def give_adapters(model: nn.Cell, pattern: str, settings_of: Callable[[str], Adapter]) -> list[str]:
+    """`add_lora` with settings of each layer's own, by its path."""
     blocks = _blocks_of(model)
     if any(block.mode == "PIPE" for block in blocks):
         raise ValueError("layers in a PipelineTransformerBlockList cannot be given adapters: give them to the layers it is made of")
-    found = _found(model, pattern)
-    if not _found_somewhere(bool(found), "layers to adapt"):
+    found, twice = _found(model, pattern), [name for name, *_ in _adapted_in(model) if re.search(pattern, name)]
+    if not _found_somewhere(bool(found or twice), "layers to adapt"):
         known = sorted({name.rsplit(".", 1)[-1] for name, _, _, cell in _children(model) if _fits(cell)})
         raise ValueError(f"no Linear layer has {pattern!r} in its path; the last parts of those that there are: {', '.join(known)}")
-    for name, parent, key in found if dropout else ():
-        if type(child_table(parent)[key]) is not Linear:
-            _refuse_dropout(f"{name}.weight", dropout)
+    if twice:
+        text = f"{twice[0]} has an adapter already: use a pattern that leaves it out, or merge_lora first"
+    else:
+        text = next(_obstacles(model, found, settings_of), "")
+    _refuse(text)
+    kept = {id(p) for *_, cell in _adapted_in(model) for p in _own_parameters(cell)}
     for p in model.get_parameters():
-        _freeze(p)
+        if id(p) not in kept:
+            _freeze(p)
     for name, parent, key in found:
-        made = _adapted_layer(child_table(parent)[key], rank, float(alpha), float(dropout), rslora)
+        made = _adapted_layer(child_table(parent)[key], *settings_of(name))
         _exchange(parent, key, made, name)
         initialise(child_table(made)["lora_A"].parameter("weight"))  # with A and B both zero neither would ever have a gradient
     for block in blocks:
@@ -192,25 +215,104 @@ def add_lora(
     return [name for name, _, _ in found]
 
 
+def _obstacles(model: nn.Cell, found: list[tuple[str, nn.Cell, str]], settings_of: Callable[[str], Adapter]) -> Iterator[str]:
+    """Why layers cannot be given adapters."""
+    places = _places(model)
+    for name, parent, key in found:
+        layer: Any = child_table(parent)[key]
+        there = places[id(layer.parameter("weight"))]
+        if len(there) > 1:  # an adapter of one place would be merged into what the other one multiplies with
+            yield (
+                f"{there[0][0]} and {there[1][0]} have one weight, which an adapter would be merged into for both: use a pattern "
+                "that leaves them out, give each its own weight, or put the layer into its second place when it has its adapter"
+            )
+        dropout = settings_of(name).dropout
+        if dropout and type(layer) is not Linear:
+            yield _no_dropout(f"{name}.weight", dropout)
+
+
 def merge_lora(model: nn.Cell) -> int:
     """Put what adapters add into the weights, W + scale * B A, and the plain layers back; before a model is spread or after. An
     optimizer of the adapters has nothing to do any more. All ranks call it together.
 
     Returns:
-        How many there were; in a pipeline those of this rank's stages.
+        How many there were, one that is in several places once; in a pipeline those of this rank's stages.
+
+    Raises:
+        ValueError: an adapted layer's weight is somewhere else without this adapter, so that what is computed there would change.
+            Nothing has been changed then.
     """
-    found = [(name, parent, key, cell) for name, parent, key, cell in _children(model) if isinstance(cell, _ADAPTED)]
+    found = list(_adapted_in(model))
+    _refuse(_merged_elsewhere(model, found))
+    merged: set[int] = set()
+    plain: dict[int, tuple[str, Any]] = {}  # an adapted layer -> its first path, and what takes its place wherever it is
     for name, parent, key, cell in found:
         weight: Any = cell.parameter("weight")
-        with no_grad():
-            a, b = (host_array(child_table(cell)[part].parameter("weight").gather_all()) for part in ("lora_A", "lora_B"))
-            values = host_array(weight.gather_all())
-            added = cell.scale * (b.astype("float32") @ a.astype("float32"))
-            weight.copy_full(from_host((values.astype("float32") + added).astype(values.dtype)))
-        _exchange(parent, key, _plain_layer(cell), name)
+        if id(weight) not in merged:  # layers that were divided while they shared it are several, and have one adapter
+            _merge(cell, weight)
+        merged.add(id(weight))
+        if id(cell) not in plain:
+            plain[id(cell)] = name, _plain_layer(cell)
+        _exchange(parent, key, plain[id(cell)][1], plain[id(cell)][0])
     for block in _blocks_of(model):
         block.accept_changes()
-    return len(found)
+    return len(merged)
+
+
+def _merge(cell: Any, weight: Any) -> None:
+    with no_grad():
+        a, b = (host_array(p.gather_all()) for p in _own_parameters(cell))
+        values = host_array(weight.gather_all())
+        added = cell.scale * (b.astype("float32") @ a.astype("float32"))
+        weight.copy_full(from_host((values.astype("float32") + added).astype(values.dtype)))
+
+
+def _merged_elsewhere(model: nn.Cell, found: list[tuple[str, nn.Cell, str, Any]]) -> str:
+    """Which adapted layer has its weight in another place, too, without its adapter; empty: none."""
+    places = _places(model)
+    for name, _, _, cell in found:
+        for path, other in places[id(cell.parameter("weight"))]:
+            if not isinstance(other, _ADAPTED) or not all(a is b for a, b in zip(_own_parameters(cell), _own_parameters(other))):
+                return f"{name} and {path} have one weight, and not one adapter, so that merging it would change {path}, too"
+    return ""
+
+
+def adapters_of(model: nn.Cell) -> dict[str, Adapter]:
+    """The settings of the adapters on this rank, by the names that their parameters begin with."""
+    found = {}
+    for *_, cell in _adapted_in(model):
+        layer: Any = cell
+        path = _own_parameters(layer)[0].name.removesuffix(".lora_A.weight")
+        found[path] = Adapter(layer.rank, layer.alpha, layer.dropout, layer.rslora)
+    return found
+
+
+def _adapted_in(model: nn.Cell) -> Iterator[tuple[str, nn.Cell, str, Any]]:
+    return (found for found in _children(model) if isinstance(found[3], _ADAPTED))
+
+
+def _own_parameters(layer: nn.Cell) -> list[Any]:
+    """Those of A and B."""
+    parts: list[Any] = [child_table(layer)[part] for part in ("lora_A", "lora_B")]
+    return [part.parameter("weight") for part in parts]
+
+
+def _places(model: nn.Cell) -> dict[int, list[tuple[str, nn.Cell]]]:
+    """Where each parameter is: the id -> the cells that have it, and their paths; a cell that is in the model twice has two."""
+    found = collections.defaultdict(list)
+    for path, cell in [("the model", model), *((path, cell) for path, _, _, cell in _children(model))]:
+        for i in {id(p) for p in parameter_table(cell).values() if p is not None}:
+            found[i].append((path, cell))
+    return found
+
+
+def _refuse(text: str) -> None:
+    """Raise ValueError on all ranks of the pipeline where one says why, so that none goes on alone."""
+    if is_initialized() and current_world().mesh.pp > 1:
+        said = gather_json(text, current_world().along("pp"), "obstacles to adapters")
+        text = text or next(filter(None, said), "")
+    if text:
+        raise ValueError(text)
 
 
 def freeze(model: nn.Cell, pattern: str = "") -> list[str]:
@@ -345,9 +447,10 @@ def _exchange(parent: nn.Cell, key: str, made: nn.Cell, path: str) -> None:
 
 
 def _children(model: nn.Cell, path: str = "") -> Iterator[tuple[str, nn.Cell, str, nn.Cell]]:
-    """Each cell below: its path, its parent, its key there, itself."""
+    """Each cell below: its path, its parent, its key there, itself; parts of adapted layers are none of their own."""
     for key, cell in list(child_table(model).items()):
         if cell is not None:
             name = f"{path}.{key}" if path else key
             yield name, model, key, cell
-            yield from _children(cell, name)
+            if not isinstance(cell, _ADAPTED):
+                yield from _children(cell, name)
