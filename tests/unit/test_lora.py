@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import mindspore as ms
 import numpy as np
 import pytest
-import safetensors.numpy
 from mindspore import Tensor, nn
 
 import bmtrain_ms as bms
-from bmtrain_ms.checkpoint import CheckpointError
 from bmtrain_ms.comm import Mesh, SimulatedEngine, World, use_world
 from bmtrain_ms.compat.cells import parameter_table
 from bmtrain_ms.compat.runtime import from_host, host_array
-from bmtrain_ms.model_center import load_adapters, save_adapters, spread
+from bmtrain_ms.model_center import spread
 from bmtrain_ms.model_center.layer import KeyValueCache
 from bmtrain_ms.model_center.model import Llama, LlamaConfig
 from bmtrain_ms.nn import RouterConfig, add_lora, freeze, merge_lora, thaw
@@ -310,66 +307,3 @@ def test_dropout_over_tensor_parallel_ranks_is_refused_before_anything_changes()
         with pytest.raises(ValueError, match=r"q_proj.weight has an adapter with dropout=0.1, .* use dropout=0"):
             add_lora(model, "q_proj", dropout=0.1)
         assert [p.name for p in model.trainable_params()] == trained
-
-
-# Files #
-
-
-@pytest.mark.parametrize("spreads", [False, True])
-def test_adapters_come_back_from_pefts_files(tmp_path, spreads: bool):
-    model = with_adapters()
-    ids = Tensor(batches()["plain"]["ids"])
-    before = model(ids).asnumpy()
-    save_adapters(model, tmp_path, base="a/model")
-    assert sorted(x.name for x in tmp_path.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
-    names = safetensors.numpy.load_file(str(tmp_path / "adapter_model.safetensors"))
-    assert names["base_model.model.model.layers.1.mlp.down_proj.lora_A.weight"].shape == (3, 24) and len(names) == 12
-    again = spread(model_of("llama")) if spreads else model_of("llama")
-    assert len(load_adapters(again, tmp_path)) == 6
-    assert np.array_equal(again(ids).asnumpy(), before)
-    assert [p.name for p in again.trainable_params()] == [p.name for p in model.trainable_params()]
-
-
-@pytest.mark.parametrize(
-    "change, text",
-    [
-        ({"peft_type": "IA3"}, "is not of LoRA adapters"),
-        ({"use_dora": True}, "asks for what is not computed here: use_dora=True"),
-        ({"r": None}, "adapter_config.json: r must be a whole number of at least 1, not None"),
-        ({"r": "3"}, "adapter_config.json: r must be a whole number of at least 1, not '3'"),
-        ({"target_modules": 5}, "target_modules must be a list of layers' names, or a regular expression, not 5"),
-        ({"target_modules": "("}, r"target_modules must be a list of layers' names, or a regular expression, not '\('"),
-        ({"lora_alpha": "x"}, "lora_alpha must be a number, not 'x'"),
-        ({"lora_dropout": 1.5}, "lora_dropout must be a number of at least 0 and below 1, not 1.5"),
-        ({"use_rslora": "false"}, "use_rslora must be true or false, not 'false'"),
-        ({"r": 4}, r"of shape \(3, \d+\), and the layer's weight has .*; its adapter_config.json says r=4"),
-        (
-            {"target_modules": ["q_proj"]},
-            r"has other adapters than .* says of this Llama: .* leave it out\) and 7 more",
-        ),
-    ],
-)
-def test_files_that_are_not_computed_here(tmp_path, change, text):
-    save_adapters(with_adapters(), tmp_path)
-    path = tmp_path / "adapter_config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
-    with pytest.raises(CheckpointError, match=text):
-        load_adapters(model_of("llama"), tmp_path)
-
-
-def test_adapters_of_another_model_are_refused_before_anything_changes(tmp_path):
-    save_adapters(with_adapters(), tmp_path)
-    other = model_of("qwen3")
-    names = [p.name for p in other.get_parameters()]
-    with pytest.raises(
-        CheckpointError, match=r"has an adapter model.layers.0.self_attn.q_proj.lora_B.weight of shape \(16, 3\), and the "
-    ):
-        load_adapters(other, tmp_path)
-    assert [p.name for p in other.get_parameters()] == names
-    with pytest.raises(CheckpointError, match="has no adapters to write: give it some by"):
-        save_adapters(other, tmp_path)
-    text = (
-        r"nowhere has no adapter_config.json, so it has no adapters: give the folder that bmtrain_ms.model_center.save_adapters, "
-    )
-    with pytest.raises(CheckpointError, match=text):
-        load_adapters(other, tmp_path / "nowhere")
