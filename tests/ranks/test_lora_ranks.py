@@ -270,3 +270,36 @@ def shared(world: World) -> list[float]:
 def test_adapted_layers_that_were_divided_in_two_places_are_merged_once(run_ranks: Callable[..., list[Any]]):
     for count, before, after in run_ranks(2, shared):
         assert count == 2 and after == pytest.approx(before, rel=1e-5)
+
+
+def of_one_stage(world: World, folder: Path) -> list[Any]:
+    """What is said where only the last stage has what is refused; and the files of adapters that it alone has."""
+    with use_world(Case(pp=2).world(world)):
+        model = spread(Llama(LlamaConfig(**SIZES, num_heads_kv=2)), stages=Stages())
+        bms.init_parameters(model)
+        add_lora(model, "1.*q_proj", rank=2, alpha=4)
+        add_lora(model, "1.*v_proj", rank=3, alpha=4)
+        save_adapters(model, folder)
+        said = []
+        for function in (lambda: add_lora(model, "q_proj"), lambda: thaw(model, "nobody")):
+            with pytest.raises(ValueError) as caught:
+                function()
+            said.append(str(caught.value))
+        for function in (lambda: load_adapters(model, folder), lambda: model.save_pretrained(folder / "model", proven=False)):
+            with pytest.raises(CheckpointError) as refused:
+                function()
+            said.append(str(refused.value))
+        trained = [p.name for p in model.trainable_params()]
+        merge_lora(model)
+        return [said, trained, load_adapters(model, folder)]
+
+
+def test_what_one_stage_refuses_all_do(run_ranks: Callable[..., list[Any]], tmp_path: Path):
+    first, last = run_ranks(2, of_one_stage, folder=tmp_path)
+    layers = [f"model.layers.1.self_attn.{x}_proj" for x in "qv"]
+    assert first[0][:2] == last[0][:2] and first[0][0].startswith(f"{layers[0]} has an adapter already")
+    assert ["rank(s) [1] failed" in text for text in first[0]] == [False, False, True, True]
+    assert last[0][2].startswith(f"{layers[0]} has an adapter already") and "call merge_lora first" in last[0][3]
+    assert first[1:] == [[], []] and len(last[1]) == 4 and last[2] == layers
+    said = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert said["rank_pattern"] == {layers[0]: 2, layers[1]: 3} and said["target_modules"] == layers

@@ -180,3 +180,16 @@ def test_adapters_are_loaded_into_a_plain_model(tmp_path):
         load_adapters(model, tmp_path)
     merge_lora(model)
     assert len(load_adapters(model, tmp_path)) == 6
+
+
+@pytest.mark.parametrize("proven", [False, True])
+def test_a_models_folder_is_not_written_with_adapters_in_it(tmp_path, proven):
+    model = with_adapters()
+    text = (
+        r"was not written: model.layers.0.self_attn.q_proj has an adapter, which a model's files do not hold; call merge_lora first"
+    )
+    with pytest.raises(CheckpointError, match=text):
+        model.save_pretrained(tmp_path / "model", proven=proven)
+    assert not (tmp_path / "model").exists()
+    merge_lora(model)
+    model.save_pretrained(tmp_path / "model", proven=proven)

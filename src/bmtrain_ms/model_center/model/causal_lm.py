@@ -120,7 +120,7 @@ class CausalLM(nn.Cell):
 
         Raises:
             PretrainedError: it is written, and the logits differ or cannot be computed here; on every rank.
-            CheckpointError: it cannot be written; on every rank.
+            CheckpointError: the model has adapters that are not merged, or it cannot be written; on every rank.
         """
         beside = self.loaded_from if source is None else Path(source).expanduser()
         write_pretrained(self, folder, beside, max_shard_size)

@@ -16,8 +16,9 @@ from ...compat.autograd import no_grad
 from ...compat.cells import evaluating
 from ...compat.runtime import from_host, host_array
 from ...files.entries import Entry, apply_entries, model_entries
-from ...files.errors import agree_or_fail
+from ...files.errors import CheckpointError, agree_or_fail
 from ...files.gathering import Whole
+from ...nn.lora import adapters_of
 from .differences import Difference, PretrainedError, table
 from .family import COMMON, Piece
 from .folder import CONFIG, config_json, config_of, read_json, write_beside
@@ -200,9 +201,10 @@ def write_pretrained(model: Any, folder: str | Path, source: Path | None, max_sh
         The files with weights, on rank 0.
 
     Raises:
-        CheckpointError: they cannot be written; on every rank.
+        CheckpointError: the model has adapters, or they cannot be written; on every rank.
     """
     world, path, entries = current_world(), Path(folder).expanduser(), model_entries(model)
+    _refuse_adapters(model, world, path)
     tensors = Whole(entries, world)
     error: BaseException | None = None
     target: Target | None = None
@@ -238,6 +240,16 @@ def write_pretrained(model: Any, folder: str | Path, source: Path | None, max_sh
             target.discard()
     agree_or_fail(world.everyone, error, f"{path} cannot be written")
     return files
+
+
+def _refuse_adapters(model: Any, world: World, path: Path) -> None:
+    """Nobody would read the files of a plain model with adapters in them."""
+    adapted = next(iter(adapters_of(model)), None)
+    text = (
+        f"{path} was not written: {adapted} has an adapter, which a model's files do not hold; call merge_lora first, or write the "
+        "adapters alone with save_adapters"
+    )
+    agree_or_fail(world.everyone, None if adapted is None else CheckpointError(text), f"{path} was not written")
 
 
 def prove(model: Any, again: Any, folder: str | Path) -> None:
