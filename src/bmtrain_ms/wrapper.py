@@ -113,8 +113,8 @@ def BMTrainModelWrapper(
 
     Raises:
         TypeError: it is not a Cell.
-        ValueError: a pattern matches nothing, ranks have different values, a layer is inside another or is never called, or a cell
-            keeps parameters where they cannot be replaced.
+        ValueError: a pattern matches nothing, ranks have different values of what is sharded or trained, a layer is inside another
+            or is never called, or a cell keeps parameters where they cannot be replaced.
     """
     _check_arguments(model, layers, buffers)
     report = WrapReport()
@@ -291,14 +291,32 @@ def _shard_parameters(cells: list[tuple[str, nn.Cell]], buffers: Sequence[str], 
     report.tied = {f.paths[0]: f.paths[1:] for f in found.values() if len(f.paths) > 1}
     names = collections.Counter(f.parameter.name for f in found.values())
     digests: list[tuple[str, int]] = []
-    for i in [i for i in found if i not in stays]:
+    for i in list(found):
         match = found.pop(i)
         name = match.parameter.name
         ambiguous = names[name] > 1 or name == "Parameter"  # MindSpore's default
-        made = _sharded(match.parameter, match.paths[0] if ambiguous else name, digests)
-        for cell, attribute in match.places:
-            parameter_table(cell)[attribute] = made
+        if i in whole:
+            _compared_whole(match.parameter, match.paths[0] if ambiguous else name, digests)
+        elif i not in stays:
+            made = _sharded(match.parameter, match.paths[0] if ambiguous else name, digests)
+            for cell, attribute in match.places:
+                parameter_table(cell)[attribute] = made
     _compare(digests)
+
+
+def _compared_whole(p: Parameter, name: str, digests: list[tuple[str, int]]) -> None:
+    """Note the values of a parameter that stays whole, if it is trained: ranks average its gradients, and step from where it is.
+
+    Running statistics, counters and what is frozen may be each rank's own.
+    """
+    if p.has_init:
+        p.init_data()  # in its turn, as MindSpore's initialisers draw
+    if p.requires_grad and is_float(p):
+        digests.append((name, _digest(host_array(p))))
+
+
+def _digest(values: np.ndarray) -> int:
+    return zlib.crc32(values.reshape(-1).view(np.uint8).data)
 
 
 def _sharded(p: Parameter, name: str, digests: list[tuple[str, int]]) -> DistributedParameter:
@@ -306,7 +324,7 @@ def _sharded(p: Parameter, name: str, digests: list[tuple[str, int]]) -> Distrib
     values = host_array(p.init_mode.init_data() if lazy else p)
     if lazy:
         p.init_mode = None  # lets go of the values
-    digests.append((name, zlib.crc32(values.reshape(-1).view(np.uint8).data)))
+    digests.append((name, _digest(values)))
     made = DistributedParameter(empty(*p.shape, dtype=p.dtype), requires_grad=p.requires_grad, name=name)
     made.copy_full(values.reshape(made.full_shape))
     return made

@@ -203,6 +203,32 @@ def test_ranks_with_different_values_are_told_so(run_ranks: Callable[..., list[A
     )
 
 
+class Recurrent(nn.Cell):
+    """MindSpore keeps an LSTM's parameters in ParameterTuples: they stay whole."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rnn, self.head = nn.LSTM(3, 4), nn.Dense(4, 2)
+
+
+def whole_differently(world: World, frozen: bool = False) -> str:
+    model = built(Recurrent)
+    for p in model.rnn.get_parameters():
+        p.set_data(Tensor(np.full(p.shape, world.engine.rank + 1, np.float32)))
+        p.requires_grad = not frozen
+    try:
+        bms.BMTrainModelWrapper(model, verbose=False)
+    except ValueError as error:
+        return str(error)
+    return "not refused"
+
+
+def test_trained_parameters_that_stay_whole_are_compared_too(run_ranks: Callable[..., list[Any]]):
+    first, second = run_ranks(2, whole_differently)
+    assert first == second and first.startswith("parameter rnn.weight_ih_l0 has different values on different ranks (as have 3 ")
+    assert run_ranks(2, whole_differently, frozen=True) == ["not refused"] * 2, "statistics and the like are each rank's own"
+
+
 def lazily(world: World) -> float:
     """The values of a model that is initialised by the wrapper, against those of one that was built whole."""
     plain = built(lambda: Stack(layers=3))
@@ -219,9 +245,23 @@ def lazily(world: World) -> float:
     return float(square(model, x_of()).asnumpy() - square(plain, x_of()).asnumpy())
 
 
+def whole_lazily(world: World) -> None:
+    """What stays whole is initialised in its turn."""
+    plain = built(Stack)
+
+    def build() -> nn.Cell:
+        with no_init_parameters():
+            return Stack()
+
+    model = bms.BMTrainModelWrapper(built(build), verbose=False, buffers=["layers.0.a.*"])
+    for p in plain.get_parameters():
+        np.testing.assert_array_equal(whole(world, raw(model, p.name)), p.asnumpy(), err_msg=p.name)
+
+
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_initialised_by_the_wrapper_it_has_the_same_values(run_ranks: Callable[..., list[Any]], ranks: int):
     assert run_ranks(ranks, lazily) == [0.0] * ranks
+    run_ranks(ranks, whole_lazily)
 
 
 SIDE, LAYERS = 1024, 32  # 4 MiB a layer, 128 MiB
