@@ -26,7 +26,7 @@ from .compat.cells import child_table, drop_rate, parameter_lists, parameter_tab
 from .compat.habits import refuse_recompute
 from .compat.runtime import from_host, host_array, is_float
 from .nn.dropout import Dropout, ReplayingDropout
-from .zero import Block, DistributedModule, DistributedParameter, empty
+from .zero import Block, DistributedModule, DistributedParameter, empty, refuse_written
 
 # Written by operations in forward, so they stay whole on every rank.
 _RUNNING = ("moving_mean", "moving_variance", "running_mean", "running_var")
@@ -91,7 +91,9 @@ def BMTrainModelWrapper(
     Every floating-point Parameter becomes a `DistributedParameter`, with its flags and its name (of several with one name each gets
     its path); ties stay ties; what is sharded already stays as it is. Repeated layers become Blocks: the outermost members of
     `CellList`s, `SequentialCell`s and `CellDict`s of a class that is there more than once. Parameters elsewhere are gathered when
-    they are read. `nn.Dropout` draws from the run's stateless generator. Layers with running statistics (BatchNorm), or with a
+    they are read: `requires_grad` and hooks of what a read gives are the parameter's; a write into it, which the parameter does not
+    see, is an error (`cell.parameter(name).copy_full(values)` writes it). So what the model itself updates while it runs must be
+    named in `buffers`. `nn.Dropout` draws from the run's stateless generator. Layers with running statistics (BatchNorm), or with a
     dropout that is a mere number in a cell, are not checkpointed: recomputation would update the one twice, and draw the other
     anew. Parameters in a `ParameterTuple`, as those of `nn.LSTM`, stay whole on every rank, and a layer that has some is no Block.
 
@@ -251,9 +253,12 @@ class WrappedModel(nn.Cell):
         reads = vars(self)["_reads"]
         reads.running += 1
         try:
-            return super().__call__(*args, **kwargs)
+            out = super().__call__(*args, **kwargs)
         finally:
             reads.running -= 1
+        if not reads.running:
+            refuse_written()
+        return out
 
 
 @dataclass

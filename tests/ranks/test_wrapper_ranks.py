@@ -369,3 +369,60 @@ def borrowed(world: World) -> None:
 def test_weights_of_blocks_that_others_read(run_ranks):
     run_ranks(1, borrowed)
     run_ranks(2, borrowed)
+
+
+class Centred(nn.Cell):
+    """A centre and a counter that forward updates, outside of Blocks."""
+
+    def __init__(self, update: Callable[[Any], None]):
+        super().__init__()
+        self.head = nn.Dense(4, 4)
+        self.center = Parameter(Tensor(np.zeros(4, np.float32)), name="center", requires_grad=False)
+        self.count = Parameter(Tensor(np.zeros(1, np.float32)), name="count", requires_grad=False)
+        self.update = update
+
+    def construct(self, x: Tensor) -> Tensor:
+        y = self.head(x) - self.center
+        self.update(self)
+        return y
+
+    def scaled(self, x: Tensor) -> Tensor:
+        """A method that reads parameters while the model does not run."""
+        return ops.matmul(x, self.head.weight) * (self.count + 2)
+
+
+def outside(world: World) -> None:
+    """Weights outside of Blocks, and those who freeze them, write them, or compute with them."""
+    x = x_of(5, 4)
+    refusals = {
+        "center": [
+            lambda m: ops.assign(m.center, m.center * 0.9 + 0.1),
+            lambda m: m.center.__setitem__(slice(None), 1.0),
+            lambda m: setattr(m, "center", m.center * 0.9 + 0.1),
+        ],
+        "count": [lambda m: setattr(m, "count", m.count + 1)],  # a shard of it has its own shape
+    }
+    for name, updates in refusals.items():
+        for update in updates:
+            model = bms.BMTrainModelWrapper(built(lambda update=update: Centred(update)), verbose=False)
+            with pytest.raises(RuntimeError, match=f"^each rank has a shard of {name}, "):
+                model(x)
+            named = bms.BMTrainModelWrapper(built(lambda update=update: Centred(update)), verbose=False, buffers=["c*"])
+            plain = built(lambda update=update: Centred(update))
+            for _ in range(2):
+                np.testing.assert_allclose(named(x).asnumpy(), plain(x).asnumpy(), rtol=1e-5, atol=1e-6)
+    plain, model = built(lambda: Centred(id)), bms.BMTrainModelWrapper(built(lambda: Centred(id)), verbose=False)
+    with pytest.raises(RuntimeError, match=r"^each rank has a shard of head\.weight, "):
+        model.head.weight = ops.zeros((4, 4))
+    with pytest.raises(ValueError, match=r"^the shard of head\.weight is \(8,\), "):
+        model.head.parameter("weight").set_data(ops.zeros((4, 4)))
+    np.testing.assert_allclose(model(x).asnumpy(), plain(x).asnumpy(), rtol=1e-6, atol=1e-7)
+    np.testing.assert_allclose(model.scaled(x).asnumpy(), plain.scaled(x).asnumpy(), rtol=1e-6, atol=1e-7)
+    np.testing.assert_allclose(model.construct(x).asnumpy(), plain.construct(x).asnumpy(), rtol=1e-6, atol=1e-7)
+    np.testing.assert_array_equal(model.head.weight.asnumpy(), plain.head.weight.asnumpy())
+    model.head.weight.requires_grad = False
+    assert [p.name for p in model.trainable_params()] == ["head.bias"]
+
+
+def test_weights_outside_of_blocks_that_are_frozen_written_and_read(run_ranks):
+    run_ranks(2, outside)

@@ -346,7 +346,7 @@ def test_what_is_not_whole_is_not_loaded():
 def test_it_is_put_back():
     wrappers = [(owner, name) for owner, name, _ in habits._originals]
     ours = [vars(owner)[name] for owner, name in wrappers]
-    assert len(wrappers) == 9
+    assert len(wrappers) == 9 + 18
     habits.uninstall()
     try:
         assert not any(vars(owner).get(name) is wrapper for (owner, name), wrapper in zip(wrappers, ours))

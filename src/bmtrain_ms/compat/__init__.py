@@ -10,6 +10,7 @@ What is done, why, and when it can go:
 * `_PyNativeExecutor.grad` has no public "backward has ended" event, and a failed forward pass (`_pynative_forward_run`) leaves
   the executor recording. See `compat.autograd`.
 * What MindSpore does with whole parameters only, compiling, saving, sharing the work out, is refused. See `compat.habits`.
+* So is what would write a copy of a sharded parameter instead of the parameter. See `compat.reads`.
 """
 
 from __future__ import annotations

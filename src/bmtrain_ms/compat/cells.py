@@ -19,6 +19,11 @@ def parameter_table(cell: nn.Cell) -> dict[str, Any]:
     return cell._params
 
 
+def parameter_at(cell: nn.Cell, name: str) -> Any:
+    """The parameter of this attribute name of the cell itself; None: there is none, or the cell is not made yet."""
+    return (vars(cell).get("_params") or {}).get(name)
+
+
 def child_table(cell: nn.Cell) -> dict[str, Any]:
     """Attribute name -> Cell, of the cell itself; the live table."""
     return cell._cells

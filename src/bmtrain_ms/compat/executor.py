@@ -58,6 +58,11 @@ def recording() -> bool:
     return executor.grad_flag() and executor.enable_grad()
 
 
+def finish() -> None:
+    """Wait until the operations that were issued have run, which MindSpore may hand to threads of its own (0.7 µs on CPU)."""
+    executor.sync()
+
+
 def differentiated() -> bool:
     """Whether what is executed now belongs to a pass whose gradient is taken, recorded now or later or in a way of ours; not so in
     evaluation and generation."""

@@ -13,12 +13,13 @@ from typing import Any, Callable, Iterator
 
 import mindspore as ms
 import wrapt
-from mindspore import Parameter, experimental, nn
+from mindspore import Parameter, experimental, nn, ops
 from mindspore.train import amp as _amp
 from mindspore.train import serialization as _serialization
 
 from .cells import parameter_table
 from .executor import JitExecutor
+from .reads import ReadCopy, no_write
 
 try:
     _parser = importlib.import_module("mindspore.graph._parse.parser")  # 2.10
@@ -32,6 +33,12 @@ before_updates: list[Callable[[Any, Any], Any]] = []
 
 _originals: list[tuple[Any, str, Any]] = []  # (owner, name, MindSpore's own function, or None: it is inherited)
 
+# operations that write their first argument; some of them write memory that only MindSpore knows, so nobody would notice
+_WRITING = (
+    *("Assign", "AssignAdd", "AssignSub", "ScatterUpdate", "ScatterAdd", "ScatterSub", "ScatterMul", "ScatterDiv", "ScatterMax"),
+    *("ScatterMin", "ScatterNdUpdate", "ScatterNdAdd", "ScatterNdSub", "ScatterNdMul", "ScatterNdDiv", "ScatterNdMax"),
+    *("ScatterNdMin", "ScatterNonAliasingAdd"),
+)
 _OPTIMIZERS = (nn.Optimizer, experimental.optim.Optimizer)
 _JIT = (
     "bmtrain_ms runs in PyNative mode, and a compiled graph cannot gather parameters: keep ms.set_context(mode=ms.PYNATIVE_MODE), "
@@ -104,6 +111,7 @@ def install() -> None:
         (_amp, "_auto_mixed_precision_rewrite", _refuse_rewriting),
         (ms.context, "_set_auto_parallel_context", _refuse_parallel),
         *((optimizer, "__call__", _update) for optimizer in _OPTIMIZERS),
+        *((getattr(ops, name), "__call__", _refuse_writing) for name in _WRITING if hasattr(ops, name)),
     ]
     for owner, name, wrapper in wrappers:
         _originals.append((owner, name, vars(owner).get(name)))
@@ -216,4 +224,10 @@ def _refuse_parallel(wrapped: Any, instance: Any, args: tuple, kwargs: dict) -> 
     mode = kwargs.get("parallel_mode")
     if mode not in (None, ms.ParallelMode.STAND_ALONE) and any(ask() for ask in in_use):
         raise RuntimeError(_parallel(mode))
+    return wrapped(*args, **kwargs)
+
+
+def _refuse_writing(wrapped: Any, instance: Any, args: tuple, kwargs: dict) -> Any:
+    if args and isinstance(args[0], ReadCopy):
+        raise RuntimeError(no_write(args[0].read_of))
     return wrapped(*args, **kwargs)

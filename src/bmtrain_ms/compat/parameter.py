@@ -22,6 +22,8 @@ import wrapt
 from mindspore import Parameter, Tensor
 from mindspore.common import parameter as _upstream
 
+from .reads import ReadCopy
+
 _TARGET = "mindspore.common.parameter"
 _PATCHED = ("__new__", "_get_base_class", "__deepcopy__", "__reduce_ex__")
 
@@ -91,7 +93,7 @@ def _upstream_combines(data: Any) -> bool:
         hasattr(Parameter, "_get_combined_class")
         and isinstance(data, Tensor)
         and not isinstance(data, Parameter)
-        and type(data) is not Tensor
+        and type(data) not in (Tensor, ReadCopy)
     )
 
 

@@ -4,7 +4,7 @@ models", 2020)."""
 from . import init
 from .block import Block, CheckpointBlock
 from .block_list import TransformerBlockList
-from .context import ZeroContext, context_of, undisturbed
+from .context import ZeroContext, context_of, refuse_written, undisturbed
 from .group import ParamGroup, ShardState
 from .init import ParameterInitializer, init_parameters
 from .module import DistributedModule
@@ -29,6 +29,7 @@ __all__ = [
     "empty",
     "init",
     "init_parameters",
+    "refuse_written",
     "undisturbed",
     "unwritten",
 ]

@@ -2,6 +2,9 @@
 
 Copying into fresh pages is two to three times slower than into used ones, so buffers are kept. A buffer is handed out again only
 when no array, tensor, view or autograd graph refers to it any more: NumPy's reference count says so, and nobody has to.
+
+A buffer may be watched: what is in it is a copy that code of the user's was given, who might take it for the thing itself and write
+it. Nothing else is written there before the buffer is handed out again: that is when it is looked at, or at the end of a call.
 """
 
 from __future__ import annotations
@@ -9,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import mmap
 import sys
-from typing import Sequence
+from typing import Callable, Sequence
 
 import numpy as np
 
@@ -33,6 +36,20 @@ class HostBuffer:
                 self._map.madvise(mmap.MADV_HUGEPAGE, start, used)
         self.bytes = self._whole[start : start + max(nbytes, 1)]
         self._unused = sys.getrefcount(self._whole)
+        self._watch: Callable[[HostBuffer], None] | None = None
+
+    def watch(self, look: Callable[[HostBuffer], None] | None) -> None:
+        """Have `look(self)` raise, if what is in it now was written, when `looked_at` is called, or this again; None: no more."""
+        self.looked_at()
+        self._watch = look
+
+    def looked_at(self) -> None:
+        """Look, if it is watched. An error is told once."""
+        look, self._watch = self._watch, None
+        if look is not None:
+            look(self)
+            if self.in_use():
+                self._watch = look
 
     def carve(self, offsets: Sequence[int], sizes: Sequence[tuple[int, np.dtype]]) -> list[np.ndarray]:
         """Flat arrays of (elements, type) that begin at `offsets` in it."""
@@ -67,6 +84,7 @@ class BufferPool:
         for buffer in buffers:
             # the loop variable, the list and the argument do not count: only views do
             if not buffer.in_use():
+                buffer.looked_at()
                 buffers.remove(buffer)
                 buffers.append(buffer)
                 return buffer
@@ -79,6 +97,11 @@ class BufferPool:
         for nbytes, buffers in list(self._buffers.items()):
             unused = [buffer for buffer in buffers if not buffer.in_use()]
             self._buffers[nbytes] = unused[-self._spare :] if self._spare else []
+
+    def look(self) -> None:
+        """Raise where a buffer that is watched was written, see `HostBuffer.watch`."""
+        for buffer in [buffer for buffers in self._buffers.values() for buffer in buffers]:
+            buffer.looked_at()
 
     def sizes(self) -> dict[int, int]:
         """Buffer size in bytes -> how many there are, used or not."""

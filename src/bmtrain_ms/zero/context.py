@@ -105,9 +105,13 @@ class ZeroContext:
 
     def end_of_backward(self, error: BaseException | None) -> Deliver:
         """All gradients are there, and whole, before the caller of `value_and_grad` sees them."""
-        deliver = self.reducer.end_of_backward(failed=error is not None)
-        self.pipeline.end_sequence()
-        self.current.end()
+        try:
+            if error is None:
+                self.pool.look()
+        finally:
+            deliver = self.reducer.end_of_backward(failed=error is not None)
+            self.pipeline.end_sequence()
+            self.current.end()
         self.pulled = self.pulled or error is None
         return deliver
 
@@ -127,6 +131,12 @@ def undisturbed() -> ContextManager[None]:
     """Inside the `with` statement nobody but modules writes parameters, so what was gathered ahead is used without asking all ranks
     whether it still holds; a write is an error all the same. For the `construct` of a whole model."""
     return context_of(current_world()).pipeline.undisturbed() if is_initialized() else contextlib.nullcontext()
+
+
+def refuse_written() -> None:
+    """Raise RuntimeError where somebody was found to have written a copy of a parameter, which the parameter does not see."""
+    if is_initialized():
+        context_of(current_world()).pool.look()
 
 
 def _end_of_backward(error: BaseException | None) -> Deliver:

@@ -19,6 +19,7 @@ from mindspore import Tensor, ops
 
 from ..comm import Buffer, Engine, Label, SingleEngine, Work, World
 from ..compat.autograd import no_grad
+from ..compat.executor import finish
 from ..compat.runtime import Values, address, from_host, host_array, numpy_dtype, values, was_copied, zeros
 from .buffers import BufferPool, HostBuffer, aligned_offsets
 from .wire import wire_for
@@ -270,6 +271,19 @@ class Gathered:
             now = self.group.shard_prints()
             if now != before:
                 self._refuse([p for p, x, y in zip(self.group.params, now, before) if x != y])
+
+    def watch(self, told: str) -> None:
+        """Have a RuntimeError say `told` once somebody is found to have written this copy, if it is in host memory of ours."""
+        if self._buffer is None:
+            return
+        own, before = self.group.own, self._own_prints()
+
+        def look(buffer: HostBuffer) -> None:
+            finish()
+            if prints(buffer.bytes[piece] for piece in own) != before:
+                raise RuntimeError(told)
+
+        self._buffer.watch(look)
 
     def _refuse(self, written: Sequence[Sharded]) -> None:
         if written:

@@ -20,6 +20,7 @@ from ..compat.autograd import custom_op, recording
 from ..compat.device import on_host
 from ..compat.habits import sharded_types
 from ..compat.parameter import adopt
+from ..compat.reads import as_read, no_write
 from ..compat.runtime import Values, from_host, host_array, is_float, numpy_dtype, untouched_zeros, writable_array
 from .context import context_of
 from .group import ParamGroup
@@ -241,7 +242,16 @@ class DistributedParameter(Parameter):
         self.set_data(shard, slice_shape=True)
 
     def set_data(self, data: Tensor, slice_shape: bool = False) -> DistributedParameter:
-        """Give the parameter another shard as its data, as MindSpore's `set_data` does."""
+        """Give the parameter another shard as its data, as MindSpore's `set_data` does.
+
+        Raises:
+            ValueError: it is not of a shard's shape.
+        """
+        if tuple(data.shape) != (self.shard_length,):
+            raise ValueError(
+                f"the shard of {self.name} is ({self.shard_length},), and set_data takes another, not {tuple(data.shape)}: "
+                "whole values are given with copy_full"
+            )
         context_of(self.world).pipeline.parameters_changed()
         self.replaced += 1
         self._values = None
@@ -292,6 +302,13 @@ class DistributedParameter(Parameter):
         Raises:
             RuntimeError: it is a layer's of a `PipelineTransformerBlockList`, and what gathers it is no layer of one.
         """
+        return self._gather(watched=False)
+
+    def read(self) -> Tensor:
+        """`gather`, for code that was written for an ordinary parameter: a write into what it gives is refused, or noticed."""
+        return as_read(self._gather(watched=True), self)
+
+    def _gather(self, watched: bool) -> Tensor:
         group, context = self.alone, context_of(self.world)
         if self.in_stage and not any(context.in_stage):
             self.refuse_outside()
@@ -303,6 +320,8 @@ class DistributedParameter(Parameter):
                 full = tuple(gathered.tensors())
                 if gathered.trusted:
                     gathered.verify()
+                if watched:
+                    gathered.watch(no_write(self))
                 return full
             finally:
                 context.pipeline.leave([gathered])
