@@ -93,7 +93,8 @@ def _upstream_combines(data: Any) -> bool:
         hasattr(Parameter, "_get_combined_class")
         and isinstance(data, Tensor)
         and not isinstance(data, Parameter)
-        and type(data) not in (Tensor, ReadCopy)
+        and type(data) is not Tensor
+        and not isinstance(data, ReadCopy)
     )
 
 

@@ -6,6 +6,7 @@ first two would do nothing without a word, and so would a write. `ReadCopy` hand
 
 from __future__ import annotations
 
+import functools
 from typing import Any, Callable
 
 import numpy as np
@@ -14,12 +15,13 @@ from mindspore import Parameter, Tensor
 _WRITING = ("__setitem__", "assign_value", "set_data")
 
 
-class ReadCopy(Tensor):
-    """A gathered copy of a parameter, for those who compute with it or look at it.
+class ReadCopy:
+    """A gathered copy of a parameter, for those who compute with it or look at it; a tensor's class besides its own.
 
     Whether a gradient is taken, hooks and the name are the parameter's. Writes are refused: the parameter would not see them.
     """
 
+    __slots__ = ()  # otherwise a tensor cannot be given the class
     read_of: Parameter
 
     @property
@@ -65,9 +67,18 @@ for _name in (*_WRITING, *(x for x in dir(Tensor) if x.endswith("_") and not x.s
 
 def as_read(tensor: Tensor, parameter: Parameter) -> Tensor:
     """The same tensor, as a copy of `parameter`."""
-    tensor.__class__ = ReadCopy
+    if Tensor not in type(tensor).__mro__:
+        return tensor  # a device on 2.5: what operations return there takes no other class, so nothing is noticed
+    if not isinstance(tensor, ReadCopy):
+        tensor.__class__ = _class_of(type(tensor))
     tensor.read_of = parameter
     return tensor
+
+
+@functools.cache
+def _class_of(kind: type) -> Any:
+    """Of a Tensor, or of a class that derives from it."""
+    return type("ReadCopy", (ReadCopy, kind), {"__module__": __name__, "__slots__": ()})
 
 
 def no_write(parameter: Parameter) -> str:

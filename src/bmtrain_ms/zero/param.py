@@ -305,8 +305,11 @@ class DistributedParameter(Parameter):
         return self._gather(watched=False)
 
     def read(self) -> Tensor:
-        """`gather`, for code that was written for an ordinary parameter: a write into what it gives is refused, or noticed."""
-        return as_read(self._gather(watched=True), self)
+        """`gather`, for code that was written for an ordinary parameter: a write into what it gives is refused, or noticed.
+
+        Noticing costs two looks at this rank's piece; what is trained is written by its optimizer, and not by a forward pass.
+        """
+        return as_read(self._gather(watched=not self.requires_grad), self)
 
     def _gather(self, watched: bool) -> Tensor:
         group, context = self.alone, context_of(self.world)
