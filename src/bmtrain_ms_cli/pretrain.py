@@ -12,8 +12,8 @@ from typing import Any, Iterator
 
 from .launch import LaunchError, launch
 from .options import FOLDERS_HELP, REHEARSE_HELP, Commands, folders, positive
+from .places import wrong_places
 
-_FOLDERS = ("model", "adapters", "checkpoints", "best", "tensorboard")  # that a run makes in its own
 _RANK = "BMTRAIN_MS_RUN"  # what the launcher tells its ranks: settings and tokenizer, as JSON
 
 
@@ -68,7 +68,9 @@ def run(arguments: argparse.Namespace, tuning: bool = False) -> int:
         with _in_folder(arguments.folders):
             settings = read_settings(config, _overrides(arguments), started, tuning)
             _check_out(settings)
-        _check_model(settings)
+            _check_model(settings)
+            if not started:  # else ranks do, when the first of them has the folder for itself
+                _check_begun(settings)
     except ConfigError as error:
         lines = str(error).splitlines()
         if launched.rank:
@@ -144,26 +146,22 @@ def _alone(settings: Any) -> Iterator[None]:
 
 
 def _check_out(settings: Any) -> None:
-    """Refuse places that cannot be written: some are needed when all of the training is done."""
+    """Refuse places that cannot be written."""
     from bmtrain_ms_base.config import ConfigError
 
-    out = Path(settings.out).expanduser()
-    if out.exists() and not out.is_dir():
-        raise ConfigError(f"out: {settings.out} is not a folder: name one, it is made if it is not there")
-    for text in (text for text in settings.data.text if not text.startswith("hf:")):
-        folder = Path(text).expanduser()
-        if folder.is_dir() and out.resolve().is_relative_to(folder.resolve()):
-            raise ConfigError(
-                f"out: {settings.out} is in the folder {text} of data.text, and would be read as text: choose another"
-            )
-    for path in (out / name for name in _FOLDERS):
-        if path.exists() and not path.is_dir():
-            raise ConfigError(f"out: {path} is in the way: a run has a folder of that name; move it, or name another out")
-    trace = None if settings.log.trace is None else Path(settings.log.trace).expanduser().absolute()
-    if trace is not None and not (os.access(trace.parent, os.W_OK | os.X_OK) and trace.parent.is_dir()):
-        raise ConfigError(f"log.trace: {trace.parent} is not a folder that can be written to: make it, or name another place")
-    if trace is not None and trace.exists() and not (trace.is_file() and os.access(trace, os.W_OK)):
-        raise ConfigError(f"log.trace: {trace} is not a file that can be written: name another")
+    wrong = wrong_places(settings)
+    if wrong:
+        raise ConfigError(wrong)
+
+
+def _check_begun(settings: Any) -> None:
+    """Refuse the folder of a run that began otherwise."""
+    from bmtrain_ms.train.begun import begun_otherwise
+    from bmtrain_ms_base.config import ConfigError
+
+    otherwise = begun_otherwise(settings)
+    if otherwise:
+        raise ConfigError(otherwise)
 
 
 def _check_model(settings: Any) -> None:

@@ -252,3 +252,14 @@ def test_a_blend_goes_on_where_it_stopped(folder: Path) -> None:
     other = json.dumps([0.7, "tokens/first_text_document", 0.3, "tokens/second_text_document"])
     code, text = command(folder, *base[:2], f"--data.files={other}", "--out=blend", "--train.steps=9")
     assert code == 2 and "Traceback" not in text, text
+
+
+def test_another_model_in_the_folder_of_a_run_is_refused_before_a_rank_is_started(folder: Path) -> None:
+    kept = (folder / "whole" / "config.toml").read_text()
+    shutil.copytree(folder / "whole" / "model", folder / "other-model")
+    words = ["finetune", "whole/config.toml", "--out=whole", "--model={pretrained='other-model'}", "--tokenizer.path=null"]
+    code, text = command(folder, *words)
+    assert code == 2 and text.count("\n") == 1 and "model.family: llama then, None now" in text, text
+    code, text = command(folder, *words[:2], "--out=whole", "--model={pretrained='whole/model'}", "--tokenizer.path=null")
+    assert code == 2 and text.count("\n") == 1 and "which this run would write at its end" in text, text
+    assert (folder / "whole" / "config.toml").read_text() == kept

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,36 @@ def test_a_file_where_a_run_has_a_folder(said: Any, name: str):
     Path("run", name).rmdir()
     Path("run", name).write_text("")
     assert said() == f"out: run/{name} is in the way: a run has a folder of that name; move it, or name another out"
+
+
+def test_places_that_cannot_be_written_are_told_before_ranks_start(said: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    closed: set[str] = set()
+    monkeypatch.setattr("os.access", lambda path, mode: not (str(path) in closed and mode & os.W_OK))
+    advice = "let it be written, or name another out"
+    closed.add(str(tmp_path))
+    place = f"{tmp_path} is not a folder that can be written to: name another place, or let it be written"
+    assert said() == said("--out=a/b/c") == f"out: {place}"
+    Path("run").mkdir()
+    assert said() == ""
+    options = {"best": "--save.best=true", "adapters": "--lora.rank=2", "tensorboard": "--log.tensorboard=true"}
+    for name in ("checkpoints", "model", *options):
+        Path("run", name).mkdir()
+        closed.add(f"run/{name}")
+        words = [options[name], "--train.eval_every=1"] if name in options else []
+        assert said(*words) == f"out: run/{name} cannot be written to: {advice}"
+        closed.discard(f"run/{name}")
+        assert said(*words) == ""
+    for name in ("log.jsonl", "loss.png", "checkpoints/.lock"):
+        Path("run", name).write_text("")
+        closed.add(f"run/{name}")
+        assert said() == f"out: run/{name} cannot be written to: {advice}"
+        closed.discard(f"run/{name}")
+
+
+@pytest.mark.parametrize("name", ["config.toml", "log.jsonl", "loss.png", "checkpoints/latest", "model/tokenizer.json"])
+def test_a_folder_where_a_run_has_a_file(said: Any, name: str):
+    Path("run", name).mkdir(parents=True)
+    assert said() == f"out: run/{name} is in the way: a run writes a file of that name; move it, or name another out"
 
 
 def test_where_a_trace_is_to_be(said: Any, tmp_path: Path):

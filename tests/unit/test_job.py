@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import gc
 import os
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -58,8 +60,11 @@ def wrong(job: _Job) -> str:
     """What is said; in one line."""
     with pytest.raises(CheckpointError) as caught:
         job.run(False)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
+    text = str(caught.value)
+    assert "\n" not in text
+    del caught
+    gc.collect()  # the lock of the folder, which a process that ends lets go of
+    return text
 
 
 def test_a_signal_that_comes_when_all_is_written_ends_nothing(job: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
@@ -122,3 +127,45 @@ def test_a_trace_that_cannot_be_written_costs_nothing_else(job: Any, tmp_path: P
     monkeypatch.setattr(job_module, "write_trace", full)
     assert wrong(made) == f"log.trace: {tmp_path / 'none' / 'x.json'} cannot be written: [Errno 28] No space left on device"
     assert {"model", "loss.png", "checkpoints"} <= {path.name for path in (tmp_path / "run").iterdir()}
+
+
+def test_another_beginning_is_refused_and_leaves_what_was_kept(job: Any, tmp_path: Path):
+    job().run(False)
+    kept = (tmp_path / "run" / "config.toml").read_text()
+    for model, what in (
+        ({**MODEL, "family": "qwen2"}, "model.family: llama then, qwen2 now"),
+        ({"like": str(tmp_path / "run2")}, f"model.family: llama then, None now; model.like: None then, {tmp_path}/run2 now"),
+        ({**MODEL, "rope_base": 5000.0}, "model.rope_base: 10000.0 then, 5000.0 now"),
+    ):
+        started = f"out: {tmp_path}/run/checkpoints/step-00000002 was saved by a run that began otherwise ("
+        assert wrong(job(model=model)) == f"{started}{what}): choose another out"
+    assert "lora: None then" in wrong(job(lora={"rank": 2}))
+    assert (tmp_path / "run" / "config.toml").read_text() == kept
+    same = {**MODEL, "rope_base": 10000.0, "num_heads_kv": 2}  # as the family has them
+    job(model=same, optimizer={"lr": 1e-3}, train={"steps": 3, "eval_batches": 1}).run(False)
+
+
+def test_the_folder_of_the_model_is_the_same_by_another_path(job: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    job(out=str(tmp_path / "first")).run(False)
+    monkeypatch.chdir(tmp_path)
+    job(model={"pretrained": "first/model"}).run(False)
+    monkeypatch.chdir("/")
+    job(model={"pretrained": str(tmp_path / "first" / ".." / "first" / "model")}).run(False)
+    assert "model.pretrained: " in wrong(job(model={"like": str(tmp_path / "first" / "model")}))
+
+
+def test_a_run_whose_checkpoints_are_gone_does_not_begin_again_over_its_results(job: Any, tmp_path: Path):
+    job().run(False)
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    log = (tmp_path / "run" / "log.jsonl").read_bytes()
+    assert wrong(job()).startswith(f"out: {tmp_path}/run/model is there, of a run whose checkpoints are gone")
+    assert (tmp_path / "run" / "log.jsonl").read_bytes() == log
+
+
+@pytest.mark.parametrize("name", ["like", "pretrained"])
+def test_what_the_export_would_replace_is_nothing_to_begin_from(job: Any, tmp_path: Path, name: str):
+    model = tmp_path / "run" / "model"
+    model.mkdir(parents=True)
+    (model / "config.json").write_text("{}")
+    text = f"model.{name}: {model} is in {model}, which this run would write at its end: choose another out"
+    assert wrong(job(model={name: str(model)})) == text

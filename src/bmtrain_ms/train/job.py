@@ -21,6 +21,7 @@ from ..model_center import PretrainedError, parameter_count, save_adapters
 from ..model_center.model import CausalLM
 from ..model_center.pretrained.folder import copy_beside
 from ..optim import GradientOverflowError
+from .begun import begun_from, begun_otherwise
 from .data import place_of
 from .errors import Stopped, TrainingError
 from .log import plot_log, read_log
@@ -79,6 +80,7 @@ class _Job:
         """Train and evaluate as the settings say, from the start or from a checkpoint on, and write the results."""
         stop = StopSignals()
         lock = lock_folder(self.out)
+        self._as_chief(self._check_begun, f"{self.out} cannot be read")
         kept = self.out / "config.toml"
         self._as_chief(lambda: replace_text(kept, to_toml(self.settings)), f"{kept} cannot be written")
         storage = Storage(place_of(self.world), [self.out], self.settings.data.shared_storage)
@@ -99,6 +101,12 @@ class _Job:
         if lock is not None:
             lock.release()
         # `stop` is not released: all is written, and a signal that is heard now must not make of it a run that was ended
+
+    def _check_begun(self) -> None:
+        """Before anything is written: what was kept of the run that began otherwise stays."""
+        otherwise = begun_otherwise(self.settings)
+        if otherwise:
+            raise ConfigError(otherwise)
 
     def _together(self, make: Callable[[], Any], what: str) -> Any:
         """What each rank makes by itself; what goes wrong on one is raised on all, behind `what` where it does not say that."""
@@ -174,7 +182,7 @@ class _Job:
             keep_every=settings.save.keep_every,
             shared_storage=self.shared,
         )
-        kept = settings.model_dump(mode="json")
+        kept = begun_from(settings.model_dump(mode="json"))
         folder = self.out / "checkpoints"
         return Trainer(task, batches.train, manager, how, folder, signals=stop, watchers=watchers, kept=kept)
 
