@@ -76,6 +76,51 @@ def test_files_that_are_none(corpus: Path, name: str, text: str, told: str) -> N
     assert str(caught.value).startswith(f"{name}: ") and told in str(caught.value) and len(str(caught.value).splitlines()) == 1
 
 
+def test_yaml_may_take_over_names_from_another_section(corpus: Path) -> None:
+    """With names of its own that count more, also where the other section has taken over some itself."""
+    (corpus / "run.yaml").write_text(
+        "train: {steps: 5, <<: &c {<<: &b {eval_batches: 2, steps: 7}, eval_batches: 3}}\n"
+        "faults: {skip: [1], <<: &s {<<: {spike: 4.0}, spike: 3.0}}\nlog: {}\n"
+    )
+    assert read_settings("run.yaml", GOOD, 0).faults.spike == 3.0
+    assert read_settings("run.yaml", GOOD, 0).train.model_dump(exclude_defaults=True) == {"steps": 5, "eval_batches": 3}
+
+
+@pytest.mark.parametrize(
+    ("files", "told"),
+    [
+        (["nan", "c"], "a weight is a positive number, not nan"),
+        (["-1", "c"], "a weight is a positive number, not -1"),
+        ([0.0, "c"], "a weight is a positive number, not 0.0"),
+        (["inf", "c"], "a weight is a positive number, not inf"),
+        (["1e308", "c", "1e308", "c"], "the weights are too large to be added up"),
+        (["0.3"], "several are weights and prefixes in turn"),
+        (["c", "c"], "several are weights and prefixes in turn"),
+        (["0.3", "c", "0.7"], "several are weights and prefixes in turn"),
+        ([0.3, 0.7], "several are weights and prefixes in turn"),
+        (["0.3", "c", "0.7", "d"], "there is no d.bin with its .idx"),
+        (["0.3", "c", 0.7, "c"], ""),
+        (["c"], ""),
+    ],
+)
+def test_weights_of_files(corpus: Path, files: list[Any], told: str) -> None:
+    for end in (".bin", ".idx"):
+        (corpus / f"c{end}").write_text("")
+    words = ["data.text=[]", f"data.files={json.dumps(files)}", "tokenizer.train=null"]
+    if not told:
+        read_settings(None, [*GOOD, *words], 0)
+        return
+    lines = wrong(*words)
+    assert len(lines) == 1 and lines[0].startswith(f"data.files: {told}")
+
+
+@pytest.mark.parametrize("split", ["1", "1,0,1", "1/0"])
+def test_an_evaluation_needs_validation_data(split: str) -> None:
+    assert wrong("train.eval_every=2", f"data.split='{split}'") == [
+        "train.eval_every: there are no validation data: data.split has none, or data are conversations"
+    ]
+
+
 def test_a_file_may_begin_with_a_mark_of_its_encoding(corpus: Path) -> None:
     (corpus / "run.toml").write_text("[train]\nsteps = 5\n", encoding="utf-8-sig")
     assert read_settings("run.toml", GOOD, 0).train.steps == 5

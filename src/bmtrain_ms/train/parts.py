@@ -14,6 +14,7 @@ from bmtrain_ms_base.config import ConfigError, LoraSection, Settings, passes_of
 from bmtrain_ms_base.config.fitting import skipped
 from bmtrain_ms_base.data import Batches, GPTBatches, RampUp
 from bmtrain_ms_base.data.gpt_batches import samples_for
+from bmtrain_ms_base.data.gpt_index import shares_of
 from bmtrain_ms_base.data.indexed import IndexedFile
 from bmtrain_ms_base.data.skipping import Skipping
 from bmtrain_ms_base.stages import divide
@@ -234,7 +235,7 @@ def make_batches(settings: Settings) -> RunBatches:
         return RunBatches(Skipping(rows, left_out), None, known.get("vocab_size"))
     ramp = None if batch.ramp_up is None else RampUp(**batch.ramp_up.model_dump())
     names = [str(part) for part in data.files]
-    has_valid = "," in data.split and float(data.split.split(",")[1]) > 0
+    has_valid = shares_of(data.split)[1] > 0
     samples = [samples_for(steps, batch.size, ramp), settings.train.eval_batches * batch.size if has_valid else 0, 0]
     cache = None if data.cache is None else Path(data.cache).expanduser()
     told = {"cache": cache, "shared_storage": data.shared_storage}

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+import os
 import re
-from pathlib import Path
 from typing import Iterator
 
 from ..data.gpt_index import shares_of
+from ..shortening import shown
 from .sections import Settings
 
+_MOST_FILES = 32_766  # of a blend
 _MOST_SKIPPED = 1_000_000  # by a range
 
 
@@ -35,15 +37,15 @@ def _of_model(settings: Settings, tuning: bool) -> Iterator[str]:
         yield "lora: adapters are for finetune"
     for name in ("like", "pretrained"):
         folder = getattr(model, name)
-        if folder is not None and not (Path(folder).expanduser() / "config.json").is_file():
+        if folder is not None and not os.path.isfile(os.path.join(os.path.expanduser(folder), "config.json")):
             yield f"model.{name}: there is no config.json in {folder}"
     if model.dtype == "float16" and settings.optimizer.loss_scale is None:
         yield "optimizer.loss_scale: float16 needs one (65536): without it small gradients become zero"
     if settings.lora is not None:
         try:
             re.compile(settings.lora.pattern)
-        except re.error as error:
-            yield f"lora.pattern: {settings.lora.pattern!r} is no regular expression: {error}"
+        except (re.error, RecursionError, OverflowError) as error:
+            yield f"lora.pattern: {shown(settings.lora.pattern)} is no regular expression: {error}"
 
 
 def _of_data(settings: Settings) -> Iterator[str]:
@@ -63,30 +65,49 @@ def _of_data(settings: Settings) -> Iterator[str]:
     if data.text and tokenizer.path is None and tokenizer.train is None and settings.model.pretrained is None:
         yield "tokenizer: data.text needs one: path, or train = 8000 for a new one"
     try:
-        shares_of(data.split)
+        valid = shares_of(data.split)[1] > 0 and not data.rows and not data.handler
+        if settings.train.eval_every is not None and not valid:
+            yield "train.eval_every: there are no validation data: data.split has none, or data are conversations"
     except ValueError as error:
         yield f"data.split: {error}"
     if data.handler is not None and not data.text:
         yield "data.handler: it is of data.text, which is not given; rows are prepared already"
     if data.template is not None and data.handler is None:
         yield "data.template: it is for conversations; name their data.handler"
-    for path in (p for p in data.text if not p.startswith("hf:") and not Path(p).expanduser().exists()):
+    for path in (p for p in data.text if not p.startswith("hf:") and not os.path.exists(os.path.expanduser(p))):
         yield f"data.text: there is no {path}"
-    for prefix in (p for p in data.files if isinstance(p, str) and not _is_number(p)):
-        if not all(Path(f"{prefix}{end}").expanduser().is_file() for end in (".bin", ".idx")):
-            yield f"data.files: there is no {prefix}.bin with its .idx; make them with bmtrain-ms prepare"
+    yield from _of_files(data.files)
     if (data.rows or data.handler) and settings.batch.ramp_up is not None:
         yield "batch.ramp_up: conversations have no ramp-up; leave it out"
     if (data.rows or data.handler) and not data.packed:
         yield "data.packed: conversations in a row never see each other; leave packed = false out"
 
 
-def _is_number(text: str) -> bool:
+def _of_files(files: list[str | float]) -> Iterator[str]:
+    """One prefix, or weights and prefixes in turn; a weight may be a text, as on Megatron's command line."""
+    weighted = len(files) > 1 or (len(files) == 1 and _number(files[0]) is not None)
+    weights, names = (files[::2], files[1::2]) if weighted else ([], files)
+    numbers = [_number(weight) for weight in weights]
+    if (weighted and len(weights) != len(names)) or None in numbers or not all(isinstance(name, str) for name in names):
+        yield f'data.files: several are weights and prefixes in turn, as [0.3, "a", 0.7, "b"], not {shown(files)}'
+        return
+    for weight, number in zip(weights, numbers):
+        if number is None or not 0 < number < math.inf:
+            yield f"data.files: a weight is a positive number, not {weight}"
+    if math.isinf(sum(number for number in numbers if number is not None and math.isfinite(number))):
+        yield "data.files: the weights are too large to be added up"
+    if len(names) > _MOST_FILES:
+        yield f"data.files: at most {_MOST_FILES:,} can be blended, not {len(names):,}"
+    for prefix in names:
+        if not all(os.path.isfile(os.path.expanduser(f"{prefix}{end}")) for end in (".bin", ".idx")):
+            yield f"data.files: there is no {prefix}.bin with its .idx; make them with bmtrain-ms prepare"
+
+
+def _number(given: str | float) -> float | None:
     try:
-        float(text)
+        return float(given)
     except ValueError:
-        return False
-    return True
+        return None
 
 
 def _of_layout(settings: Settings, ranks: int) -> Iterator[str]:

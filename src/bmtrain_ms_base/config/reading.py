@@ -7,13 +7,15 @@ import json
 import re
 import sys
 from pathlib import Path
-from typing import Any, Mapping, Sequence
+from typing import Any, Iterable, Mapping, Sequence
 
 from pydantic import BaseModel, ValidationError
 
+from ..shortening import shortened, shown
 from .fitting import problems
 from .sections import Settings
 
+_LONGEST = 1000  # characters of a line about a setting
 _RANGE = re.compile(r"Input should be (.*)")
 
 
@@ -39,11 +41,15 @@ def read_settings(path: str | None, overrides: Sequence[str], ranks: int, tuning
     try:
         settings = Settings.model_validate(values)
     except ValidationError as error:
-        raise ConfigError("\n".join(_line(found) for found in error.errors())) from error
+        raise ConfigError(_lines(_line(found) for found in _telling(error.errors()))) from error
     found = problems(settings, ranks or settings.layout.ranks or 1, tuning)
     if found:
-        raise ConfigError("\n".join(found))
+        raise ConfigError(_lines(found))
     return settings
+
+
+def _lines(problems: Iterable[str]) -> str:
+    return "\n".join(shortened(line, _LONGEST) for line in problems)
 
 
 def _of_file(path: Path) -> dict[str, Any]:
@@ -74,9 +80,10 @@ def _parsed(suffix: str, text: str) -> Any:
     class Loader(yaml.SafeLoader):
         """YAML 1.2's numbers: 1e-3 is one, which PyYAML takes for a text. No name twice, of which PyYAML takes the last."""
 
-        def construct_mapping(self, node: Any, deep: bool = False) -> Any:
-            _once_each([(self.construct_object(key, deep=True), None) for key, _ in node.value])
-            return super().construct_mapping(node, deep)
+        def compose_mapping_node(self, anchor: Any) -> Any:
+            node = super().compose_mapping_node(anchor)  # as it is written: `<<` has not brought names of others yet
+            _once_each([(key.value, None) for key, _ in node.value if isinstance(key, yaml.ScalarNode)])
+            return node
 
     Loader.add_implicit_resolver(
         "tag:yaml.org,2002:float",
@@ -116,7 +123,7 @@ def _toml() -> Any:
 def _override(values: dict[str, Any], text: str) -> None:
     name, equals, value = text.partition("=")
     if not equals or not re.fullmatch(r"\w+(\.\w+)*", name):
-        raise ConfigError(f"{text!r}: write section.key=value, as train.steps=1000")
+        raise ConfigError(f"{shown(text)}: write section.key=value, as train.steps=1000")
     *sections, key = name.split(".")
     for section in sections:
         inner = values.setdefault(section, {})
@@ -128,16 +135,28 @@ def _override(values: dict[str, Any], text: str) -> None:
 
 def _value(text: str) -> Any:
     try:
-        return _toml().loads(f"value = {text}")["value"]
+        found = _toml().loads(f"value = {text}")
+        if set(found) != {"value"}:  # further lines, which say more than one setting
+            return text
+        return found["value"]
     except ValueError:
         return None if text in ("null", "none", "None") else text  # a path or a word
 
 
+def _telling(errors: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Errors, but for those of the other types that a value might have had, where it is wrong for its own."""
+    own = {_place(found) for found in errors if not found["type"].endswith("_type")}
+    return [found for found in errors if _place(found) not in own or not found["type"].endswith("_type")]
+
+
+def _place(found: Mapping[str, Any]) -> str:
+    kinds = ("constrained", "str", "list[", "function", "int", "float")  # of a union, no names
+    return shortened(".".join(str(part) for part in found["loc"] if not str(part).startswith(kinds)))
+
+
 def _line(found: Mapping[str, Any]) -> str:
     """What pydantic has found, as we say it."""
-    place = ".".join(
-        str(part) for part in found["loc"] if not str(part).startswith(("constrained", "str", "list[", "function", "int"))
-    )
+    place = _place(found)
     kind, given = found["type"], found["input"]
     if kind == "extra_forbidden":
         known = _names(found["loc"][:-1])
@@ -146,9 +165,9 @@ def _line(found: Mapping[str, Any]) -> str:
     if kind == "missing":
         return f"{place}: is missing"
     if kind in ("model_type", "model_attributes_type"):
-        return f"{place}: is a section, with settings of its own, not {given!r}"
+        return f"{place}: is a section, with settings of its own, not {shown(given)}"
     wanted = _RANGE.sub(r"must be \1", found["msg"])
-    return f"{place}: {wanted}, not {given!r}"
+    return f"{place}: {wanted}, not {shown(given)}"
 
 
 def _names(place: Sequence[str | int]) -> list[str]:

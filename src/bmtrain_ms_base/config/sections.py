@@ -2,15 +2,36 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any, Dict, List, Literal, Optional, Union
 
-from pydantic import BaseModel, ConfigDict, Field, Strict
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, Strict
+from pydantic_core import PydanticCustomError
 from typing_extensions import Annotated
+
+_LONGEST_NAME, _LONGEST_PATH = 255, 3800  # bytes: Linux takes 4095, and a run appends names of its own
+
+
+def _as_path(text: str) -> str:
+    """What the system can be asked about: it raises for other texts, each time in another way."""
+    try:
+        names = text.encode().split(b"/")
+    except UnicodeEncodeError:
+        raise PydanticCustomError("path", "must be a path in UTF-8") from None
+    if b"\0" in text.encode():
+        raise PydanticCustomError("path", "must be a path, without NUL")
+    if max(map(len, names)) > _LONGEST_NAME or len(text.encode()) > _LONGEST_PATH:
+        raise PydanticCustomError("path", "must be a path that the system takes, which has shorter names")
+    if text.startswith("~") and os.path.expanduser(text) == text:
+        raise PydanticCustomError("path", "must be a path that is there: there is no such user")
+    return text
+
 
 Whole = Annotated[int, Strict()]
 Number = Annotated[float, Strict()]
 Flag = Annotated[bool, Strict()]
 Text = Annotated[str, Strict(), Field(min_length=1)]
+Place = Annotated[str, Strict(), Field(min_length=1), AfterValidator(_as_path)]
 Positive = Annotated[int, Strict(), Field(ge=1)]
 
 
@@ -32,8 +53,8 @@ class ModelSection(_Section):
     model_config = ConfigDict(extra="allow", frozen=True, protected_namespaces=())
 
     family: Optional[Text] = _doc("llama, minicpm, qwen2, qwen3, ...: with sizes, from random values")
-    like: Optional[Text] = _doc("a folder whose config.json says family and sizes; from random values")
-    pretrained: Optional[Text] = _doc("a folder whose config.json and weights are loaded")
+    like: Optional[Place] = _doc("a folder whose config.json says family and sizes; from random values")
+    pretrained: Optional[Place] = _doc("a folder whose config.json and weights are loaded")
     dtype: Optional[Literal["float32", "float16", "bfloat16"]] = _doc("of the parameters (default: float32, or the folder's)")
 
     @property
@@ -45,7 +66,7 @@ class ModelSection(_Section):
 class TokenizerSection(_Section):
     """What makes tokens of text."""
 
-    path: Optional[Text] = _doc("a folder of Hugging Face's, tokenizer.json, or another file that `bmtrain-ms prepare` takes")
+    path: Optional[Place] = _doc("a folder of Hugging Face's, tokenizer.json, or another file that `bmtrain-ms prepare` takes")
     train: Optional[Annotated[int, Strict(), Field(ge=300)]] = _doc(
         "instead: train a BPE tokenizer with so many tokens on data.text, once; it is in OUT/tokenizer"
     )
@@ -54,17 +75,17 @@ class TokenizerSection(_Section):
 class DataSection(_Section):
     """What is trained on: `text` (prepared once, into OUT/data), `files` that are prepared, or `rows` of conversations."""
 
-    text: List[Text] = Field(default=[], description="files, folders, hf:owner/name: what `bmtrain-ms prepare --input` takes")
+    text: List[Place] = Field(default=[], description="files, folders, hf:owner/name: what `bmtrain-ms prepare --input` takes")
     key: Text = _doc("the column of the text", "text")
     handler: Optional[Literal["alpaca", "sharegpt", "openai"]] = _doc("rows of text are conversations, of this kind")
-    template: Optional[Text] = _doc("of conversations: chatml, alpaca, or a file (default: the tokenizer's)")
+    template: Optional[Place] = _doc("of conversations: chatml, alpaca, or a file (default: the tokenizer's)")
     workers: Positive = _doc("processes that prepare text", 1)
-    files: List[Union[Text, Number]] = Field(default=[], description="prefixes of .bin and .idx; or weights and prefixes in turn")
-    rows: Optional[Text] = _doc("prefix of prepared conversations, PREFIX_packed_input_ids_document and its two neighbours")
+    files: List[Union[Place, Number]] = Field(default=[], description="prefixes of .bin and .idx; or weights and prefixes in turn")
+    rows: Optional[Place] = _doc("prefix of prepared conversations, PREFIX_packed_input_ids_document and its two neighbours")
     length: Positive = _doc("tokens of a row", 1024)
     split: Text = _doc("how documents are divided among training, validation and test", "950,50,0")
     packed: Flag = _doc("documents in a row do not see each other; false: a row is one text, as in Megatron", True)
-    cache: Optional[Text] = _doc("folder for indices (default: beside the files)")
+    cache: Optional[Place] = _doc("folder for indices (default: beside the files)")
     shared_storage: Optional[Flag] = _doc("hosts see the same files, and checkpoints; default: looked for")
 
 
@@ -166,7 +187,7 @@ class LogSection(_Section):
     wandb: Optional[Text] = _doc("name of a project; WANDB_MODE=offline keeps it here")
     rank_norms: Flag = _doc("the norm of each rank's part of the gradients, in each line", False)
     peak_tflops: Optional[Number] = _doc("of a rank: lines say which part of them the model used", gt=0)
-    trace: Optional[Text] = _doc("write what is computed and moved when, for Perfetto, to this file")
+    trace: Optional[Place] = _doc("write what is computed and moved when, for Perfetto, to this file")
 
 
 class LoraSection(_Section):
@@ -181,7 +202,7 @@ class LoraSection(_Section):
 class Settings(_Section):
     """All settings of a run, see `docs/training.md`."""
 
-    out: Text = _doc("folder of the run", "runs/pretrain")
+    out: Place = _doc("folder of the run", "runs/pretrain")
     seed: Annotated[int, Strict(), Field(ge=0, lt=1 << 32)] = _doc("of initial values, data order and dropout", 1234)
     model: ModelSection = ModelSection()
     tokenizer: TokenizerSection = TokenizerSection()

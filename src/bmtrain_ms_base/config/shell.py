@@ -8,6 +8,8 @@ import re
 from pathlib import PurePosixPath
 from typing import Callable, List, Mapping, NamedTuple, Sequence, Union
 
+from ..shortening import shortened
+
 _ASSIGNMENT = re.compile(r"([A-Za-z_]\w*)(\+?)=")
 _NAME = re.compile(r"[A-Za-z_]\w*|\d+|[@*#?$!]")
 _STARTERS = {"torchrun", "msrun", "python", "python3", "deepspeed", "mpirun", "srun"}
@@ -240,8 +242,15 @@ _OPERATIONS: dict[type, Callable[[int, int], int]] = {
     ast.Mult: operator.mul,
     ast.Div: lambda a, b: int(a / b),  # towards zero, as a shell
     ast.Mod: lambda a, b: a - int(a / b) * b,
-    ast.Pow: operator.pow,
+    ast.Pow: lambda a, b: _power(a, b),
 }
+_BITS = 63  # of a shell's numbers, without the sign
+
+
+def _power(a: int, b: int) -> int:
+    if b < 0 or (abs(a) > 1 and b > _BITS):  # else it may take longer than anybody waits
+        raise ValueError
+    return operator.pow(a, b)
 
 
 def _arithmetic(text: str, values: Mapping[str, _Value]) -> int:
@@ -255,15 +264,19 @@ def _arithmetic(text: str, values: Mapping[str, _Value]) -> int:
         if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
             return -of(node.operand)
         if isinstance(node, ast.BinOp) and type(node.op) in _OPERATIONS:
-            return _OPERATIONS[type(node.op)](of(node.left), of(node.right))
+            result = _OPERATIONS[type(node.op)](of(node.left), of(node.right))
+            if result.bit_length() <= _BITS:
+                return result
         raise ValueError
 
     try:
         return of(ast.parse(named.strip(), mode="eval").body)
     except ShellError:
         raise
-    except (ValueError, SyntaxError, ArithmeticError) as error:
-        raise ShellError(f"$(({text})) is understood only with whole numbers, + - * / % and brackets") from error
+    except (ValueError, SyntaxError, ArithmeticError, RecursionError, MemoryError) as error:
+        raise ShellError(
+            f"$(({shortened(text)})) is understood only with whole numbers of 64 bits, + - * / % and brackets"
+        ) from error
 
 
 class _Scanner:
