@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import warnings
 from typing import Any, Sequence
 
+from bmtrain_ms_base import board as boards
 from bmtrain_ms_base.launchers import LauncherError
+from bmtrain_ms_base.shortening import shortened
 
 from . import ckpt, convert, data, demo, finetune, generate, launch, megatron_flags, prepare, pretrain, tokenizer
 from .options import Parser
@@ -59,6 +62,12 @@ def _run(argv: Sequence[str] | None) -> int:
         except _user_errors() as error:
             sys.stderr.write(f"bmtrain-ms: {error}\n")
             return 2
+        except (OSError, RuntimeError) as error:
+            told = _of_the_system(error)
+            if told is None or boards.ADDRESS in os.environ:  # of a rank, where it happened says more
+                raise
+            sys.stderr.write(f"bmtrain-ms: {told}\n")
+            return 2
 
 
 _show = warnings.showwarning
@@ -70,6 +79,19 @@ def _say(message: Warning | str, category: type[Warning], *where: Any, **how: An
         sys.stderr.write(f"bmtrain-ms: {message}\n")
     else:
         _show(message, category, *where, **how)
+
+
+def _of_the_system(error: OSError | RuntimeError) -> str | None:
+    """What the system has against a path, wherever it was looked at; None: it is no such error."""
+    if not isinstance(error, OSError):  # of pathlib
+        return str(error) if str(error).startswith(("Could not determine home", "Symlink loop")) else None
+    if error.filename is None:
+        try:
+            os.getcwd()
+        except FileNotFoundError:
+            return "the folder in which the command was started is not there any more: go to another"
+        return str(error)
+    return f"{shortened(os.fsdecode(error.filename))}: {error.strerror or error}"
 
 
 def _user_errors() -> tuple[type[BaseException], ...]:

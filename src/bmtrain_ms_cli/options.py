@@ -10,6 +10,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Callable, NoReturn, Sequence
 
+from bmtrain_ms_base.shortening import shortened
+
 if TYPE_CHECKING:  # what `add` of each command is given; generic for type checkers only
     Commands = argparse._SubParsersAction[argparse.ArgumentParser]
 else:
@@ -44,7 +46,7 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """End the program with one line and exit code 2."""
         hint = self._meant() if "arguments" in message else ""
-        self.exit(2, f"{self.prog}: {message}{hint} (see {self.prog} --help)\n")
+        self.exit(2, f"{self.prog}: {shortened(message, 1000)}{shortened(hint)} (see {self.prog} --help)\n")
 
     def _meant(self) -> str:
         """The option that looks most like one that is none."""

@@ -10,6 +10,8 @@ import sys
 from pathlib import Path
 from typing import Any, Iterator
 
+from bmtrain_ms_base.shortening import shortened
+
 from .launch import LaunchError, launch
 from .options import FOLDERS_HELP, REHEARSE_HELP, Commands, folders, positive
 from .places import wrong_places
@@ -119,7 +121,7 @@ def _overrides(arguments: argparse.Namespace) -> list[str]:
     found = [] if arguments.ranks is None else [f"layout.ranks={arguments.ranks}"]
     for word in arguments.unknown:
         if not word.startswith("--") or "=" not in word:
-            raise LaunchError(f"{word}: settings are written --section.key=value, as --train.steps=1000")
+            raise LaunchError(f"{shortened(word)}: settings are written --section.key=value, as --train.steps=1000")
         found.append(word[2:])
     return found
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import signal
@@ -487,3 +488,35 @@ def test_a_run_whose_folder_is_a_file_is_refused_before_it_begins(tmp_path, caps
     assert (
         capsys.readouterr().err == f"bmtrain-ms: out: {tmp_path / 'out'} is not a folder: name one, it is made if it is not there\n"
     )
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "demo --out={}",
+        "demo --trace={}/x",
+        "launch -n 1 {}",
+        "generate --model {} --prompt x",
+        "ckpt inspect {}",
+        "ckpt verify {}",
+        "ckpt diff {} {}",
+        "ckpt reshard --ranks 1 {} out",
+        "convert hf2ms {} out",
+        "convert hf2ms . {}",
+        "ckpt inspect ~nosuchuser/x",
+    ],
+)
+def test_what_the_system_has_against_a_path_is_one_line(parent, words, capsys):
+    name = "x" * 300
+    assert exit_code(*words.format(name, name).split()) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("bmtrain-ms: ") and error.count("\n") == 1
+
+
+def test_a_folder_that_may_not_be_looked_into_is_one_line(parent, capsys, monkeypatch):
+    def refuse(path: Path, *words: Any, **named: Any) -> Any:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    monkeypatch.setattr(Path, "is_dir", refuse)
+    assert exit_code("generate", "--model", "closed/model", "--prompt", "x") == 2
+    assert capsys.readouterr().err == "bmtrain-ms: closed/model: Permission denied\n"

@@ -83,3 +83,37 @@ def test_variables_of_a_launcher_that_contradict_each_other(said: Any, monkeypat
     for name, value in {"MS_ROLE": "MS_WORKER", "RANK_ID": "1", "RANK_SIZE": "2"}.items():
         monkeypatch.setenv(name, value)
     assert said().startswith("the launcher's variables contradict each other: ")
+
+
+LONG = "x" * 300
+PATHS = ("out", "data.cache", "log.trace", "model.like", "tokenizer.path", "data.rows")
+
+
+@pytest.mark.parametrize("name", [*PATHS, "data.text", "data.files"])
+def test_what_no_system_takes_for_a_path_is_told_by_the_settings_name(said: Any, tmp_path: Path, name: str):
+    for path, what in (
+        ("a\0b", "without NUL"),
+        (LONG, "shorter names"),
+        ("~nosuchuser/x", "no such user"),
+        ("a/" * 3000, "shorter"),
+    ):
+        value = json.dumps(path if name in PATHS else [path])
+        text = said(f"--{name}={value}")
+        assert text.startswith(f"{name}{'' if name in PATHS else '.0'}: must be a path") and what in text and len(text) < 400
+
+
+def test_a_long_value_is_not_said_whole(said: Any):
+    for word in (f"--train.steps={LONG * 600}", f"--train.{LONG * 600}=3", f"--lora.pattern={'(' * 100_000}", f"--{LONG * 600}"):
+        assert len(said(word)) < 1200
+
+
+def test_a_second_line_is_no_part_of_a_value(said: Any):
+    assert said("--train.steps=3\nother=4").endswith("not '3\\nother=4'")
+
+
+def test_a_working_folder_that_is_gone(said: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    assert said() == "the folder in which the command was started is not there any more: go to another"
