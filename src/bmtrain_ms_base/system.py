@@ -9,6 +9,7 @@ import os
 import signal
 import socket
 import struct
+import sys
 import weakref
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,26 @@ _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER, _PR_GET_CHILD_SUBREAPER = 1, 36, 37
 
 def _prctl(option: int, value: Any) -> None:
     ctypes.CDLL(None, use_errno=True).prctl(option, value, 0, 0, 0)
+
+
+def open_streams() -> None:
+    """Have the null device be behind each standard stream that this process was started without, as by `>&-` or some schedulers.
+
+    The next file that is opened would be it otherwise, and get what is written to standard error.
+    """
+    for fd, (name, mode) in enumerate((("stdin", "r"), ("stdout", "w"), ("stderr", "w"))):
+        try:
+            os.fstat(fd)
+        except OSError:
+            opened = os.open(os.devnull, os.O_RDWR)  # the lowest number that is free
+            if opened != fd:
+                os.dup2(opened, fd)
+                os.close(opened)
+            os.set_inheritable(fd, True)
+        if getattr(sys, name) is None:  # Python found it closed; whatever has its number since is no stream
+            stream = open(os.devnull, mode, encoding="utf-8", errors="backslashreplace")  # noqa: SIM115
+            setattr(sys, name, stream)
+            setattr(sys, f"__{name}__", stream)
 
 
 def cores() -> list[int]:

@@ -187,10 +187,16 @@ def _talk(writer: _Writer, template: Any, tokenizer: Any, system: str | None) ->
 
 
 def _lines(writer: _Writer) -> Iterator[str]:
+    from bmtrain_ms_base.data.extras import DataError
+
     while True:
         if sys.stdin.isatty():
             writer.show("> ")
-        line = sys.stdin.readline()
+        try:
+            line = sys.stdin.readline()
+            line.encode()  # where the locale is not UTF-8, bytes come as they are
+        except UnicodeError:
+            raise DataError("a line of the conversation must be UTF-8") from None
         if not line.strip():
             return
         yield line.rstrip("\n")

@@ -8,12 +8,21 @@ import warnings
 from typing import Any, Sequence
 
 from bmtrain_ms_base import board as boards
+from bmtrain_ms_base import system
 from bmtrain_ms_base.launchers import LauncherError
 from bmtrain_ms_base.shortening import shortened
 
 from . import ckpt, convert, data, demo, finetune, generate, launch, megatron_flags, prepare, pretrain, tokenizer
 from .options import Parser
-from .terminal import EXIT_INTERRUPTED, EXIT_UNREAD, OutputError, own_output, say_interrupted, unbroken_imports
+from .terminal import (
+    EXIT_INTERRUPTED,
+    EXIT_UNREAD,
+    OutputError,
+    own_output,
+    say_interrupted,
+    unbroken_imports,
+    write_what_cannot_be_encoded,
+)
 
 _COMMANDS = {
     "launch": launch,
@@ -32,6 +41,8 @@ _COMMANDS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the process's exit code."""
+    system.open_streams()
+    write_what_cannot_be_encoded()
     with unbroken_imports():
         try:
             with own_output():

@@ -33,6 +33,7 @@ _OWN_FILES = (__file__, runpy.__file__)
 
 def main() -> None:
     """Be a rank; `sys.argv` is this file, then the script or `-m` and a module, and its arguments."""
+    system.open_streams()
     row = _take_row()
     if row is not None:
         row.start()

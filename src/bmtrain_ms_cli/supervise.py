@@ -289,6 +289,7 @@ def _wake_up_by_signals() -> int:
 
 def main() -> None:
     """Run the job that is described in the arguments: the number of the pipe, and a plan as JSON."""
+    system.open_streams()
     system.adopt_orphans()
     raise SystemExit(Job(json.loads(sys.argv[2]), int(sys.argv[1])).run())
 

@@ -37,6 +37,13 @@ class _Output(io.FileIO):
             raise OutputError(error) from error
 
 
+def write_what_cannot_be_encoded() -> None:
+    """Have characters that standard output has no bytes for, as those of a path, written as `\\u0436`: they are no error."""
+    for stream, own in ((sys.stdout, sys.__stdout__), (sys.stderr, sys.__stderr__)):
+        if stream is own and isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":  # nobody catches it
+            stream.reconfigure(errors="backslashreplace")
+
+
 @contextlib.contextmanager
 def own_output() -> Iterator[None]:
     """Inside of the `with` statement, and at its end, OutputError is raised for what standard output does not take."""

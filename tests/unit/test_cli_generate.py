@@ -63,6 +63,12 @@ def test_a_conversation_goes_on_until_an_empty_line(folder, capsys, monkeypatch)
     assert said(capsys, folder, "--chat", "--system", "be short").count("\n") >= 2
 
 
+@pytest.mark.parametrize("errors", ["strict", "surrogateescape"])
+def test_a_line_that_is_no_text_ends_a_conversation_in_one_line(folder, capsys, monkeypatch, errors):
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"h\xff\n"), encoding="utf-8", errors=errors))
+    assert refused(capsys, folder, "--chat") == "bmtrain-ms: a line of the conversation must be UTF-8\n"
+
+
 def refused(capsys: pytest.CaptureFixture, folder: Path, *options: str) -> str:
     """What is said of it: one line, of a command that writes nothing else and ends with 2."""
     try:

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from bmtrain_ms_base.system import open_streams
 from bmtrain_ms_cli import data as data_module
 from bmtrain_ms_cli.main import main
 from bmtrain_ms_cli.terminal import EXIT_INTERRUPTED, EXIT_UNREAD
@@ -37,6 +38,56 @@ def run(arguments):
 data.run = run
 raise SystemExit(main(["data", "inspect", "x"]))
 """
+
+
+CLOSED = ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"]
+
+
+@pytest.mark.parametrize("closed", CLOSED)
+def test_a_stream_that_is_closed_is_the_null_device(closed: str):
+    """As some schedulers start programs; what a command says where nobody takes it is no fault."""
+    shell = ["sh", "-c", f'exec "$@" {closed}', "sh", sys.executable, "-c"]
+    done = subprocess.run([*shell, PROGRAM, "2"], input="", capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == ("" if ">&-" in closed.split() else "a line\n" * 2 + "\n")
+
+
+@pytest.mark.parametrize("closed", CLOSED)
+def test_ranks_have_all_streams(closed: str, tmp_path: Path):
+    """The next file that a rank opens is none of them."""
+    script = (
+        "import os, sys\n"
+        "held = open('held', 'w')\n"
+        "print('words')\n"
+        "print('words', file=sys.stderr)\n"
+        "sys.stdin.read()\n"
+        "open('seen', 'w').write(repr((held.fileno() > 2, [os.path.exists(f'/proc/self/fd/{i}') for i in range(3)])))\n"
+    )
+    (tmp_path / "script.py").write_text(script)
+    command = [sys.executable, "-m", "bmtrain_ms_cli", "launch", "-n", "1", "script.py"]
+    shell = ["sh", "-c", f'exec "$@" {closed}', "sh", *command]
+    done = subprocess.run(shell, cwd=tmp_path, input="", capture_output=True)
+    assert done.returncode == 0
+    assert (tmp_path / "seen").read_text() == "(True, [True, True, True])" and (tmp_path / "held").read_text() == ""
+
+
+def test_streams_are_opened_once(monkeypatch: pytest.MonkeyPatch):
+    """A stream that Python has found closed stays none where a file has taken its number since."""
+    for name in ("stderr", "__stderr__"):
+        monkeypatch.setattr(sys, name, None)
+    open_streams()
+    assert sys.stderr is not None and sys.stderr is sys.__stderr__ and sys.stderr.name == os.devnull
+    before = sys.stderr
+    open_streams()
+    assert sys.stderr is before
+    before.close()
+
+
+def test_characters_that_the_output_has_no_bytes_for():
+    program = PROGRAM.replace("a line", "\u0436")
+    env = {**os.environ, "PYTHONIOENCODING": "latin-1"}
+    done = subprocess.run([sys.executable, "-c", program, "1"], capture_output=True, env=env)
+    assert (done.returncode, done.stdout, done.stderr) == (0, b"\\u0436\n\n", b"")
 
 
 @pytest.mark.parametrize("lines", [1, 100_000], ids=["at the end", "in between"])

@@ -16,7 +16,7 @@ from bmtrain_ms_base.board import own_board, own_row
 from bmtrain_ms_base.checks import number, whole
 from bmtrain_ms_base.mesh import AXES, Mesh
 from bmtrain_ms_base.mpi import finalise_in_ranks_only
-from bmtrain_ms_base.system import cores, has_ascend
+from bmtrain_ms_base.system import cores, has_ascend, open_streams
 
 from .. import ops
 from ..compat import device as devices
@@ -242,6 +242,7 @@ def init_distributed(
         raise RuntimeError("init_distributed was called before; call bmtrain_ms.shutdown() first to start over")
     pipe_size, micro_batches = _checked_pipe(init_method, pipe_size, num_micro_batches)
     seed, prefetch, shard_size = _checked_settings(seed, prefetch, shard_size, gather_dtype, timeout)
+    open_streams()
     chosen = devices.asked_for(device)
     if is_scheduler():
         _serve_as_scheduler(chosen.target)
