@@ -17,6 +17,7 @@ class End:
     """How one rank ended.
 
     Attributes:
+        pid: 0: nothing was noted of the rank, which may have run on another host.
         status: of `os.waitpid`; None: it is not known how the process ended.
         finished: whether its script came to its end: returned, raised, or called `sys.exit`.
         caused: whether it says that another rank's end was the reason.
@@ -55,8 +56,10 @@ class End:
         return not self.finished or self.code not in (0, EXIT_STOPPED)
 
     def __str__(self) -> str:
-        who = f"rank {self.rank} (pid {self.pid})"
-        if self.signal:
+        who = f"rank {self.rank}" + (f" (pid {self.pid})" if self.pid else "")
+        if self.status is None and not self.pid:
+            how = "was never started, or its host is lost"
+        elif self.signal:
             how = f"was killed by {signal_name(self.signal)}"
         elif self.status is None:
             how = "has ended, nobody knows how"

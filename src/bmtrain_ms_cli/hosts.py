@@ -37,8 +37,11 @@ def mpiexec_options(hosts: Sequence[str], ranks: int) -> list[str]:
     """What `mpiexec` needs to know, for the same number of ranks on each host, neighbouring ranks together.
 
     Raises:
-        ValueError: a host has no name or is named twice, or the ranks cannot be divided.
+        ValueError: a host has no name, one that ssh would take for an option, or is named twice; or the ranks cannot be divided.
     """
+    option = next((host for host in hosts if host.startswith("-")), None)
+    if option is not None:
+        raise ValueError(f"--hosts: {option} is no name of a host, which begins with a letter or a digit")
     if not all(hosts) or len(set(hosts)) != len(hosts):
         raise ValueError(f"--hosts {','.join(hosts)}: name every host once, separated by commas, e.g. --hosts node1,node2")
     if ranks % len(hosts):

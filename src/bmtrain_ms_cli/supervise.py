@@ -158,7 +158,8 @@ class Job:
                 system.tell(rank.pid, signal.SIGKILL) if rank.pid else None
                 rank.ended(signal.SIGKILL)
             elif self._launcher_status is not None:  # a rank on another host, or one that was never started
-                rank.ended(self._launcher_status)
+                lost = os.WIFSIGNALED(self._launcher_status) and not self._asked and not rank.pid  # by `hosts.call`: no rank's end
+                rank.ended(None if lost else self._launcher_status)
 
     def _decide(self) -> None:
         now = time.monotonic()

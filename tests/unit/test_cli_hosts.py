@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -30,6 +31,11 @@ def test_mpiexec_calls_other_hosts_by_our_file_which_calls_them_as_the_user_says
         (["-n", "4", "--hosts", "a,a"], "--hosts a,a: name every host once, separated by commas, e.g. --hosts node1,node2"),
         (["-n", "4", "--hosts", "a,"], "--hosts a,: name every host once, separated by commas, e.g. --hosts node1,node2"),
         (["-n", "4", "--hosts", ""], "--hosts : name every host once, separated by commas, e.g. --hosts node1,node2"),
+        (
+            ["-n", "4", "--hosts=-oProxyCommand=x,a"],
+            "--hosts: -oProxyCommand=x is no name of a host, which begins with a letter or a digit",
+        ),
+        (["-n", "4", "--hosts=a,-b"], "--hosts: -b is no name of a host, which begins with a letter or a digit"),
         (
             ["-n", "4", "--hosts", "a,b", "--with", "msrun"],
             "--hosts starts ranks by mpiexec; msrun is started on each host by itself",
@@ -93,3 +99,16 @@ def test_a_guard_that_hears_nothing_ends_what_it_has_started(tmp_path: Path):
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         assert process.wait(60) == 254
     assert not Path(f"/proc/{int((tmp_path / 'pid').read_text())}").exists()
+
+
+@pytest.mark.skipif(shutil.which("mpiexec") is None, reason="no mpiexec")
+def test_a_rank_whose_host_cannot_be_reached_was_not_killed(tmp_path: Path):
+    (tmp_path / "script.py").write_text("")
+    env = {**ssh(tmp_path, "exit 255"), "HYDRA_LAUNCHER_EXEC": str(tmp_path / "ssh")}
+    words = [sys.executable, "-m", "bmtrain_ms_cli", "launch", "-n", "2", "--hosts", "localhost,there.invalid", "script.py"]
+    ran = subprocess.run(words, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert ran.returncode == 1
+    assert ran.stderr.splitlines() == [
+        "bmtrain-ms: host there.invalid cannot be reached, or its connection has ended; the job is ended",
+        "bmtrain-ms: rank 1 was never started, or its host is lost; exit code 1",
+    ]
