@@ -34,6 +34,7 @@ def add(commands: Commands, name: str = "pretrain") -> argparse.ArgumentParser:
     parser.add_argument("--hosts", type=lambda text: text.split(","), default=[], help="run on these, as bmtrain-ms launch does")
     parser.add_argument("--folders", type=folders, default=[], help=FOLDERS_HELP)
     parser.add_argument("--other-data", action="store_true", help="go on although the data are others than before")
+    parser.add_argument("--resume", metavar="CHECKPOINT", help="go on from this one: a step, or a folder (default: the latest)")
     parser.add_argument("--rehearse", action="store_true", help=REHEARSE_HELP)
     parser.add_argument("--print", dest="shown", action="store_true", help="only check the settings, and print all of them")
     parser.add_argument("--schema", action="store_true", help="only print a JSON Schema of the file, for editors")
@@ -71,8 +72,7 @@ def run(arguments: argparse.Namespace, tuning: bool = False) -> int:
             settings = read_settings(config, _overrides(arguments), started, tuning)
             _check_out(settings)
             _check_model(settings)
-            if not started:  # else ranks do, when the first of them has the folder for itself
-                _check_begun(settings)
+            arguments.resume = _checked_beginning(settings, arguments.resume, bool(started))
     except ConfigError as error:
         lines = str(error).splitlines()
         if launched.rank:
@@ -94,7 +94,12 @@ def run(arguments: argparse.Namespace, tuning: bool = False) -> int:
 
 def _start(arguments: argparse.Namespace, settings: Any, tokenizer: str | None, started: bool) -> int:
     """Be a rank, or start ranks and wait for them."""
-    told = {"settings": settings.model_dump(mode="json"), "tokenizer": tokenizer, "other_data": arguments.other_data}
+    told = {
+        "settings": settings.model_dump(mode="json"),
+        "tokenizer": tokenizer,
+        "other_data": arguments.other_data,
+        "resume": arguments.resume,
+    }
     if started:
         os.environ[_RANK] = json.dumps(told)
         return _be_a_rank()
@@ -156,14 +161,19 @@ def _check_out(settings: Any) -> None:
         raise ConfigError(wrong)
 
 
-def _check_begun(settings: Any) -> None:
-    """Refuse the folder of a run that began otherwise."""
-    from bmtrain_ms.train.begun import begun_otherwise
+def _checked_beginning(settings: Any, resume: str | None, started: bool) -> str | None:
+    """Refuse the folder of a run that began otherwise; returns the path of the checkpoint to go on from, if one is named.
+
+    `started`: by a launcher; then ranks look, when the first of them has the folder for itself.
+    """
+    from bmtrain_ms.train.begun import begun_otherwise, named_checkpoint
     from bmtrain_ms_base.config import ConfigError
 
-    otherwise = begun_otherwise(settings)
+    named = None if resume is None else str(named_checkpoint(settings, resume))
+    otherwise = "" if started else begun_otherwise(settings, named)
     if otherwise:
         raise ConfigError(otherwise)
+    return named
 
 
 def _check_model(settings: Any) -> None:
@@ -202,4 +212,4 @@ def _be_a_rank() -> int:
     from bmtrain_ms_base.config import Settings
 
     told = json.loads(os.environ.pop(_RANK))
-    return run_job(Settings.model_validate(told["settings"]), told["tokenizer"], told["other_data"])
+    return run_job(Settings.model_validate(told["settings"]), told["tokenizer"], told["other_data"], told["resume"])

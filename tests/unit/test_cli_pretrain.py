@@ -117,3 +117,7 @@ def test_a_working_folder_that_is_gone(said: Any, tmp_path: Path, monkeypatch: p
     monkeypatch.chdir(gone)
     gone.rmdir()
     assert said() == "the folder in which the command was started is not there any more: go to another"
+
+
+def test_a_checkpoint_that_is_not_there(said: Any):
+    assert said("--resume=7") == "--resume 7: there is no such checkpoint; in run/checkpoints there are those of the steps: none"

@@ -18,8 +18,9 @@ from bmtrain_ms.checkpoint import CheckpointError
 from bmtrain_ms.comm.trace import Trace
 from bmtrain_ms.data import IndexedWriter
 from bmtrain_ms.train import job as job_module
-from bmtrain_ms.train.job import _Job
-from bmtrain_ms_base.config import Settings
+from bmtrain_ms.train.begun import named_checkpoint
+from bmtrain_ms.train.job import _Job, _told_in_one_line
+from bmtrain_ms_base.config import ConfigError, Settings
 
 MODEL = {"family": "llama", "vocab_size": 32, "dim_model": 8, "num_heads": 2, "dim_ff": 16, "num_layers": 1}
 
@@ -56,10 +57,10 @@ def signals() -> Any:
 pytestmark = pytest.mark.usefixtures("signals")
 
 
-def wrong(job: _Job) -> str:
+def wrong(job: _Job, resume: str | None = None) -> str:
     """What is said; in one line."""
     with pytest.raises(CheckpointError) as caught:
-        job.run(False)
+        job.run(False, resume)
     text = str(caught.value)
     assert "\n" not in text
     del caught
@@ -169,3 +170,23 @@ def test_what_the_export_would_replace_is_nothing_to_begin_from(job: Any, tmp_pa
     (model / "config.json").write_text("{}")
     text = f"model.{name}: {model} is in {model}, which this run would write at its end: choose another out"
     assert wrong(job(model={name: str(model)})) == text
+
+
+def test_what_a_command_can_do_is_what_it_is_told_to(job: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    job(save={"every": 1}).run(False)
+    with pytest.raises(CheckpointError, match=r"would differ; use --seed=0$"), _told_in_one_line():
+        raise CheckpointError("dropout would differ; use init_distributed(seed=0), or load with strict=False")
+    saved = tmp_path / "run" / "checkpoints"
+    for file in (saved / "step-00000002").glob("*.safetensors"):
+        file.write_bytes(b"")
+    assert wrong(job()).endswith("; older ones are there: step-00000001; --resume=1 goes on from that one")
+    made = job()
+    for name in ("1", "step-00000001", str(saved / "step-00000001")):
+        assert named_checkpoint(made.settings, name) == saved / "step-00000001"
+    with pytest.raises(ConfigError, match=r"^--resume 3: there is no such checkpoint; .* those of the steps: 1, 2$"):
+        named_checkpoint(made.settings, "3")
+    capsys.readouterr()
+    made.run(False, str(saved / "step-00000001"))
+    assert "going on after step 1, " in capsys.readouterr().out
+    assert "model.family: llama then, qwen2 now" in wrong(job(model={**MODEL, "family": "qwen2"}), str(saved / "step-00000001"))
+    job().run(False)  # the last one is whole again

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import sys
 import time
 import warnings
@@ -35,13 +36,14 @@ _MENDED_BY_USER = (ConfigError, DataError, CheckpointError, PretrainedError)
 _FAILED = (TrainingError, GradientOverflowError)
 
 
-def run_job(settings: Settings, tokenizer: str | None, other_data: bool = False) -> int:
+def run_job(settings: Settings, tokenizer: str | None, other_data: bool = False, resume: str | None = None) -> int:
     """Train as the settings say, go on where an earlier run in the same folder ended, and write the model. All ranks call it.
 
     Args:
         settings: with `data.files` or `data.rows`; text has become that.
         tokenizer: a folder or file that is put beside the model.
         other_data: go on although the data are others than those of the run that saved.
+        resume: the checkpoint to go on from; None: the latest of the folder, if there is one.
 
     Returns:
         What the process ends with: 0; 75, told to stop and saved; 1, training failed; 2, a setting or a file is wrong. What that is
@@ -53,7 +55,7 @@ def run_job(settings: Settings, tokenizer: str | None, other_data: bool = False)
         with warnings.catch_warnings():
             if world.everyone.rank:
                 warnings.simplefilter("ignore", UserWarning)  # rank 0 says it
-            _Job(settings, tokenizer, world).run(other_data)
+            _Job(settings, tokenizer, world).run(other_data, resume)
     except Stopped as stopped:
         if world is not None and world.everyone.rank == 0:
             sys.stdout.write(f"{stopped}; the same command goes on\n")
@@ -76,11 +78,11 @@ class _Job:
         self.chief = world.everyone.rank == 0
         self.started = time.monotonic()
 
-    def run(self, other_data: bool) -> None:
+    def run(self, other_data: bool, resume: str | None = None) -> None:
         """Train and evaluate as the settings say, from the start or from a checkpoint on, and write the results."""
         stop = StopSignals()
         lock = lock_folder(self.out)
-        self._as_chief(self._check_begun, f"{self.out} cannot be read")
+        self._as_chief(lambda: self._check_begun(resume), f"{self.out} cannot be read")
         kept = self.out / "config.toml"
         self._as_chief(lambda: replace_text(kept, to_toml(self.settings)), f"{kept} cannot be written")
         storage = Storage(place_of(self.world), [self.out], self.settings.data.shared_storage)
@@ -95,16 +97,16 @@ class _Job:
             watchers = [*self._figures(model, manager), *([] if evaluation is None else [evaluation]), *self._writers(stack)]
             trainer = self._trainer(task, manager, batches, stop, watchers)
             with trainer:
-                self._resume(trainer, other_data, evaluation)
+                self._resume(trainer, resume, other_data, evaluation)
                 trainer.fit()
                 self._finish(trainer, evaluation)
         if lock is not None:
             lock.release()
         # `stop` is not released: all is written, and a signal that is heard now must not make of it a run that was ended
 
-    def _check_begun(self) -> None:
+    def _check_begun(self, resume: str | None) -> None:
         """Before anything is written: what was kept of the run that began otherwise stays."""
-        otherwise = begun_otherwise(self.settings)
+        otherwise = begun_otherwise(self.settings, resume)
         if otherwise:
             raise ConfigError(otherwise)
 
@@ -186,10 +188,10 @@ class _Job:
         folder = self.out / "checkpoints"
         return Trainer(task, batches.train, manager, how, folder, signals=stop, watchers=watchers, kept=kept)
 
-    def _resume(self, trainer: Trainer, other_data: bool, evaluation: Evaluation | None) -> None:
+    def _resume(self, trainer: Trainer, path: str | None, other_data: bool, evaluation: Evaluation | None) -> None:
         log = self.out / "log.jsonl"
         with _told_in_one_line():
-            resumed = trainer.resume(other_data=other_data)
+            resumed = trainer.resume(path, other_data=other_data)
         if not resumed:
             self._as_chief(lambda: log.unlink(missing_ok=True), f"{log}, of a run that saved nothing, cannot be deleted")
             return
@@ -240,12 +242,26 @@ class _Job:
             sys.stdout.flush()
 
 
+_REMEDIES = (  # of functions, and what the command has for them
+    (re.compile(r"resume\(other_data=True\)"), "--other-data"),
+    (re.compile(r"init_distributed\(seed=(\d+)\), or load with strict=False"), r"--seed=\1"),
+    (re.compile(r"load\('[^']*?step-0*(\d+)'\) goes on from one"), r"--resume=\1 goes on from that one"),
+)
+
+
 @contextlib.contextmanager
 def _told_in_one_line() -> Iterator[None]:
-    """Turn a ValueError about what a run goes on from into one that the user can mend."""
+    """Turn what is wrong with what a run goes on from into an error that the user can mend, by what the command understands."""
     try:
         yield
-    except ValueError as error:
-        if isinstance(error, _MENDED_BY_USER):
+    except (ValueError, CheckpointError) as error:
+        text = str(error)
+        for function, option in _REMEDIES:
+            text = function.sub(option, text)
+        if not isinstance(error, _MENDED_BY_USER):
+            raise ConfigError(text) from error
+        if text == str(error):
             raise
-        raise ConfigError(str(error).replace("resume(other_data=True)", "--other-data")) from error
+        told = type(error)(text)
+        told.__dict__.update(error.__dict__)  # who says it
+        raise told from error
