@@ -13,6 +13,7 @@ from typing import Any, Iterator
 
 from .launch import LaunchError, launch
 from .options import REHEARSE_HELP, Commands, number, path, positive, seed, whole
+from .places import nearest, takes_files
 
 _LENGTH = 128
 _VOCAB = 2048
@@ -140,9 +141,7 @@ def _check(options: DemoOptions) -> None:
         raise LaunchError(f"--trace {options.trace}: there is no folder {options.trace.resolve().parent}")
     if options.save_minutes is not None and not 0 < options.save_minutes < float("inf"):
         raise LaunchError(f"--save-minutes must be positive, not {options.save_minutes}")
-    base = next(folder for folder in (options.out.absolute(), *options.out.absolute().parents) if folder.exists())
-    if not (base.is_dir() and os.access(base, os.W_OK)):
-        raise LaunchError(f"--out {options.out}: {base} is not a folder that can be written to")
+    _check_out(options)
     saved = sorted((options.out / "checkpoints").glob("step-*"))
     if saved and not options.resume and "BMTRAIN_MS_DEMO" not in os.environ:  # later, ranks may have begun to save
         raise LaunchError(
@@ -154,6 +153,17 @@ def _check(options: DemoOptions) -> None:
     if named is not None and not (named / "index.json").is_file():
         there = ", ".join(path.name for path in saved) or "none"
         raise LaunchError(f"--resume {options.resume}: there is no checkpoint {named}; in {options.out} there are: {there}")
+
+
+def _check_out(options: DemoOptions) -> None:
+    """Refuse places that cannot be written, and results that a run would replace whose checkpoints are gone."""
+    out = options.out
+    for folder in (nearest(out), out / "checkpoints"):
+        if os.path.lexists(folder) and not takes_files(folder):
+            raise LaunchError(f"--out {out}: {folder} is not a folder that can be written to")
+    result = out / "model.safetensors"
+    if os.path.lexists(result) and not any((out / "checkpoints").glob("step-*")) and not options.resume:
+        raise LaunchError(f"{result} is there, of a run whose checkpoints are gone; choose another --out, or move it")
 
 
 def _named(options: DemoOptions) -> Path | None:

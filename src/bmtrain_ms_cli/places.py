@@ -21,8 +21,8 @@ def _wrong(settings: Any) -> Iterator[str]:
     out = Path(settings.out).expanduser()
     if os.path.lexists(out) and not os.path.isdir(out):
         yield f"out: {settings.out} is not a folder: name one, it is made if it is not there"
-    base = _nearest(out)
-    if not _takes_files(base):
+    base = nearest(out)
+    if not takes_files(base):
         yield f"out: {base} is not a folder that can be written to: name another place, or let it be written"
     for text in (text for text in settings.data.text if not text.startswith("hf:")):
         folder = os.path.expanduser(text)
@@ -36,12 +36,13 @@ def _wrong(settings: Any) -> Iterator[str]:
         yield from _of_trace(Path(settings.log.trace).expanduser().absolute())
 
 
-def _nearest(path: Path) -> Path:
+def nearest(path: Path) -> Path:
     """The path, or the nearest above it that is there."""
     return next(place for place in (path.absolute(), *path.absolute().parents) if os.path.lexists(place))
 
 
-def _takes_files(folder: Path) -> bool:
+def takes_files(folder: Path) -> bool:
+    """Whether it is a folder, and files can be made in it."""
     return os.path.isdir(folder) and os.access(folder, os.W_OK | os.X_OK)
 
 
@@ -58,7 +59,7 @@ def _in_out(settings: Any, out: Path) -> Iterator[str]:
         "data": bool(settings.data.text),
     }
     for folder in (out / name for name, is_written in written.items() if is_written):
-        if os.path.isdir(folder) and not _takes_files(folder):
+        if os.path.isdir(folder) and not takes_files(folder):
             yield f"out: {folder} cannot be written to: let it be written, or name another out"
     files = [out / name for name in (*_OPENED, *_REPLACED)]
     files += [out / name / file for name in ("checkpoints", "best") if written[name] for file in (".lock", "latest")]
@@ -77,7 +78,7 @@ def _named_as_files(folder: Path) -> list[Path]:
 
 
 def _of_trace(trace: Path) -> Iterator[str]:
-    if not _takes_files(trace.parent):
+    if not takes_files(trace.parent):
         yield f"log.trace: {trace.parent} is not a folder that can be written to: make it, or name another place"
     if os.path.lexists(trace) and not (os.path.isfile(trace) and os.access(trace, os.W_OK)):
         yield f"log.trace: {trace} is not a file that can be written: name another"

@@ -520,3 +520,16 @@ def test_a_folder_that_may_not_be_looked_into_is_one_line(parent, capsys, monkey
     monkeypatch.setattr(Path, "is_dir", refuse)
     assert exit_code("generate", "--model", "closed/model", "--prompt", "x") == 2
     assert capsys.readouterr().err == "bmtrain-ms: closed/model: Permission denied\n"
+
+
+def test_the_demo_does_not_begin_again_over_its_results(parent, started, tmp_path, capsys, monkeypatch):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "model.safetensors").touch()
+    assert exit_code("demo", "--out", "run") == 2
+    advice = "choose another --out, or move it"
+    text = f"bmtrain-ms: run/model.safetensors is there, of a run whose checkpoints are gone; {advice}\n"
+    assert capsys.readouterr().err == text and not started
+    (tmp_path / "run" / "checkpoints").mkdir()
+    monkeypatch.setattr("os.access", lambda path, mode: "checkpoints" not in str(path))
+    assert exit_code("demo", "--out", "run", "--resume") == 2
+    assert capsys.readouterr().err == "bmtrain-ms: --out run: run/checkpoints is not a folder that can be written to\n"
