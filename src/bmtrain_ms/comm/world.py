@@ -242,7 +242,6 @@ def init_distributed(
         raise RuntimeError("init_distributed was called before; call bmtrain_ms.shutdown() first to start over")
     pipe_size, micro_batches = _checked_pipe(init_method, pipe_size, num_micro_batches)
     seed, prefetch, shard_size = _checked_settings(seed, prefetch, shard_size, gather_dtype, timeout)
-    open_streams()
     chosen = devices.asked_for(device)
     if is_scheduler():
         _serve_as_scheduler(chosen.target)
@@ -262,6 +261,7 @@ def _seed_generators(seed: int) -> None:
 
 def _choose(device: devices.Device, launch: Launch, engine: Engine | None, timeout: float) -> Engine:
     """Have everything computed on that device; how its ranks talk, by `engine` if one is given."""
+    open_streams()  # before the engine has files
     if engine is None:
         engine = _make_engine(launch, device.target, timeout)
     elif device.target == "CPU":
