@@ -121,8 +121,12 @@ class Draws:
 
     @contextlib.contextmanager
     def among(self, part: tuple[int, int, int] | None) -> Iterator[None]:
-        """Inside the `with` statement a part of the rows is computed, see `part`."""
-        before, self.part = self.part, part
+        """Inside the `with` statement a part of the rows is computed, see `part`; inside of another one, a part of that."""
+        before = self.part
+        if before is not None and part is not None:  # a micro-batch of a pass that has some of the step's rows
+            (first, rows, total), (inner, count, among) = before, part
+            part = first + inner * rows // among, count * rows // among, total
+        self.part = part or before
         try:
             yield
         finally:

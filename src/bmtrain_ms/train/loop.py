@@ -208,7 +208,7 @@ class Trainer:
         pieces = share_step(batch.pieces(self.settings.rows or len(batch.ids)), self._world)
         rate = self.manager.rate
         self.manager.zero_grad()
-        losses = [self.manager.backward(self.task.loss, piece) for piece in pieces]
+        losses = self._backward(pieces)
         loss = self._mean(losses[0] if len(losses) == 1 else sum(losses[1:], losses[0]))
         grad_norm = self.manager.clip_grad_norm(self.manager.parameters, self.settings.clip)
         updated = self._update(loss, grad_norm, batch)
@@ -225,6 +225,16 @@ class Trainer:
             "tokens_per_second": round(context.data_ranks * batch.ids.size / seconds, 1),
             "memory_mib": memory_mib(),
         }
+
+    def _backward(self, pieces: Sequence[Batch]) -> list[Tensor]:
+        """The losses of the step's pieces, one pass after the other. Each draws for its rows what one pass of all would draw."""
+        draws, losses, first = context_of(self._world).draws, [], 0
+        total, count = sum(len(piece.ids) for piece in pieces), draws.count
+        for piece in pieces:
+            with draws.numbered(count), draws.among((first, len(piece.ids), total)):
+                losses.append(self.manager.backward(self.task.loss, piece))
+            first += len(piece.ids)
+        return losses
 
     def evaluate(self, tokens: np.ndarray, length: int, rows: int = 8) -> float:
         """Mean loss per token, in nats, over all whole windows of `tokens`; the same on every rank, for any number of ranks.
