@@ -45,7 +45,8 @@ class OptimManager:
         loss_scale_factor: the scale is divided by it after an overflow, and multiplied after `loss_scale_steps` steps without.
         loss_scale_steps: see there.
         min_loss_scale, max_loss_scale: the scale stays between them; the initial one must be.
-        grad_scale: what the sum of the ranks' gradients is divided by; default: the number of ranks, so that it is their mean.
+        grad_scale: what the sum of the gradients of ranks with rows of their own is divided by; default: how many these are, so
+            that it is their mean.
         hysteresis: how many overflows it takes to lower the scale, counted since it was last raised (Megatron-LM).
         max_skipped_steps: after so many skipped steps in a row `step` raises; None: never.
         in_world: the ranks; default: the current world.
