@@ -23,6 +23,7 @@ from bmtrain_ms.compat.runtime import (
     is_zero,
     numpy_dtype,
     overwrite,
+    untouched_zeros,
     values,
     writable_array,
 )
@@ -247,3 +248,17 @@ def test_no_step_makes_mindspore_log_an_error(tmp_path):
     done = subprocess.run([sys.executable, "loop.py"], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
     assert done.stdout.endswith("done\n"), done.stderr
     assert "[ERROR]" not in done.stdout + done.stderr and "is null" not in done.stderr
+
+
+@pytest.mark.parametrize("length", [1 << 50, 1 << 70])
+def test_zeros_that_there_is_no_room_for(length: int):
+    with pytest.raises(MemoryError, match=r"^unable to allocate [0-9,]+ GiB$"):
+        untouched_zeros(length, ms.float32)
+
+
+@pytest.mark.parametrize("dtype", [ms.float32, ms.float16, ms.bfloat16, np.dtype(np.float64)], ids=str)
+@pytest.mark.parametrize("length", [0, 1, 1 << 15, 1 << 16])
+def test_zeros_of_a_shard(dtype: Any, length: int):
+    made = untouched_zeros(length, dtype)
+    assert made.shape == (length,) and made.dtype == numpy_dtype(dtype) and not made.view(np.uint8).any()
+    made.view(np.uint8)[:] = 1

@@ -242,11 +242,19 @@ def shared_tensor(array: np.ndarray) -> Tensor:
 
 
 def untouched_zeros(length: int, dtype: Any) -> np.ndarray:
-    """(length,) zeros that take no memory until they are written. `np.zeros` takes it where the process has freed memory before."""
+    """(length,) zeros that take no memory until they are written. `np.zeros` takes it where the process has freed memory before.
+
+    Raises:
+        MemoryError: there are not so many addresses, or a limit is reached.
+    """
     dtype = numpy_dtype(dtype)
-    if length * dtype.itemsize < _MAPPED:
+    nbytes = length * dtype.itemsize
+    if nbytes < _MAPPED:
         return np.zeros(length, dtype)
-    return np.frombuffer(mmap.mmap(-1, length * dtype.itemsize, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), dtype)
+    try:
+        return np.frombuffer(mmap.mmap(-1, nbytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), dtype)
+    except (OSError, OverflowError) as error:
+        raise MemoryError(f"unable to allocate {nbytes / 2**30:,.0f} GiB") from error
 
 
 def zeros(length: int, dtype: Any) -> Tensor:
