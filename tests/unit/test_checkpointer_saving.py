@@ -14,6 +14,7 @@ from typing import Any, Callable, Iterator
 
 import numpy as np
 import pytest
+from mindspore import nn
 
 from bmtrain_ms.checkpoint import Checkpointer, CheckpointError
 from bmtrain_ms.checkpoint import checkpointer as checkpointer_module
@@ -21,6 +22,7 @@ from bmtrain_ms.checkpoint import folder as folder_module
 from bmtrain_ms.checkpoint import loading as loading_module
 from bmtrain_ms.checkpoint.folder import latest_in
 from bmtrain_ms.checkpoint.index import INDEX, file_name
+from bmtrain_ms.optim import OptimManager
 from tests.helpers.checkpoints import Layout, Run, equal
 from tests.helpers.ranks import ROOT
 
@@ -87,7 +89,7 @@ def test_extra_is_a_copy(run, tmp_path, gate):
     assert run.load().extra == {"position": [1, 2], "text": "é", "none": None}
 
 
-@pytest.mark.parametrize("extra", [{"x": object()}, {"x": {1, 2}}, {"x": np.zeros(2)}, {(1, 2): 3}])
+@pytest.mark.parametrize("extra", [{"x": object()}, {"x": {1, 2}}, {"x": np.zeros(2)}, {(1, 2): 3}, {1: 2}, {"x": [{None: 1}]}])
 def test_extra_must_be_json(run, tmp_path, extra):
     with pytest.raises(ValueError, match="extra must be what JSON can hold: "):
         run.save(2, extra)
@@ -279,6 +281,15 @@ def test_a_second_save_is_refused(run, single_world, tmp_path, gate):
     assert steps(tmp_path) == [1, 2, 3]
     with pytest.raises(ValueError, match="on_busy must be wait or refuse, not 'drop'"):
         Run(single_world, str(tmp_path), on_busy="drop")
+
+
+def test_what_a_checkpointer_is_made_of(run, tmp_path):
+    model, manager = nn.Dense(2, 2), OptimManager()
+    for wrong in ((None, manager), (model, None), (manager, model)):
+        with pytest.raises(TypeError, match=r"^a Checkpointer takes a folder, the model and its OptimManager, in this order"):
+            Checkpointer(tmp_path, *wrong)
+    with pytest.raises(ValueError, match=r"^a Checkpointer needs a folder, and its name is empty: for the working folder"):
+        Checkpointer("", model, manager)
 
 
 NEXT: dict[str, Callable[[Run], Any]] = {

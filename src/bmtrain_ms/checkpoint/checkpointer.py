@@ -81,7 +81,7 @@ class Checkpointer:
 
     Raises:
         CheckpointError: stages whose optimizers have other numbers of groups.
-        TypeError: an option of another type.
+        TypeError: a model, a manager or an option of another type.
         ValueError: an option out of range; or the manager trains parameters that the model does not have, which would not be saved
             (this `save` and `load` raise too), or two of the model have one name.
     """
@@ -99,6 +99,11 @@ class Checkpointer:
     ):
         if on_busy not in ("wait", "refuse"):
             raise ValueError(f"on_busy must be wait or refuse, not {on_busy!r}")
+        if not (isinstance(model, nn.Cell) and isinstance(manager, OptimManager)):
+            kinds = f"a {type(model).__name__} and a {type(manager).__name__}"
+            raise TypeError(f"a Checkpointer takes a folder, the model and its OptimManager, in this order, not {kinds}")
+        if not str(folder):
+            raise ValueError("a Checkpointer needs a folder, and its name is empty: for the working folder write '.'")
         check_complete(model, manager)
         self.folder, self._model, self._manager = Path(folder).expanduser(), model, manager
         self._keep_last = None if keep_last is None else whole("keep_last", keep_last, 1)
@@ -120,7 +125,7 @@ class Checkpointer:
 
         Args:
             step: steps done; names the checkpoint.
-            extra: JSON-serialisable; comes back from `load` as rank 0 gave it, e.g. the position in the data.
+            extra: what JSON can hold, e.g. the position in the data; comes back from `load` as rank 0 gave it, tuples as lists.
             wait: False: return as soon as this rank's values are copied; a thread writes them. Call `poll` in every step from then
                 on, or `finish`: that is where the checkpoint gets its name, and where an error is raised.
 

@@ -93,9 +93,19 @@ def checked_extra(extra: Any) -> dict[str, Any]:
     if extra is not None and not isinstance(extra, dict):
         raise ValueError(f"extra must be a dictionary, not {type(extra).__name__}: save(step, {{'position': ...}})")
     try:
-        return json.loads(json.dumps(extra or {}))
-    except (TypeError, ValueError) as error:
+        copied = json.loads(json.dumps(extra or {}))
+        if not _same_keys(extra or {}, copied):
+            raise TypeError("a key is no text, and would come back as one")
+        return copied
+    except (TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"extra must be what JSON can hold: {error}") from error
+
+
+def _same_keys(given: Any, copied: Any) -> bool:
+    """JSON has no keys but text, and makes text of numbers."""
+    if isinstance(given, dict):
+        return given.keys() == copied.keys() and all(_same_keys(x, copied[name]) for name, x in given.items())
+    return not isinstance(given, (list, tuple)) or all(map(_same_keys, given, copied))
 
 
 def mesh_of(world: World) -> dict[str, int]:
