@@ -76,7 +76,7 @@ ONLY = {  # what is asked of MindSpore, or done to its memory -> where
     r'get_context\("device_target"\)|get_current_device|device_target\(': {"compat/device.py"},
     r"\._data_ptr\b": {"compat/runtime.py"},
     r"__array_interface__\"?\s*[:=]? *=? *\{": {"compat/runtime.py"},
-    r"\.asnumpy\(|\.get_bytes\(|from_numpy\(": {"compat/runtime.py", "compat/parameter.py"},
+    r"\.asnumpy\(|\.get_bytes\(|from_numpy\(": {"compat/runtime.py", "compat/parameter.py", "compat/reads.py"},
 }
 
 
