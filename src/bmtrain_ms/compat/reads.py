@@ -26,12 +26,12 @@ class ReadCopy:
 
     @property
     def name(self) -> str:
-        """The parameter's."""
+        """The name of the parameter."""
         return self.read_of.name
 
     @property
     def requires_grad(self) -> bool:
-        """The parameter's; to be set, too."""
+        """Whether a gradient of the parameter is taken; to be set, too."""
         return self.read_of.requires_grad
 
     @requires_grad.setter
@@ -77,7 +77,7 @@ def as_read(tensor: Tensor, parameter: Parameter) -> Tensor:
 
 @functools.cache
 def _class_of(kind: type) -> Any:
-    """Of a Tensor, or of a class that derives from it."""
+    """The class for a tensor of class `kind`, Tensor or one that derives from it."""
     return type("ReadCopy", (ReadCopy, kind), {"__module__": __name__, "__slots__": ()})
 
 
