@@ -8,6 +8,7 @@ import pytest
 from mindspore import Tensor, nn
 
 import bmtrain_ms as bms
+from bmtrain_ms.compat.autograd import no_grad
 from bmtrain_ms.compat.cells import evaluating
 from bmtrain_ms.model_center.layer import RotaryEmbedding
 from bmtrain_ms.nn import projections
@@ -152,6 +153,29 @@ def test_passes_whose_gradient_nobody_takes_draw_apart(single_world, use_checkpo
 
     (alone, _), (trained, evaluated) = losses(0), losses(2)
     assert trained == alone and len({*trained, *evaluated}) == 9
+
+
+class Halting(Dropped):
+    """One of its dropouts has no gradient."""
+
+    def construct(self, x: Tensor) -> Tensor:
+        with no_grad():
+            y = self.before(x)
+        return self.behind(self.layer(x)) + y
+
+
+def test_what_a_pass_runs_without_gradients_draws_as_a_part_of_it(single_world):
+    """Recorded or computed again: the masks behind it would be others."""
+    x, found = Tensor(numbers(3, 16)), []
+    for use_checkpoint in (True, False):
+        model = bms.Block(Halting(), use_checkpoint).set_train(True)
+        bms.init_parameters(model)
+        context_of(single_world).draws.next_step(made=False)
+        step = ms.value_and_grad(lambda x, model=model: model(x).sum(), None, model.trainable_params())
+        for _ in range(2):
+            loss, grads = step(x)
+            found.append((loss.asnumpy().item(), [g.asnumpy().tobytes() for g in grads]))
+    assert found[:2] == found[2:]
 
 
 @pytest.mark.parametrize("mode", [True, False])

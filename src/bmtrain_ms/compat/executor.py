@@ -69,6 +69,11 @@ def differentiated() -> bool:
     return under_way.set_aside > 0 or recording()
 
 
+def inside_pass() -> bool:
+    """Whether what is executed now is inside of a pass whose gradient is taken, also if it has none itself, under `no_grad`."""
+    return under_way.forwards > 0 or differentiated()
+
+
 @contextlib.contextmanager
 def set_aside() -> Iterator[None]:
     """Run what is differentiated later without recording it: it is to be run again, recorded, for its gradient."""

@@ -14,7 +14,7 @@ from ..comm import World, is_initialized
 from ..comm import world as current_world
 from ..compat import autograd
 from ..compat.autograd import Deliver
-from ..compat.executor import differentiated
+from ..compat.executor import inside_pass
 from .buffers import BufferPool
 from .passes import Pass
 from .pipeline import GatherPipeline
@@ -84,8 +84,11 @@ class ZeroContext:
             self._passes.pop()
 
     def drawing(self) -> ContextManager[None]:
-        """Around what may draw random numbers: where nobody takes a gradient they are numbered apart, see `Draws`."""
-        return contextlib.nullcontext() if differentiated() else self.draws.apart()
+        """Around what may draw random numbers: where nobody takes a gradient they are numbered apart, see `Draws`.
+
+        What a differentiated pass runs under `no_grad` is of that pass: computed again, or recorded, it is to draw the same.
+        """
+        return contextlib.nullcontext() if inside_pass() or self.draws.replaying else self.draws.apart()
 
     @contextlib.contextmanager
     def gathers(self, noted: list[Any]) -> Iterator[None]:
