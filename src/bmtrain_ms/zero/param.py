@@ -263,8 +263,9 @@ class DistributedParameter(Parameter):
         """Have the padding be zeros again: who writes a shard, element by element, does not think of it. In host memory only."""
         if self.layout.owned_size < self.layout.length and on_host():
             memory = writable_array(self)
-            if memory is not None:
-                memory[self.layout.owned_size :] = 0
+            padding = None if memory is None else memory[self.layout.owned_size :].view(np.uint8)
+            if padding is not None and padding.any():  # what is right already may be memory that cannot be written
+                padding[:] = 0
 
     @property
     def on_host(self) -> Values:
