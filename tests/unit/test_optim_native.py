@@ -368,3 +368,24 @@ def test_moments_are_sharded_as_the_parameters(single_world: World):
     assert sharded == {f"{kind}.{name}" for kind in ("adam_m", "adam_v") for name in SHAPES}
     assert all(like.full_shape == SHAPES[name.partition(".")[2]] for name, (like, _) in tensors.items() if like is not None)
     assert not {p.name for p in managed.params} & set(tensors)
+
+
+class Counting(nn.SGD):
+    """Somebody's own, which does something around each call."""
+
+    calls = 0
+
+    def __call__(self, *args):
+        self.calls += 1
+        return super().__call__(*args)
+
+
+def test_a_class_s_own_call_is_called():
+    layer = bms.nn.Linear(2, 1)
+    optimizer, manager = Counting(layer.trainable_params(), 0.1), bms.optim.OptimManager()
+    manager.add_optimizer(optimizer)
+    for _ in range(2):
+        manager.zero_grad()
+        manager.backward(lambda x: layer(x).sum(), Tensor([[1.0, 2.0]]))
+        manager.step()
+    assert optimizer.calls == 2

@@ -19,6 +19,7 @@ from .state import StateTensors, check_arrays, from_arrays, to_arrays
 
 # What they compute for a parameter takes all of its elements, or its axes; a shard is flat, and a part.
 _WHOLE = tuple(getattr(nn, name) for name in ("AdaFactor", "LARS", "Lamb") if hasattr(nn, name))
+_managed: list[Any] = []  # whose step a manager makes now: it has averaged the gradients
 
 
 class NativeOptimizer:
@@ -72,7 +73,11 @@ class NativeOptimizer:
             )
         self._replaced = replaced
         announce_change(self.parameters)
-        nn.Cell.__call__(self.optimizer, tuple(_prepared(grad, p, scale) for p, grad in present))  # past `_of_all_ranks`
+        _managed.append(self.optimizer)
+        try:
+            self.optimizer(tuple(_prepared(grad, p, scale) for p, grad in present))
+        finally:
+            _managed.pop()
 
     def state_tensors(self) -> StateTensors:
         """Moments and counters, by the names that MindSpore gives them."""
@@ -142,6 +147,8 @@ def _of_all_ranks(optimizer: Any, grads: Any) -> Any:
     Raises:
         ValueError: it needs whole parameters.
     """
+    if any(optimizer is one for one in _managed):
+        return grads
     params = list(optimizer.parameters)
     sharded = [p for p in params if isinstance(p, DistributedParameter)]
     if not sharded or not isinstance(grads, (tuple, list)) or len(grads) != len(params):
